@@ -1,0 +1,59 @@
+# Everything a fresh Debian 12 machine needs, in order. V=1 shows the commands.
+Q := $(if $(V),,@)
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OBJECTS := pykmesh/kernel/objects
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: setup build run demo test check format proto bench clean test-compose
+
+run: setup
+	$(Q)$(BIN)/pykmesh demo
+
+demo: run
+
+test: setup
+	$(Q)$(BIN)/python -m pytest $(TEST_ARGS)
+
+setup: $(VENV)/.ready build
+
+build: $(OBJECTS)/layout.json
+
+$(VENV)/.ready: requirements/dev.txt pyproject.toml tools/setup.sh
+	$(Q)tools/setup.sh $(PYTHON) $(VENV)
+
+$(OBJECTS)/mesh.bpf.o: $(wildcard bpf/*.h bpf/*.c) | $(VENV)/.ready
+	$(Q)echo "building $@"
+	$(Q)mkdir -p $(OBJECTS) build
+	$(Q)clang -target bpf -mcpu=v3 -O2 -g -Wall -Wextra -Werror \
+		-I/usr/include/$$(uname -m)-linux-gnu -c bpf/mesh.bpf.c -o build/mesh.bpf.o
+	$(Q)bpftool gen object $@ build/mesh.bpf.o
+
+$(OBJECTS)/layout.json: $(OBJECTS)/mesh.bpf.o pykmesh/kernel/btf.py
+	$(Q)$(BIN)/python -m pykmesh.kernel.btf $< $@
+
+proto: $(VENV)/.ready
+	$(Q)$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --mypy_out=. pykmesh/proto/*.proto
+
+check: setup
+	$(Q)$(BIN)/ruff check .
+	$(Q)$(BIN)/ruff format --check .
+	$(Q)$(BIN)/mypy
+	$(Q)$(BIN)/lint-imports --no-cache
+	$(Q)$(BIN)/clang-format --dry-run --Werror bpf/*.h bpf/*.c
+	$(Q)$(BIN)/codespell
+
+format: setup
+	$(Q)$(BIN)/ruff check --fix-only .
+	$(Q)$(BIN)/ruff format .
+	$(Q)$(BIN)/clang-format -i bpf/*.h bpf/*.c
+
+bench: setup
+	$(Q)$(BIN)/python -m bench $(BENCH_ARGS)
+
+test-compose: setup
+	$(Q)tests/compose/run.sh
+
+clean:
+	$(Q)rm -rf build $(OBJECTS)
