@@ -1,0 +1,135 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * cgroup/connect4, connect6: the service address of a TCP or connected UDP socket becomes an
+ * endpoint's, or connect() fails at once. v4-mapped addresses come by connect6.
+ *
+ * Writes `sockets` (what the application asked for), `counters`, `flows` (refusals), `opens` (UDP).
+ * No memory for the socket's state: the connection is made, but getpeername() shows the endpoint
+ * and its records lack the service; counted as state_lost.
+ */
+#pragma once
+
+#include "choose.h"
+
+#define ALLOW 1
+#define REFUSE 0
+
+static __always_inline int refuse(enum reason reason)
+{
+	count(reason);
+	if (has_set_retval)
+		bpf_set_retval(-ECONNREFUSED);
+	return REFUSE;
+}
+
+static __always_inline struct pod_value *client_pod(void *ctx)
+{
+	struct pod_key key = { .netns_cookie = bpf_get_netns_cookie(ctx) };
+
+	return bpf_map_lookup_elem(&pods, &key);
+}
+
+static __always_inline bool is_served(struct bpf_sock_addr *ctx)
+{
+	return ctx->protocol == IPPROTO_TCP || ctx->protocol == IPPROTO_UDP;
+}
+
+static __always_inline void count_datagram_open(const struct pod_value *pod, __u64 service,
+						const struct destination *endpoint)
+{
+	struct open_key key = { .remote = endpoint->address,
+				.service = service,
+				.direction = DIRECTION_OUTBOUND,
+				.protocol = IPPROTO_UDP };
+
+	if (pod)
+		key.local = ip_is_v4(&endpoint->address) ? pod->address4 : pod->address6;
+	count_open(&key);
+}
+
+static __always_inline void remember(struct bpf_sock_addr *ctx, const struct destination *to,
+				     const struct choice *choice)
+{
+	struct socket_state *state = bpf_sk_storage_get(&sockets, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+
+	if (!state) {
+		count(REASON_STATE_LOST);
+		return;
+	}
+	state->service = choice->service;
+	state->vip = to->address;
+	state->vip_port = to->port;
+	state->endpoint = choice->endpoint.address;
+	state->endpoint_port = choice->endpoint.port;
+	if (!state->opened_ns && ctx->protocol == IPPROTO_UDP)
+		state->opened_ns = bpf_ktime_get_ns();
+}
+
+/* Returns REASON_ROUTED with choice->rewrite, or what to do instead. */
+static __always_inline enum reason decide_connect(struct bpf_sock_addr *ctx, const struct destination *to,
+						  struct choice *choice)
+{
+	struct pod_value *pod = client_pod(ctx);
+	enum reason reason = choose(to, client_network(pod), -1, choice);
+
+	if (reason == REASON_ROUTED || reason == REASON_PASSTHROUGH) {
+		if (choice->rewrite && ctx->protocol == IPPROTO_UDP)
+			count_datagram_open(pod, choice->service, &choice->endpoint);
+		return reason;
+	}
+	record_refusal(to, pod, choice->service, ctx->protocol, reason);
+	return reason;
+}
+
+SEC("cgroup/connect4")
+int pykmesh_conn4(struct bpf_sock_addr *ctx)
+{
+	struct destination to = { .address = ip_from_v4(ctx->user_ip4), .port = ctx->user_port };
+	struct choice choice = {};
+	enum reason reason;
+
+	if (!is_served(ctx))
+		return ALLOW;
+	reason = decide_connect(ctx, &to, &choice);
+	if (reason == REASON_PASSTHROUGH)
+		return ALLOW;
+	if (reason != REASON_ROUTED)
+		return refuse(reason);
+	if (!choice.rewrite)
+		return ALLOW;
+	count(REASON_ROUTED);
+	remember(ctx, &to, &choice);
+	ctx->user_ip4 = choice.endpoint.address.word[3];
+	ctx->user_port = choice.endpoint.port;
+	return ALLOW;
+}
+
+SEC("cgroup/connect6")
+int pykmesh_conn6(struct bpf_sock_addr *ctx)
+{
+	struct destination to = { .port = ctx->user_port };
+	struct choice choice = {};
+	enum reason reason;
+
+	if (!is_served(ctx))
+		return ALLOW;
+	to.address.word[0] = ctx->user_ip6[0];
+	to.address.word[1] = ctx->user_ip6[1];
+	to.address.word[2] = ctx->user_ip6[2];
+	to.address.word[3] = ctx->user_ip6[3];
+	reason = decide_connect(ctx, &to, &choice);
+	if (reason == REASON_PASSTHROUGH)
+		return ALLOW;
+	if (reason != REASON_ROUTED)
+		return refuse(reason);
+	if (!choice.rewrite)
+		return ALLOW;
+	count(REASON_ROUTED);
+	remember(ctx, &to, &choice);
+	ctx->user_ip6[0] = choice.endpoint.address.word[0];
+	ctx->user_ip6[1] = choice.endpoint.address.word[1];
+	ctx->user_ip6[2] = choice.endpoint.address.word[2];
+	ctx->user_ip6[3] = choice.endpoint.address.word[3];
+	ctx->user_port = choice.endpoint.port;
+	return ALLOW;
+}

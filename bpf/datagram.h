@@ -1,0 +1,164 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * cgroup/sendmsg4, sendmsg6, recvmsg4, recvmsg6: unconnected UDP. Each (socket, service) keeps its
+ * endpoint for as long as the endpoint is usable, and the answers come from the service's address.
+ * An AF_INET6 socket that sends to a v4-mapped address comes by sendmsg4 and recvmsg6.
+ *
+ * Writes `datagrams`, `sockets`, `counters`, `flows` (refusals), `opens`.
+ */
+#pragma once
+
+#include "connect.h"
+
+/* The service that an answer from `from` belongs to replaces it. False: it is what it looks like. */
+static __always_inline bool restore_source(struct bpf_sock_addr *ctx, struct destination *from)
+{
+	struct datagram_key key = { .socket_cookie = bpf_get_socket_cookie(ctx),
+				    .address = from->address,
+				    .port = from->port,
+				    .is_reply = 1 };
+	struct datagram_value *sent;
+	struct socket_state *state = bpf_sk_storage_get(&sockets, ctx->sk, 0, 0);
+
+	if (!state)
+		return false;
+	if (state->service && ip_equal(&state->endpoint, &from->address) && state->endpoint_port == from->port) {
+		from->address = state->vip;
+		from->port = state->vip_port;
+		return true;
+	}
+	sent = bpf_map_lookup_elem(&datagrams, &key);
+	if (!sent)
+		return false;
+	from->address = sent->address;
+	from->port = sent->port;
+	return true;
+}
+
+static __always_inline bool keep_way(__u64 cookie, const struct destination *to, const struct choice *choice)
+{
+	struct datagram_key there = { .socket_cookie = cookie, .address = to->address, .port = to->port };
+	struct datagram_key back = { .socket_cookie = cookie,
+				     .address = choice->endpoint.address,
+				     .port = choice->endpoint.port,
+				     .is_reply = 1 };
+	struct datagram_value endpoint = { .service = choice->service,
+					   .address = choice->endpoint.address,
+					   .port = choice->endpoint.port,
+					   .slot = choice->slot };
+	struct datagram_value service = { .service = choice->service, .address = to->address, .port = to->port };
+
+	return !bpf_map_update_elem(&datagrams, &back, &service, BPF_ANY) &&
+	       !bpf_map_update_elem(&datagrams, &there, &endpoint, BPF_ANY);
+}
+
+/* Returns REASON_ROUTED with choice->rewrite, or what to do instead. */
+static __always_inline enum reason decide_datagram(struct bpf_sock_addr *ctx, const struct destination *to,
+						   struct choice *choice)
+{
+	__u64 cookie = bpf_get_socket_cookie(ctx);
+	struct datagram_key key = { .socket_cookie = cookie, .address = to->address, .port = to->port };
+	struct datagram_value *kept = bpf_map_lookup_elem(&datagrams, &key);
+	struct pod_value *pod = client_pod(ctx);
+	struct destination before = {};
+	__s64 slot = -1;
+	enum reason reason;
+
+	if (kept) {
+		slot = kept->slot;
+		choice->endpoint.address = before.address = kept->address;
+		choice->endpoint.port = before.port = kept->port;
+	}
+	reason = choose(to, client_network(pod), slot, choice);
+	if (reason == REASON_ROUTED && choice->rewrite) {
+		if (ip_equal(&before.address, &choice->endpoint.address) && before.port == choice->endpoint.port)
+			return reason;
+		if (keep_way(cookie, to, choice)) {
+			remember(ctx, to, choice);
+			count_datagram_open(pod, choice->service, &choice->endpoint);
+			return reason;
+		}
+		reason = REASON_DATAGRAM_LOST;
+	}
+	if (reason != REASON_ROUTED && reason != REASON_PASSTHROUGH)
+		record_refusal(to, pod, choice->service, IPPROTO_UDP, reason);
+	return reason;
+}
+
+SEC("cgroup/sendmsg4")
+int pykmesh_send4(struct bpf_sock_addr *ctx)
+{
+	struct destination to = { .address = ip_from_v4(ctx->user_ip4), .port = ctx->user_port };
+	struct choice choice = {};
+	enum reason reason = decide_datagram(ctx, &to, &choice);
+
+	if (reason == REASON_PASSTHROUGH)
+		return ALLOW;
+	if (reason != REASON_ROUTED)
+		return refuse(reason);
+	if (!choice.rewrite)
+		return ALLOW;
+	ctx->user_ip4 = choice.endpoint.address.word[3];
+	ctx->user_port = choice.endpoint.port;
+	return ALLOW;
+}
+
+SEC("cgroup/sendmsg6")
+int pykmesh_send6(struct bpf_sock_addr *ctx)
+{
+	struct destination to = { .port = ctx->user_port };
+	struct choice choice = {};
+	enum reason reason;
+
+	to.address.word[0] = ctx->user_ip6[0];
+	to.address.word[1] = ctx->user_ip6[1];
+	to.address.word[2] = ctx->user_ip6[2];
+	to.address.word[3] = ctx->user_ip6[3];
+	reason = decide_datagram(ctx, &to, &choice);
+	if (reason == REASON_PASSTHROUGH)
+		return ALLOW;
+	/* The kernel sends no v4-mapped datagram for an IPv6 destination (net/ipv6/udp.c). */
+	if (reason == REASON_ROUTED && choice.rewrite && ip_is_v4(&choice.endpoint.address))
+		reason = REASON_FAMILY;
+	if (reason != REASON_ROUTED)
+		return refuse(reason);
+	if (!choice.rewrite)
+		return ALLOW;
+	ctx->user_ip6[0] = choice.endpoint.address.word[0];
+	ctx->user_ip6[1] = choice.endpoint.address.word[1];
+	ctx->user_ip6[2] = choice.endpoint.address.word[2];
+	ctx->user_ip6[3] = choice.endpoint.address.word[3];
+	ctx->user_port = choice.endpoint.port;
+	return ALLOW;
+}
+
+SEC("cgroup/recvmsg4")
+int pykmesh_recv4(struct bpf_sock_addr *ctx)
+{
+	struct destination from = { .address = ip_from_v4(ctx->user_ip4), .port = ctx->user_port };
+
+	if (restore_source(ctx, &from)) {
+		ctx->user_ip4 = from.address.word[3];
+		ctx->user_port = from.port;
+	}
+	return ALLOW;
+}
+
+SEC("cgroup/recvmsg6")
+int pykmesh_recv6(struct bpf_sock_addr *ctx)
+{
+	struct destination from = { .port = ctx->user_port };
+
+	from.address.word[0] = ctx->user_ip6[0];
+	from.address.word[1] = ctx->user_ip6[1];
+	from.address.word[2] = ctx->user_ip6[2];
+	from.address.word[3] = ctx->user_ip6[3];
+	if (restore_source(ctx, &from)) {
+		ctx->user_ip6[0] = from.address.word[0];
+		ctx->user_ip6[1] = from.address.word[1];
+		ctx->user_ip6[2] = from.address.word[2];
+		ctx->user_ip6[3] = from.address.word[3];
+		ctx->user_port = from.port;
+	}
+	return ALLOW;
+}

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+/* The data plane's programs, one object: each header opens with what its hooks decide. */
+#include <linux/bpf.h>
+
+#include "connect.h"
+#include "datagram.h"
+#include "peer.h"
+#include "telemetry.h"
+
+/* Keeps in BTF what no map names: user space takes its layout from there. */
+struct shared_types {
+	struct flow_record flow_record;
+	enum reason reason;
+	enum direction direction;
+	enum flow_kind flow_kind;
+	enum address_kind address_kind;
+};
+const struct shared_types *const volatile shared_types = NULL;
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -1,0 +1,87 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * Every map. All but the sockets' state are pinned under their name and the hash of their layout.
+ * The sizes here are defaults: the loader's settings replace them. Not preallocated: an empty map
+ * costs next to nothing.
+ */
+#pragma once
+
+#include <bpf/bpf_helpers.h>
+#include <linux/bpf.h>
+
+#include "mesh_types.h"
+
+/* Writer: map_writer. Reader: connect, sendmsg. Full: the service is refused by name. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 262144);
+	__type(key, struct service_key);
+	__type(value, struct service_value);
+} services SEC(".maps");
+
+/* Writer: map_writer. Reader: connect, sendmsg. Full: the endpoint is refused by name. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 2097152);
+	__type(key, struct endpoint_key);
+	__type(value, struct endpoint_value);
+} endpoints SEC(".maps");
+
+/* Writer: map_writer. Reader: connect, sendmsg, after a miss in `services`. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 2097152);
+	__type(key, struct address_key);
+	__type(value, struct address_value);
+} addresses SEC(".maps");
+
+/* Writer: bpf_loader. Reader: connect, sendmsg, telemetry. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, struct pod_key);
+	__type(value, struct pod_value);
+} pods SEC(".maps");
+
+/* Writer and reader: sendmsg, recvmsg. Evicts the least recently used; the socket then chooses anew. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct datagram_key);
+	__type(value, struct datagram_value);
+} datagrams SEC(".maps");
+
+/* Writer: the programs. Reader and remover of what rests: telemetry. Full: counted as open_lost. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 131072);
+	__type(key, struct open_key);
+	__type(value, __u64);
+} opens SEC(".maps");
+
+/* Writer: the programs. Reader: telemetry. Full: counted as record_lost. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 16 * 1024 * 1024);
+} flows SEC(".maps");
+
+/* Index: enum reason. Writer: the programs. Reader: telemetry, the command line. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, REASON_COUNT);
+	__type(key, __u32);
+	__type(value, __u64);
+} counters SEC(".maps");
+
+/* Freed with its socket. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct socket_state);
+} sockets SEC(".maps");

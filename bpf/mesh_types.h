@@ -1,0 +1,197 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * Every structure and number that user space shares with the programs. The Python layout is
+ * generated from the BTF of these (see tools/layout.py): field names here are field names there.
+ *
+ * Fixed widths, explicit zeroed padding, big-endian types for network order. Values that may grow
+ * end in 16 reserved bytes: a new field there changes no size.
+ */
+#pragma once
+
+#include <linux/types.h>
+
+/* An address of either family: IPv4 is ::ffff:a.b.c.d, so one key serves both and v4-mapped sockets. */
+struct ip {
+	__be32 word[4];
+};
+
+/* What is reached at (network, address, port). */
+struct service_key {
+	struct ip address;
+	__u32 network; /* id of the network's name, 0 for "" */
+	__be16 port;
+	__u16 pad;
+};
+
+/*
+ * One port of one service, as seen by one address family. Changed by one update, so a connection
+ * sees the list of endpoints before the change or after it.
+ */
+struct service_value {
+	__u64 id;	 /* service port id: hash of (service, port, family) */
+	__u32 endpoints; /* slots 0..endpoints-1 of `endpoints` may be chosen */
+	__u16 verdict;	 /* enum reason: REASON_ROUTED, REASON_PASSTHROUGH, or why it is refused */
+	__u16 pad;
+	__u8 reserved[16];
+};
+
+struct endpoint_key {
+	__u64 service; /* service_value.id */
+	__u32 slot;
+	__u32 pad;
+};
+
+/*
+ * `service` repeats the key: a hash element may be reused for another key while a program still
+ * reads it, and the program refuses what does not carry the id that it looked for.
+ */
+struct endpoint_value {
+	__u64 service;
+	struct ip address;
+	__be16 port;
+	__u16 pad;
+	__u32 pad2;
+	__u8 reserved[16];
+};
+
+struct address_key {
+	struct ip address;
+	__u32 network;
+	__u32 pad;
+};
+
+enum address_kind {
+	ADDRESS_SERVICE = 1,
+	ADDRESS_WORKLOAD = 2,
+};
+
+/* What an address is, consulted when (address, port) is no service port. */
+struct address_value {
+	__u64 id;     /* hash of the resource name */
+	__u16 kind;   /* enum address_kind */
+	__u16 verdict; /* enum reason, for connections to the address itself */
+	__u32 pad;
+	__u8 reserved[16];
+};
+
+/* Who a client is: a socket has no source address yet in connect(), but its namespace has a cookie. */
+struct pod_key {
+	__u64 netns_cookie;
+};
+
+struct pod_value {
+	struct ip address4; /* zero when it has none */
+	struct ip address6;
+	__u32 network;
+	__u32 pad;
+	__u64 cgroup_id; /* of the enrolled cgroup, for clean-up and display */
+	__u8 reserved[16];
+};
+
+/* A datagram socket's way to a service (is_reply 0: key names the service) and back (is_reply 1). */
+struct datagram_key {
+	__u64 socket_cookie;
+	struct ip address;
+	__be16 port;
+	__u16 is_reply;
+	__u32 pad;
+};
+
+struct datagram_value {
+	__u64 service;
+	struct ip address;
+	__be16 port;
+	__u16 pad;
+	__u32 slot;
+};
+
+/* Kept with each socket of an enrolled pod. */
+struct socket_state {
+	__u64 service; /* 0: not by way of a service */
+	__u64 opened_ns;
+	struct ip vip;
+	struct ip endpoint;
+	__be16 vip_port;
+	__be16 endpoint_port;
+	__u8 direction; /* enum direction, 0 until the connection is under way */
+	__u8 established;
+	__u16 pad;
+};
+
+enum direction {
+	DIRECTION_OUTBOUND = 1,
+	DIRECTION_INBOUND = 2,
+};
+
+/* Connections opened, counted here and never sent one by one. */
+struct open_key {
+	struct ip local;
+	struct ip remote;
+	__u64 service;
+	__u8 direction;
+	__u8 protocol;
+	__u16 pad;
+	__u32 pad2;
+};
+
+enum flow_kind {
+	FLOW_CLOSED = 1,
+	FLOW_REFUSED = 2,
+};
+
+/* One for each socket at its close, and one for each refused connect or datagram. */
+struct flow_record {
+	__u64 opened_ns; /* CLOCK_MONOTONIC */
+	__u64 closed_ns;
+	__u64 service;
+	__u64 sent_bytes;     /* payload, without retransmissions */
+	__u64 received_bytes; /* payload */
+	struct ip local;
+	struct ip remote; /* the endpoint; for a refusal the address asked for */
+	struct ip vip;
+	__be16 local_port;
+	__be16 remote_port;
+	__be16 vip_port;
+	__u16 reason; /* enum reason */
+	__u8 kind;    /* enum flow_kind */
+	__u8 direction;
+	__u8 protocol; /* IPPROTO_TCP or IPPROTO_UDP */
+	__u8 established;
+	__u32 error; /* sk_err at the close, 0 for an orderly one */
+	__u32 srtt_us;
+	__u32 retransmits;
+	__u8 reserved[16];
+};
+
+/*
+ * Why a program decided as it did: the number in `verdict` and `reason`, and the index into
+ * `counters`. User space shows the names in lower case, without the prefix.
+ */
+enum reason {
+	REASON_ROUTED = 0,	    /* sent to an endpoint */
+	REASON_PASSTHROUGH,	    /* the service asks for its traffic to be left alone */
+	REASON_NO_ENDPOINT,	    /* refused: the service has no usable endpoint */
+	REASON_NO_PORT,		    /* refused: the service has no such port */
+	REASON_WAYPOINT_UNSUPPORTED, /* refused: must go by way of a waypoint, which is not built yet */
+	REASON_POLICY_UNSUPPORTED,  /* refused: has policies, which are not enforced yet */
+	REASON_FAMILY,		    /* refused: the endpoints have no address of the socket's family */
+	REASON_ENDPOINT_VANISHED,   /* refused: the endpoints changed faster than they could be read */
+	REASON_NO_ROOM,		    /* refused: what the node should know did not fit its maps */
+	REASON_STATE_LOST,	    /* not refused: no memory for the socket's state, so no name and record */
+	REASON_RECORD_LOST,	    /* not refused: the ring was full, a record is missing */
+	REASON_OPEN_LOST,	    /* not refused: the open was not counted */
+	REASON_DATAGRAM_LOST,	    /* refused: no room to remember the way back */
+	REASON_COUNT,
+};
+
+_Static_assert(sizeof(struct service_key) == 24, "service_key");
+_Static_assert(sizeof(struct service_value) == 32, "service_value");
+_Static_assert(sizeof(struct endpoint_key) == 16, "endpoint_key");
+_Static_assert(sizeof(struct endpoint_value) == 48, "endpoint_value");
+_Static_assert(sizeof(struct address_key) == 24, "address_key");
+_Static_assert(sizeof(struct address_value) == 32, "address_value");
+_Static_assert(sizeof(struct pod_value) == 64, "pod_value");
+_Static_assert(sizeof(struct datagram_key) == 32, "datagram_key");
+_Static_assert(sizeof(struct datagram_value) == 32, "datagram_value");
+_Static_assert(sizeof(struct open_key) == 48, "open_key");
+_Static_assert(sizeof(struct flow_record) == 128, "flow_record");
