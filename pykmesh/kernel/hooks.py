@@ -1,0 +1,102 @@
+"""Which program is attached where: the one table of hooks, and loading the object that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from pykmesh.kernel import libbpf
+from pykmesh.kernel.layout import OBJECT, map_layout, map_names, setting_offset
+
+PROGRAM_PREFIX: Final = "pykmesh_"
+_SOCK_ADDR, _SET_RETVAL = 18, 187  # BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_FUNC_set_retval
+
+
+class Hook(NamedTuple):
+    """A program and the cgroup attach type (include/uapi/linux/bpf.h) that it is for."""
+
+    program: str
+    attach_type: int
+
+
+# In the order of attaching: what undoes a rewrite stands before what rewrites.
+HOOKS: Final = (
+    Hook("pykmesh_peer4", 29),
+    Hook("pykmesh_peer6", 30),
+    Hook("pykmesh_recv4", 19),
+    Hook("pykmesh_recv6", 20),
+    Hook("pykmesh_sockops", 3),
+    Hook("pykmesh_release", 34),
+    Hook("pykmesh_send4", 14),
+    Hook("pykmesh_send6", 15),
+    Hook("pykmesh_conn4", 10),
+    Hook("pykmesh_conn6", 11),
+)
+
+
+class ProgramSettings(NamedTuple):
+    """What is fixed in the programs when they are loaded (bpf/mesh_helpers.h)."""
+
+    instance_name: str
+    node_network: int
+    has_set_retval: bool
+    has_telemetry: bool
+
+
+def can_set_retval() -> bool:
+    """connect() can be refused with an errno of choice (kernel 5.18); without it the errno is EPERM."""
+    return libbpf.probe_helper(_SOCK_ADDR, _SET_RETVAL)
+
+
+class Programs:
+    """The loaded programs. Their maps are the pinned ones; made and pinned where there are none."""
+
+    def __init__(self, map_dir: Path, sizes: Mapping[str, int], settings: ProgramSettings) -> None:
+        self._object = libbpf.BpfObject(str(OBJECT))
+        try:
+            for name in map_names():
+                if name != "sockets":
+                    self._pin(map_dir, name, sizes.get(name, 0))
+            self._write_settings(settings)
+            self._object.load()
+            self.fds = {hook: self._object.program_fd(hook.program) for hook in HOOKS}
+        except BaseException:
+            self._object.close()
+            raise
+
+    def _pin(self, map_dir: Path, name: str, wanted: int) -> None:
+        path = map_dir / map_layout(name).pin
+        if path.exists():
+            with libbpf.closing(libbpf.obj_get(str(path))) as fd:
+                wanted = libbpf.map_info(fd)[3]
+        self._object.pin_map(name, str(path), wanted)
+
+    def _write_settings(self, settings: ProgramSettings) -> None:
+        values = {
+            "instance_name": settings.instance_name.encode()[:31].ljust(32, b"\0"),
+            "node_network": settings.node_network.to_bytes(4, "little"),
+            "has_set_retval": bytes([settings.has_set_retval]),
+            "has_telemetry": bytes([settings.has_telemetry]),
+        }
+        for name, data in values.items():
+            self._object.write_rodata(data, setting_offset(name, len(data)))
+
+    def close(self) -> None:
+        """The programs that are attached stay: their links hold them."""
+        self._object.close()
+
+
+def instance_of(program_id: int) -> str | None:
+    """The name of the instance that loaded a program; None when it is not one of this project's."""
+    name, map_ids = libbpf.program_name_and_maps(program_id)
+    if not name.startswith(PROGRAM_PREFIX):
+        return None
+    for map_id in map_ids:
+        with libbpf.closing(libbpf.map_fd_by_id(map_id)) as fd:
+            if libbpf.map_name(fd).endswith(".rodata"):
+                size = libbpf.map_info(fd)[2]
+                data = libbpf.lookup(fd, bytes(4), size) or b""
+                offset = setting_offset("instance_name", 32)
+                return data[offset : offset + 32].rstrip(b"\0").decode(errors="replace")
+    return "unknown"

@@ -1,0 +1,159 @@
+"""The structures shared with the programs, as user space packs and reads them.
+
+Taken from the layout that the build wrote from the object's BTF: nothing here repeats an offset. A
+map's pin is named after the hash of its layout, so a service cannot open one of another layout.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import struct
+from enum import IntEnum
+from importlib import resources
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_FORMATS = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q", "be16": "2s", "be32": "4s", "ip": "16s"}
+_DTYPES = {"u8": "u1", "u16": "<u2", "u32": "<u4", "u64": "<u8", "be16": ">u2", "be32": ">u4", "ip": "V16"}
+
+OBJECT = resources.files("pykmesh.kernel") / "objects" / "mesh.bpf.o"
+
+
+class LayoutError(Exception):
+    """The build is missing, or Python names a field that the headers do not have."""
+
+
+class MapLayout(NamedTuple):
+    """How a map is declared. Sizes in bytes; `max_entries` is the default that settings replace."""
+
+    name: str
+    hash: str
+    type: int
+    key: str | None
+    value: str | None
+    key_size: int
+    value_size: int
+    max_entries: int
+
+    @property
+    def pin(self) -> str:
+        return f"{self.name}@{self.hash}"
+
+
+@functools.cache
+def _document() -> dict[str, Any]:
+    path = resources.files("pykmesh.kernel") / "objects" / "layout.json"
+    try:
+        document: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise LayoutError(f"{path} is missing: build the programs first (make build)") from error
+    return document
+
+
+@functools.cache
+def map_layout(name: str) -> MapLayout:
+    found = _document()["maps"].get(name)
+    if found is None:
+        raise LayoutError(f"the object has no map {name}")
+    return MapLayout(name, *(found[field] for field in MapLayout._fields[1:]))
+
+
+def map_names() -> list[str]:
+    return sorted(_document()["maps"])
+
+
+def setting_offset(name: str, size: int) -> int:
+    """Where a read-only setting of the programs lies; its size is checked."""
+    offset, declared = _document()["settings"][name]
+    if declared != size:
+        raise LayoutError(f"setting {name} has {declared} bytes, not {size}")
+    return int(offset)
+
+
+def _fields(structure: str) -> tuple[int, list[dict[str, Any]]]:
+    found = _document()["structures"][structure]
+    return found["size"], found["fields"]
+
+
+def codec(structure: str, *names: str) -> struct.Struct:
+    """Packs the named fields, in the order of their offsets; all others are zero.
+
+    Integers are the machine's (little-endian), ports two bytes in network order, addresses sixteen.
+    """
+    size, fields = _fields(structure)
+    kept = [field for field in fields if field["name"] in names]
+    if tuple(field["name"] for field in kept) != names:
+        raise LayoutError(f"{structure} has {[f['name'] for f in fields]}, not {names} in this order")
+    parts, at = ["<"], 0
+    for field in kept:
+        parts += [f"{field['offset'] - at}x", _FORMATS[field["type"]]]
+        at = field["offset"] + field["size"]
+    return struct.Struct("".join([*parts, f"{size - at}x"]))
+
+
+@functools.cache
+def dtype(structure: str) -> np.dtype[np.void]:
+    """The structure for arrays; ports come as numbers, addresses as sixteen raw bytes."""
+    size, fields = _fields(structure)
+    kept = [field for field in fields if field["type"] in _DTYPES]
+    return np.dtype(
+        {
+            "names": [field["name"] for field in kept],
+            "formats": [_DTYPES[field["type"]] for field in kept],
+            "offsets": [field["offset"] for field in kept],
+            "itemsize": size,
+        }
+    )
+
+
+def _enum(name: str) -> dict[str, int]:
+    values: dict[str, int] = _document()["enums"][name]
+    prefix = {"reason": "REASON_", "direction": "DIRECTION_", "flow_kind": "FLOW_"}.get(name, "")
+    return {key.removeprefix(prefix): value for key, value in values.items()}
+
+
+class Reason(IntEnum):
+    """Why a program decided as it did (bpf/mesh_types.h, enum reason, says what each means)."""
+
+    ROUTED = 0
+    PASSTHROUGH = 1
+    NO_ENDPOINT = 2
+    NO_PORT = 3
+    WAYPOINT_UNSUPPORTED = 4
+    POLICY_UNSUPPORTED = 5
+    FAMILY = 6
+    ENDPOINT_VANISHED = 7
+    NO_ROOM = 8
+    STATE_LOST = 9
+    RECORD_LOST = 10
+    OPEN_LOST = 11
+    DATAGRAM_LOST = 12
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+
+class Direction(IntEnum):
+    OUTBOUND = 1
+    INBOUND = 2
+
+
+class FlowKind(IntEnum):
+    CLOSED = 1
+    REFUSED = 2
+
+
+class AddressKind(IntEnum):
+    SERVICE = 1
+    WORKLOAD = 2
+
+
+def check_enums() -> None:
+    """Raises LayoutError when a name or number here differs from the headers'."""
+    for name, here in (("reason", Reason), ("direction", Direction), ("flow_kind", FlowKind)):
+        there = {key: value for key, value in _enum(name).items() if key != "COUNT"}
+        if there != {member.name: member.value for member in here}:
+            raise LayoutError(f"enum {name} is {there} in the object")

@@ -1,0 +1,79 @@
+"""Keys and values of the maps, packed and unpacked by the layout of the headers."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from functools import lru_cache
+from typing import Final, NewType
+
+from pykmesh.kernel.layout import codec
+
+Ip = NewType("Ip", bytes)
+"""Sixteen bytes, IPv4 as ::ffff:a.b.c.d."""
+
+V4_PREFIX: Final = bytes(10) + b"\xff\xff"
+NO_IP: Final = Ip(bytes(16))
+
+SERVICE_KEY: Final = codec("service_key", "address", "network", "port")
+SERVICE_VALUE: Final = codec("service_value", "id", "endpoints", "verdict")
+ENDPOINT_KEY: Final = codec("endpoint_key", "service", "slot")
+ENDPOINT_VALUE: Final = codec("endpoint_value", "service", "address", "port")
+ADDRESS_KEY: Final = codec("address_key", "address", "network")
+ADDRESS_VALUE: Final = codec("address_value", "id", "kind", "verdict")
+POD_KEY: Final = codec("pod_key", "netns_cookie")
+POD_VALUE: Final = codec("pod_value", "address4", "address6", "network", "cgroup_id")
+OPEN_KEY: Final = codec("open_key", "local", "remote", "service", "direction", "protocol")
+
+
+def ip_from_wire(address: bytes) -> Ip:
+    """From the 4 or 16 bytes of the control plane. Other lengths: ValueError."""
+    if len(address) == 4:
+        return Ip(V4_PREFIX + address)
+    if len(address) == 16:
+        return Ip(address)
+    raise ValueError(f"an address has 4 or 16 bytes, not {len(address)}")
+
+
+def ip_from_text(text: str) -> Ip:
+    return ip_from_wire(ipaddress.ip_address(text).packed)
+
+
+def ip_to_text(ip: bytes) -> str:
+    if ip[:12] == V4_PREFIX:
+        return ".".join(map(str, ip[12:]))
+    return str(ipaddress.IPv6Address(ip))
+
+
+def is_v4(ip: bytes) -> bool:
+    return ip[:12] == V4_PREFIX
+
+
+def port_bytes(port: int) -> bytes:
+    return port.to_bytes(2, "big")
+
+
+def port_number(port: bytes) -> int:
+    return int.from_bytes(port, "big")
+
+
+_networks: dict[int, str] = {}
+
+
+@lru_cache(maxsize=4096)
+def network_id(name: str) -> int:
+    """The 32-bit id of a network's name, the same after any restart; 0 for the empty one.
+
+    ValueError when another name seen before has the same id (a hash).
+    """
+    if not name:
+        return 0
+    found = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little") or 1
+    if _networks.setdefault(found, name) != name:
+        raise ValueError(f"the ids of networks {name!r} and {_networks[found]!r} collide")
+    return found
+
+
+def stable_id(name: str) -> int:
+    """A 64-bit id of a name, the same after any restart; never 0."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") or 1
