@@ -1,0 +1,1 @@
+"""What the processes agree on: subjects, messages, settings, ports. Versioned; pinned by golden bytes."""

@@ -1,0 +1,204 @@
+"""What the data plane reads of an `istio.workload.Address` and of a policy, decoded and checked once.
+
+Only what decides traffic becomes Python objects; everything else (names for telemetry, locality) is
+read from the serialized message when somebody asks. A message that cannot be used raises FieldError
+with the field's path: the client answers the control plane with it.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from sys import intern
+from typing import Final
+
+import msgspec
+from google.protobuf.message import DecodeError
+
+from pykmesh.kernel.records import Ip, ip_from_wire, network_id
+from pykmesh.proto import authorization_pb2, workload_pb2
+
+PORT_MAX: Final = 65535
+_V6_BITS, _V4_BITS = 128, 32
+
+
+class FieldError(Exception):
+    """A resource that cannot be accepted: the field's path, and why."""
+
+    def __init__(self, field: str, why: str) -> None:
+        super().__init__(f"{field}: {why}" if field else why)
+
+
+class Mode(IntEnum):
+    """istio.workload.LoadBalancing.Mode"""
+
+    UNSPECIFIED = 0
+    STRICT = 1
+    FAILOVER = 2
+    PASSTHROUGH = 3
+
+
+class Families(IntEnum):
+    """istio.workload.IPFamilies"""
+
+    AUTOMATIC = 0
+    V4 = 1
+    V6 = 2
+    DUAL = 3
+
+
+class Service(msgspec.Struct, frozen=True, gc=False):
+    """A service, as far as it decides traffic. `ports` maps service port to target port, 0 by name."""
+
+    name: str
+    hostname: str
+    vips: tuple[tuple[str, Ip], ...]
+    ports: tuple[tuple[int, int], ...]
+    families: Families
+    mode: Mode
+    scopes: tuple[int, ...]
+    allows_unhealthy: bool
+    has_waypoint: bool
+    canonical: bool
+
+
+class Workload(msgspec.Struct, frozen=True, gc=False):
+    """A workload, as far as it decides traffic. `services` maps service names to port overrides."""
+
+    uid: str
+    network: str
+    addresses: tuple[Ip, ...]
+    services: tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
+    healthy: bool
+    host_network: bool
+    has_waypoint: bool
+    prefers_hbone: bool
+    capacity: int
+    policies: tuple[str, ...]
+    raw: bytes
+
+
+class Policy(msgspec.Struct, frozen=True, gc=False):
+    """Whom an authorization policy concerns: "" everybody, a namespace, or (None) who names it."""
+
+    name: str
+    namespace: str | None
+
+
+def decode_address(value: bytes) -> Service | Workload:
+    """Raises FieldError."""
+    try:
+        message = workload_pb2.Address.FromString(value)
+    except DecodeError as error:
+        raise FieldError("", f"not an Address message: {error}") from error
+    kind = message.WhichOneof("type")
+    if kind == "workload":
+        return _workload(message.workload, value)
+    if kind == "service":
+        return _service(message.service)
+    raise FieldError("type", "neither a workload nor a service")
+
+
+def _workload(message: workload_pb2.Workload, raw: bytes) -> Workload:
+    if not message.uid:
+        raise FieldError("workload.uid", "empty")
+    if message.tunnel_protocol not in (0, 1):
+        raise FieldError("workload.tunnel_protocol", f"{message.tunnel_protocol} is not supported")
+    if message.status not in (0, 1):
+        raise FieldError("workload.status", f"{message.status} is unknown")
+    if message.network_mode not in (0, 1):
+        raise FieldError("workload.network_mode", f"{message.network_mode} is unknown")
+    return Workload(
+        uid=message.uid,
+        network=_network("workload.network", message.network),
+        addresses=tuple([_ip("workload.addresses", a) for a in message.addresses]),
+        services=tuple(
+            [(intern(k), _ports("workload.services", v.ports)) for k, v in message.services.items()]
+        ),
+        healthy=message.status == 0,
+        host_network=message.network_mode == 1,
+        has_waypoint=message.HasField("waypoint"),
+        prefers_hbone=message.tunnel_protocol == 1,
+        capacity=message.capacity.value if message.HasField("capacity") else 1,
+        policies=tuple(message.authorization_policies),
+        raw=raw,
+    )
+
+
+def _service(message: workload_pb2.Service) -> Service:
+    if not message.namespace or not message.hostname:
+        raise FieldError("service.namespace" if not message.namespace else "service.hostname", "empty")
+    balancing = message.load_balancing
+    try:
+        families, mode = Families(message.ip_families), Mode(balancing.mode)
+    except ValueError as error:
+        field = "ip_families" if message.ip_families > Families.DUAL else "load_balancing.mode"
+        raise FieldError(f"service.{field}", str(error)) from error
+    if balancing.health_policy not in (0, 1):
+        raise FieldError("service.load_balancing.health_policy", f"{balancing.health_policy} is unknown")
+    return Service(
+        name=f"{message.namespace}/{message.hostname}",
+        hostname=message.hostname,
+        vips=tuple([vip for a in message.addresses if (vip := _vip(a)) is not None]),
+        ports=_ports("service.ports", message.ports),
+        families=families,
+        mode=mode,
+        scopes=tuple(balancing.routing_preference),
+        allows_unhealthy=balancing.health_policy == 1,
+        has_waypoint=message.HasField("waypoint") or bool(message.weighted_waypoints),
+        canonical=message.canonical,
+    )
+
+
+def _vip(message: workload_pb2.NetworkAddress) -> tuple[str, Ip] | None:
+    """A single address. A range is not held yet: its addresses are then no service's."""
+    ip = _ip("service.addresses", message.address)
+    bits = _V4_BITS if len(message.address) == _V4_BITS // 8 else _V6_BITS
+    if message.HasField("length"):
+        if message.length > bits:
+            raise FieldError("service.addresses.length", f"{message.length} of {bits} bits")
+        if message.length < bits:
+            return None
+    return _network("service.addresses.network", message.network), ip
+
+
+def _network(field: str, name: str) -> str:
+    try:
+        network_id(name)
+    except ValueError as error:
+        raise FieldError(field, str(error)) from error
+    return intern(name)
+
+
+def _ip(field: str, address: bytes) -> Ip:
+    try:
+        return ip_from_wire(address)
+    except ValueError as error:
+        raise FieldError(field, str(error)) from error
+
+
+def _ports(field: str, ports: object) -> tuple[tuple[int, int], ...]:
+    found = []
+    for port in ports:  # type: ignore[attr-defined]  # a repeated field, whose type the stubs do not export
+        if not 0 < port.service_port <= PORT_MAX:
+            raise FieldError(f"{field}.service_port", f"{port.service_port} is no port")
+        if port.target_port > PORT_MAX:
+            raise FieldError(f"{field}.target_port", f"{port.target_port} is no port")
+        found.append((port.service_port, port.target_port))
+    return tuple(dict(found).items()) if len(found) > 1 else tuple(found)
+
+
+def decode_policy(name: str, value: bytes) -> Policy:
+    """Raises FieldError; an action or scope that is not known is refused, never guessed."""
+    try:
+        message = authorization_pb2.Authorization.FromString(value)
+    except DecodeError as error:
+        raise FieldError("", f"not an Authorization message: {error}") from error
+    if message.action not in (0, 1):
+        raise FieldError("action", f"{message.action} is unknown")
+    if message.scope == authorization_pb2.GLOBAL:
+        return Policy(name, "")
+    if message.scope == authorization_pb2.NAMESPACE:
+        return Policy(name, message.namespace)
+    if message.scope == authorization_pb2.WORKLOAD_SELECTOR:
+        return Policy(name, None)
+    raise FieldError("scope", f"{message.scope} is unknown")

@@ -1,0 +1,88 @@
+"""Enrolment over the loader's own unix socket: one request and one reply a connection, JSON, with the
+cgroup's and the network namespace's descriptors passed beside it. It works without the bus."""
+
+from __future__ import annotations
+
+import os
+import socket
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+MESSAGE_BYTES: Final = 1 << 20
+TIMEOUT_S: Final = 10.0
+
+
+class Action(StrEnum):
+    ENROLL = "enroll"
+    UNENROLL = "unenroll"
+    LIST = "list"
+
+
+class Request(msgspec.Struct, frozen=True):
+    """Descriptors follow in the order cgroup, network namespace; LIST takes none."""
+
+    action: Action
+    has_netns: bool = False
+
+
+class Enrolled(msgspec.Struct, frozen=True):
+    """One enrolled cgroup. `path` is None when the cgroup is gone, the addresses when it has none."""
+
+    cgroup_id: int
+    path: str | None
+    programs: int
+    netns_cookie: int | None = None
+    address4: str | None = None
+    address6: str | None = None
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """`error` is empty when it was done."""
+
+    error: str = ""
+    enrolled: list[Enrolled] = []
+
+
+class EnrollmentError(Exception):
+    """The loader refused, or is not there; the text is for the user."""
+
+
+def ask(path: Path, request: Request, descriptors: list[int]) -> Reply:
+    """Asks the loader; raises EnrollmentError with what it said."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(TIMEOUT_S)
+        try:
+            connection.connect(str(path))
+            socket.send_fds(connection, [msgspec.json.encode(request)], descriptors)
+            data = connection.recv(MESSAGE_BYTES)
+        except (OSError, TimeoutError) as error:
+            raise EnrollmentError(
+                f"bpf_loader at {path}: {error.strerror or error}; is the mesh up?"
+            ) from error
+    try:
+        reply = msgspec.json.decode(data, type=Reply)
+    except msgspec.MsgspecError as error:
+        raise EnrollmentError(f"bpf_loader at {path} answered {data[:80]!r}") from error
+    if reply.error:
+        raise EnrollmentError(reply.error)
+    return reply
+
+
+def ask_for_cgroup(path: Path, action: Action, cgroup: Path, netns: Path | None) -> Reply:
+    """Opens the cgroup and the namespace and asks; both are named in the error when they cannot be opened."""
+    descriptors: list[int] = []
+    try:
+        for target in (cgroup, netns):
+            if target is None:
+                continue
+            try:
+                descriptors.append(os.open(target, os.O_RDONLY))
+            except OSError as error:
+                raise EnrollmentError(f"{target}: {error.strerror}") from error
+        return ask(path, Request(action, netns is not None), descriptors)
+    finally:
+        for fd in descriptors:
+            os.close(fd)

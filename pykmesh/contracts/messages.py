@@ -1,0 +1,169 @@
+"""Every subject of the bus, its owner and its messages.
+
+Encoding: MessagePack arrays in field order, so a field may be added at the end and never moved. A
+message opens with the version of its contract; a reader refuses one that it does not know.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, StrEnum
+from typing import Final, TypeVar
+
+import msgspec
+
+VERSION: Final = 1
+BATCH_BYTES: Final = 256 * 1024
+"""About how much a batch or a snapshot page carries: large ones move ten times the bytes a second."""
+
+
+class Subject(StrEnum):
+    """Owner (the only publisher, or the one that answers) in the comment."""
+
+    CONFIG_LOG = "pykmesh.v1.config.log"  # xds_client publishes ConfigBatch
+    CONFIG_SNAPSHOT = "pykmesh.v1.config.snapshot"  # xds_client answers SnapshotRequest with SnapshotPage
+    MAP_REPORT = "pykmesh.v1.map.report"  # map_writer publishes MapReport
+    MAP_RESOLVE = "pykmesh.v1.map.resolve"  # map_writer answers ResolveRequest with ResolveReply
+
+
+class ResourceType(IntEnum):
+    ADDRESS = 0
+    AUTHORIZATION = 1
+
+
+TYPE_URLS: Final = {
+    ResourceType.ADDRESS: "type.googleapis.com/istio.workload.Address",
+    ResourceType.AUTHORIZATION: "type.googleapis.com/istio.security.Authorization",
+}
+
+
+class _Message(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    pass
+
+
+class Resource(_Message):
+    """`value` is the serialized message as the control plane sent it."""
+
+    name: str
+    value: bytes
+
+
+class ConfigBatch(_Message):
+    """Changes in order: removals first, then upserts. `seq` counts up by one within an `epoch`.
+
+    Each second the last `seq` is repeated without changes, so that a reader notices the loss of the
+    last batch.
+    """
+
+    version: int
+    epoch: str
+    seq: int
+    type: ResourceType
+    removed: list[str]
+    upserts: list[Resource]
+    complete: bool
+    """The last batch of what the control plane sent in one response: a reader acts now, not before."""
+    synced: bool
+    """With this batch the control plane's first full state since the epoch began is complete."""
+
+    @property
+    def is_heartbeat(self) -> bool:
+        return not (self.removed or self.upserts or self.complete)
+
+
+class SnapshotRequest(_Message):
+    """`cursor` is empty for the first page, then what the last page named."""
+
+    version: int
+    cursor: str
+
+
+class SnapshotPage(_Message):
+    """The state at `seq` or later: batches after `seq` are applied on top, in order."""
+
+    version: int
+    epoch: str
+    seq: int
+    synced: bool
+    type: ResourceType
+    resources: list[Resource]
+    next_cursor: str
+    """Empty on the last page."""
+
+
+class MapReport(_Message):
+    """How far map_writer follows; sent at each step and each second.
+
+    `refused` names every resource that does not fit, with the limit that was met.
+    """
+
+    version: int
+    epoch: str
+    received_seq: int
+    applied_seq: int
+    refused: dict[str, str]
+
+
+class ResolveRequest(_Message):
+    """Ids of service ports, and (network, sixteen address bytes) of workloads."""
+
+    version: int
+    services: list[int]
+    addresses: list[tuple[str, bytes]]
+
+
+class ServiceName(_Message):
+    """`port` is the service's own."""
+
+    name: str
+    namespace: str
+    hostname: str
+    port: int
+
+
+class WorkloadName(_Message):
+    """What Istio's metrics say of a workload; "" where the control plane says nothing."""
+
+    uid: str
+    name: str
+    namespace: str
+    workload: str
+    service_account: str
+    trust_domain: str
+    canonical_name: str
+    canonical_revision: str
+    cluster: str
+    region: str
+    zone: str
+
+
+class ResolveReply(_Message):
+    """In the order of the request; None for what is not known."""
+
+    version: int
+    services: list[ServiceName | None]
+    addresses: list[WorkloadName | None]
+
+
+Message = ConfigBatch | SnapshotRequest | SnapshotPage | MapReport | ResolveRequest | ResolveReply
+_M = TypeVar("_M", bound=Message)
+
+
+class ContractError(Exception):
+    """Bytes on the bus that are no message of this contract; the text says which subject and why."""
+
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(kind: type[_M], data: bytes) -> _M:
+    """Raises ContractError for anything but a message of this kind and version."""
+    if len(data) < 2 or data[1] != VERSION:
+        raise ContractError(f"{kind.__name__}: not version {VERSION} of the contract: {data[:16]!r}")
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ContractError(f"{kind.__name__}: {error}") from error

@@ -1,0 +1,133 @@
+"""Settings of every process: a TOML file, then the environment (`PYKMESH_<FIELD>`) over it."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+ENVIRONMENT_PREFIX: Final = "PYKMESH_"
+SETTINGS_FILE_VARIABLE: Final = "PYKMESH_SETTINGS"
+
+
+class SettingsError(Exception):
+    """A setting that is wrong; the text names it, its value and where it came from."""
+
+
+class CommonSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What every process needs."""
+
+    instance: str = "default"
+    pin_dir: Path = Path("/sys/fs/bpf/pykmesh/default")
+    nats_url: str = "nats://127.0.0.1:15222"
+    nats_password_file: Path | None = None
+    admin_host: str = "127.0.0.1"
+    admin_port: int = 0
+    log_level: str = "info"
+    log_format: str = "auto"
+    """auto: coloured on a terminal, JSON elsewhere; console; json."""
+    otlp_endpoint: str = ""
+    """Where traces go, such as http://127.0.0.1:4318; empty: none are made."""
+    network: str = ""
+    """The network of this node, as the control plane names it."""
+
+
+class XdsClientSettings(CommonSettings, frozen=True, kw_only=True):
+    admin_port: int = 15210
+    xds_address: str = "127.0.0.1:15010"
+    xds_root_cert: Path | None = None
+    """Root certificate: the connection is TLS. None: plaintext."""
+    xds_token_file: Path | None = None
+    """Bearer token, read again for each connection."""
+    xds_server_name: str = ""
+    """The name in the server's certificate, when it is not the address's."""
+    node_name: str = ""
+    """The Kubernetes node; empty: the host's name."""
+    node_ip: str = "127.0.0.1"
+    namespace: str = "istio-system"
+    pod_name: str = ""
+    service_account: str = ""
+    cluster_id: str = "Kubernetes"
+    max_message_bytes: int = 1 << 30
+    report_deadline_s: float = 5.0
+    """How long the answer to the control plane waits for map_writer's report."""
+    in_flight_batches: int = 64
+    """Batches published and not yet reported on, at most, while map_writer reports."""
+
+
+class MapWriterSettings(CommonSettings, frozen=True, kw_only=True):
+    admin_port: int = 15211
+    node_name: str = ""
+    refuse_unenforced_policy: bool = False
+    """Refuse connections to workloads with policies until those are enforced."""
+
+
+class LoaderSettings(CommonSettings, frozen=True, kw_only=True):
+    admin_port: int = 15212
+    enroll_socket: Path = Path("/run/pykmesh/default/enroll.sock")
+    cgroup_root: Path | None = None
+    """Where cgroup v2 is mounted; None: found in /proc/mounts."""
+    services_max: int = 262_144
+    endpoints_max: int = 2_097_152
+    addresses_max: int = 2_097_152
+    pods_max: int = 4_096
+    opens_max: int = 131_072
+    datagrams_max: int = 65_536
+    flows_bytes: int = 16 * 1024 * 1024
+    telemetry: bool = True
+
+
+class TelemetrySettings(CommonSettings, frozen=True, kw_only=True):
+    admin_port: int = 15213
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = 15020
+    drain_interval_s: float = 0.01
+    observe_buffer: int = 4096
+
+
+_S = TypeVar("_S", bound=CommonSettings)
+
+
+def load(kind: type[_S], environment: Mapping[str, str] = os.environ) -> _S:
+    """Raises SettingsError for a file that cannot be read and for a value of the wrong kind."""
+    path = environment.get(SETTINGS_FILE_VARIABLE)
+    values = _from_file(Path(path)) if path else {}
+    known = set(kind.__struct_fields__)
+    values = {name: value for name, value in values.items() if name in known}
+    for name in known:
+        text = environment.get(ENVIRONMENT_PREFIX + name.upper())
+        if text is not None:
+            values[name] = text or None if _is_optional(kind, name) else text
+    try:
+        return msgspec.convert(values, kind, strict=False, dec_hook=_to_path)
+    except msgspec.ValidationError as error:
+        where = f"{path} and the environment" if path else "the environment"
+        raise SettingsError(f"settings from {where}: {error}") from error
+
+
+def to_environment(settings: CommonSettings) -> dict[str, str]:
+    """The environment that gives a process these settings."""
+    pairs = ((name, getattr(settings, name)) for name in settings.__struct_fields__)
+    return {ENVIRONMENT_PREFIX + name.upper(): "" if value is None else str(value) for name, value in pairs}
+
+
+def _is_optional(kind: type[CommonSettings], name: str) -> bool:
+    field = next(f for f in msgspec.structs.fields(kind) if f.name == name)
+    return field.default is None
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"settings file {path}: {error}") from error
+
+
+def _to_path(kind: type, value: Any) -> Any:
+    if kind is Path:
+        return Path(value)
+    raise NotImplementedError(kind)

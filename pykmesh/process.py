@@ -1,0 +1,151 @@
+"""What every process is made of: settings, logs, traces, the administrative HTTP, a clean end.
+
+A process is an `app(runtime)` that runs until it is cancelled. What it cannot handle ends it: the
+supervisor starts it again, and the state is in the kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic, TypeVar
+
+import anyio
+import anyio.abc
+import structlog
+from opentelemetry.sdk.trace import TracerProvider
+
+from pykmesh import __version__, bus, logs, tracing
+from pykmesh.admin import Admin, Page, Query, as_json
+from pykmesh.contracts.settings import CommonSettings, SettingsError, load
+from pykmesh.readiness import Readiness
+
+log = structlog.get_logger(__name__)
+
+EXIT_SETTINGS = 2
+ERRORS_KEPT = 20
+_S = TypeVar("_S", bound=CommonSettings)
+
+
+class Runtime(Generic[_S]):
+    """What an app gets: its settings, readiness, status page, and the errors to show there."""
+
+    def __init__(self, name: str, settings: _S) -> None:
+        self.name = name
+        self.settings = settings
+        self.readiness = Readiness()
+        self.admin = Admin()
+        self.started = time.time()
+        self.errors: deque[dict[str, Any]] = deque(maxlen=ERRORS_KEPT)
+        self.details: Callable[[], dict[str, Any]] = dict
+        self.bus: bus.NatsBus | None = None
+
+    def note_error(self, what: str, **data: Any) -> None:
+        """Logs an error and keeps it for the status page."""
+        log.error(what, **data)
+        self.errors.append({"time": time.time(), "event": what, **{k: str(v) for k, v in data.items()}})
+
+    def status(self) -> dict[str, Any]:
+        """Version, readiness, errors and what the app adds: the shape of `pykmesh status -o json`."""
+        return {
+            "process": self.name,
+            "version": __version__,
+            "pid": os.getpid(),
+            "started": self.started,
+            "ready": self.readiness.ready,
+            "waits_for": self.readiness.pending,
+            "bus": None if self.bus is None else self.bus.connected,
+            "errors": list(self.errors),
+            **self.details(),
+        }
+
+    async def connect_bus(self, on_connect: Callable[[], None] | None = None) -> bus.NatsBus:
+        """Waits for the broker; the status says so meanwhile."""
+        self.readiness.wait_for("bus")
+        self.bus = await bus.connect(
+            self.settings.nats_url, self.name, self.settings.nats_password_file, on_connect=on_connect
+        )
+        self.readiness.done("bus")
+        return self.bus
+
+
+App = Callable[[Runtime[_S]], Awaitable[None]]
+
+
+def main(name: str, kind: type[_S], app: App[_S]) -> None:
+    """Runs a process by its settings and exits: 0 when told to end, 2 for wrong settings, 1 otherwise."""
+    try:
+        settings = load(kind)
+        logs.configure(name, settings.log_level, settings.log_format)
+    except (SettingsError, ValueError) as error:
+        sys.exit(f"{name}: {error}")
+    provider = tracing.configure(name, settings.instance, settings.otlp_endpoint)
+    code = anyio.run(_run, Runtime(name, settings), app, backend_options={"use_uvloop": True})
+    if isinstance(provider, TracerProvider):
+        provider.shutdown()
+    sys.exit(code)
+
+
+async def _run(runtime: Runtime[_S], app: App[_S]) -> int:
+    code = 0
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_end_on_signal, tasks.cancel_scope)
+            await _start_admin(runtime, tasks)
+            log.info("process_started", version=__version__, pid=os.getpid())
+            tasks.start_soon(_report_readiness, runtime)
+            await app(runtime)
+            tasks.cancel_scope.cancel()
+    except* Exception as group:  # the one place where a process's end is told  # noqa: BLE001
+        for error in _leaves(group):
+            log.error("process_failed", error=f"{type(error).__name__}: {error}")
+        log.debug("process_failed_where", exc_info=group)
+        code = 1
+    if runtime.bus is not None:
+        await runtime.bus.close()
+    log.info("process_ended", code=code)
+    return code
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found
+
+
+async def _end_on_signal(scope: anyio.CancelScope) -> None:
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            log.info("signal_received", signal=signal.Signals(number).name)
+            scope.cancel()
+            return
+
+
+async def _start_admin(runtime: Runtime[_S], tasks: anyio.abc.TaskGroup) -> None:
+    settings, admin = runtime.settings, runtime.admin
+
+    async def readyz(_: Query) -> Page:
+        ready = runtime.readiness.ready
+        return as_json({"ready": ready, "waits_for": runtime.readiness.pending}, 200 if ready else 503)
+
+    admin.page("/livez", lambda: {"alive": True})
+    admin.route("/readyz", readyz)
+    admin.page("/status", runtime.status)
+    admin.page("/version", lambda: {"process": runtime.name, "version": __version__})
+    try:
+        await tasks.start(admin.serve, settings.admin_host, settings.admin_port)
+    except OSError as error:
+        where = f"{settings.admin_host}:{settings.admin_port}"
+        raise RuntimeError(
+            f"admin port {where}: {error.strerror or error}; set PYKMESH_ADMIN_PORT"
+        ) from error
+
+
+async def _report_readiness(runtime: Runtime[_S]) -> None:
+    await runtime.readiness.until_ready()
+    log.info("process_ready", after_s=round(time.time() - runtime.started, 3))
