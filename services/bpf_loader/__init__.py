@@ -1,0 +1,1 @@
+"""Owns the existence of programs, maps, links and pins, and which cgroups are enrolled."""

@@ -1,0 +1,80 @@
+"""Wires the loader: pin directory, programs, enrolment, its door. Needs no bus."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import structlog
+
+from pykmesh.contracts.settings import LoaderSettings
+from pykmesh.kernel import cgroups, pins
+from pykmesh.kernel.hooks import Programs, ProgramSettings, can_set_retval
+from pykmesh.kernel.layout import check_enums
+from pykmesh.kernel.records import network_id
+from pykmesh.process import Runtime
+from services.bpf_loader.door import Door
+from services.bpf_loader.enrollment import Enrollment
+
+log = structlog.get_logger(__name__)
+
+SWEEP_INTERVAL_S = 5.0
+
+
+async def run(runtime: Runtime[LoaderSettings]) -> None:
+    """Loads, adopts what is attached, then serves enrolment until cancelled. Exit detaches nothing."""
+    settings = runtime.settings
+    runtime.readiness.wait_for("programs")
+    check_enums()
+    root = settings.cgroup_root or cgroups.find_root()
+    if await anyio.to_thread.run_sync(pins.prepare, settings.pin_dir):
+        log.info("bpffs_mounted", pin_dir=str(settings.pin_dir))
+    held = pins.lock(settings.pin_dir)
+    programs = await anyio.to_thread.run_sync(_load, settings)
+    enrollment = Enrollment(settings.pin_dir, root, settings.instance, settings.network, programs)
+    updated = await anyio.to_thread.run_sync(enrollment.adopt)
+    log.info("programs_loaded", links_updated=updated, pin_dir=str(settings.pin_dir))
+    runtime.details = lambda: _details(settings, enrollment)
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(Door(settings.enroll_socket, enrollment).serve)
+            tasks.start_soon(_sweep, enrollment)
+            runtime.readiness.done("programs")
+    finally:
+        programs.close()
+        os.close(held)
+
+
+def _load(settings: LoaderSettings) -> Programs:
+    sizes = {
+        "services": settings.services_max,
+        "endpoints": settings.endpoints_max,
+        "addresses": settings.addresses_max,
+        "pods": settings.pods_max,
+        "opens": settings.opens_max,
+        "datagrams": settings.datagrams_max,
+        "flows": settings.flows_bytes,
+    }
+    fixed = ProgramSettings(
+        instance_name=settings.instance,
+        node_network=network_id(settings.network),
+        has_set_retval=can_set_retval(),
+        has_telemetry=settings.telemetry,
+    )
+    return Programs(pins.maps_dir(settings.pin_dir), sizes, fixed)
+
+
+async def _sweep(enrollment: Enrollment) -> None:
+    while True:
+        await anyio.sleep(SWEEP_INTERVAL_S)
+        await anyio.to_thread.run_sync(enrollment.sweep)
+
+
+def _details(settings: LoaderSettings, enrollment: Enrollment) -> dict[str, Any]:
+    return {
+        "pin_dir": str(settings.pin_dir),
+        "refuses_with": "ECONNREFUSED" if can_set_retval() else "EPERM",
+        "enrolled": enrollment.list(),
+    }
