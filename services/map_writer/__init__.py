@@ -1,0 +1,1 @@
+"""Owns the contents of the configuration maps: follows xds_client, plans, writes, reports."""

@@ -1,0 +1,256 @@
+"""Wires map_writer: bus -> follower -> planner -> maps, and reports back.
+
+One task owns the mesh, the plan and the maps; the bus only fills its inbox. Writes run in a thread,
+so that answers and heartbeats go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import structlog
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from pykmesh import tracing
+from pykmesh.bus import Bus, BusUnavailableError, Headers
+from pykmesh.contracts import messages
+from pykmesh.contracts.messages import (
+    ConfigBatch,
+    ContractError,
+    MapReport,
+    SnapshotPage,
+    SnapshotRequest,
+    Subject,
+)
+from pykmesh.contracts.settings import MapWriterSettings
+from pykmesh.kernel import libbpf
+from pykmesh.kernel.layout import check_enums
+from pykmesh.kernel.maps import MapFullError, PinError
+from pykmesh.process import Runtime
+from services.map_writer.desired import Rules
+from services.map_writer.follower import Change, Follower, GapError
+from services.map_writer.names import Names
+from services.map_writer.pages import add_pages
+from services.map_writer.planner import Planner, Step, entries
+from services.map_writer.writer import Maps
+
+log = structlog.get_logger(__name__)
+
+INBOX_BATCHES = 4096
+REPORT_INTERVAL_S = 1.0
+REPORT_EVERY_BATCHES = 16
+RETRY_S = 0.2
+
+Item = tuple[ConfigBatch, Headers]
+
+
+class MapWriter:
+    """The state of the process and its loop."""
+
+    def __init__(self, runtime: Runtime[MapWriterSettings], bus: Bus, maps: Maps) -> None:
+        settings = runtime.settings
+        self._runtime = runtime
+        self._bus = bus
+        self.maps = maps
+        self.follower = Follower()
+        self._rules = Rules(settings.network, settings.refuse_unenforced_policy)
+        self.planner: Planner
+        self.applied_seq = 0
+        self.last_write: dict[str, Any] = {}
+        self.last_sync = 0.0
+        self._lost = True
+        """The log cannot be followed: a snapshot is needed."""
+        self._send: MemoryObjectSendStream[Item]
+        self._inbox: MemoryObjectReceiveStream[Item]
+        self._send, self._inbox = anyio.create_memory_object_stream[Item](INBOX_BATCHES)
+
+    async def receive(self, data: bytes, headers: Headers) -> None:
+        """From the bus. A full inbox drops the batch: the gap is found by its number."""
+        try:
+            batch = messages.decode(ConfigBatch, data)
+        except ContractError as error:
+            self._runtime.note_error("batch_not_understood", error=error)
+            return
+        try:
+            self._send.send_nowait((batch, headers))
+        except anyio.WouldBlock:
+            log.warning("inbox_full", batches=INBOX_BATCHES, effect="resync")
+
+    async def run(self) -> None:
+        """Runs until cancelled."""
+        await self._read_maps()
+        self._runtime.readiness.done("maps")
+        while True:
+            if self._lost:
+                await self._resync()
+            batch, headers = await self._inbox.receive()
+            try:
+                change = self.follower.offer(batch)
+            except GapError as gap:
+                log.info("gap_found", gap=str(gap))
+                self._lost = True
+                continue
+            if change is not None:
+                await self._write(change, headers)
+            elif batch.seq % REPORT_EVERY_BATCHES == 0:
+                await self.report()
+
+    async def _read_maps(self) -> None:
+        held = await anyio.to_thread.run_sync(self.maps.read)
+        self.planner = Planner(held, self.maps.limits, self._rules)
+        found = {
+            "services": len(held.services),
+            "endpoints": held.endpoints,
+            "addresses": len(held.addresses),
+        }
+        log.info("maps_read", **found)
+
+    async def _resync(self) -> None:
+        """Fetches a snapshot, again and again until xds_client answers. The maps stay as they are."""
+        self._runtime.readiness.wait_for("snapshot")
+        while self._lost:
+            gc.disable()
+            try:
+                change = await self.follower.resync(self._fetch)
+                self._lost = False
+            except (BusUnavailableError, GapError, ContractError) as error:
+                log.info("snapshot_awaited", error=str(error))
+                await anyio.sleep(RETRY_S)
+                continue
+            finally:
+                gc.enable()
+        self._runtime.readiness.done("snapshot")
+        if change is not None:
+            await self._write(change, {})
+        else:
+            self._runtime.readiness.wait_for("control plane")
+            await self.report()
+
+    async def _fetch(self, cursor: str) -> SnapshotPage:
+        request = SnapshotRequest(messages.VERSION, cursor)
+        data = await self._bus.request(Subject.CONFIG_SNAPSHOT, messages.encode(request))
+        return messages.decode(SnapshotPage, data)
+
+    async def _write(self, change: Change, headers: Headers) -> None:
+        started = time.perf_counter()
+        with tracing.tracer.start_as_current_span(
+            "map_writer apply", context=tracing.parent(headers)
+        ) as span:
+            steps = self._plan(change)
+            planned = time.perf_counter()
+            await self._apply(steps)
+            counted = entries(steps, self.maps.key_bytes)
+            self.last_write = {
+                "entries": dict(counted),
+                "plan_ms": round((planned - started) * 1e3, 3),
+                "write_ms": round((time.perf_counter() - planned) * 1e3, 3),
+                "time": time.time(),
+            }
+            span.set_attributes({f"pykmesh.entries.{name}": number for name, number in counted.items()})
+        self.applied_seq = self.follower.received_seq
+        if change.sweep:
+            self.last_sync = time.time()
+            gc.freeze()
+            self._runtime.readiness.done("control plane")
+            log.info("maps_synced", epoch=self.follower.epoch, **self.last_write)
+        await self.report()
+
+    def _plan(self, change: Change) -> list[Step]:
+        if change.sweep:
+            return self.planner.sweep(self.follower.mesh)
+        return self.planner.plan(self.follower.mesh, change.touched)
+
+    async def _apply(self, steps: list[Step]) -> None:
+        """A write that fails leaves maps that are not what the planner thinks: they are read and swept once more."""
+        try:
+            await self._apply_once(steps)
+        except (MapFullError, libbpf.KernelError) as error:
+            self._runtime.note_error("map_write_failed", error=error, effect="maps are read again")
+            await self._read_maps()
+            await self._apply_once(self.planner.sweep(self.follower.mesh))
+
+    async def _apply_once(self, steps: list[Step]) -> None:
+        if sum(len(step.keys) for step in steps) < SMALL_BYTES:
+            self.maps.apply(steps)
+        else:
+            await anyio.to_thread.run_sync(self.maps.apply, steps)
+
+    async def report(self) -> None:
+        """A report that is lost is made up for by the next one."""
+        follower = self.follower
+        report = MapReport(
+            messages.VERSION, follower.epoch, follower.received_seq, self.applied_seq, self.planner.refused
+        )
+        try:
+            await self._bus.publish(Subject.MAP_REPORT, messages.encode(report))
+        except BusUnavailableError:
+            log.debug("report_dropped", applied_seq=self.applied_seq)
+
+    def status(self) -> dict[str, Any]:
+        mesh, held = self.follower.mesh, self.planner.held
+        return {
+            "epoch": self.follower.epoch,
+            "applied_seq": self.applied_seq,
+            "last_sync": self.last_sync,
+            "resyncs": self.follower.resyncs,
+            "services": len(mesh.services),
+            "workloads": len(mesh.workloads),
+            "policies": len(mesh.policies),
+            "policy_not_enforced": mesh.unenforced(),
+            "maps": {
+                "services": [len(held.services), self.maps.limits.services],
+                "endpoints": [held.endpoints, self.maps.limits.endpoints],
+                "addresses": [len(held.addresses), self.maps.limits.addresses],
+            },
+            "map_memory_bytes": self.maps.memory_bytes(),
+            "refused": self.planner.refused,
+            "last_write": self.last_write,
+        }
+
+
+SMALL_BYTES = 4096
+"""Keys of a plan that is written without a thread: some microseconds, less than the way there."""
+
+
+async def run(runtime: Runtime[MapWriterSettings]) -> None:
+    """Waits for pins and broker, then follows until cancelled. Exit leaves the maps as they are."""
+    check_enums()
+    for task in ("pins", "maps", "snapshot"):
+        runtime.readiness.wait_for(task)
+    maps = await _open_maps(runtime)
+    bus = await runtime.connect_bus()
+    writer = MapWriter(runtime, bus, maps)
+    async with anyio.create_task_group() as tasks:
+        await bus.subscribe(Subject.CONFIG_LOG, writer.receive)
+        await bus.serve(Subject.MAP_RESOLVE, Names(writer.follower, lambda: writer.planner).answer)
+        tasks.start_soon(_report_each_second, runtime, writer)
+        await writer.run()
+
+
+async def _open_maps(runtime: Runtime[MapWriterSettings]) -> Maps:
+    told = ""
+    while True:
+        try:
+            maps = Maps(runtime.settings.pin_dir)
+        except PinError as error:
+            if str(error) != told:
+                told = str(error)
+                log.info("pins_awaited", error=told)
+            await anyio.sleep(RETRY_S)
+            continue
+        runtime.readiness.done("pins")
+        return maps
+
+
+async def _report_each_second(runtime: Runtime[MapWriterSettings], writer: MapWriter) -> None:
+    while "maps" in runtime.readiness.pending:
+        await anyio.sleep(RETRY_S)
+    runtime.details = writer.status
+    add_pages(runtime.admin, writer.follower, lambda: writer.planner)
+    while True:
+        await writer.report()
+        await anyio.sleep(REPORT_INTERVAL_S)

@@ -1,0 +1,114 @@
+"""Follows xds_client's log: batches in sequence, and a snapshot whenever the sequence breaks.
+
+Pure but for the two calls that it is given. Invariant: `applied` never names a batch whose changes
+are not all in `mesh`, and a mesh is only swept into the maps when xds_client called it complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+import structlog
+
+from pykmesh.contracts.address import FieldError, decode_address, decode_policy
+from pykmesh.contracts.messages import ConfigBatch, Resource, ResourceType, SnapshotPage
+from services.map_writer.mesh import Mesh, Touched
+
+log = structlog.get_logger(__name__)
+
+FetchPage = Callable[[str], Awaitable[SnapshotPage]]
+
+
+class Change(NamedTuple):
+    """Something to write: all of the mesh (sweep), or what was touched."""
+
+    sweep: bool
+    touched: Touched
+
+
+class Follower:
+    """`offer` takes each batch; `resync` starts anew from a snapshot."""
+
+    def __init__(self) -> None:
+        self.mesh = Mesh()
+        self.epoch = ""
+        self.received_seq = 0
+        self.synced = False
+        """The mesh is complete: it may replace what the maps hold."""
+        self.resyncs = 0
+        self._touched = Touched()
+
+    def offer(self, batch: ConfigBatch) -> Change | None:
+        """Takes the next batch. Returns what to write when it completes a response.
+
+        Raises GapError when batches are missing: only `resync` helps.
+        """
+        if batch.epoch != self.epoch:
+            if batch.seq != 1 or batch.is_heartbeat:
+                raise GapError(f"epoch {batch.epoch} at {batch.seq}, not {self.epoch or 'any'}")
+            self._begin(batch.epoch)
+        expected = self.received_seq if batch.is_heartbeat else self.received_seq + 1
+        if batch.seq < expected:
+            return None
+        if batch.seq > expected:
+            raise GapError(f"batch {batch.seq} of epoch {batch.epoch}, not {expected}")
+        if batch.is_heartbeat:
+            return None
+        self._take(batch)
+        self.received_seq = batch.seq
+        return self._complete(batch.synced) if batch.complete else None
+
+    def _begin(self, epoch: str) -> None:
+        self.mesh, self._touched = Mesh(), Touched()
+        self.epoch, self.received_seq, self.synced = epoch, 0, False
+
+    def _complete(self, synced: bool) -> Change | None:
+        touched, self._touched = self._touched, Touched()
+        if self.synced:
+            return Change(sweep=False, touched=touched)
+        if not synced:
+            return None
+        self.synced = True
+        return Change(sweep=True, touched=touched)
+
+    def _take(self, batch: ConfigBatch) -> None:
+        if batch.type is ResourceType.ADDRESS:
+            for name in batch.removed:
+                self.mesh.remove(name, self._touched)
+        else:
+            for name in batch.removed:
+                self.mesh.remove_policy(name, self._touched)
+        self._put(batch.type, batch.upserts)
+
+    def _put(self, kind: ResourceType, resources: list[Resource]) -> None:
+        mesh, touched = self.mesh, self._touched
+        for name, value in ((resource.name, resource.value) for resource in resources):
+            try:
+                if kind is ResourceType.ADDRESS:
+                    mesh.put(name, decode_address(value), touched)
+                else:
+                    mesh.put_policy(decode_policy(name, value), touched)
+            except FieldError as error:
+                # xds_client checks with the same code: this is another version of it.
+                log.error("resource_not_understood", resource=name, error=str(error))
+
+    async def resync(self, fetch: FetchPage) -> Change | None:
+        """Takes a whole snapshot. What was published since is offered afterwards, in order."""
+        self.resyncs += 1
+        page = await fetch("")
+        epoch, seq, synced = page.epoch, page.seq, page.synced
+        self._begin(epoch)
+        while True:
+            self._put(page.type, page.resources)
+            if not page.next_cursor:
+                break
+            page = await fetch(page.next_cursor)
+            if page.epoch != epoch:
+                raise GapError(f"epoch {page.epoch} in a snapshot of {epoch}")
+        self.received_seq = seq
+        return self._complete(synced)
+
+
+class GapError(Exception):
+    """The log cannot be followed from where the reader stands."""

@@ -1,0 +1,169 @@
+"""The mesh as the control plane described it last, and what a change of it touches.
+
+Pure: no bus, no maps. A resource that refers to one that is not there yet (an endpoint before its
+service) is kept and takes effect when the other comes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import TypeVar
+
+from pykmesh.contracts.address import Policy, Service, Workload
+from pykmesh.kernel.records import Ip
+from pykmesh.proto.workload_pb2 import Address
+
+_K = TypeVar("_K")
+Place = tuple[str, Ip]
+"""(network, address)"""
+
+
+class Touched:
+    """What must be planned anew."""
+
+    def __init__(self) -> None:
+        self.services: set[str] = set()
+        self.places: set[Place] = set()
+
+    def merge(self, other: Touched) -> None:
+        self.services |= other.services
+        self.places |= other.places
+
+
+class Mesh:
+    """Resources by name, with the indexes that planning needs."""
+
+    def __init__(self) -> None:
+        self.services: dict[str, Service] = {}
+        self.workloads: dict[str, Workload] = {}
+        self.policies: dict[str, Policy] = {}
+        self.members: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        self.vip_owners: defaultdict[Place, dict[str, None]] = defaultdict(dict)
+        self.pod_owners: defaultdict[Place, dict[str, None]] = defaultdict(dict)
+
+    def remove(self, name: str, touched: Touched) -> None:
+        """A name that is not there is no error: the control plane removes what it never sent."""
+        if (workload := self.workloads.pop(name, None)) is not None:
+            self._unlink_workload(name, workload, touched)
+        elif (service := self.services.pop(name, None)) is not None:
+            self._unlink_service(name, service, touched)
+
+    def put(self, name: str, resource: Service | Workload, touched: Touched) -> None:
+        """Adds or replaces; a name may change from workload to service."""
+        if isinstance(resource, Workload):
+            before = self.workloads.get(name)
+            if before is not None and before.raw == resource.raw:
+                return
+            self.remove(name, touched)
+            self.workloads[name] = resource
+            self._link_workload(name, resource, touched)
+        else:
+            if self.services.get(name) == resource:
+                return
+            self.remove(name, touched)
+            self.services[name] = resource
+            self._link_service(name, resource, touched)
+
+    def _link_workload(self, name: str, workload: Workload, touched: Touched) -> None:
+        for service, _ in workload.services:
+            self.members[service][name] = None
+            touched.services.add(service)
+        if not workload.host_network:
+            for ip in workload.addresses:
+                place = (workload.network, ip)
+                self.pod_owners[place][name] = None
+                touched.places.add(place)
+
+    def _unlink_workload(self, name: str, workload: Workload, touched: Touched) -> None:
+        for service, _ in workload.services:
+            _drop(self.members, service, name)
+            touched.services.add(service)
+        if not workload.host_network:
+            for ip in workload.addresses:
+                place = (workload.network, ip)
+                _drop(self.pod_owners, place, name)
+                touched.places.add(place)
+
+    def _link_service(self, name: str, service: Service, touched: Touched) -> None:
+        touched.services.add(name)
+        for place in service.vips:
+            self._touch_rivals(place, touched)
+            self.vip_owners[place][name] = None
+            touched.places.add(place)
+
+    def _unlink_service(self, name: str, service: Service, touched: Touched) -> None:
+        touched.services.add(name)
+        for place in service.vips:
+            _drop(self.vip_owners, place, name)
+            self._touch_rivals(place, touched)
+            touched.places.add(place)
+
+    def _touch_rivals(self, place: Place, touched: Touched) -> None:
+        touched.services.update(self.vip_owners.get(place, ()))
+
+    def put_policy(self, policy: Policy, touched: Touched) -> None:
+        if self.policies.get(policy.name) != policy:
+            self.policies[policy.name] = policy
+            self._touch_namespaces({policy.namespace}, touched)
+
+    def remove_policy(self, name: str, touched: Touched) -> None:
+        policy = self.policies.pop(name, None)
+        if policy is not None:
+            self._touch_namespaces({policy.namespace}, touched)
+
+    def _touch_namespaces(self, namespaces: set[str | None], touched: Touched) -> None:
+        """Policies are few and change seldom: everything that one may concern is planned anew."""
+        if namespaces != {None}:
+            touched.merge(self.everything())
+
+    def everything(self) -> Touched:
+        touched = Touched()
+        touched.services.update(self.services)
+        touched.places.update(self.vip_owners, self.pod_owners)
+        return touched
+
+    def owners(self, place: Place) -> list[str]:
+        """Every service and workload that has an address."""
+        return [*self.vip_owners.get(place, ()), *self.pod_owners.get(place, ())]
+
+    def vip_owner(self, place: Place) -> str | None:
+        """Whose address it is, when several services have it: a canonical one, else the first by name."""
+        owners = self.vip_owners.get(place)
+        if not owners:
+            return None
+        return min(owners, key=lambda name: (not self.services[name].canonical, name))
+
+    def pod_at(self, place: Place) -> Workload | None:
+        """Who is meant by an address that several workloads have: a pod over others, HBONE over plain."""
+        owners = self.pod_owners.get(place)
+        if not owners:
+            return None
+        found = (self.workloads[name] for name in owners)
+        return min(found, key=lambda w: ("//Pod/" not in w.uid, not w.prefers_hbone, w.uid))
+
+    def members_of(self, service: str) -> Iterable[Workload]:
+        return (self.workloads[name] for name in self.members.get(service, ()))
+
+    def unenforced(self) -> int:
+        """How many workloads have policies, none of which is enforced yet."""
+        return sum(self.has_policy(workload) for workload in self.workloads.values())
+
+    def has_policy(self, workload: Workload) -> bool:
+        if workload.policies:
+            return True
+        scopes = {policy.namespace for policy in self.policies.values()} - {None}
+        return "" in scopes or (bool(scopes) and namespace_of(workload) in scopes)
+
+
+def namespace_of(workload: Workload) -> str:
+    """The namespace, read from the message itself."""
+    return Address.FromString(workload.raw).workload.namespace
+
+
+def _drop(index: defaultdict[_K, dict[str, None]], key: _K, name: str) -> None:
+    names = index.get(key)
+    if names is not None:
+        names.pop(name, None)
+        if not names:
+            del index[key]

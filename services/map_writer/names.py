@@ -1,0 +1,56 @@
+"""Answers who an id or an address is, for telemetry: names are read from the messages when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pykmesh.contracts import messages
+from pykmesh.contracts.messages import ContractError, ResolveReply, ResolveRequest, ServiceName, WorkloadName
+from pykmesh.kernel.records import Ip
+from pykmesh.proto.workload_pb2 import Address
+from services.map_writer.follower import Follower
+from services.map_writer.planner import Planner
+
+
+class Names:
+    """Reads the state that the loop owns; never changes it."""
+
+    def __init__(self, follower: Follower, planner: Callable[[], Planner]) -> None:
+        self._follower = follower
+        self._planner = planner
+
+    async def answer(self, data: bytes) -> bytes:
+        """A request that is not understood gets an empty reply: the asker goes on without names."""
+        try:
+            request = messages.decode(ResolveRequest, data)
+        except ContractError:
+            return messages.encode(ResolveReply(messages.VERSION, [], []))
+        services = [self._service(number) for number in request.services]
+        addresses = [self._workload(network, Ip(ip)) for network, ip in request.addresses]
+        return messages.encode(ResolveReply(messages.VERSION, services, addresses))
+
+    def _service(self, number: int) -> ServiceName | None:
+        port_id = self._planner().owner_of_list.get(number)
+        if port_id is None:
+            return None
+        namespace, hostname = port_id.service.split("/", 1)
+        return ServiceName(hostname.split(".", 1)[0], namespace, hostname, port_id.port)
+
+    def _workload(self, network: str, ip: Ip) -> WorkloadName | None:
+        pod = self._follower.mesh.pod_at((network, ip))
+        if pod is None:
+            return None
+        message = Address.FromString(pod.raw).workload
+        return WorkloadName(
+            uid=message.uid,
+            name=message.name,
+            namespace=message.namespace,
+            workload=message.workload_name,
+            service_account=message.service_account or "default",
+            trust_domain=message.trust_domain or "cluster.local",
+            canonical_name=message.canonical_name,
+            canonical_revision=message.canonical_revision,
+            cluster=message.cluster_id or "Kubernetes",
+            region=message.locality.region,
+            zone=message.locality.zone,
+        )

@@ -1,0 +1,66 @@
+"""What `pykmesh get --from state` reads: the mesh as map_writer understands it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pykmesh.admin import Admin
+from pykmesh.kernel.records import ENDPOINT_VALUE, ip_to_text, port_number
+from pykmesh.proto.workload_pb2 import Address
+
+from services.map_writer.follower import Follower
+from services.map_writer.planner import Planner
+
+
+def add_pages(admin: Admin, follower: Follower, planner: Callable[[], Planner]) -> None:
+    admin.page(
+        "/services", lambda: [_service(follower, planner(), name) for name in sorted(follower.mesh.services)]
+    )
+    admin.page("/workloads", lambda: [_workload(follower, name) for name in sorted(follower.mesh.workloads)])
+    admin.page("/endpoints", lambda: _endpoints(planner()))
+    admin.page("/ids", lambda: {str(k): [*v] for k, v in planner().owner_of_list.items()})
+
+
+def _service(follower: Follower, planner: Planner, name: str) -> dict[str, Any]:
+    service = follower.mesh.services[name]
+    return {
+        "name": name,
+        "vips": [f"{network}/{ip_to_text(ip)}" for network, ip in service.vips],
+        "ports": {str(port): target for port, target in service.ports},
+        "endpoints": len(follower.mesh.members.get(name, ())),
+        "refused": "waypoint_unsupported" if service.has_waypoint else planner.refused.get(name, ""),
+    }
+
+
+def _workload(follower: Follower, uid: str) -> dict[str, Any]:
+    workload = follower.mesh.workloads[uid]
+    message = Address.FromString(workload.raw).workload
+    return {
+        "uid": uid,
+        "name": message.name,
+        "namespace": message.namespace,
+        "network": workload.network,
+        "addresses": [ip_to_text(ip) for ip in workload.addresses],
+        "node": message.node,
+        "healthy": workload.healthy,
+        "services": {name: {str(p): t for p, t in ports} for name, ports in workload.services},
+        "policy_not_enforced": follower.mesh.has_policy(workload),
+    }
+
+
+def _endpoints(planner: Planner) -> list[dict[str, Any]]:
+    found = []
+    for list_id, port_id in planner.owner_of_list.items():
+        for slot, value in enumerate(planner.held.lists.get(list_id, ())):
+            _, ip, port = ENDPOINT_VALUE.unpack(value)
+            found.append(
+                {
+                    "service": port_id.service,
+                    "port": port_id.port,
+                    "slot": slot,
+                    "endpoint": ip_to_text(ip),
+                    "endpoint_port": port_number(port),
+                }
+            )
+    return found

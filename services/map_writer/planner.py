@@ -1,0 +1,288 @@
+"""From what the maps hold and what they should say to batches of writes, in an order that is safe.
+
+Pure. Every step leaves the maps in a state that is right for the connections made meanwhile:
+
+1. lists that shrink: holes are filled with their last endpoints, then their length is lowered
+2. lists that change or grow: endpoints are overwritten or appended, then their length is raised
+3. new service ports appear when their list is complete, then the addresses that they stand on
+4. what nothing names any more is deleted
+
+so a removed endpoint is out before its address serves another workload, and nothing is deleted
+before its replacement is there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple, TypeVar
+
+from pykmesh.kernel.layout import Reason
+from pykmesh.kernel.records import ENDPOINT_KEY, SERVICE_VALUE
+from services.map_writer.desired import (
+    NOTHING,
+    DesiredService,
+    Frontend,
+    PortId,
+    Rules,
+    address_key,
+    desired_address,
+    desired_service,
+)
+from services.map_writer.mesh import Mesh, Place, Touched
+
+_K = TypeVar("_K")
+
+
+class Step(NamedTuple):
+    """One batch: entries to write, or (values empty) keys to remove, in order."""
+
+    map: str
+    keys: bytes
+    values: bytes
+
+
+class Limits(NamedTuple):
+    services: int
+    endpoints: int
+    addresses: int
+
+
+class Held:
+    """What the maps hold: read from them at the start, then kept in step with every plan."""
+
+    def __init__(self) -> None:
+        self.services: dict[bytes, bytes] = {}
+        self.lists: dict[int, list[bytes]] = {}
+        self.addresses: dict[bytes, bytes] = {}
+        self.endpoints = 0
+        """Slots in all lists: one that is a hole counts until the list is planned."""
+
+    def add_endpoint(self, list_id: int, slot: int, value: bytes) -> None:
+        """From reading the map; slots may come in any order, and have holes after a crash."""
+        slots = self.lists.setdefault(list_id, [])
+        missing = slot + 1 - len(slots)
+        if missing > 0:
+            slots.extend([b""] * missing)
+            self.endpoints += missing
+        slots[slot] = value
+
+
+class _Batches:
+    """Entries collected for each step of the order above."""
+
+    def __init__(self) -> None:
+        self.entries: dict[tuple[int, str], tuple[list[bytes], list[bytes]]] = {}
+
+    def put(self, rank: int, name: str, key: bytes, value: bytes) -> None:
+        keys, values = self.entries.setdefault((rank, name), ([], []))
+        keys.append(key)
+        values.append(value)
+
+    def remove(self, rank: int, name: str, key: bytes) -> None:
+        self.entries.setdefault((rank, name), ([], []))[0].append(key)
+
+    def steps(self) -> list[Step]:
+        return [
+            Step(name, b"".join(keys), b"".join(values))
+            for (_, name), (keys, values) in sorted(self.entries.items(), key=lambda item: item[0][0])
+        ]
+
+
+_FILL, _LOWER, _ENDPOINTS, _RAISE, _ADDRESSES, _DROP_PORTS, _DROP_ENDPOINTS, _DROP_ADDRESSES = range(8)
+
+
+class Planner:
+    """Keeps `Held` in step with the plans that it makes: a plan must be applied, or the maps read again."""
+
+    def __init__(self, held: Held, limits: Limits, rules: Rules) -> None:
+        self.held = held
+        self._limits = limits
+        self._rules = rules
+        self._claims: dict[str, DesiredService] = {}
+        self.owner_of_list: dict[int, PortId] = {}
+        self._owner_of_key: dict[bytes, str] = {}
+        self._refused_services: dict[str, dict[str, str]] = {}
+        self._refused_places: dict[Place, dict[str, str]] = {}
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """What does not fit and which limit was met, by resource name."""
+        found: dict[str, str] = {}
+        for refusals in (*self._refused_services.values(), *self._refused_places.values()):
+            found |= refusals
+        return found
+
+    def plan(self, mesh: Mesh, touched: Touched) -> list[Step]:
+        """The writes for what was touched, and for what was refused before and may have room now."""
+        touched.services.update(self._refused_services)
+        touched.places.update(self._refused_places)
+        batches = _Batches()
+        before = {name: self._claims.get(name, NOTHING) for name in touched.services}
+        for name in touched.services:
+            self._plan_service(mesh, name, batches)
+        for name, claim in before.items():
+            self._drop(name, claim, batches)
+        self._plan_addresses(mesh, touched, batches)
+        return batches.steps()
+
+    def sweep(self, mesh: Mesh) -> list[Step]:
+        """The writes that make the maps say this mesh and nothing else: mark, then delete what is not marked."""
+        self._claims.clear()
+        self.owner_of_list.clear()
+        self._owner_of_key.clear()
+        self._refused_services.clear()
+        self._refused_places.clear()
+        batches = _Batches()
+        for name in mesh.services:
+            self._plan_service(mesh, name, batches)
+        for key in [key for key in self.held.services if key not in self._owner_of_key]:
+            self._remove_port(key, batches)
+        for list_id in [list_id for list_id in self.held.lists if list_id not in self.owner_of_list]:
+            self._shrink(list_id, 0, batches)
+        everything = mesh.everything()
+        kept = {address_key(place) for place in everything.places}
+        for key in [key for key in self.held.addresses if key not in kept]:
+            del self.held.addresses[key]
+            batches.remove(_DROP_ADDRESSES, "addresses", key)
+        self._plan_addresses(mesh, everything, batches)
+        return batches.steps()
+
+    def _plan_service(self, mesh: Mesh, name: str, batches: _Batches) -> None:
+        wanted, refused = desired_service(mesh, name, self._rules), dict[str, str]()
+        for list_id, port_id in wanted.ports.items():
+            if self.owner_of_list.setdefault(list_id, port_id) != port_id:
+                refused[name] = f"its id collides with that of {self.owner_of_list[list_id].service}"
+                wanted = NOTHING
+                break
+        for list_id, values in wanted.lists.items():
+            self._plan_list(list_id, values, wanted, batches, refused)
+        for key, frontend in wanted.frontends.items():
+            self._plan_port(name, key, frontend, batches, refused)
+        _set_or_drop(self._refused_services, name, refused)
+        if wanted is NOTHING:
+            self._claims.pop(name, None)
+        else:
+            self._claims[name] = wanted
+
+    def _plan_list(
+        self,
+        list_id: int,
+        wanted: dict[bytes, str],
+        service: DesiredService,
+        batches: _Batches,
+        refused: dict[str, str],
+    ) -> None:
+        slots = self.held.lists.get(list_id)
+        if slots is None:
+            slots = self.held.lists[list_id] = []
+        present = set(slots)
+        added = [value for value in wanted if value not in present]
+        seen: set[bytes] = set()
+        free = []
+        for slot, value in enumerate(slots):
+            if value not in wanted or value in seen:
+                free.append(slot)
+            seen.add(value)
+        replaced = min(len(free), len(added))
+        for slot, value in zip(free[:replaced], added[:replaced], strict=True):
+            slots[slot] = value
+            batches.put(_ENDPOINTS, "endpoints", ENDPOINT_KEY.pack(list_id, slot), value)
+        if len(free) > replaced:
+            self._close_gaps(list_id, free[replaced:], service, batches)
+        for value in added[replaced:]:
+            if self.held.endpoints >= self._limits.endpoints:
+                refused[wanted[value]] = f"map endpoints is full ({self._limits.endpoints} entries)"
+                continue
+            batches.put(_ENDPOINTS, "endpoints", ENDPOINT_KEY.pack(list_id, len(slots)), value)
+            slots.append(value)
+            self.held.endpoints += 1
+
+    def _close_gaps(self, list_id: int, free: list[int], service: DesiredService, batches: _Batches) -> None:
+        """Moves the last endpoints into free slots, lowers the length, and only then deletes the tail."""
+        slots = self.held.lists[list_id]
+        length = len(slots) - len(free)
+        vacated = set(free)
+        movers = (slot for slot in range(length, len(slots)) if slot not in vacated)
+        for slot in free:
+            if slot < length:
+                slots[slot] = slots[next(movers)]
+                batches.put(_FILL, "endpoints", ENDPOINT_KEY.pack(list_id, slot), slots[slot])
+        for key, frontend in service.frontends.items():
+            if frontend.list_id == list_id and key in self.held.services:
+                value = SERVICE_VALUE.pack(list_id, length, frontend.verdict)
+                self.held.services[key] = value
+                batches.put(_LOWER, "services", key, value)
+        self._shrink(list_id, length, batches)
+
+    def _shrink(self, list_id: int, length: int, batches: _Batches) -> None:
+        slots = self.held.lists[list_id]
+        for slot in range(length, len(slots)):
+            batches.remove(_DROP_ENDPOINTS, "endpoints", ENDPOINT_KEY.pack(list_id, slot))
+            self.held.endpoints -= 1
+        del slots[length:]
+        if not slots:
+            del self.held.lists[list_id]
+
+    def _plan_port(
+        self, name: str, key: bytes, frontend: Frontend, batches: _Batches, refused: dict[str, str]
+    ) -> None:
+        length = len(self.held.lists.get(frontend.list_id, ()))
+        value = SERVICE_VALUE.pack(frontend.list_id, length, frontend.verdict)
+        self._owner_of_key[key] = name
+        current = self.held.services.get(key)
+        if current == value:
+            return
+        if current is None and len(self.held.services) >= self._limits.services:
+            refused[name] = f"map services is full ({self._limits.services} entries)"
+            return
+        self.held.services[key] = value
+        batches.put(_LOWER if frontend.verdict is not Reason.ROUTED else _RAISE, "services", key, value)
+
+    def _drop(self, name: str, before: DesiredService, batches: _Batches) -> None:
+        """What a service held before and nobody claims now."""
+        now = self._claims.get(name, NOTHING)
+        for key in before.frontends:
+            if key not in now.frontends and self._owner_of_key.get(key) == name:
+                del self._owner_of_key[key]
+                self._remove_port(key, batches)
+        for list_id in before.lists:
+            if list_id not in now.lists:
+                self.owner_of_list.pop(list_id, None)
+                if list_id in self.held.lists:
+                    self._shrink(list_id, 0, batches)
+
+    def _remove_port(self, key: bytes, batches: _Batches) -> None:
+        if self.held.services.pop(key, None) is not None:
+            batches.remove(_DROP_PORTS, "services", key)
+
+    def _plan_addresses(self, mesh: Mesh, touched: Touched, batches: _Batches) -> None:
+        held = self.held.addresses
+        full = f"map addresses is full ({self._limits.addresses} entries)"
+        for place in touched.places:
+            key, value = address_key(place), desired_address(mesh, place, self._rules)
+            current, refused = held.get(key), dict[str, str]()
+            if value is None and current is not None:
+                del held[key]
+                batches.remove(_DROP_ADDRESSES, "addresses", key)
+            elif value is not None and current is None and len(held) >= self._limits.addresses:
+                refused = dict.fromkeys(mesh.owners(place), full)
+            elif value is not None and current != value:
+                held[key] = value
+                batches.put(_ADDRESSES, "addresses", key, value)
+            if refused or self._refused_places:
+                _set_or_drop(self._refused_places, place, refused)
+
+
+def _set_or_drop(index: dict[_K, dict[str, str]], key: _K, refused: dict[str, str]) -> None:
+    if refused:
+        index[key] = refused
+    else:
+        index.pop(key, None)
+
+
+def entries(steps: list[Step], key_bytes: dict[str, int]) -> Counter[str]:
+    """How many entries of each map the steps write or remove, for spans and logs."""
+    counted: Counter[str] = Counter()
+    for step in steps:
+        counted[step.map] += len(step.keys) // key_bytes[step.map]
+    return counted
