@@ -1,0 +1,1 @@
+"""Owns the conversation with the control plane: streams, nonces, answers, versions, credentials."""

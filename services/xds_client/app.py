@@ -1,0 +1,211 @@
+"""Wires xds_client: the stream's reader, the answers, the publisher, reconnecting.
+
+Reading never waits for the maps: answers do, in a task of their own and in the order of responses.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import grpc.aio
+import structlog
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+from google.protobuf.message import DecodeError
+
+from pykmesh import tracing
+from pykmesh.contracts.messages import ResourceType
+from pykmesh.contracts.settings import XdsClientSettings
+from pykmesh.process import Runtime
+from services.xds_client import connection, protocol
+from services.xds_client.pages import add_pages
+from services.xds_client.protocol import Accepted
+from services.xds_client.publisher import Publisher
+from services.xds_client.store import Store
+
+log = structlog.get_logger(__name__)
+
+BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.01, 15.0
+BULK_BYTES = 1 << 20
+ANSWERS_WAITING = 4096
+# Ends of a stream that are the server's ordinary business: age, restart, drain.
+_ORDINARY = {
+    grpc.StatusCode.OK,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+
+
+class XdsClient:
+    """One conversation after another."""
+
+    def __init__(self, runtime: Runtime[XdsClientSettings], store: Store, publisher: Publisher) -> None:
+        self._runtime = runtime
+        self._settings = runtime.settings
+        self._store = store
+        self._publisher = publisher
+        self.connected = False
+        self.control_plane = ""
+        self.counts = {"responses": 0, "acks": 0, "nacks": 0, "streams": 0, "bytes": 0}
+        self.last_nack = ""
+        self.last_response = 0.0
+
+    async def run(self) -> None:
+        """Runs until cancelled."""
+        backoff = BACKOFF_FIRST_S
+        while True:
+            heard = self.counts["responses"]
+            ordinary = await self._converse()
+            if ordinary and self.counts["responses"] > heard:
+                backoff = BACKOFF_FIRST_S
+                continue
+            # Not for secrets: the jitter keeps a fleet from coming back at once.
+            await anyio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311
+            backoff = min(backoff * 2, BACKOFF_MAX_S)
+
+    async def _converse(self) -> bool:
+        """One stream, from its first request to its end. True for an end that is no failure."""
+        try:
+            async with connection.open_channel(self._settings) as channel:
+                stream = connection.open_stream(channel, self._settings)
+                self.counts["streams"] += 1
+                try:
+                    return await self._follow(stream)
+                finally:
+                    self.connected = False
+                    stream.cancel()
+        except connection.CredentialsError as error:
+            self._runtime.note_error("credentials_unreadable", error=error)
+        except grpc.aio.AioRpcError as error:
+            code, detail = error.code(), error.details()
+            going_away = "goaway" in (detail or "").lower() or "transport" in (detail or "").lower()
+            if code in _ORDINARY or going_away:
+                log.info("stream_ended", code=code.name, detail=detail)
+                return True
+            self._runtime.note_error(
+                "stream_failed", address=self._settings.xds_address, code=code.name, detail=detail
+            )
+        return False
+
+    async def _follow(self, stream: connection.Stream) -> bool:
+        sender, answers = anyio.create_memory_object_stream[tuple[Accepted, int, str]](ANSWERS_WAITING)
+        for request in protocol.first_requests(connection.node(self._settings), self._store):
+            await stream.write(request)
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._answer, stream, answers)
+                await self._read(stream, sender)
+                tasks.cancel_scope.cancel()
+        except* grpc.aio.AioRpcError as group:
+            raise group.exceptions[0] from None
+        log.info("stream_ended", code="OK")
+        return True
+
+    async def _read(
+        self, stream: connection.Stream, sender: MemoryObjectSendStream[tuple[Accepted, int, str]]
+    ) -> None:
+        while True:
+            data = await stream.read()
+            if not isinstance(data, bytes):
+                return
+            self.connected = True
+            self.counts["responses"] += 1
+            self.counts["bytes"] += len(data)
+            self.last_response = time.time()
+            with tracing.tracer.start_as_current_span("xds_client response") as span:
+                accepted, url = await self._take(data)
+                span.set_attributes({"pykmesh.bytes": len(data), "pykmesh.type": url})
+                seq = await self._publisher.publish(accepted)
+            await sender.send((accepted, seq, url))
+            if self._store.synced:
+                self._runtime.readiness.done("control plane")
+
+    async def _take(self, data: bytes) -> tuple[Accepted, str]:
+        """Decodes and checks; a large response in a thread, so that heartbeats and probes go on."""
+        if len(data) < BULK_BYTES:
+            response = protocol.parse(data)
+            self.control_plane = response.control_plane.identifier or self.control_plane
+            return _read_or_reject(response), response.type_url
+        gc.disable()
+        try:
+            response = await anyio.to_thread.run_sync(protocol.parse, data)
+            self.control_plane = response.control_plane.identifier or self.control_plane
+            return await anyio.to_thread.run_sync(_read_or_reject, response), response.type_url
+        finally:
+            gc.freeze()
+            gc.enable()
+
+    async def _answer(
+        self, stream: connection.Stream, answers: MemoryObjectReceiveStream[tuple[Accepted, int, str]]
+    ) -> None:
+        async for accepted, seq, url in answers:
+            await self._publisher.until_applied(seq, self._settings.report_deadline_s)
+            rejected = accepted.rejected | self._refused_by_node(accepted)
+            if rejected:
+                self.counts["nacks"] += 1
+                request = protocol.answer(url, accepted.nonce, rejected)
+                self.last_nack = request.error_detail.message
+                self._runtime.note_error(
+                    "resources_rejected", count=len(rejected), detail=self.last_nack[:500]
+                )
+            else:
+                self.counts["acks"] += 1
+                request = protocol.answer(url, accepted.nonce, {})
+            await stream.write(request)
+
+    def _refused_by_node(self, accepted: Accepted) -> dict[str, str]:
+        refused = self._publisher.refused
+        if not refused:
+            return {}
+        found = {name: refused[name] for name, _ in accepted.upserts if name in refused}
+        for name in found:
+            self._store.forget_version(accepted.type, name)
+        return found
+
+    def status(self) -> dict[str, Any]:
+        report = self._publisher.report
+        return {
+            "xds_address": self._settings.xds_address,
+            "connected": self.connected,
+            "control_plane": self.control_plane,
+            "synced": self._store.synced,
+            "epoch": self._store.epoch,
+            "seq": self._store.seq,
+            "resources": {kind.name.lower(): len(held) for kind, held in self._store.held.items()},
+            "last_response": self.last_response,
+            "last_nack": self.last_nack,
+            **self.counts,
+            "map_writer": "there" if self._publisher.map_writer_is_there else "away",
+            "not_in_kernel": 0 if report is None else max(0, self._store.seq - report.applied_seq),
+            "refused_by_node": self._publisher.refused,
+        }
+
+
+def _read_or_reject(response: protocol.Response) -> Accepted:
+    try:
+        return protocol.read(response)
+    except protocol.UnknownTypeError as error:
+        return Accepted(ResourceType.ADDRESS, response.nonce, [], [], {"type_url": str(error)})
+
+
+async def run(runtime: Runtime[XdsClientSettings]) -> None:
+    """Talks to the control plane until cancelled. Without a broker it waits: there is nobody to tell."""
+    runtime.readiness.wait_for("control plane")
+    bus = await runtime.connect_bus()
+    store = Store()
+    publisher = Publisher(store, bus, runtime.settings.in_flight_batches)
+    client = XdsClient(runtime, store, publisher)
+    runtime.details = client.status
+    add_pages(runtime.admin, store)
+    await publisher.start()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(publisher.heartbeat)
+        try:
+            await client.run()
+        except* DecodeError as group:
+            raise RuntimeError(str(group.exceptions[0])) from None

@@ -1,0 +1,148 @@
+"""The resources that were accepted, as the bytes that came, and the log of their changes.
+
+Pure. `epoch` is new with each start; `seq` counts the batches that were published in it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pykmesh.contracts.messages import BATCH_BYTES, VERSION, ConfigBatch, Resource, ResourceType, SnapshotPage
+
+SNAPSHOTS_KEPT = 8
+
+
+class Held(NamedTuple):
+    """`version` as the control plane gave it, "" when the resource was not accepted in full."""
+
+    version: str
+    value: bytes
+
+
+class Store:
+    """Everything by type and name."""
+
+    def __init__(self) -> None:
+        self.epoch = secrets.token_hex(8)
+        self.seq = 0
+        self.answered: set[ResourceType] = set()
+        self.held: dict[ResourceType, dict[str, Held]] = {kind: {} for kind in ResourceType}
+        self._snapshots: dict[str, list[tuple[ResourceType, list[str]]]] = {}
+
+    @property
+    def synced(self) -> bool:
+        """The control plane has sent its state of every type since the epoch began."""
+        return len(self.answered) == len(ResourceType)
+
+    def versions(self, kind: ResourceType) -> dict[str, str]:
+        """What a new stream tells the control plane that it still has."""
+        return {name: held.version for name, held in self.held[kind].items()}
+
+    def apply(
+        self, kind: ResourceType, removed: list[str], upserts: list[tuple[str, Held]]
+    ) -> tuple[list[str], list[Resource]]:
+        """Removals, then upserts. Returns what changed: unknown names and equal contents did not."""
+        held = self.held[kind]
+        gone = [name for name in removed if held.pop(name, None) is not None]
+        changed = []
+        for name, new in upserts:
+            before = held.get(name)
+            held[name] = new
+            if before is None or before.value != new.value:
+                changed.append(Resource(name, new.value))
+        return gone, changed
+
+    def forget_version(self, kind: ResourceType, name: str) -> None:
+        """For a resource that the node could not hold: the control plane shall send it again."""
+        if (held := self.held[kind].get(name)) is not None:
+            self.held[kind][name] = Held("", held.value)
+
+    def batches(
+        self, kind: ResourceType, removed: list[str], changed: list[Resource]
+    ) -> Iterator[ConfigBatch]:
+        """The log's next batches for one response; the last one is marked, and there is always one."""
+        parts = list(_parts(changed)) or [[]]
+        for number, part in enumerate(parts):
+            self.seq += 1
+            yield ConfigBatch(
+                version=VERSION,
+                epoch=self.epoch,
+                seq=self.seq,
+                type=kind,
+                removed=removed if number == 0 else [],
+                upserts=part,
+                complete=number == len(parts) - 1,
+                synced=self.synced,
+            )
+
+    def heartbeat(self) -> ConfigBatch:
+        return ConfigBatch(
+            VERSION, self.epoch, self.seq, ResourceType.ADDRESS, [], [], complete=False, synced=self.synced
+        )
+
+    def snapshot(self, cursor: str) -> SnapshotPage | None:
+        """A page of everything. None for a cursor that is not known any more: the reader starts again.
+
+        A cursor is `<snapshot>.<page>`; the names of a snapshot are fixed at its first page, their
+        contents are those of the moment.
+        """
+        if not cursor:
+            cursor = f"{self._open_snapshot()}.0"
+        name, _, number = cursor.partition(".")
+        pages = self._snapshots.get(name)
+        if pages is None or not number.isdigit() or int(number) >= len(pages):
+            return None
+        index = int(number)
+        kind, names = pages[index]
+        held = self.held[kind]
+        last = index + 1 == len(pages)
+        if last:
+            del self._snapshots[name]
+        return SnapshotPage(
+            version=VERSION,
+            epoch=self.epoch,
+            seq=self.seq,
+            synced=self.synced,
+            type=kind,
+            resources=[Resource(name, held[name].value) for name in names if name in held],
+            next_cursor="" if last else f"{name}.{index + 1}",
+        )
+
+    def _open_snapshot(self) -> str:
+        pages: list[tuple[ResourceType, list[str]]] = []
+        for kind, held in self.held.items():
+            sized = ((name, len(name) + len(resource.value)) for name, resource in held.items())
+            pages += [(kind, names) for names in _fill(sized)]
+        name = secrets.token_hex(4)
+        self._snapshots[name] = pages or [(ResourceType.ADDRESS, [])]
+        while len(self._snapshots) > SNAPSHOTS_KEPT:
+            del self._snapshots[next(iter(self._snapshots))]
+        return name
+
+
+def _parts(resources: list[Resource]) -> Iterator[list[Resource]]:
+    part: list[Resource] = []
+    size = 0
+    for resource in resources:
+        part.append(resource)
+        size += len(resource.value) + len(resource.name)
+        if size >= BATCH_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _fill(sized: Iterator[tuple[str, int]]) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name, length in sized:
+        names.append(name)
+        size += length
+        if size >= BATCH_BYTES:
+            yield names
+            names, size = [], 0
+    if names:
+        yield names
