@@ -1,0 +1,274 @@
+"""Commands that change a node: up, down, uninstall, enroll, unenroll, check."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pykmesh.cli.output import output_option, show
+from pykmesh.node.instance import PORT_NAMES, Instance, InstanceError, free_ports, running
+
+READY_DEADLINE_S = 30.0
+DOWN_DEADLINE_S = 15.0
+
+
+class Failure(click.ClickException):
+    """One clear line, exit status 1."""
+
+    exit_code = 1
+
+
+def _parse_ports(values: tuple[str, ...], *, free: bool) -> Any:
+    import msgspec
+
+    from pykmesh.node.instance import Ports
+
+    chosen: dict[str, int] = {}
+    for value in values:
+        name, _, number = value.partition("=")
+        if name not in PORT_NAMES or not number.isdigit() or int(number) > 65535:
+            raise click.BadParameter(f"{value!r}: NAME=NUMBER with a name of {', '.join(PORT_NAMES)}", param_hint="--port")
+        chosen[name] = int(number)
+    if free:
+        return free_ports(chosen)
+    return msgspec.structs.replace(Ports(), **chosen)
+
+
+@click.command()
+@click.option("--config-dir", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Serve this folder of YAML with the embedded control plane.")
+@click.option("--xds-address", default="", metavar="HOST:PORT", help="Follow this control plane (istiod: 15010 plaintext, 15012 TLS).")
+@click.option("--xds-root-cert", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Its root certificate: connect by TLS.")
+@click.option("--xds-token-file", type=click.Path(path_type=Path), help="Bearer token, read again for each connection.")
+@click.option("--xds-server-name", default="", help="The name in its certificate, where it is not the address's.")
+@click.option("--node-name", default="", help="The Kubernetes node (this host's name).")
+@click.option("--namespace", default="istio-system", help="The namespace that the client says it is of.")
+@click.option("--network", default="", help="This node's network, as the control plane names it.")
+@click.option("--cluster-id", default="Kubernetes", help="This node's cluster, as the control plane names it.")
+@click.option("--cgroup-root", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Where cgroup v2 is mounted (found by itself).")
+@click.option("--refuse-unenforced-policy", is_flag=True, help="Refuse connections to workloads with policies, which are not enforced yet.")
+@click.option("--otlp-endpoint", default="", envvar="OTEL_EXPORTER_OTLP_ENDPOINT", help="Send traces there (OTLP over HTTP).")
+@click.option("--port", "ports", multiple=True, metavar="NAME=NUMBER", help=f"Another port: {', '.join(PORT_NAMES)}.")
+@click.option("--free-ports", "free", is_flag=True, help="Take free ports for all that are not given.")
+@click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
+@click.option("-d", "--detach", is_flag=True, help="Run behind; return when it is ready.")
+@click.pass_obj
+def up(instance: Instance, ports: tuple[str, ...], detach: bool, free: bool, **values: Any) -> None:
+    """Run the mesh on this node. Ending it (Ctrl-C, `pykmesh down`) leaves traffic as it is."""
+    import msgspec
+
+    from pykmesh.kernel.support import obstacle
+    from pykmesh.node.mesh import Options
+
+    options = Options(**values)
+    if (options.config_dir is None) == (not options.xds_address):
+        raise click.UsageError("give either --config-dir or --xds-address")
+    if problem := obstacle(instance.pin_dir):
+        raise Failure(problem)
+    instance = msgspec.structs.replace(instance, ports=_parse_ports(ports, free=free))
+    if detach:
+        _detach(instance)
+    else:
+        _run(instance, options)
+
+
+def _run(instance: Instance, options: Any) -> None:
+    import anyio
+
+    from pykmesh import logs
+
+    logs.configure("supervisor", options.log_level, "auto")
+    try:
+        code = anyio.run(_foreground, instance, options)
+    except* InstanceError as group:
+        raise Failure("; ".join(str(error) for error in group.exceptions)) from None
+    sys.exit(code)
+
+
+async def _foreground(instance: Instance, options: Any) -> int:
+    import anyio
+
+    from pykmesh.node.run import Running
+
+    mesh = Running(instance, options, echo=lambda name, line: print(f"{name:13} {line}", file=sys.stderr, flush=True))
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(mesh.run)
+            tasks.start_soon(_announce, mesh)
+            async for _ in signals:
+                click.echo("ending; programs and maps stay, traffic goes on (pykmesh uninstall removes them)", err=True)
+                tasks.cancel_scope.cancel()
+                break
+    return 0
+
+
+async def _announce(mesh: Any) -> None:
+    try:
+        await mesh.until_ready(READY_DEADLINE_S)
+    except InstanceError as error:
+        click.echo(f"pykmesh: {error}", err=True)
+        return
+    click.echo(f"pykmesh: instance {mesh.instance.name} is ready", err=True)
+
+
+def _detach(instance: Instance) -> None:
+    """Starts the same command in a session of its own, and waits until it is ready or has ended."""
+    arguments = [word for word in sys.argv[1:] if word not in ("-d", "--detach", "--free-ports")]
+    for name in PORT_NAMES:
+        arguments += ["--port", f"{name}={getattr(instance.ports, name)}"]
+    log = instance.log("supervisor")
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pykmesh", *arguments], stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+            )
+    except OSError as error:
+        raise Failure(f"run-time directory {instance.run_dir}: {error.strerror}") from error
+    deadline = time.monotonic() + READY_DEADLINE_S
+    while time.monotonic() < deadline:
+        text = log.read_text(errors="replace")
+        if process.poll() is not None:
+            raise Failure(_last_words(text))
+        if f"instance {instance.name} is ready" in text:
+            click.echo(f"instance {instance.name} is ready (pid {process.pid}, logs in {instance.run_dir / 'logs'})")
+            return
+        time.sleep(0.05)
+    raise Failure(f"not ready after {READY_DEADLINE_S:g} s; it goes on trying: pykmesh status (log: {log})")
+
+
+def _last_words(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.startswith("Error: ")]
+    return lines[-1].removeprefix("Error: ") if lines else "\n".join(text.splitlines()[-5:]) or "ended without a word"
+
+
+@click.command()
+@click.pass_obj
+def down(instance: Instance) -> None:
+    """Stop the processes. Programs and maps stay: traffic goes on by what the kernel holds."""
+    found = running(instance.run_dir)
+    if found is None:
+        raise Failure(f"instance {instance.name} is not running")
+    os.kill(found.pid, signal.SIGTERM)
+    deadline = time.monotonic() + DOWN_DEADLINE_S
+    while Path(f"/proc/{found.pid}").exists() and not _is_zombie(found.pid):
+        if time.monotonic() > deadline:
+            raise Failure(f"supervisor {found.pid} has not ended after {DOWN_DEADLINE_S:g} s")
+        time.sleep(0.05)
+    click.echo(f"instance {instance.name} is down; traffic goes on (pykmesh uninstall removes programs and maps)")
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@click.command()
+@click.pass_obj
+def uninstall(instance: Instance) -> None:
+    """Remove every program, map, link and pin of the instance. Its services are then unreachable by address."""
+    import shutil
+
+    from pykmesh.kernel.libbpf import KernelError
+    from pykmesh.kernel.pins import PinDirectoryError
+    from pykmesh.kernel.pins import uninstall as remove
+
+    if running(instance.run_dir) is not None:
+        raise Failure(f"instance {instance.name} is running: pykmesh down first")
+    try:
+        removed = remove(instance.pin_dir)
+    except (PinDirectoryError, KernelError, OSError) as error:
+        raise Failure(str(error)) from error
+    shutil.rmtree(instance.run_dir, ignore_errors=True)
+    click.echo(f"removed {removed.links} attachments and {removed.maps} maps of instance {instance.name}")
+
+
+@click.command()
+@click.option("--cgroup", type=click.Path(path_type=Path), help="The cgroup v2 directory.")
+@click.option("--netns", type=click.Path(path_type=Path), help="Its network namespace (/run/netns/NAME, /proc/PID/ns/net).")
+@click.option("--pid", type=int, help="A process: its cgroup and its network namespace.")
+@click.option("--container", help="A container's id, or its beginning (12 digits at least): the same by its process.")
+@click.pass_obj
+def enroll(instance: Instance, cgroup: Path | None, netns: Path | None, pid: int | None, container: str | None) -> None:
+    """Let the mesh serve a cgroup's sockets. Needs bpf_loader, not the bus."""
+    from pykmesh.contracts.enrollment import Action, EnrollmentError, ask_for_cgroup
+
+    try:
+        where, namespace = _target(cgroup, netns, pid, container)
+        reply = ask_for_cgroup(instance.enroll_socket, Action.ENROLL, where, namespace)
+    except EnrollmentError as error:
+        raise Failure(str(error)) from error
+    for entry in reply.enrolled:
+        addresses = " ".join(filter(None, (entry.address4, entry.address6))) or "the host's network"
+        click.echo(f"enrolled {entry.path} ({addresses})")
+
+
+@click.command()
+@click.option("--cgroup", type=click.Path(path_type=Path), help="The cgroup v2 directory.")
+@click.option("--pid", type=int, help="A process of it.")
+@click.option("--container", help="A container's id.")
+@click.pass_obj
+def unenroll(instance: Instance, cgroup: Path | None, pid: int | None, container: str | None) -> None:
+    """Take the mesh's programs off a cgroup. Connections that are open stay."""
+    from pykmesh.contracts.enrollment import Action, EnrollmentError, ask_for_cgroup
+
+    try:
+        where, _ = _target(cgroup, None, pid, container)
+        ask_for_cgroup(instance.enroll_socket, Action.UNENROLL, where, None)
+    except EnrollmentError as error:
+        raise Failure(str(error)) from error
+    click.echo(f"unenrolled {where}")
+
+
+def _target(cgroup: Path | None, netns: Path | None, pid: int | None, container: str | None) -> tuple[Path, Path | None]:
+    from pykmesh.contracts.enrollment import EnrollmentError
+    from pykmesh.kernel.cgroups import CgroupError, find_root, of_process
+
+    if container is not None:
+        pid = _process_of(container)
+    if cgroup is None and pid is None:
+        raise click.UsageError("give --cgroup, --pid or --container")
+    if pid is None:
+        return cgroup or Path(), netns
+    try:
+        return cgroup or of_process(find_root(), pid), netns or Path(f"/proc/{pid}/ns/net")
+    except (OSError, CgroupError) as error:
+        raise EnrollmentError(f"process {pid}: {error}") from error
+
+
+def _process_of(container: str) -> int:
+    """The first process whose cgroup is named after the container, as every run-time does."""
+    if len(container) < 12:
+        raise click.BadParameter("at least 12 digits of the id", param_hint="--container")
+    for entry in sorted(Path("/proc").glob("[0-9]*"), key=lambda p: int(p.name)):
+        try:
+            if container in (entry / "cgroup").read_text():
+                return int(entry.name)
+        except OSError:
+            continue
+    raise Failure(f"no process of container {container}")
+
+
+@click.command()
+@output_option
+@click.pass_obj
+def check(instance: Instance, output: str) -> None:
+    """What this node can do for the mesh, and what to do about the rest. Exit status 1 on a failure."""
+    from pykmesh.kernel.support import findings
+
+    found = list(findings(instance.pin_dir))
+    rows = [(f"[{f.level}]", f.code, f.what, f.fix) for f in found]
+    show(output, [f._asdict() for f in found], ("", "CHECK", "FOUND", "FIX"), rows)
+    if any(f.level == "fail" for f in found):
+        sys.exit(1)
+
+
+COMMANDS = [up, down, uninstall, enroll, unenroll, check]

@@ -1,0 +1,139 @@
+"""Commands that only look: status, get, version."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import click
+
+from pykmesh import __version__
+from pykmesh.cli.node_commands import Failure
+from pykmesh.cli.output import age, output_option, show
+from pykmesh.node.instance import Instance, running
+
+STATUS_VERSION = 1
+
+
+def _running(instance: Instance) -> Instance:
+    found = running(instance.run_dir)
+    if found is None:
+        raise Failure(f"instance {instance.name} is not running (looked in {instance.run_dir}): pykmesh up")
+    return found
+
+
+def _process_status(port: int) -> dict[str, Any] | None:
+    from pykmesh.node.run import fetch
+
+    try:
+        found: dict[str, Any] = fetch(port, "/status")
+    except OSError:
+        return None
+    return found
+
+
+@click.command()
+@click.option("--wait", "wait_s", type=float, is_flag=False, flag_value=30.0, default=0.0, help="Wait until all are ready (30 s).")
+@output_option
+@click.pass_obj
+def status(instance: Instance, wait_s: float, output: str) -> None:
+    """Of each process: version, ready or what it waits for, last sync, errors. Exit status 1 if one is not ready."""
+    found = _running(instance)
+    deadline = time.monotonic() + wait_s
+    while True:
+        processes = {name: _process_status(getattr(found.ports, name)) for name in _names(found)}
+        ready = all(process and process["ready"] for process in processes.values())
+        if ready or time.monotonic() >= deadline:
+            break
+        time.sleep(0.1)
+    value = {"schema": STATUS_VERSION, "instance": found.name, "ready": ready, "processes": processes}
+    rows = [_status_row(name, process) for name, process in processes.items()]
+    show(output, value, ("PROCESS", "VERSION", "READY", "WAITS FOR", "LAST SYNC", "ERRORS", "DETAIL"), rows)
+    if not ready:
+        sys.exit(1)
+
+
+def _names(instance: Instance) -> list[str]:
+    names = ["bpf_loader", "map_writer", "xds_client", "telemetry"]
+    if _process_status(instance.ports.control_plane) is not None:
+        names.insert(0, "control_plane")
+    return names
+
+
+def _status_row(name: str, process: dict[str, Any] | None) -> tuple[Any, ...]:
+    if process is None:
+        return (name, "-", "no", "to be started", "-", "-", "does not answer")
+    waits = ", ".join(process["waits_for"])
+    errors = process["errors"]
+    last = f"{len(errors)}: {errors[-1]['event']}" if errors else "0"
+    synced = process.get("last_sync") or process.get("last_response") or 0
+    return (
+        name,
+        process["version"],
+        "yes" if process["ready"] else "no",
+        waits,
+        f"{age(time.time() - synced)} ago" if synced else "-",
+        last,
+        _detail(name, process),
+    )
+
+
+def _detail(name: str, process: dict[str, Any]) -> str:
+    if name == "xds_client":
+        state = "connected" if process["connected"] else "disconnected"
+        behind = f", {process['not_in_kernel']} batches not in the kernel" if process["not_in_kernel"] else ""
+        return f"{state} to {process['xds_address']}, {process['acks']} ACK, {process['nacks']} NACK{behind}"
+    if name == "map_writer" and "services" in process:
+        policy = process["policy_not_enforced"]
+        note = f", POLICY NOT ENFORCED for {policy} workloads" if policy else ""
+        refused = f", {len(process['refused'])} refused" if process["refused"] else ""
+        return f"{process['services']} services, {process['workloads']} workloads{refused}{note}"
+    if name == "bpf_loader" and "enrolled" in process:
+        return f"{len(process['enrolled'])} enrolled"
+    if name == "control_plane":
+        errors = process["manifest_errors"]
+        return f"{process['resources']} resources, {len(errors)} errors in the folder" if errors else f"{process['resources']} resources"
+    return ""
+
+
+@click.command()
+@click.argument("what", type=click.Choice(["services", "workloads", "endpoints"]))
+@click.option("--from", "source", type=click.Choice(["xds", "state", "bpf"]), default="state", help="What the control plane said, what map_writer makes of it, or what the kernel holds.")
+@click.option("-n", "--namespace", default="", help="Only this namespace.")
+@output_option
+@click.pass_obj
+def get(instance: Instance, what: str, source: str, namespace: str, output: str) -> None:
+    """Services, workloads or endpoints, as one of the three sees them."""
+    from pykmesh.cli import get_sources
+
+    try:
+        entries = get_sources.read(instance, what, source)
+    except OSError as error:
+        raise Failure(f"{source} of {what}: {error.strerror or error}") from error
+    except get_sources.SourceError as error:
+        raise Failure(str(error)) from error
+    if namespace:
+        entries = [entry for entry in entries if get_sources.namespace_of(entry) == namespace]
+    columns, rows = get_sources.rows(what, entries)
+    value = {"schema": STATUS_VERSION, "from": source, what: entries}
+    show(output, value, columns, rows)
+    if output == "table":
+        click.echo(f"({len(rows)} {what} from {source})", err=True)
+
+
+@click.command()
+@output_option
+@click.pass_obj
+def version(instance: Instance, output: str) -> None:
+    """Of this program and of each process that runs."""
+    found = running(instance.run_dir)
+    versions = {"pykmesh": __version__}
+    if found is not None:
+        for name in _names(found):
+            process = _process_status(getattr(found.ports, name))
+            versions[name] = process["version"] if process else "does not answer"
+    show(output, versions, ("PROCESS", "VERSION"), list(versions.items()))
+
+
+COMMANDS = [status, get, version]

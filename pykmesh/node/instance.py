@@ -1,0 +1,155 @@
+"""An instance on a node: its name, directories and ports, and how the command line finds it.
+
+    <run_dir>/instance.json     who runs it, where; removed at its orderly end
+    <run_dir>/lock              held while it runs: one supervisor an instance
+    <run_dir>/secrets/<name>    the bus's passwords
+    <run_dir>/logs/<name>.log   what each process said
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import socket
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+DEFAULT_NAME: Final = "default"
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,29}[a-z0-9])?")
+
+
+class InstanceError(Exception):
+    """The instance cannot be made or found; the text says why and what to do."""
+
+
+class Ports(msgspec.Struct, frozen=True, kw_only=True):
+    """Every port that an instance listens on, on 127.0.0.1."""
+
+    nats: int = 15222
+    xds: int = 15010
+    metrics: int = 15020
+    xds_client: int = 15210
+    map_writer: int = 15211
+    bpf_loader: int = 15212
+    telemetry: int = 15213
+    control_plane: int = 15215
+
+
+PORT_NAMES: Final = Ports.__struct_fields__
+
+
+class Instance(msgspec.Struct, frozen=True, kw_only=True):
+    name: str = DEFAULT_NAME
+    run_dir: Path
+    pin_dir: Path
+    ports: Ports = Ports()
+    pid: int = 0
+
+    @property
+    def enroll_socket(self) -> Path:
+        return self.run_dir / "enroll.sock"
+
+    def secret(self, process: str) -> Path:
+        return self.run_dir / "secrets" / process
+
+    def log(self, process: str) -> Path:
+        return self.run_dir / "logs" / f"{process}.log"
+
+
+def named(name: str, run_dir: Path | None = None, pin_dir: Path | None = None, ports: Ports | None = None) -> Instance:
+    """The instance of a name, in the usual places unless told otherwise. InstanceError for a bad name."""
+    if not _NAME.fullmatch(name):
+        raise InstanceError(f"instance name {name!r}: lower-case letters, digits and dashes, at most 31")
+    return Instance(
+        name=name,
+        run_dir=run_dir or Path("/run/pykmesh") / name,
+        pin_dir=pin_dir or Path("/sys/fs/bpf/pykmesh") / name,
+        ports=ports or Ports(),
+    )
+
+
+def free_ports(kept: dict[str, int]) -> Ports:
+    """Ports that were free a moment ago, but for those given."""
+    chosen = dict(kept)
+    with contextlib.ExitStack() as held:
+        for name in PORT_NAMES:
+            if name not in chosen:
+                probe = held.enter_context(socket.socket())
+                probe.bind(("127.0.0.1", 0))
+                chosen[name] = probe.getsockname()[1]
+    return Ports(**chosen)
+
+
+def check_ports(ports: Ports, needed: list[str]) -> None:
+    """InstanceError naming the first port that is taken and how to choose another."""
+    for name in needed:
+        port = getattr(ports, name)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise InstanceError(
+                    f"port {port} ({name}): {error.strerror}; choose another with --port {name}=NUMBER"
+                ) from error
+
+
+def prepare(instance: Instance) -> int:
+    """Makes the directories, takes the lock and writes who runs. Returns the lock's descriptor."""
+    try:
+        for directory in (instance.run_dir, instance.run_dir / "secrets", instance.run_dir / "logs"):
+            directory.mkdir(parents=True, exist_ok=True)
+        instance.secret("").chmod(0o700)
+        held = os.open(instance.run_dir / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise InstanceError(f"run-time directory {instance.run_dir}: {error.strerror}") from error
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(held)
+        if error.errno != errno.EWOULDBLOCK:
+            raise
+        pid = running(instance.run_dir)
+        raise InstanceError(
+            f"instance {instance.name!r} runs already (pid {pid.pid if pid else 'unknown'}): "
+            f"pykmesh down --instance {instance.name}, or choose another --instance"
+        ) from error
+    return held
+
+
+def write(instance: Instance, processes: list[str]) -> None:
+    """Secrets and the file that the command line reads. InstanceError when they cannot be written."""
+    try:
+        for process in processes:
+            if not instance.secret(process).exists():
+                instance.secret(process).write_text(secrets.token_urlsafe(24))
+                instance.secret(process).chmod(0o600)
+        target = instance.run_dir / "instance.json"
+        temporary = target.with_suffix(".new")
+        temporary.write_bytes(msgspec.json.encode(msgspec.structs.replace(instance, pid=os.getpid()), enc_hook=str))
+        temporary.rename(target)
+    except OSError as error:
+        raise InstanceError(f"run-time directory {instance.run_dir}: {error.strerror}") from error
+
+
+def forget(instance: Instance) -> None:
+    (instance.run_dir / "instance.json").unlink(missing_ok=True)
+
+
+def running(run_dir: Path) -> Instance | None:
+    """The instance whose supervisor lives; None when there is none."""
+    try:
+        found = msgspec.json.decode((run_dir / "instance.json").read_bytes(), type=Instance, dec_hook=_to_path)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return found if Path(f"/proc/{found.pid}").exists() else None
+
+
+def _to_path(_: type, value: str) -> Path:
+    return Path(value)

@@ -1,0 +1,115 @@
+"""Which processes an instance consists of, and with which settings: the one place that wires them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from pykmesh.contracts.settings import (
+    CommonSettings,
+    LoaderSettings,
+    MapWriterSettings,
+    TelemetrySettings,
+    XdsClientSettings,
+    to_environment,
+)
+from pykmesh.controlplane.process import ControlPlaneProcessSettings
+from pykmesh.node import broker
+from pykmesh.node.instance import Instance
+from pykmesh.node.supervisor import Spec, python
+
+SERVICES = ("bpf_loader", "map_writer", "xds_client", "telemetry")
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What `pykmesh up` is told. Either a folder for the embedded control plane, or an address of another."""
+
+    config_dir: Path | None = None
+    xds_address: str = ""
+    xds_root_cert: Path | None = None
+    xds_token_file: Path | None = None
+    xds_server_name: str = ""
+    node_name: str = ""
+    namespace: str = "istio-system"
+    network: str = ""
+    cluster_id: str = "Kubernetes"
+    cgroup_root: Path | None = None
+    otlp_endpoint: str = ""
+    log_level: str = "info"
+    refuse_unenforced_policy: bool = False
+    settings: dict[str, str] = {}
+    """Further settings by their environment names, over all others."""
+
+
+def port_names(options: Options) -> list[str]:
+    """The ports that are listened on with these options."""
+    names = ["nats", "metrics", *SERVICES]
+    return [*names, "xds", "control_plane"] if options.config_dir else names
+
+
+def specs(instance: Instance, options: Options) -> list[Spec]:
+    """The processes, in the order of starting; none needs another to be there first."""
+    found = [
+        Spec("nats", [str(broker.find_server()), "-c", str(broker.write_configuration(instance))], {}, instance.log("nats"))
+    ]
+    if options.config_dir is not None:
+        found.append(_spec(instance, options, "control_plane", "pykmesh.controlplane", _control_plane(instance, options)))
+    for name in SERVICES:
+        found.append(_spec(instance, options, name, f"services.{name}", _service(instance, options, name)))
+    return found
+
+
+def _spec(instance: Instance, options: Options, name: str, module: str, settings: CommonSettings) -> Spec:
+    environment = {**to_environment(settings), **options.settings}
+    return Spec(name, python(module), environment, instance.log(name))
+
+
+def _common(instance: Instance, options: Options, name: str) -> dict[str, object]:
+    return {
+        "instance": instance.name,
+        "pin_dir": instance.pin_dir,
+        "nats_url": f"nats://127.0.0.1:{instance.ports.nats}",
+        "nats_password_file": instance.secret(name) if name in broker.PERMISSIONS else None,
+        "admin_port": getattr(instance.ports, name),
+        "log_level": options.log_level,
+        "otlp_endpoint": options.otlp_endpoint,
+        "network": options.network,
+    }
+
+
+def _service(instance: Instance, options: Options, name: str) -> CommonSettings:
+    common = _common(instance, options, name)
+    if name == "xds_client":
+        return XdsClientSettings(
+            **common,  # type: ignore[arg-type]  # names and kinds are those of CommonSettings
+            xds_address=options.xds_address or f"127.0.0.1:{instance.ports.xds}",
+            xds_root_cert=options.xds_root_cert,
+            xds_token_file=options.xds_token_file,
+            xds_server_name=options.xds_server_name,
+            node_name=options.node_name,
+            namespace=options.namespace,
+            cluster_id=options.cluster_id,
+        )
+    if name == "map_writer":
+        return MapWriterSettings(
+            **common,  # type: ignore[arg-type]
+            node_name=options.node_name,
+            refuse_unenforced_policy=options.refuse_unenforced_policy,
+        )
+    if name == "telemetry":
+        return TelemetrySettings(**common, metrics_port=instance.ports.metrics)  # type: ignore[arg-type]
+    return LoaderSettings(
+        **common,  # type: ignore[arg-type]
+        enroll_socket=instance.enroll_socket,
+        cgroup_root=options.cgroup_root,
+    )
+
+
+def _control_plane(instance: Instance, options: Options) -> CommonSettings:
+    return ControlPlaneProcessSettings(
+        **_common(instance, options, "control_plane"),  # type: ignore[arg-type]
+        config_dir=options.config_dir or Path(),
+        listen_port=instance.ports.xds,
+        cluster_id=options.cluster_id,
+    )

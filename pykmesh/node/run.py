@@ -1,0 +1,86 @@
+"""Running an instance: checks what can be checked, starts the processes, waits until they are ready."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+from collections.abc import Callable
+from typing import Any, Final
+
+import anyio
+import anyio.to_thread
+import structlog
+
+from pykmesh.node import instance as instances
+from pykmesh.node import mesh
+from pykmesh.node.instance import Instance, InstanceError
+from pykmesh.node.mesh import Options
+from pykmesh.node.supervisor import Supervisor
+
+log = structlog.get_logger(__name__)
+
+PROBE_TIMEOUT_S: Final = 2.0
+POLL_S: Final = 0.05
+
+
+def fetch(port: int, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> Any:
+    """The JSON of a process's administrative page. OSError when nothing answers."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+    try:
+        connection.request("GET", path)
+        return json.loads(connection.getresponse().read())
+    except (http.client.HTTPException, json.JSONDecodeError) as error:
+        raise OSError(f"127.0.0.1:{port}{path}: {error!r}") from error
+    finally:
+        connection.close()
+
+
+def processes(options: Options) -> list[str]:
+    """Those that have an administrative page."""
+    return [*mesh.SERVICES, "control_plane"] if options.config_dir else list(mesh.SERVICES)
+
+
+async def until_ready(instance: Instance, names: list[str], deadline_s: float) -> None:
+    """Waits for every process. InstanceError names what each one still waits for."""
+    waiting: dict[str, str] = dict.fromkeys(names, "not started")
+    with anyio.move_on_after(deadline_s):
+        while waiting:
+            for name in list(waiting):
+                try:
+                    found = await anyio.to_thread.run_sync(fetch, getattr(instance.ports, name), "/readyz")
+                except OSError:
+                    continue
+                waiting[name] = ", ".join(found.get("waits_for", [])) or "nothing"
+                if found.get("ready"):
+                    del waiting[name]
+            await anyio.sleep(POLL_S)
+    if waiting:
+        what = "; ".join(f"{name} waits for: {task}" for name, task in waiting.items())
+        raise InstanceError(f"not ready after {deadline_s:g} s: {what} (logs in {instance.run_dir / 'logs'})")
+
+
+class Running:
+    """A mesh that runs in this process's task group: `start` returns when the processes are started."""
+
+    def __init__(self, instance: Instance, options: Options, echo: Callable[[str, str], None] | None = None) -> None:
+        self.instance = instance
+        self.options = options
+        self._echo = echo
+        self.supervisor: Supervisor
+
+    async def run(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Runs until cancelled; raises InstanceError when it cannot begin. The kernel's side stays."""
+        held = instances.prepare(self.instance)
+        try:
+            instances.check_ports(self.instance.ports, mesh.port_names(self.options))
+            instances.write(self.instance, list(mesh.broker.PERMISSIONS))
+            self.supervisor = Supervisor(mesh.specs(self.instance, self.options), self._echo)
+            task_status.started()
+            await self.supervisor.run()
+        finally:
+            instances.forget(self.instance)
+            os.close(held)
+
+    async def until_ready(self, deadline_s: float) -> None:
+        await until_ready(self.instance, processes(self.options), deadline_s)

@@ -1,0 +1,147 @@
+"""Runs an instance's processes: starts them, starts again what ends, tells them to end.
+
+It owns processes and their logs, nothing else: ending it, or killing it, leaves the kernel's side
+and so all traffic as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Final, NamedTuple
+
+import anyio
+import anyio.abc
+import structlog
+
+log = structlog.get_logger(__name__)
+
+BACKOFF_FIRST_S: Final = 0.1
+BACKOFF_MAX_S: Final = 5.0
+STEADY_AFTER_S: Final = 10.0
+END_DEADLINE_S: Final = 5.0
+LOG_BYTES_MAX: Final = 16 * 1024 * 1024
+
+
+class Spec(NamedTuple):
+    """A process to keep running."""
+
+    name: str
+    command: list[str]
+    environment: Mapping[str, str]
+    log: Path
+
+
+class Supervisor:
+    """Keeps `specs` running until cancelled. `echo` gets every line that they write."""
+
+    def __init__(self, specs: list[Spec], echo: Callable[[str, str], None] | None = None) -> None:
+        self._specs = specs
+        self._echo = echo
+        self.pids: dict[str, int] = {}
+        self.restarts: dict[str, int] = {spec.name: 0 for spec in specs}
+
+    async def run(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            for spec in self._specs:
+                tasks.start_soon(self._keep, spec)
+
+    async def _keep(self, spec: Spec) -> None:
+        backoff = BACKOFF_FIRST_S
+        while True:
+            started = time.monotonic()
+            code = await self._once(spec)
+            if time.monotonic() - started > STEADY_AFTER_S:
+                backoff = BACKOFF_FIRST_S
+            self.restarts[spec.name] += 1
+            log.warning("process_restarting", process=spec.name, code=code, after_s=backoff)
+            await anyio.sleep(backoff)
+            backoff = min(backoff * 2, BACKOFF_MAX_S)
+
+    async def _once(self, spec: Spec) -> int | None:
+        # Ends with its supervisor even when that is killed.
+        command = ["setpriv", "--pdeathsig", "TERM", *spec.command]
+        process = await anyio.open_process(
+            command,
+            env={**os.environ, **spec.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.pids[spec.name] = process.pid
+        try:
+            await self._copy(spec, process)
+            return await process.wait()
+        finally:
+            self.pids.pop(spec.name, None)
+            await _end(process)
+
+    async def _copy(self, spec: Spec, process: anyio.abc.Process) -> None:
+        if process.stdout is None:
+            return
+        rest = b""
+        with _Log(spec.log) as file:
+            async for data in process.stdout:
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    file.write(line)
+                    if self._echo:
+                        self._echo(spec.name, line.decode(errors="replace"))
+
+
+class _Log:
+    """A log file that starts anew when it is too large; a disk that is full loses lines, not the process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[bytes] | None = None
+        self._lost = False
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def write(self, line: bytes) -> None:
+        try:
+            if self._file is None:
+                self._file = self._path.open("ab")
+            if self._file.tell() > LOG_BYTES_MAX:
+                self._file.close()
+                self._path.replace(self._path.with_suffix(".old"))
+                self._file = self._path.open("ab")
+            self._file.write(line + b"\n")
+            self._file.flush()
+            self._lost = False
+        except OSError as error:
+            if not self._lost:
+                self._lost = True
+                log.error("log_lines_lost", path=str(self._path), error=error.strerror)
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError:
+                log.debug("log_not_closed", path=str(self._path))
+
+
+async def _end(process: anyio.abc.Process) -> None:
+    """SIGTERM, then SIGKILL at the deadline."""
+    if process.returncode is not None:
+        return
+    with anyio.CancelScope(shield=True):
+        process.send_signal(signal.SIGTERM)
+        with anyio.move_on_after(END_DEADLINE_S):
+            await process.wait()
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+def python(module: str) -> list[str]:
+    return [sys.executable, "-m", module]
