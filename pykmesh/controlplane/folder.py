@@ -1,0 +1,173 @@
+"""A folder of YAML files, watched: which files changed, what they say now, and what they said last.
+
+A `Folder` is driven from outside (`look`, then `read`), by one thread at a time, and never raises: what goes
+wrong becomes an error in its content. A file that cannot be read keeps the objects it had when it last could.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from pykmesh.controlplane.manifests import ConfigError, Located, Parsed, parse, without_duplicates
+
+log = structlog.get_logger(__name__)
+
+_SUFFIXES = (".yaml", ".yml")
+_RACY_NS = 50_000_000
+"""A file written this short before it was read may change again unseen: file clocks tick coarsely."""
+
+
+class Signature(msgspec.Struct, frozen=True):
+    """Differs whenever a file was written, replaced or renamed over."""
+
+    mtime_ns: int
+    size: int
+    inode: int
+
+
+class Sight(msgspec.Struct, frozen=True):
+    """What one look at the folder has seen."""
+
+    files: Mapping[str, Signature]
+    """By path below the folder."""
+    unreadable: Mapping[str, str]
+    """Folders that could not be listed, and why; "" is the folder itself."""
+
+
+class Content(msgspec.Struct, frozen=True):
+    """What the folder says, all files together."""
+
+    objects: tuple[Located, ...] = ()
+    errors: tuple[ConfigError, ...] = ()
+
+
+class _File(msgspec.Struct, frozen=True):
+    signature: Signature | None
+    """None if it may have changed unseen."""
+    digest: bytes | None
+    """Of the content that was read; None if it could not be."""
+    good: Parsed
+    """What it said when it was last without errors."""
+    errors: tuple[ConfigError, ...]
+
+
+class Folder:
+    """The YAML files below a directory; hidden files and directories are left alone."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._files: dict[str, _File] = {}
+        self._folder_errors: tuple[ConfigError, ...] = ()
+        self._logged_errors: frozenset[ConfigError] = frozenset()
+        self._ignored: frozenset[str] = frozenset()
+
+    def look(self) -> Sight:
+        """Lists all files; cheap, nothing is opened."""
+        files: dict[str, Signature] = {}
+        unreadable: dict[str, str] = {}
+        _list(self._path, "", files, unreadable, set())
+        return Sight(files, unreadable)
+
+    def has_changed(self, sight: Sight) -> bool:
+        """Whether `read` may find something new."""
+        known = {name: file.signature for name, file in self._files.items()}
+        return known != self._expected(sight) or _errors_of(sight) != self._folder_errors
+
+    def read(self, sight: Sight) -> Content:
+        """Reads the files that changed and forgets those that are gone."""
+        files = self._expected(sight)
+        for name in self._files.keys() - files.keys():
+            del self._files[name]
+        for name, signature in files.items():
+            before = self._files.get(name)
+            if signature and (before is None or before.signature != signature):
+                self._files[name] = self._read_file(name, signature, before)
+        self._folder_errors = _errors_of(sight)
+        return self._content()
+
+    def _expected(self, sight: Sight) -> dict[str, Signature | None]:
+        """The files that should be held: those seen, and those in folders that could not be listed."""
+        expected: dict[str, Signature | None] = dict(sight.files)
+        for name, file in self._files.items():
+            if any(name.startswith(folder) for folder in sight.unreadable):
+                expected.setdefault(name, file.signature)
+        return expected
+
+    def _read_file(self, name: str, signature: Signature, before: _File | None) -> _File:
+        good = before.good if before else Parsed()
+        now_ns = time.time_ns()
+        try:
+            content = (self._path / name).read_bytes()
+        except OSError as error:
+            errors = (ConfigError(name, 0, "", f"Cannot be read: {error.strerror}"),)
+            return _File(None, None, good, errors)
+        settled = signature if now_ns - signature.mtime_ns > _RACY_NS else None
+        digest = hashlib.blake2b(content).digest()
+        if before and before.digest == digest:
+            return msgspec.structs.replace(before, signature=settled)
+        parsed = parse(content, name)
+        return _File(settled, digest, good if parsed.errors else parsed, parsed.errors)
+
+    def _content(self) -> Content:
+        in_order = [self._files[name] for name in sorted(self._files)]
+        objects, duplicates = without_duplicates(obj for file in in_order for obj in file.good.objects)
+        self._log_ignored(frozenset().union(*(file.good.ignored for file in in_order)))
+        errors = (error for file in in_order for error in file.errors)
+        content = Content(objects, (*self._folder_errors, *sorted((*errors, *duplicates))))
+        self._log_new_errors(content.errors)
+        return content
+
+    def _log_new_errors(self, errors: tuple[ConfigError, ...]) -> None:
+        for error in errors:
+            if error not in self._logged_errors:
+                log.warning(
+                    "config_refused", file=error.file, line=error.line, field=error.field, why=error.why
+                )
+        self._logged_errors = frozenset(errors)
+
+    def _log_ignored(self, ignored: frozenset[str]) -> None:
+        if ignored - self._ignored:
+            log.info("config_kinds_ignored", kinds=sorted(ignored))
+        self._ignored = ignored
+
+
+def _list(
+    folder: Path,
+    prefix: str,
+    files: dict[str, Signature],
+    unreadable: dict[str, str],
+    above: set[tuple[int, int]],
+) -> None:
+    """Follows links, but not in circles; `above` are the folders on the way here, by device and inode."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        unreadable[prefix] = error.strerror or str(error)
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        try:
+            found = entry.stat()
+        except OSError:  # gone in the meantime, or a link to nothing
+            continue
+        identity = (found.st_dev, found.st_ino)
+        if stat.S_ISDIR(found.st_mode) and identity not in above:
+            _list(folder / entry.name, f"{prefix}{entry.name}/", files, unreadable, above | {identity})
+        elif stat.S_ISREG(found.st_mode) and entry.name.endswith(_SUFFIXES):
+            files[prefix + entry.name] = Signature(found.st_mtime_ns, found.st_size, found.st_ino)
+
+
+def _errors_of(sight: Sight) -> tuple[ConfigError, ...]:
+    return tuple(
+        ConfigError(folder or ".", 0, "", f"The folder cannot be listed: {why}")
+        for folder, why in sight.unreadable.items()
+    )

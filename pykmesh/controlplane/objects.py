@@ -1,0 +1,346 @@
+"""Kubernetes and Istio objects as the control plane reads them: the fields that shape the mesh.
+
+The structs follow the manifests, names and nesting included (`podIPs` is `pod_ips`), so that the path of a
+field that does not fit is the path that its author wrote. They are immutable, and a value of one of these
+types is valid in itself: addresses parse, ports are in range, names can be part of a resource name.
+Defaults are those that an API server fills in.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Any, TypeAlias
+
+import msgspec
+
+from pykmesh.controlplane.addresses import HEADLESS, IP, ClusterIP, IPFamily, IPRange, parse_text
+
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
+PortNumber = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+TargetPort = Annotated[int, msgspec.Meta(ge=0, le=65535)] | str
+"""A number or the name of a container's port; 0 and "" are as good as none."""
+Labels: TypeAlias = dict[str, str]
+
+
+class IPFamilyPolicy(Enum):
+    SINGLE_STACK = "SingleStack"
+    PREFER_DUAL_STACK = "PreferDualStack"
+    REQUIRE_DUAL_STACK = "RequireDualStack"
+
+
+class Protocol(Enum):
+    TCP = "TCP"
+    UDP = "UDP"
+    SCTP = "SCTP"
+
+
+class _Manifest(msgspec.Struct, frozen=True, kw_only=True, rename="camel", gc=False):
+    """How all parts of a manifest are read. They hold no cycles, so the collector may pass them by."""
+
+
+class OwnerReference(_Manifest, frozen=True, kw_only=True):
+    kind: str
+    name: str
+    controller: bool = False
+
+
+class Metadata(_Manifest, frozen=True, kw_only=True):
+    name: Name
+    namespace: Name = "default"
+    generate_name: str = ""
+    labels: Labels = {}
+    annotations: Labels = {}
+    owner_references: tuple[OwnerReference, ...] = ()
+    creation_timestamp: str = ""
+    deletion_timestamp: str = ""
+    uid: str = ""
+
+
+class _Object(_Manifest, frozen=True, kw_only=True):
+    metadata: Metadata
+
+    @property
+    def name(self) -> str:
+        return self.metadata.name
+
+    @property
+    def namespace(self) -> str:
+        return self.metadata.namespace
+
+    @property
+    def labels(self) -> Labels:
+        return self.metadata.labels
+
+
+class Namespace(_Object, frozen=True, kw_only=True):
+    pass
+
+
+class NodeAddress(_Manifest, frozen=True, kw_only=True):
+    type: str
+    address: str
+
+
+class NodeStatus(_Manifest, frozen=True, kw_only=True):
+    addresses: tuple[NodeAddress, ...] = ()
+
+
+class Node(_Object, frozen=True, kw_only=True):
+    status: NodeStatus = NodeStatus()
+
+
+class ContainerPort(_Manifest, frozen=True, kw_only=True):
+    container_port: PortNumber
+    name: str = ""
+    protocol: Protocol = Protocol.TCP
+
+
+class Container(_Manifest, frozen=True, kw_only=True):
+    ports: tuple[ContainerPort, ...] = ()
+
+
+class PodSpec(_Manifest, frozen=True, kw_only=True):
+    node_name: str = ""
+    service_account_name: str = "default"
+    host_network: bool = False
+    containers: tuple[Container, ...] = ()
+
+
+class PodIP(_Manifest, frozen=True, kw_only=True):
+    ip: IP
+
+
+class PodCondition(_Manifest, frozen=True, kw_only=True):
+    type: str
+    status: str
+
+
+class PodStatus(_Manifest, frozen=True, kw_only=True):
+    phase: str = ""
+    host_ip: IP | None = msgspec.field(name="hostIP", default=None)
+    pod_ip: IP | None = msgspec.field(name="podIP", default=None)
+    pod_ips: tuple[PodIP, ...] = msgspec.field(name="podIPs", default=())
+    conditions: tuple[PodCondition, ...] = ()
+
+
+class Pod(_Object, frozen=True, kw_only=True):
+    spec: PodSpec = PodSpec()
+    status: PodStatus = PodStatus()
+
+    @property
+    def ips(self) -> tuple[IP, ...]:
+        """All addresses, the primary one first."""
+        if self.status.pod_ips:
+            return tuple(entry.ip for entry in self.status.pod_ips)
+        return (self.status.pod_ip,) if self.status.pod_ip else ()
+
+    @property
+    def is_over(self) -> bool:
+        """It has ended for good: it holds no address any more."""
+        return self.status.phase in ("Succeeded", "Failed")
+
+    @property
+    def is_ready(self) -> bool:
+        """May get connections. A pod that says nothing about itself may: nobody reports for a folder."""
+        if self.metadata.deletion_timestamp:
+            return False
+        conditions = {condition.type: condition.status for condition in self.status.conditions}
+        return not conditions or conditions.get("Ready") == "True"
+
+
+class ServicePort(_Manifest, frozen=True, kw_only=True):
+    port: PortNumber
+    name: str = ""
+    protocol: Protocol = Protocol.TCP
+    target_port: TargetPort | None = None
+    app_protocol: str = ""
+
+
+class ServiceSpec(_Manifest, frozen=True, kw_only=True):
+    type: str = "ClusterIP"
+    cluster_ip: ClusterIP = msgspec.field(name="clusterIP", default=ClusterIP())
+    cluster_ips: tuple[ClusterIP, ...] = msgspec.field(name="clusterIPs", default=())
+    ip_families: tuple[IPFamily, ...] = ()
+    ip_family_policy: IPFamilyPolicy | None = None
+    ports: tuple[ServicePort, ...] = ()
+    selector: Labels = {}
+    publish_not_ready_addresses: bool = False
+    internal_traffic_policy: str = "Cluster"
+    traffic_distribution: str = ""
+
+
+class Service(_Object, frozen=True, kw_only=True):
+    spec: ServiceSpec = ServiceSpec()
+
+    @property
+    def is_external_name(self) -> bool:
+        return self.spec.type == "ExternalName"
+
+    @property
+    def is_headless(self) -> bool:
+        return HEADLESS in (self.spec.cluster_ip, *self.spec.cluster_ips)
+
+    @property
+    def vips(self) -> tuple[IP, ...]:
+        """The cluster addresses, the primary one first; none if it is headless."""
+        written = self.spec.cluster_ips or (self.spec.cluster_ip,)
+        return tuple(IP(text) for text in written if text not in ("", HEADLESS))
+
+    @property
+    def ip_families(self) -> tuple[IPFamily, ...]:
+        """The families it serves, the primary one first: as written, else of its addresses, else IPv4."""
+        families = self.spec.ip_families or tuple(dict.fromkeys(vip.family for vip in self.vips))
+        families = families or (IPFamily.IPV4,)
+        if self.spec.ip_family_policy in (None, IPFamilyPolicy.SINGLE_STACK) or len(families) == 2:
+            return families
+        return (*families, *(family for family in IPFamily if family not in families))
+
+
+class EndpointConditions(_Manifest, frozen=True, kw_only=True):
+    ready: bool = True
+
+
+class TargetRef(_Manifest, frozen=True, kw_only=True):
+    kind: str = ""
+    name: str = ""
+    namespace: str = ""
+    uid: str = ""
+
+
+class Endpoint(_Manifest, frozen=True, kw_only=True):
+    addresses: tuple[str, ...] = ()
+    conditions: EndpointConditions = EndpointConditions()
+    target_ref: TargetRef | None = None
+
+
+class EndpointPort(_Manifest, frozen=True, kw_only=True):
+    name: str = ""
+    port: PortNumber | None = None
+    protocol: Protocol = Protocol.TCP
+
+
+class EndpointSlice(_Object, frozen=True, kw_only=True):
+    address_type: str = "IPv4"
+    endpoints: tuple[Endpoint, ...] = ()
+    ports: tuple[EndpointPort, ...] = ()
+
+    @property
+    def service_name(self) -> str:
+        """The service that the endpoints are for; "" if they are for none."""
+        return self.labels.get("kubernetes.io/service-name", "")
+
+
+class Resolution(Enum):
+    NONE = "NONE"
+    STATIC = "STATIC"
+    DNS = "DNS"
+    DNS_ROUND_ROBIN = "DNS_ROUND_ROBIN"
+    DYNAMIC_DNS = "DYNAMIC_DNS"
+
+    @property
+    def is_by_name(self) -> bool:
+        return self not in (Resolution.NONE, Resolution.STATIC)
+
+
+class EntryPort(_Manifest, frozen=True, kw_only=True):
+    number: PortNumber
+    name: str = ""
+    protocol: str = ""
+    target_port: PortNumber | None = None
+
+
+class WorkloadEntrySpec(_Manifest, frozen=True, kw_only=True):
+    address: str = ""
+    ports: dict[str, PortNumber] = {}
+    labels: Labels = {}
+    network: str = ""
+    locality: str = ""
+    weight: Annotated[int, msgspec.Meta(ge=0)] = 0
+    service_account: str = ""
+
+
+class WorkloadEntry(_Object, frozen=True, kw_only=True):
+    spec: WorkloadEntrySpec
+
+    @property
+    def all_labels(self) -> Labels:
+        """Labels may be written in two places; those of the metadata win."""
+        return self.spec.labels | self.metadata.labels
+
+
+class WorkloadSelector(_Manifest, frozen=True, kw_only=True):
+    labels: Labels = {}
+
+
+class ServiceEntrySpec(_Manifest, frozen=True, kw_only=True):
+    hosts: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    addresses: tuple[IPRange, ...] = ()
+    ports: tuple[EntryPort, ...] = ()
+    resolution: Resolution = Resolution.NONE
+    endpoints: tuple[WorkloadEntrySpec, ...] = ()
+    workload_selector: WorkloadSelector | None = None
+    subject_alt_names: tuple[str, ...] = ()
+
+
+class HostAddress(_Manifest, frozen=True, kw_only=True):
+    value: IP
+    host: str = ""
+
+
+class ServiceEntryStatus(_Manifest, frozen=True, kw_only=True):
+    addresses: tuple[HostAddress, ...] = ()
+
+
+class ServiceEntry(_Object, frozen=True, kw_only=True):
+    spec: ServiceEntrySpec
+    status: ServiceEntryStatus = ServiceEntryStatus()
+
+    @property
+    def wants_addresses(self) -> bool:
+        """Its hosts get an address of their own, unless they are wildcards (see `takes_address`)."""
+        may = self.labels.get("networking.istio.io/enable-autoallocate-ip", "").lower() != "false"
+        return may and not self.spec.addresses and self.spec.resolution is not Resolution.NONE
+
+    def takes_address(self, host: str) -> bool:
+        is_wildcard = host.startswith("*")
+        return self.wants_addresses and (not is_wildcard or self.spec.resolution is Resolution.DYNAMIC_DNS)
+
+
+Object: TypeAlias = Namespace | Node | Pod | Service | EndpointSlice | ServiceEntry | WorkloadEntry
+
+KINDS: dict[tuple[str, str], type[Object]] = {
+    ("", "Namespace"): Namespace,
+    ("", "Node"): Node,
+    ("", "Pod"): Pod,
+    ("", "Service"): Service,
+    ("discovery.k8s.io", "EndpointSlice"): EndpointSlice,
+    ("networking.istio.io", "ServiceEntry"): ServiceEntry,
+    ("networking.istio.io", "WorkloadEntry"): WorkloadEntry,
+}
+"""The types that are read, by API group and kind; the version within a group does not matter."""
+
+_CLUSTER_SCOPED = (Namespace, Node)
+
+
+class ObjectRef(msgspec.Struct, frozen=True, order=True):
+    """What tells one object from another; `namespace` is "" for what has none."""
+
+    kind: str
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.namespace}/{self.name}" if self.namespace else f"{self.kind} {self.name}"
+
+
+def ref_of(obj: Object) -> ObjectRef:
+    namespace = "" if isinstance(obj, _CLUSTER_SCOPED) else obj.namespace
+    return ObjectRef(type(obj).__name__, namespace, obj.name)
+
+
+def from_plain(plain: Any, kind: type[Object]) -> Object:
+    """Makes an object of a manifest in plain types.
+
+    Raises `msgspec.ValidationError`, whose text ends with the path: … - at `$.spec.ports[0]`.
+    """
+    return msgspec.convert(plain, kind, dec_hook=parse_text)

@@ -1,0 +1,162 @@
+"""A folder follows its files, and a broken file keeps what it said when it was whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from pykmesh.controlplane.folder import Content, Folder
+
+from .manifest_texts import pod, service, write
+
+
+def _read(folder: Folder) -> Content:
+    return folder.read(folder.look())
+
+
+def _names(content: Content) -> list[str]:
+    return [located.object.name for located in content.objects]
+
+
+def test_files_of_all_subfolders_are_read_and_hidden_and_other_ones_are_not(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", pod("a"))
+    write(tmp_path / "deep" / "er" / "b.yml", pod("b"))
+    write(tmp_path / ".hidden" / "c.yaml", pod("c"))
+    write(tmp_path / "d.json", pod("d"))
+    write(tmp_path / ".e.yaml", pod("e"))
+    assert _names(_read(Folder(tmp_path))) == ["a", "b"]
+
+
+def test_a_folder_that_links_to_itself_is_read_once(tmp_path: Path) -> None:
+    write(tmp_path / "sub" / "a.yaml", pod("a"))
+    (tmp_path / "sub" / "loop").symlink_to(tmp_path / "sub")
+    assert _names(_read(Folder(tmp_path))) == ["a"]
+
+
+def test_a_mounted_config_map_is_read_through_its_links(tmp_path: Path) -> None:
+    write(tmp_path / "..2026" / "a.yaml", pod("a"))
+    (tmp_path / "..data").symlink_to("..2026")
+    (tmp_path / "a.yaml").symlink_to("..data/a.yaml")
+    folder = Folder(tmp_path)
+    assert _names(_read(folder)) == ["a"]
+
+    write(tmp_path / "..2027" / "a.yaml", pod("b"))
+    (tmp_path / "..new").symlink_to("..2027")
+    (tmp_path / "..new").rename(tmp_path / "..data")
+    assert folder.has_changed(folder.look())
+    assert _names(_read(folder)) == ["b"]
+
+
+def test_new_changed_renamed_and_deleted_files_are_followed(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    assert _names(_read(folder)) == []
+    write(tmp_path / "a.yaml", pod("a"))
+    assert _names(_read(folder)) == ["a"]
+    write(tmp_path / "a.yaml", pod("a2"))  # renamed over
+    assert _names(_read(folder)) == ["a2"]
+    (tmp_path / "a.yaml").rename(tmp_path / "b.yaml")
+    assert _names(_read(folder)) == ["a2"]
+    write(tmp_path / "sub" / "c.yaml", pod("c"))
+    assert _names(_read(folder)) == ["a2", "c"]
+    (tmp_path / "sub").rename(tmp_path / ".away")
+    (tmp_path / "b.yaml").unlink()
+    assert _names(_read(folder)) == []
+
+
+def test_a_folder_at_rest_has_not_changed(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", pod("a"))
+    os.utime(tmp_path / "a.yaml", (1, 1))  # long ago: not just written
+    folder = Folder(tmp_path)
+    _read(folder)
+    assert not folder.has_changed(folder.look())
+
+
+def test_a_file_written_again_within_a_tick_of_its_clock_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    write(path, pod("a"))
+    folder = Folder(tmp_path)
+    _read(folder)
+    found = path.stat()
+    path.write_text(path.read_text().replace('"a"', '"b"'))  # same size, same inode
+    os.utime(path, ns=(found.st_mtime_ns, found.st_mtime_ns))
+    assert folder.has_changed(folder.look())
+    assert _names(_read(folder)) == ["b"]
+
+
+@pytest.mark.parametrize("broken", ["a: b\n  c: d\n", '{"apiVersion": "v1", "kind": "Pod"}', "\t"])
+def test_a_broken_file_keeps_its_last_good_state_and_says_what_is_wrong(tmp_path: Path, broken: str) -> None:
+    path = tmp_path / "a.yaml"
+    write(path, pod("a"))
+    write(tmp_path / "b.yaml", pod("b"))
+    folder = Folder(tmp_path)
+    _read(folder)
+
+    path.write_text(broken)
+    content = _read(folder)
+    assert _names(content) == ["a", "b"]
+    assert [error.file for error in content.errors] == ["a.yaml"]
+
+    write(path, pod("a2"))
+    assert _read(folder) == Folder(tmp_path).read(folder.look())
+    assert _names(_read(folder)) == ["a2", "b"]
+
+
+def test_a_file_broken_at_first_contributes_nothing_and_the_rest_is_served(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("{")
+    write(tmp_path / "b.yaml", pod("b"))
+    content = _read(Folder(tmp_path))
+    assert _names(content) == ["b"]
+    assert [error.file for error in content.errors] == ["a.yaml"]
+
+
+def test_a_broken_file_that_is_deleted_takes_its_objects_and_errors_along(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", pod("a"))
+    folder = Folder(tmp_path)
+    _read(folder)
+    (tmp_path / "a.yaml").write_text("{")
+    _read(folder)
+    (tmp_path / "a.yaml").unlink()
+    assert _read(folder) == Content()
+
+
+def test_a_folder_that_is_gone_keeps_its_state_until_it_is_back(tmp_path: Path) -> None:
+    path = tmp_path / "config"
+    write(path / "sub" / "a.yaml", pod("a"))
+    folder = Folder(path)
+    _read(folder)
+    path.rename(tmp_path / "away")
+    content = _read(folder)
+    assert _names(content) == ["a"]
+    assert str(content.errors[0]) == ".:0: The folder cannot be listed: No such file or directory"
+    path.mkdir()
+    assert _read(folder) == Content()
+
+
+def test_a_duplicate_in_another_file_is_an_error_until_one_of_them_goes(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", service("web", clusterIP="10.0.0.1"))
+    write(tmp_path / "b.yaml", service("web", clusterIP="10.0.0.2"))
+    folder = Folder(tmp_path)
+    (error,) = _read(folder).errors
+    assert error.file == "b.yaml"
+    assert "a.yaml:1" in error.why
+    (tmp_path / "a.yaml").unlink()
+    content = _read(folder)
+    assert not content.errors
+    assert [located.file for located in content.objects] == ["b.yaml"]
+
+
+def test_kinds_that_are_not_read_are_logged_once_by_name(tmp_path: Path) -> None:
+    write(
+        tmp_path / "a.yaml",
+        {"apiVersion": "apps/v1", "kind": "Deployment"},
+        {"apiVersion": "v1", "kind": "Secret"},
+    )
+    folder = Folder(tmp_path)
+    with capture_logs() as logs:
+        _read(folder)
+        write(tmp_path / "b.yaml", {"apiVersion": "v1", "kind": "Secret"})
+        _read(folder)
+    assert [entry["kinds"] for entry in logs] == [["Secret", "apps/Deployment"]]
