@@ -34,7 +34,7 @@ $(OBJECTS)/layout.json: $(OBJECTS)/mesh.bpf.o pykmesh/kernel/btf.py
 	$(Q)$(BIN)/python -m pykmesh.kernel.btf $< $@
 
 proto: $(VENV)/.ready
-	$(Q)$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --mypy_out=. pykmesh/proto/*.proto
+	$(Q)PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I. --python_out=. --mypy_out=. pykmesh/proto/*.proto
 
 check: setup
 	$(Q)$(BIN)/ruff check .

@@ -17,31 +17,44 @@ static __always_inline bool restore_source(struct bpf_sock_addr *ctx, struct des
 				    .address = from->address,
 				    .port = from->port,
 				    .is_reply = 1 };
-	struct datagram_value *sent;
-	struct socket_state *state = bpf_sk_storage_get(&sockets, ctx->sk, 0, 0);
+	struct datagram_value *sent = bpf_map_lookup_elem(&datagrams, &key);
+	struct socket_state *state;
 
-	if (!state)
-		return false;
-	if (state->service && ip_equal(&state->endpoint, &from->address) && state->endpoint_port == from->port) {
-		from->address = state->vip;
-		from->port = state->vip_port;
+	if (sent) {
+		from->address = sent->address;
+		from->port = sent->port;
 		return true;
 	}
-	sent = bpf_map_lookup_elem(&datagrams, &key);
-	if (!sent)
+	state = bpf_sk_storage_get(&sockets, ctx->sk, 0, 0);
+	if (!state || !state->service || state->endpoint_port != from->port ||
+	    !ip_equal(&state->endpoint, &from->address))
 		return false;
-	from->address = sent->address;
-	from->port = sent->port;
+	from->address = state->vip;
+	from->port = state->vip_port;
 	return true;
+}
+
+static __always_inline struct datagram_key way_back(__u64 cookie, const struct choice *choice)
+{
+	return (struct datagram_key){ .socket_cookie = cookie,
+				      .address = choice->endpoint.address,
+				      .port = choice->endpoint.port,
+				      .is_reply = 1 };
+}
+
+/* Two services may have one endpoint: its answers are then taken for those of the service asked last. */
+static __always_inline bool leads_back(__u64 cookie, const struct destination *to, const struct choice *choice)
+{
+	struct datagram_key back = way_back(cookie, choice);
+	struct datagram_value *service = bpf_map_lookup_elem(&datagrams, &back);
+
+	return service && service->port == to->port && ip_equal(&service->address, &to->address);
 }
 
 static __always_inline bool keep_way(__u64 cookie, const struct destination *to, const struct choice *choice)
 {
 	struct datagram_key there = { .socket_cookie = cookie, .address = to->address, .port = to->port };
-	struct datagram_key back = { .socket_cookie = cookie,
-				     .address = choice->endpoint.address,
-				     .port = choice->endpoint.port,
-				     .is_reply = 1 };
+	struct datagram_key back = way_back(cookie, choice);
 	struct datagram_value endpoint = { .service = choice->service,
 					   .address = choice->endpoint.address,
 					   .port = choice->endpoint.port,
@@ -71,11 +84,15 @@ static __always_inline enum reason decide_datagram(struct bpf_sock_addr *ctx, co
 	}
 	reason = choose(to, client_network(pod), slot, choice);
 	if (reason == REASON_ROUTED && choice->rewrite) {
-		if (ip_equal(&before.address, &choice->endpoint.address) && before.port == choice->endpoint.port)
+		bool same = ip_equal(&before.address, &choice->endpoint.address) &&
+			    before.port == choice->endpoint.port;
+
+		if (same && leads_back(cookie, to, choice))
 			return reason;
 		if (keep_way(cookie, to, choice)) {
 			remember(ctx, to, choice);
-			count_datagram_open(pod, choice->service, &choice->endpoint);
+			if (!same)
+				count_datagram_open(pod, choice->service, &choice->endpoint);
 			return reason;
 		}
 		reason = REASON_DATAGRAM_LOST;

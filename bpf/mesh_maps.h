@@ -15,7 +15,7 @@
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 262144);
+	__uint(max_entries, 131072);
 	__type(key, struct service_key);
 	__type(value, struct service_value);
 } services SEC(".maps");
@@ -24,7 +24,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 2097152);
+	__uint(max_entries, 524288);
 	__type(key, struct endpoint_key);
 	__type(value, struct endpoint_value);
 } endpoints SEC(".maps");
@@ -33,7 +33,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 2097152);
+	__uint(max_entries, 524288);
 	__type(key, struct address_key);
 	__type(value, struct address_value);
 } addresses SEC(".maps");

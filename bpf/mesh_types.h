@@ -67,8 +67,7 @@ enum address_kind {
 
 /* What an address is, consulted when (address, port) is no service port. */
 struct address_value {
-	__u64 id;     /* hash of the resource name */
-	__u16 kind;   /* enum address_kind */
+	__u16 kind;    /* enum address_kind */
 	__u16 verdict; /* enum reason, for connections to the address itself */
 	__u32 pad;
 	__u8 reserved[16];
@@ -189,7 +188,7 @@ _Static_assert(sizeof(struct service_value) == 32, "service_value");
 _Static_assert(sizeof(struct endpoint_key) == 16, "endpoint_key");
 _Static_assert(sizeof(struct endpoint_value) == 48, "endpoint_value");
 _Static_assert(sizeof(struct address_key) == 24, "address_key");
-_Static_assert(sizeof(struct address_value) == 32, "address_value");
+_Static_assert(sizeof(struct address_value) == 24, "address_value");
 _Static_assert(sizeof(struct pod_value) == 64, "pod_value");
 _Static_assert(sizeof(struct datagram_key) == 32, "datagram_key");
 _Static_assert(sizeof(struct datagram_value) == 32, "datagram_value");

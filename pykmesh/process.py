@@ -6,6 +6,7 @@ supervisor starts it again, and the state is in the kernel.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ log = structlog.get_logger(__name__)
 
 EXIT_SETTINGS = 2
 ERRORS_KEPT = 20
+GC_THRESHOLDS = (50_000, 20, 100)
 _S = TypeVar("_S", bound=CommonSettings)
 
 
@@ -45,9 +47,13 @@ class Runtime(Generic[_S]):
         self.bus: bus.NatsBus | None = None
 
     def note_error(self, what: str, **data: Any) -> None:
-        """Logs an error and keeps it for the status page."""
+        """Logs an error and keeps it for the status page; the same one again only moves its time."""
+        entry = {"event": what, **{k: str(v) for k, v in data.items()}}
+        if self.errors and entry.items() <= self.errors[-1].items():
+            self.errors[-1]["time"] = time.time()
+            return
         log.error(what, **data)
-        self.errors.append({"time": time.time(), "event": what, **{k: str(v) for k, v in data.items()}})
+        self.errors.append({"time": time.time(), **entry})
 
     def status(self) -> dict[str, Any]:
         """Version, readiness, errors and what the app adds: the shape of `pykmesh status -o json`."""
@@ -83,6 +89,8 @@ def main(name: str, kind: type[_S], app: App[_S]) -> None:
         logs.configure(name, settings.log_level, settings.log_format)
     except (SettingsError, ValueError) as error:
         sys.exit(f"{name}: {error}")
+    # A mesh is many objects that live long and hold no cycles: looking at them seldom is enough.
+    gc.set_threshold(*GC_THRESHOLDS)
     provider = tracing.configure(name, settings.instance, settings.otlp_endpoint)
     code = anyio.run(_run, Runtime(name, settings), app, backend_options={"use_uvloop": True})
     if isinstance(provider, TracerProvider):

@@ -37,7 +37,9 @@ def read(instance: Instance, what: str, source: str) -> list[Entry]:
         except PinError as error:
             raise SourceError(str(error)) from error
     if what == "endpoints" and source == "xds":
-        raise SourceError("the control plane names no endpoints: they follow from its workloads (--from state or bpf)")
+        raise SourceError(
+            "the control plane names no endpoints: they follow from its workloads (--from state or bpf)"
+        )
     found = running(instance.run_dir)
     if found is None:
         raise SourceError(f"instance {instance.name} is not running; --from bpf reads the kernel without it")
@@ -52,7 +54,10 @@ def names(instance: Instance) -> dict[int, tuple[str, int]]:
     if found is None:
         return {}
     try:
-        return {int(key): (value[0], value[1]) for key, value in fetch(found.ports.map_writer, "/ids", TIMEOUT_S).items()}
+        return {
+            int(key): (value[0], value[1])
+            for key, value in fetch(found.ports.map_writer, "/ids", TIMEOUT_S).items()
+        }
     except OSError:
         return {}
 
@@ -63,7 +68,9 @@ def _services(instance: Instance) -> list[Entry]:
         for key, value in services.items():
             ip, network, port = SERVICE_KEY.unpack(key)
             number, endpoints, verdict = SERVICE_VALUE.unpack(value)
-            refused = "" if verdict == Reason.ROUTED and endpoints else Reason(verdict or Reason.NO_ENDPOINT).label
+            refused = (
+                "" if verdict == Reason.ROUTED and endpoints else Reason(verdict or Reason.NO_ENDPOINT).label
+            )
             entries.append(
                 {
                     "name": known.get(number, ("", 0))[0],
@@ -83,12 +90,10 @@ def _workloads(instance: Instance) -> list[Entry]:
     with PinnedMap(pins.maps_dir(instance.pin_dir), "addresses") as addresses:
         for key, value in addresses.items():
             ip, network = ADDRESS_KEY.unpack(key)
-            number, kind, verdict = ADDRESS_VALUE.unpack(value)
+            kind, verdict = ADDRESS_VALUE.unpack(value)
             if kind == AddressKind.WORKLOAD:
                 refused = "" if verdict == Reason.ROUTED else Reason(verdict).label
-                entries.append(
-                    {"id": f"{number:016x}", "network_id": network, "addresses": [ip_to_text(ip)], "refused": refused}
-                )
+                entries.append({"network_id": network, "addresses": [ip_to_text(ip)], "refused": refused})
     return sorted(entries, key=lambda e: str(e["addresses"]))
 
 
@@ -150,7 +155,7 @@ def _workload_row(entry: Entry) -> Sequence[Any]:
     healthy = entry.get("healthy", entry.get("status", "HEALTHY") == "HEALTHY") if "name" in entry else "-"
     services = entry.get("services", {})
     return (
-        entry.get("namespace"), entry.get("name") or entry.get("id"), ",".join(entry.get("addresses", [])),
+        entry.get("namespace"), entry.get("name"), ",".join(entry.get("addresses", [])),
         entry.get("node"), healthy, ",".join(sorted(name.partition("/")[2] for name in services)),
     )  # fmt: skip
 

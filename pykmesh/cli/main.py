@@ -19,8 +19,12 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 @click.group(context_settings=CONTEXT)
 @click.option("--instance", default="default", envvar="PYKMESH_INSTANCE", help="Which mesh on this node.")
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Its run-time directory (/run/pykmesh/NAME).")
-@click.option("--pin-dir", type=click.Path(path_type=Path), help="Its bpffs directory (/sys/fs/bpf/pykmesh/NAME).")
+@click.option(
+    "--run-dir", type=click.Path(path_type=Path), help="Its run-time directory (/run/pykmesh/NAME)."
+)
+@click.option(
+    "--pin-dir", type=click.Path(path_type=Path), help="Its bpffs directory (/sys/fs/bpf/pykmesh/NAME)."
+)
 @click.version_option(__version__, prog_name="pykmesh")
 @click.pass_context
 def main(context: click.Context, instance: str, run_dir: Path | None, pin_dir: Path | None) -> None:

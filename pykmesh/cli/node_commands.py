@@ -34,7 +34,9 @@ def _parse_ports(values: tuple[str, ...], *, free: bool) -> Any:
     for value in values:
         name, _, number = value.partition("=")
         if name not in PORT_NAMES or not number.isdigit() or int(number) > 65535:
-            raise click.BadParameter(f"{value!r}: NAME=NUMBER with a name of {', '.join(PORT_NAMES)}", param_hint="--port")
+            raise click.BadParameter(
+                f"{value!r}: NAME=NUMBER with a name of {', '.join(PORT_NAMES)}", param_hint="--port"
+            )
         chosen[name] = int(number)
     if free:
         return free_ports(chosen)
@@ -42,19 +44,53 @@ def _parse_ports(values: tuple[str, ...], *, free: bool) -> Any:
 
 
 @click.command()
-@click.option("--config-dir", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Serve this folder of YAML with the embedded control plane.")
-@click.option("--xds-address", default="", metavar="HOST:PORT", help="Follow this control plane (istiod: 15010 plaintext, 15012 TLS).")
-@click.option("--xds-root-cert", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Its root certificate: connect by TLS.")
-@click.option("--xds-token-file", type=click.Path(path_type=Path), help="Bearer token, read again for each connection.")
-@click.option("--xds-server-name", default="", help="The name in its certificate, where it is not the address's.")
+@click.option(
+    "--config-dir",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Serve this folder of YAML with the embedded control plane.",
+)
+@click.option(
+    "--xds-address",
+    default="",
+    metavar="HOST:PORT",
+    help="Follow this control plane (istiod: 15010 plaintext, 15012 TLS).",
+)
+@click.option(
+    "--xds-root-cert",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Its root certificate: connect by TLS.",
+)
+@click.option(
+    "--xds-token-file", type=click.Path(path_type=Path), help="Bearer token, read again for each connection."
+)
+@click.option(
+    "--xds-server-name", default="", help="The name in its certificate, where it is not the address's."
+)
 @click.option("--node-name", default="", help="The Kubernetes node (this host's name).")
 @click.option("--namespace", default="istio-system", help="The namespace that the client says it is of.")
 @click.option("--network", default="", help="This node's network, as the control plane names it.")
-@click.option("--cluster-id", default="Kubernetes", help="This node's cluster, as the control plane names it.")
-@click.option("--cgroup-root", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Where cgroup v2 is mounted (found by itself).")
-@click.option("--refuse-unenforced-policy", is_flag=True, help="Refuse connections to workloads with policies, which are not enforced yet.")
-@click.option("--otlp-endpoint", default="", envvar="OTEL_EXPORTER_OTLP_ENDPOINT", help="Send traces there (OTLP over HTTP).")
-@click.option("--port", "ports", multiple=True, metavar="NAME=NUMBER", help=f"Another port: {', '.join(PORT_NAMES)}.")
+@click.option(
+    "--cluster-id", default="Kubernetes", help="This node's cluster, as the control plane names it."
+)
+@click.option(
+    "--cgroup-root",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Where cgroup v2 is mounted (found by itself).",
+)
+@click.option(
+    "--refuse-unenforced-policy",
+    is_flag=True,
+    help="Refuse connections to workloads with policies, which are not enforced yet.",
+)
+@click.option(
+    "--otlp-endpoint",
+    default="",
+    envvar="OTEL_EXPORTER_OTLP_ENDPOINT",
+    help="Send traces there (OTLP over HTTP).",
+)
+@click.option(
+    "--port", "ports", multiple=True, metavar="NAME=NUMBER", help=f"Another port: {', '.join(PORT_NAMES)}."
+)
 @click.option("--free-ports", "free", is_flag=True, help="Take free ports for all that are not given.")
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
 @click.option("-d", "--detach", is_flag=True, help="Run behind; return when it is ready.")
@@ -96,13 +132,18 @@ async def _foreground(instance: Instance, options: Any) -> int:
 
     from pykmesh.node.run import Running
 
-    mesh = Running(instance, options, echo=lambda name, line: print(f"{name:13} {line}", file=sys.stderr, flush=True))
+    mesh = Running(
+        instance, options, echo=lambda name, line: print(f"{name:13} {line}", file=sys.stderr, flush=True)
+    )
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with anyio.create_task_group() as tasks:
             await tasks.start(mesh.run)
             tasks.start_soon(_announce, mesh)
             async for _ in signals:
-                click.echo("ending; programs and maps stay, traffic goes on (pykmesh uninstall removes them)", err=True)
+                click.echo(
+                    "ending; programs and maps stay, traffic goes on (pykmesh uninstall removes them)",
+                    err=True,
+                )
                 tasks.cancel_scope.cancel()
                 break
     return 0
@@ -127,7 +168,11 @@ def _detach(instance: Instance) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "pykmesh", *arguments], stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+                [sys.executable, "-m", "pykmesh", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
             )
     except OSError as error:
         raise Failure(f"run-time directory {instance.run_dir}: {error.strerror}") from error
@@ -137,7 +182,9 @@ def _detach(instance: Instance) -> None:
         if process.poll() is not None:
             raise Failure(_last_words(text))
         if f"instance {instance.name} is ready" in text:
-            click.echo(f"instance {instance.name} is ready (pid {process.pid}, logs in {instance.run_dir / 'logs'})")
+            click.echo(
+                f"instance {instance.name} is ready (pid {process.pid}, logs in {instance.run_dir / 'logs'})"
+            )
             return
         time.sleep(0.05)
     raise Failure(f"not ready after {READY_DEADLINE_S:g} s; it goes on trying: pykmesh status (log: {log})")
@@ -145,7 +192,11 @@ def _detach(instance: Instance) -> None:
 
 def _last_words(text: str) -> str:
     lines = [line for line in text.splitlines() if line.startswith("Error: ")]
-    return lines[-1].removeprefix("Error: ") if lines else "\n".join(text.splitlines()[-5:]) or "ended without a word"
+    return (
+        lines[-1].removeprefix("Error: ")
+        if lines
+        else "\n".join(text.splitlines()[-5:]) or "ended without a word"
+    )
 
 
 @click.command()
@@ -161,7 +212,9 @@ def down(instance: Instance) -> None:
         if time.monotonic() > deadline:
             raise Failure(f"supervisor {found.pid} has not ended after {DOWN_DEADLINE_S:g} s")
         time.sleep(0.05)
-    click.echo(f"instance {instance.name} is down; traffic goes on (pykmesh uninstall removes programs and maps)")
+    click.echo(
+        f"instance {instance.name} is down; traffic goes on (pykmesh uninstall removes programs and maps)"
+    )
 
 
 def _is_zombie(pid: int) -> bool:
@@ -193,11 +246,19 @@ def uninstall(instance: Instance) -> None:
 
 @click.command()
 @click.option("--cgroup", type=click.Path(path_type=Path), help="The cgroup v2 directory.")
-@click.option("--netns", type=click.Path(path_type=Path), help="Its network namespace (/run/netns/NAME, /proc/PID/ns/net).")
+@click.option(
+    "--netns",
+    type=click.Path(path_type=Path),
+    help="Its network namespace (/run/netns/NAME, /proc/PID/ns/net).",
+)
 @click.option("--pid", type=int, help="A process: its cgroup and its network namespace.")
-@click.option("--container", help="A container's id, or its beginning (12 digits at least): the same by its process.")
+@click.option(
+    "--container", help="A container's id, or its beginning (12 digits at least): the same by its process."
+)
 @click.pass_obj
-def enroll(instance: Instance, cgroup: Path | None, netns: Path | None, pid: int | None, container: str | None) -> None:
+def enroll(
+    instance: Instance, cgroup: Path | None, netns: Path | None, pid: int | None, container: str | None
+) -> None:
     """Let the mesh serve a cgroup's sockets. Needs bpf_loader, not the bus."""
     from pykmesh.contracts.enrollment import Action, EnrollmentError, ask_for_cgroup
 
@@ -228,7 +289,9 @@ def unenroll(instance: Instance, cgroup: Path | None, pid: int | None, container
     click.echo(f"unenrolled {where}")
 
 
-def _target(cgroup: Path | None, netns: Path | None, pid: int | None, container: str | None) -> tuple[Path, Path | None]:
+def _target(
+    cgroup: Path | None, netns: Path | None, pid: int | None, container: str | None
+) -> tuple[Path, Path | None]:
     from pykmesh.contracts.enrollment import EnrollmentError
     from pykmesh.kernel.cgroups import CgroupError, find_root, of_process
 

@@ -34,7 +34,15 @@ def _process_status(port: int) -> dict[str, Any] | None:
 
 
 @click.command()
-@click.option("--wait", "wait_s", type=float, is_flag=False, flag_value=30.0, default=0.0, help="Wait until all are ready (30 s).")
+@click.option(
+    "--wait",
+    "wait_s",
+    type=float,
+    is_flag=False,
+    flag_value=30.0,
+    default=0.0,
+    help="Wait until all are ready (30 s).",
+)
 @output_option
 @click.pass_obj
 def status(instance: Instance, wait_s: float, output: str) -> None:
@@ -93,13 +101,23 @@ def _detail(name: str, process: dict[str, Any]) -> str:
         return f"{len(process['enrolled'])} enrolled"
     if name == "control_plane":
         errors = process["manifest_errors"]
-        return f"{process['resources']} resources, {len(errors)} errors in the folder" if errors else f"{process['resources']} resources"
+        return (
+            f"{process['resources']} resources, {len(errors)} errors in the folder"
+            if errors
+            else f"{process['resources']} resources"
+        )
     return ""
 
 
 @click.command()
 @click.argument("what", type=click.Choice(["services", "workloads", "endpoints"]))
-@click.option("--from", "source", type=click.Choice(["xds", "state", "bpf"]), default="state", help="What the control plane said, what map_writer makes of it, or what the kernel holds.")
+@click.option(
+    "--from",
+    "source",
+    type=click.Choice(["xds", "state", "bpf"]),
+    default="state",
+    help="What the control plane said, what map_writer makes of it, or what the kernel holds.",
+)
 @click.option("-n", "--namespace", default="", help="Only this namespace.")
 @output_option
 @click.pass_obj

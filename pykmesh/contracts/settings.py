@@ -71,9 +71,9 @@ class LoaderSettings(CommonSettings, frozen=True, kw_only=True):
     enroll_socket: Path = Path("/run/pykmesh/default/enroll.sock")
     cgroup_root: Path | None = None
     """Where cgroup v2 is mounted; None: found in /proc/mounts."""
-    services_max: int = 262_144
-    endpoints_max: int = 2_097_152
-    addresses_max: int = 2_097_152
+    services_max: int = 131_072
+    endpoints_max: int = 524_288
+    addresses_max: int = 524_288
     pods_max: int = 4_096
     opens_max: int = 131_072
     datagrams_max: int = 65_536

@@ -238,6 +238,16 @@ def delete(fd: int, key: bytes) -> bool:
     return True
 
 
+def lookup_and_delete(fd: int, key: bytes, value_size: int) -> bytes | None:
+    """An element and its removal, in one step (hash maps: kernel 5.14)."""
+    buffer = ctypes.create_string_buffer(value_size)
+    result = _L.bpf_map_lookup_and_delete_elem(fd, key, buffer)
+    if result == -2:
+        return None
+    _checked(result, "take an entry out")
+    return buffer.raw
+
+
 def update_batch(fd: int, keys: int, values: int, count: int) -> tuple[int, int]:
     """(0 or -errno, how many went in) for `count` entries at two addresses."""
     done, options = c_uint32(count), _BatchOptions(sz=ctypes.sizeof(_BatchOptions))
@@ -274,4 +284,3 @@ def closing(fd: int) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-

@@ -98,6 +98,20 @@ class PinnedMap:
     def remove(self, key: bytes) -> bool:
         return libbpf.delete(self.fd, key)
 
+    def take(self, key: bytes) -> int | None:
+        """Removes a per-CPU counter and returns its last sum: nothing is counted between the two.
+
+        Before kernel 5.14 what a program adds between reading and removing is lost.
+        """
+        try:
+            row = libbpf.lookup_and_delete(self.fd, key, self._value_bytes)
+        except libbpf.KernelError as error:
+            if error.errno not in (errno.EINVAL, 524):  # ENOTSUPP, which user space has no name for
+                raise
+            row = self.get(key)
+            self.remove(key)
+        return None if row is None else int(np.frombuffer(row, np.uint64).sum())
+
     def write(self, keys: bytes, values: bytes) -> None:
         """Writes entries given back to back, in order. Raises MapFullError or KernelError."""
         size, at = self.layout.key_size, 0

@@ -45,7 +45,9 @@ def obstacle(pin_dir: Path) -> str:
 def _root() -> Finding:
     if os.geteuid() == 0:
         return Finding("root", "ok", "running as root")
-    return Finding("root", "fail", "not root", "run as root (loading programs needs CAP_BPF, NET_ADMIN and SYS_ADMIN)")
+    return Finding(
+        "root", "fail", "not root", "run as root (loading programs needs CAP_BPF, NET_ADMIN and SYS_ADMIN)"
+    )
 
 
 def _bpf() -> Iterator[Finding]:
@@ -54,14 +56,23 @@ def _bpf() -> Iterator[Finding]:
         if libbpf.probe_program_type(number):
             yield Finding("bpf-programs", "ok", f"kernel {release} loads {name} programs")
         else:
-            yield Finding("bpf-programs", "fail", f"kernel {release} loads no {name} programs", "a kernel from 5.10 with BPF")
+            yield Finding(
+                "bpf-programs",
+                "fail",
+                f"kernel {release} loads no {name} programs",
+                "a kernel from 5.10 with BPF",
+            )
     for name, number in _MAP_TYPES.items():
         if not libbpf.probe_map_type(number):
-            yield Finding("bpf-maps", "fail", f"kernel {release} has no {name} map", "a kernel from 5.10 with BPF")
+            yield Finding(
+                "bpf-maps", "fail", f"kernel {release} has no {name} map", "a kernel from 5.10 with BPF"
+            )
     if can_set_retval():
         yield Finding("errno", "ok", "refused connections fail with ECONNREFUSED")
     else:
-        yield Finding("errno", "warn", "refused connections fail with EPERM", "ECONNREFUSED needs kernel 5.18")
+        yield Finding(
+            "errno", "warn", "refused connections fail with EPERM", "ECONNREFUSED needs kernel 5.18"
+        )
 
 
 def _cgroup() -> Finding:
@@ -80,4 +91,6 @@ def _bpffs(pin_dir: Path) -> Finding:
 def _btf() -> Finding:
     if Path("/sys/kernel/btf/vmlinux").exists():
         return Finding("btf", "ok", "the kernel describes its types (BTF)")
-    return Finding("btf", "fail", "the kernel does not describe its types", "a kernel with CONFIG_DEBUG_INFO_BTF")
+    return Finding(
+        "btf", "fail", "the kernel does not describe its types", "a kernel with CONFIG_DEBUG_INFO_BTF"
+    )

@@ -1,9 +1,9 @@
 """An instance on a node: its name, directories and ports, and how the command line finds it.
 
-    <run_dir>/instance.json     who runs it, where; removed at its orderly end
-    <run_dir>/lock              held while it runs: one supervisor an instance
-    <run_dir>/secrets/<name>    the bus's passwords
-    <run_dir>/logs/<name>.log   what each process said
+<run_dir>/instance.json     who runs it, where; removed at its orderly end
+<run_dir>/lock              held while it runs: one supervisor an instance
+<run_dir>/secrets/<name>    the bus's passwords
+<run_dir>/logs/<name>.log   what each process said
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
         return self.run_dir / "logs" / f"{process}.log"
 
 
-def named(name: str, run_dir: Path | None = None, pin_dir: Path | None = None, ports: Ports | None = None) -> Instance:
+def named(
+    name: str, run_dir: Path | None = None, pin_dir: Path | None = None, ports: Ports | None = None
+) -> Instance:
     """The instance of a name, in the usual places unless told otherwise. InstanceError for a bad name."""
     if not _NAME.fullmatch(name):
         raise InstanceError(f"instance name {name!r}: lower-case letters, digits and dashes, at most 31")
@@ -132,7 +134,9 @@ def write(instance: Instance, processes: list[str]) -> None:
                 instance.secret(process).chmod(0o600)
         target = instance.run_dir / "instance.json"
         temporary = target.with_suffix(".new")
-        temporary.write_bytes(msgspec.json.encode(msgspec.structs.replace(instance, pid=os.getpid()), enc_hook=str))
+        temporary.write_bytes(
+            msgspec.json.encode(msgspec.structs.replace(instance, pid=os.getpid()), enc_hook=str)
+        )
         temporary.rename(target)
     except OSError as error:
         raise InstanceError(f"run-time directory {instance.run_dir}: {error.strerror}") from error
@@ -145,7 +149,9 @@ def forget(instance: Instance) -> None:
 def running(run_dir: Path) -> Instance | None:
     """The instance whose supervisor lives; None when there is none."""
     try:
-        found = msgspec.json.decode((run_dir / "instance.json").read_bytes(), type=Instance, dec_hook=_to_path)
+        found = msgspec.json.decode(
+            (run_dir / "instance.json").read_bytes(), type=Instance, dec_hook=_to_path
+        )
     except (OSError, msgspec.MsgspecError):
         return None
     return found if Path(f"/proc/{found.pid}").exists() else None

@@ -51,10 +51,19 @@ def port_names(options: Options) -> list[str]:
 def specs(instance: Instance, options: Options) -> list[Spec]:
     """The processes, in the order of starting; none needs another to be there first."""
     found = [
-        Spec("nats", [str(broker.find_server()), "-c", str(broker.write_configuration(instance))], {}, instance.log("nats"))
+        Spec(
+            "nats",
+            [str(broker.find_server()), "-c", str(broker.write_configuration(instance))],
+            {},
+            instance.log("nats"),
+        )
     ]
     if options.config_dir is not None:
-        found.append(_spec(instance, options, "control_plane", "pykmesh.controlplane", _control_plane(instance, options)))
+        found.append(
+            _spec(
+                instance, options, "control_plane", "pykmesh.controlplane", _control_plane(instance, options)
+            )
+        )
     for name in SERVICES:
         found.append(_spec(instance, options, name, f"services.{name}", _service(instance, options, name)))
     return found

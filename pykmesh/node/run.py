@@ -63,7 +63,9 @@ async def until_ready(instance: Instance, names: list[str], deadline_s: float) -
 class Running:
     """A mesh that runs in this process's task group: `start` returns when the processes are started."""
 
-    def __init__(self, instance: Instance, options: Options, echo: Callable[[str, str], None] | None = None) -> None:
+    def __init__(
+        self, instance: Instance, options: Options, echo: Callable[[str, str], None] | None = None
+    ) -> None:
         self.instance = instance
         self.options = options
         self._echo = echo

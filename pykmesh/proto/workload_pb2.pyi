@@ -669,3 +669,108 @@ class Extension(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Extension: _TypeAlias = Extension  # noqa: Y015
+
+@_typing.final
+class AddressOutline(_message.Message):
+    """Address again, as far as it decides traffic: a full sync reads a hundred thousand of these. What a
+    workload says of a service stays bytes: all pods of a service say the same, so it is decoded once.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKLOAD_FIELD_NUMBER: _builtins.int
+    SERVICE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def workload(self) -> Global___WorkloadOutline: ...
+    @_builtins.property
+    def service(self) -> Global___Service: ...
+    def __init__(
+        self,
+        *,
+        workload: Global___WorkloadOutline | None = ...,
+        service: Global___Service | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["service", b"service", "type", b"type", "workload", b"workload"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["service", b"service", "type", b"type", "workload", b"workload"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_type: _TypeAlias = _typing.Literal["workload", "service"]  # noqa: Y015
+    _WhichOneofArgType_type: _TypeAlias = _typing.Literal["type", b"type"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_type) -> _WhichOneofReturnType_type | None: ...
+
+Global___AddressOutline: _TypeAlias = AddressOutline  # noqa: Y015
+
+@_typing.final
+class WorkloadOutline(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    NETWORK_FIELD_NUMBER: _builtins.int
+    TUNNEL_PROTOCOL_FIELD_NUMBER: _builtins.int
+    WAYPOINT_FIELD_NUMBER: _builtins.int
+    AUTHORIZATION_POLICIES_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
+    SERVICES_FIELD_NUMBER: _builtins.int
+    NETWORK_MODE_FIELD_NUMBER: _builtins.int
+    CAPACITY_FIELD_NUMBER: _builtins.int
+    network: _builtins.str
+    tunnel_protocol: _builtins.int
+    waypoint: _builtins.bytes
+    status: _builtins.int
+    uid: _builtins.str
+    network_mode: _builtins.int
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    @_builtins.property
+    def authorization_policies(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def services(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    @_builtins.property
+    def capacity(self) -> _wrappers_pb2.UInt32Value: ...
+    def __init__(
+        self,
+        *,
+        addresses: _abc.Iterable[_builtins.bytes] | None = ...,
+        network: _builtins.str = ...,
+        tunnel_protocol: _builtins.int = ...,
+        waypoint: _builtins.bytes = ...,
+        authorization_policies: _abc.Iterable[_builtins.str] | None = ...,
+        status: _builtins.int = ...,
+        uid: _builtins.str = ...,
+        services: _abc.Iterable[_builtins.bytes] | None = ...,
+        network_mode: _builtins.int = ...,
+        capacity: _wrappers_pb2.UInt32Value | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "authorization_policies", b"authorization_policies", "capacity", b"capacity", "network", b"network", "network_mode", b"network_mode", "services", b"services", "status", b"status", "tunnel_protocol", b"tunnel_protocol", "uid", b"uid", "waypoint", b"waypoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkloadOutline: _TypeAlias = WorkloadOutline  # noqa: Y015
+
+@_typing.final
+class ServicePorts(_message.Message):
+    """An entry of Workload.services."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVICE_FIELD_NUMBER: _builtins.int
+    PORTS_FIELD_NUMBER: _builtins.int
+    service: _builtins.str
+    @_builtins.property
+    def ports(self) -> Global___PortList: ...
+    def __init__(
+        self,
+        *,
+        service: _builtins.str = ...,
+        ports: Global___PortList | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ports", b"ports"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ports", b"ports", "service", b"service"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServicePorts: _TypeAlias = ServicePorts  # noqa: Y015

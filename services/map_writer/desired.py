@@ -8,6 +8,7 @@ the IPv4 list: the connection then goes to a v4-mapped address.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 from pykmesh.contracts.address import Families, Mode, Service, Workload
@@ -53,7 +54,6 @@ class DesiredService(NamedTuple):
 
 
 NOTHING = DesiredService({}, {}, {})
-_EXCLUDED_BY = {4: Families.V6, 6: Families.V4}
 
 
 class Rules(NamedTuple):
@@ -123,18 +123,20 @@ def _verdict_without_endpoints(mesh: Mesh, service: Service, rules: Rules) -> Re
 def _lists(mesh: Mesh, service: Service, port: int, target: int, rules: Rules) -> dict[int, dict[bytes, str]]:
     """Endpoints by family; each value with the workload that it comes from."""
     lists: dict[int, dict[bytes, str]] = {4: {}, 6: {}}
-    list_ids = {family: PortId(service.name, port, family).id for family in (4, 6)}
+    id4, id6 = (PortId(service.name, port, family).id for family in (4, 6))
+    skips4, skips6 = service.families is Families.V6, service.families is Families.V4
+    pack = ENDPOINT_VALUE.pack
     for workload in _usable(mesh, service, rules):
         endpoint_port = target_port(workload, service.name, port, target)
         if not endpoint_port:
             continue
         port_field = port_bytes(endpoint_port)
         for ip in workload.addresses:
-            family = 4 if is_v4(ip) else 6
-            if service.families is _EXCLUDED_BY[family]:
-                continue
-            value = ENDPOINT_VALUE.pack(list_ids[family], ip, port_field)
-            lists[family][value] = workload.uid
+            if is_v4(ip):
+                if not skips4:
+                    lists[4][pack(id4, ip, port_field)] = workload.uid
+            elif not skips6:
+                lists[6][pack(id6, ip, port_field)] = workload.uid
     return lists
 
 
@@ -153,8 +155,9 @@ def target_port(workload: Workload, service: str, port: int, target: int) -> int
     """The workload's own port for a service port, else the service's; 0: it has none (xds.md 3.2)."""
     for name, ports in workload.services:
         if name == service:
-            own = dict(ports).get(port, 0)
-            return own or target
+            for service_port, own in ports:
+                if service_port == port:
+                    return own or target
     return target
 
 
@@ -162,7 +165,7 @@ def desired_address(mesh: Mesh, place: Place, rules: Rules) -> bytes | None:
     """The entry that says what an address is: a service's before a workload's. None: nobody's."""
     owner = mesh.vip_owner(place)
     if owner is not None:
-        return ADDRESS_VALUE.pack(stable_id(owner), AddressKind.SERVICE, _address_verdict(mesh, owner))
+        return _address_value(AddressKind.SERVICE, _address_verdict(mesh.services[owner]))
     pod = mesh.pod_at(place)
     if pod is None:
         return None
@@ -171,12 +174,17 @@ def desired_address(mesh: Mesh, place: Place, rules: Rules) -> bytes | None:
         verdict = Reason.WAYPOINT_UNSUPPORTED
     elif rules.refuse_unenforced_policy and mesh.has_policy(pod):
         verdict = Reason.POLICY_UNSUPPORTED
-    return ADDRESS_VALUE.pack(stable_id(pod.uid), AddressKind.WORKLOAD, verdict)
+    return _address_value(AddressKind.WORKLOAD, verdict)
 
 
-def _address_verdict(mesh: Mesh, owner: str) -> Reason:
-    """For ports that the service does not have: its own traffic is left alone only as a whole."""
-    passes = mesh.services[owner].mode is Mode.PASSTHROUGH and not mesh.services[owner].has_waypoint
+@cache
+def _address_value(kind: AddressKind, verdict: Reason) -> bytes:
+    return ADDRESS_VALUE.pack(kind, verdict)
+
+
+def _address_verdict(service: Service) -> Reason:
+    """For ports that the service does not have: refused, unless all its traffic is left alone."""
+    passes = service.mode is Mode.PASSTHROUGH and not service.has_waypoint
     return Reason.PASSTHROUGH if passes else Reason.ROUTED
 
 

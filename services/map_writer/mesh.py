@@ -10,9 +10,12 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import TypeVar
 
+from google.protobuf.message import DecodeError
+
 from pykmesh.contracts.address import Policy, Service, Workload
 from pykmesh.kernel.records import Ip
 from pykmesh.proto.workload_pb2 import Address
+from pykmesh.proto.workload_pb2 import Workload as WorkloadMessage
 
 _K = TypeVar("_K")
 Place = tuple[str, Ip]
@@ -55,7 +58,8 @@ class Mesh:
             before = self.workloads.get(name)
             if before is not None and before.raw == resource.raw:
                 return
-            self.remove(name, touched)
+            if before is not None or name in self.services:
+                self.remove(name, touched)
             self.workloads[name] = resource
             self._link_workload(name, resource, touched)
         else:
@@ -132,6 +136,8 @@ class Mesh:
         owners = self.vip_owners.get(place)
         if not owners:
             return None
+        if len(owners) == 1:
+            return next(iter(owners))
         return min(owners, key=lambda name: (not self.services[name].canonical, name))
 
     def pod_at(self, place: Place) -> Workload | None:
@@ -139,6 +145,8 @@ class Mesh:
         owners = self.pod_owners.get(place)
         if not owners:
             return None
+        if len(owners) == 1:
+            return self.workloads[next(iter(owners))]
         found = (self.workloads[name] for name in owners)
         return min(found, key=lambda w: ("//Pod/" not in w.uid, not w.prefers_hbone, w.uid))
 
@@ -158,7 +166,18 @@ class Mesh:
 
 def namespace_of(workload: Workload) -> str:
     """The namespace, read from the message itself."""
-    return Address.FromString(workload.raw).workload.namespace
+    return message_of(workload).namespace
+
+
+def message_of(workload: Workload) -> WorkloadMessage:
+    """All that the control plane said of a workload; nothing where that cannot be read.
+
+    What decides traffic was checked when it came; the rest is only read here.
+    """
+    try:
+        return Address.FromString(workload.raw).workload
+    except DecodeError:
+        return WorkloadMessage()
 
 
 def _drop(index: defaultdict[_K, dict[str, None]], key: _K, name: str) -> None:

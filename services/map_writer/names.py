@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pykmesh.contracts import messages
 from pykmesh.contracts.messages import ContractError, ResolveReply, ResolveRequest, ServiceName, WorkloadName
 from pykmesh.kernel.records import Ip
-from pykmesh.proto.workload_pb2 import Address
 from services.map_writer.follower import Follower
+from services.map_writer.mesh import message_of
 from services.map_writer.planner import Planner
 
 
@@ -40,7 +40,7 @@ class Names:
         pod = self._follower.mesh.pod_at((network, ip))
         if pod is None:
             return None
-        message = Address.FromString(pod.raw).workload
+        message = message_of(pod)
         return WorkloadName(
             uid=message.uid,
             name=message.name,

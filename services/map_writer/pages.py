@@ -7,9 +7,9 @@ from typing import Any
 
 from pykmesh.admin import Admin
 from pykmesh.kernel.records import ENDPOINT_VALUE, ip_to_text, port_number
-from pykmesh.proto.workload_pb2 import Address
 
 from services.map_writer.follower import Follower
+from services.map_writer.mesh import message_of
 from services.map_writer.planner import Planner
 
 
@@ -35,7 +35,7 @@ def _service(follower: Follower, planner: Planner, name: str) -> dict[str, Any]:
 
 def _workload(follower: Follower, uid: str) -> dict[str, Any]:
     workload = follower.mesh.workloads[uid]
-    message = Address.FromString(workload.raw).workload
+    message = message_of(workload)
     return {
         "uid": uid,
         "name": message.name,

@@ -47,6 +47,16 @@ class Limits(NamedTuple):
     addresses: int
 
 
+class Claim(NamedTuple):
+    """What a service has in the maps: keys of `services`, ids of lists."""
+
+    keys: frozenset[bytes] = frozenset()
+    lists: frozenset[int] = frozenset()
+
+
+_NO_CLAIM = Claim()
+
+
 class Held:
     """What the maps hold: read from them at the start, then kept in step with every plan."""
 
@@ -73,18 +83,26 @@ class _Batches:
     def __init__(self) -> None:
         self.entries: dict[tuple[int, str], tuple[list[bytes], list[bytes]]] = {}
 
+    def of(self, rank: int, name: str) -> tuple[list[bytes], list[bytes]]:
+        """Keys and values of a step, to append to."""
+        found = self.entries.get((rank, name))
+        if found is None:
+            found = self.entries[rank, name] = ([], [])
+        return found
+
     def put(self, rank: int, name: str, key: bytes, value: bytes) -> None:
-        keys, values = self.entries.setdefault((rank, name), ([], []))
+        keys, values = self.of(rank, name)
         keys.append(key)
         values.append(value)
 
     def remove(self, rank: int, name: str, key: bytes) -> None:
-        self.entries.setdefault((rank, name), ([], []))[0].append(key)
+        self.of(rank, name)[0].append(key)
 
     def steps(self) -> list[Step]:
         return [
             Step(name, b"".join(keys), b"".join(values))
             for (_, name), (keys, values) in sorted(self.entries.items(), key=lambda item: item[0][0])
+            if keys
         ]
 
 
@@ -98,7 +116,7 @@ class Planner:
         self.held = held
         self._limits = limits
         self._rules = rules
-        self._claims: dict[str, DesiredService] = {}
+        self._claims: dict[str, Claim] = {}
         self.owner_of_list: dict[int, PortId] = {}
         self._owner_of_key: dict[bytes, str] = {}
         self._refused_services: dict[str, dict[str, str]] = {}
@@ -117,12 +135,12 @@ class Planner:
         touched.services.update(self._refused_services)
         touched.places.update(self._refused_places)
         batches = _Batches()
-        before = {name: self._claims.get(name, NOTHING) for name in touched.services}
+        before = {name: self._claims.get(name, _NO_CLAIM) for name in touched.services}
         for name in touched.services:
             self._plan_service(mesh, name, batches)
         for name, claim in before.items():
             self._drop(name, claim, batches)
-        self._plan_addresses(mesh, touched, batches)
+        self._plan_addresses(mesh, touched.places, batches)
         return batches.steps()
 
     def sweep(self, mesh: Mesh) -> list[Step]:
@@ -139,12 +157,10 @@ class Planner:
             self._remove_port(key, batches)
         for list_id in [list_id for list_id in self.held.lists if list_id not in self.owner_of_list]:
             self._shrink(list_id, 0, batches)
-        everything = mesh.everything()
-        kept = {address_key(place) for place in everything.places}
-        for key in [key for key in self.held.addresses if key not in kept]:
+        kept = self._plan_addresses(mesh, mesh.everything().places, batches)
+        for key in self.held.addresses.keys() - kept:
             del self.held.addresses[key]
             batches.remove(_DROP_ADDRESSES, "addresses", key)
-        self._plan_addresses(mesh, everything, batches)
         return batches.steps()
 
     def _plan_service(self, mesh: Mesh, name: str, batches: _Batches) -> None:
@@ -162,7 +178,7 @@ class Planner:
         if wanted is NOTHING:
             self._claims.pop(name, None)
         else:
-            self._claims[name] = wanted
+            self._claims[name] = Claim(frozenset(wanted.frontends), frozenset(wanted.lists))
 
     def _plan_list(
         self,
@@ -172,13 +188,11 @@ class Planner:
         batches: _Batches,
         refused: dict[str, str],
     ) -> None:
-        slots = self.held.lists.get(list_id)
-        if slots is None:
-            slots = self.held.lists[list_id] = []
+        slots = self.held.lists.setdefault(list_id, [])
         present = set(slots)
-        added = [value for value in wanted if value not in present]
+        added = [value for value in wanted if value not in present] if slots else list(wanted)
         seen: set[bytes] = set()
-        free = []
+        free: list[int] = []
         for slot, value in enumerate(slots):
             if value not in wanted or value in seen:
                 free.append(slot)
@@ -189,13 +203,17 @@ class Planner:
             batches.put(_ENDPOINTS, "endpoints", ENDPOINT_KEY.pack(list_id, slot), value)
         if len(free) > replaced:
             self._close_gaps(list_id, free[replaced:], service, batches)
-        for value in added[replaced:]:
-            if self.held.endpoints >= self._limits.endpoints:
-                refused[wanted[value]] = f"map endpoints is full ({self._limits.endpoints} entries)"
-                continue
-            batches.put(_ENDPOINTS, "endpoints", ENDPOINT_KEY.pack(list_id, len(slots)), value)
-            slots.append(value)
-            self.held.endpoints += 1
+        appended = added[replaced:]
+        room = max(0, self._limits.endpoints - self.held.endpoints)
+        for value in appended[room:]:
+            refused[wanted[value]] = f"map endpoints is full ({self._limits.endpoints} entries)"
+        del appended[room:]
+        keys, values = batches.of(_ENDPOINTS, "endpoints")
+        first = len(slots)
+        keys.extend([ENDPOINT_KEY.pack(list_id, slot) for slot in range(first, first + len(appended))])
+        values.extend(appended)
+        slots.extend(appended)
+        self.held.endpoints += len(appended)
 
     def _close_gaps(self, list_id: int, free: list[int], service: DesiredService, batches: _Batches) -> None:
         """Moves the last endpoints into free slots, lowers the length, and only then deletes the tail."""
@@ -238,39 +256,46 @@ class Planner:
         self.held.services[key] = value
         batches.put(_LOWER if frontend.verdict is not Reason.ROUTED else _RAISE, "services", key, value)
 
-    def _drop(self, name: str, before: DesiredService, batches: _Batches) -> None:
+    def _drop(self, name: str, before: Claim, batches: _Batches) -> None:
         """What a service held before and nobody claims now."""
-        now = self._claims.get(name, NOTHING)
-        for key in before.frontends:
-            if key not in now.frontends and self._owner_of_key.get(key) == name:
+        now = self._claims.get(name, _NO_CLAIM)
+        for key in before.keys - now.keys:
+            if self._owner_of_key.get(key) == name:
                 del self._owner_of_key[key]
                 self._remove_port(key, batches)
-        for list_id in before.lists:
-            if list_id not in now.lists:
-                self.owner_of_list.pop(list_id, None)
-                if list_id in self.held.lists:
-                    self._shrink(list_id, 0, batches)
+        for list_id in before.lists - now.lists:
+            self.owner_of_list.pop(list_id, None)
+            if list_id in self.held.lists:
+                self._shrink(list_id, 0, batches)
 
     def _remove_port(self, key: bytes, batches: _Batches) -> None:
         if self.held.services.pop(key, None) is not None:
             batches.remove(_DROP_PORTS, "services", key)
 
-    def _plan_addresses(self, mesh: Mesh, touched: Touched, batches: _Batches) -> None:
-        held = self.held.addresses
-        full = f"map addresses is full ({self._limits.addresses} entries)"
-        for place in touched.places:
+    def _plan_addresses(self, mesh: Mesh, places: set[Place], batches: _Batches) -> set[bytes]:
+        """Returns the keys of all places, which a sweep keeps."""
+        held, limit, seen = self.held.addresses, self._limits.addresses, set()
+        new_keys, new_values = batches.of(_ADDRESSES, "addresses")
+        for place in places:
             key, value = address_key(place), desired_address(mesh, place, self._rules)
-            current, refused = held.get(key), dict[str, str]()
-            if value is None and current is not None:
-                del held[key]
-                batches.remove(_DROP_ADDRESSES, "addresses", key)
-            elif value is not None and current is None and len(held) >= self._limits.addresses:
-                refused = dict.fromkeys(mesh.owners(place), full)
-            elif value is not None and current != value:
+            current = held.get(key)
+            seen.add(key)
+            if value is None:
+                if current is not None:
+                    del held[key]
+                    batches.remove(_DROP_ADDRESSES, "addresses", key)
+            elif current is None and len(held) >= limit:
+                self._refused_places[place] = dict.fromkeys(
+                    mesh.owners(place), f"map addresses is full ({limit} entries)"
+                )
+                continue
+            elif current != value:
                 held[key] = value
-                batches.put(_ADDRESSES, "addresses", key, value)
-            if refused or self._refused_places:
-                _set_or_drop(self._refused_places, place, refused)
+                new_keys.append(key)
+                new_values.append(value)
+            if self._refused_places:
+                self._refused_places.pop(place, None)
+        return seen
 
 
 def _set_or_drop(index: dict[_K, dict[str, str]], key: _K, refused: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import anyio.to_thread
@@ -18,12 +18,10 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 from google.protobuf.message import DecodeError
 
 from pykmesh import tracing
-from pykmesh.contracts.messages import ResourceType
 from pykmesh.contracts.settings import XdsClientSettings
 from pykmesh.process import Runtime
 from services.xds_client import connection, protocol
 from services.xds_client.pages import add_pages
-from services.xds_client.protocol import Accepted
 from services.xds_client.publisher import Publisher
 from services.xds_client.store import Store
 
@@ -39,6 +37,16 @@ _ORDINARY = {
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.DEADLINE_EXCEEDED,
 }
+
+
+class Taken(NamedTuple):
+    """A response that waits for its answer."""
+
+    type_url: str
+    nonce: str
+    seq: int
+    reading: protocol.Reading | None
+    rejected: dict[str, str]
 
 
 class XdsClient:
@@ -93,7 +101,7 @@ class XdsClient:
         return False
 
     async def _follow(self, stream: connection.Stream) -> bool:
-        sender, answers = anyio.create_memory_object_stream[tuple[Accepted, int, str]](ANSWERS_WAITING)
+        sender, answers = anyio.create_memory_object_stream[Taken](ANSWERS_WAITING)
         for request in protocol.first_requests(connection.node(self._settings), self._store):
             await stream.write(request)
         try:
@@ -106,9 +114,7 @@ class XdsClient:
         log.info("stream_ended", code="OK")
         return True
 
-    async def _read(
-        self, stream: connection.Stream, sender: MemoryObjectSendStream[tuple[Accepted, int, str]]
-    ) -> None:
+    async def _read(self, stream: connection.Stream, sender: MemoryObjectSendStream[Taken]) -> None:
         while True:
             data = await stream.read()
             if not isinstance(data, bytes):
@@ -117,54 +123,56 @@ class XdsClient:
             self.counts["responses"] += 1
             self.counts["bytes"] += len(data)
             self.last_response = time.time()
-            with tracing.tracer.start_as_current_span("xds_client response") as span:
-                accepted, url = await self._take(data)
-                span.set_attributes({"pykmesh.bytes": len(data), "pykmesh.type": url})
-                seq = await self._publisher.publish(accepted)
-            await sender.send((accepted, seq, url))
+            await sender.send(await self._take(data))
             if self._store.synced:
                 self._runtime.readiness.done("control plane")
 
-    async def _take(self, data: bytes) -> tuple[Accepted, str]:
-        """Decodes and checks; a large response in a thread, so that heartbeats and probes go on."""
-        if len(data) < BULK_BYTES:
-            response = protocol.parse(data)
+    async def _take(self, data: bytes) -> Taken:
+        """Reads, checks, stores and publishes a response. Returns what its answer needs."""
+        with tracing.tracer.start_as_current_span("xds_client response") as span:
+            span.set_attribute("pykmesh.bytes", len(data))
+            response = await self._parse(data)
             self.control_plane = response.control_plane.identifier or self.control_plane
-            return _read_or_reject(response), response.type_url
-        gc.disable()
-        try:
-            response = await anyio.to_thread.run_sync(protocol.parse, data)
-            self.control_plane = response.control_plane.identifier or self.control_plane
-            return await anyio.to_thread.run_sync(_read_or_reject, response), response.type_url
-        finally:
-            gc.freeze()
-            gc.enable()
+            try:
+                reading = protocol.Reading(response)
+            except protocol.UnknownTypeError:
+                rejected = {"type_url": f"{response.type_url!r} was not asked for"}
+                return Taken(response.type_url, response.nonce, self._store.seq, None, rejected)
+            seq = await self._publisher.publish(reading)
+            if len(data) >= BULK_BYTES:
+                gc.freeze()
+            return Taken(reading.type_url, reading.nonce, seq, reading, reading.rejected)
 
-    async def _answer(
-        self, stream: connection.Stream, answers: MemoryObjectReceiveStream[tuple[Accepted, int, str]]
-    ) -> None:
-        async for accepted, seq, url in answers:
-            await self._publisher.until_applied(seq, self._settings.report_deadline_s)
-            rejected = accepted.rejected | self._refused_by_node(accepted)
+    @staticmethod
+    async def _parse(data: bytes) -> protocol.Response:
+        """A large response in a thread, so that heartbeats and probes go on."""
+        if len(data) < BULK_BYTES:
+            return protocol.parse(data)
+        return await anyio.to_thread.run_sync(protocol.parse, data)
+
+    async def _answer(self, stream: connection.Stream, answers: MemoryObjectReceiveStream[Taken]) -> None:
+        async for taken in answers:
+            await self._publisher.until_applied(taken.seq, self._settings.report_deadline_s)
+            rejected = taken.rejected | self._refused_by_node(taken.reading)
+            request = protocol.answer(taken.type_url, taken.nonce, rejected)
             if rejected:
                 self.counts["nacks"] += 1
-                request = protocol.answer(url, accepted.nonce, rejected)
                 self.last_nack = request.error_detail.message
                 self._runtime.note_error(
                     "resources_rejected", count=len(rejected), detail=self.last_nack[:500]
                 )
             else:
                 self.counts["acks"] += 1
-                request = protocol.answer(url, accepted.nonce, {})
             await stream.write(request)
 
-    def _refused_by_node(self, accepted: Accepted) -> dict[str, str]:
+    def _refused_by_node(self, reading: protocol.Reading | None) -> dict[str, str]:
+        """What of a response does not fit the maps; its versions are forgotten, so that it comes again."""
         refused = self._publisher.refused
-        if not refused:
+        if reading is None or not refused:
             return {}
-        found = {name: refused[name] for name, _ in accepted.upserts if name in refused}
+        found = {name: refused[name] for name in reading.names if name in refused}
         for name in found:
-            self._store.forget_version(accepted.type, name)
+            self._store.forget_version(reading.type, name)
         return found
 
     def status(self) -> dict[str, Any]:
@@ -184,13 +192,6 @@ class XdsClient:
             "not_in_kernel": 0 if report is None else max(0, self._store.seq - report.applied_seq),
             "refused_by_node": self._publisher.refused,
         }
-
-
-def _read_or_reject(response: protocol.Response) -> Accepted:
-    try:
-        return protocol.read(response)
-    except protocol.UnknownTypeError as error:
-        return Accepted(ResourceType.ADDRESS, response.nonce, [], [], {"type_url": str(error)})
 
 
 async def run(runtime: Runtime[XdsClientSettings]) -> None:

@@ -7,8 +7,8 @@ when it is empty (envoy xds_protocol, and what istiod insists on).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Final, NoReturn
 
 from google.protobuf.message import DecodeError
 
@@ -20,6 +20,7 @@ from services.xds_client.store import Held, Store
 INVALID_ARGUMENT: Final = 3
 DETAIL_CHARACTERS: Final = 4000
 RESOURCE_BYTES_MAX: Final = 4 * 1024 * 1024
+PART_RESOURCES: Final = 500
 _TYPES: Final = {url: kind for kind, url in TYPE_URLS.items()}
 _DECODERS: Final = {
     ResourceType.ADDRESS: lambda _, value: decode_address(value),
@@ -30,18 +31,63 @@ Request = discovery_pb2.DeltaDiscoveryRequest
 Response = discovery_pb2.DeltaDiscoveryResponse
 
 
-class Accepted(NamedTuple):
-    """What is good in a response, and what is not (by name)."""
+class Reading:
+    """A response while it is read: a part at a time, each resource checked by itself.
 
-    type: ResourceType
-    nonce: str
-    removed: list[str]
-    upserts: list[tuple[str, Held]]
-    rejected: dict[str, str]
+    A bad resource is rejected by name and leaves its neighbours alone.
+    """
+
+    def __init__(self, response: Response) -> None:
+        """Raises UnknownTypeError; the response is then to be answered with a NACK for its own type."""
+        kind = _TYPES.get(response.type_url)
+        if kind is None:
+            raise UnknownTypeError(response.type_url)
+        self.type = kind
+        self.type_url = response.type_url
+        self.nonce = response.nonce
+        self.removed = list(response.removed_resources)
+        self.names: dict[str, None] = {}
+        self.rejected: dict[str, str] = {}
+        self._resources = response.resources
+
+    def parts(self) -> Iterator[list[tuple[str, Held]]]:
+        """What is good, `PART_RESOURCES` at a time, so that other work has its turn in between."""
+        for first in range(0, len(self._resources), PART_RESOURCES):
+            yield self._part(self._resources[first : first + PART_RESOURCES])
+
+    def _part(self, resources: Iterable[discovery_pb2.Resource]) -> list[tuple[str, Held]]:
+        decoder, upserts = _DECODERS[self.type], []
+        for resource in resources:
+            name, wrapped = resource.name, resource.resource
+            value = wrapped.value
+            try:
+                if (
+                    not name
+                    or name in self.names
+                    or wrapped.type_url != self.type_url
+                    or len(value) > RESOURCE_BYTES_MAX
+                ):
+                    self._reject(name, wrapped.type_url, len(value))
+                decoder(name, value)
+            except FieldError as error:
+                self.rejected[name or "(no name)"] = str(error)
+                continue
+            self.names[name] = None
+            upserts.append((name, Held(resource.version, value)))
+        return upserts
+
+    def _reject(self, name: str, type_url: str, size: int) -> NoReturn:
+        if not name:
+            raise FieldError("name", "empty")
+        if name in self.names:
+            raise FieldError("name", "twice in one response")
+        if type_url != self.type_url:
+            raise FieldError("resource.type_url", f"{type_url!r} in a response of {self.type_url!r}")
+        raise FieldError("resource", f"{size} bytes, more than {RESOURCE_BYTES_MAX}")
 
 
 class UnknownTypeError(Exception):
-    """A response of a type that was not asked for."""
+    """A response of a type that was not asked for; the argument is the type."""
 
 
 def first_requests(node: discovery_pb2.Node, store: Store) -> Iterator[Request]:
@@ -51,41 +97,6 @@ def first_requests(node: discovery_pb2.Node, store: Store) -> Iterator[Request]:
         if kind is ResourceType.ADDRESS:
             request.node.CopyFrom(node)
         yield request
-
-
-def read(response: Response) -> Accepted:
-    """Checks every resource by itself: a bad one leaves its neighbours alone.
-
-    Raises UnknownTypeError; the response is then to be answered with a NACK for its own type.
-    """
-    kind = _TYPES.get(response.type_url)
-    if kind is None:
-        raise UnknownTypeError(f"type {response.type_url!r} was not asked for")
-    url, decoder = response.type_url, _DECODERS[kind]
-    upserts: dict[str, Held] = {}
-    rejected: dict[str, str] = {}
-    for resource in response.resources:
-        name, value = resource.name, resource.resource.value
-        try:
-            _check(name, resource.resource.type_url, url, len(value), duplicate=name in upserts)
-            decoder(name, value)
-        except FieldError as error:
-            rejected[name or "(no name)"] = str(error)
-            continue
-        upserts[name] = Held(resource.version, value)
-    removed = list(response.removed_resources)
-    return Accepted(kind, response.nonce, removed, list(upserts.items()), rejected)
-
-
-def _check(name: str, found: str, expected: str, size: int, *, duplicate: bool) -> None:
-    if not name:
-        raise FieldError("name", "empty")
-    if found != expected:
-        raise FieldError("resource.type_url", f"{found!r} in a response of {expected!r}")
-    if duplicate:
-        raise FieldError("name", "twice in one response")
-    if size > RESOURCE_BYTES_MAX:
-        raise FieldError("resource", f"{size} bytes, more than {RESOURCE_BYTES_MAX}")
 
 
 def answer(type_url: str, nonce: str, rejected: dict[str, str]) -> Request:

@@ -14,14 +14,23 @@ import structlog
 from pykmesh import tracing
 from pykmesh.bus import Bus, BusUnavailableError, Headers
 from pykmesh.contracts import messages
-from pykmesh.contracts.messages import ConfigBatch, ContractError, MapReport, SnapshotRequest, Subject
-from services.xds_client.protocol import Accepted
+from pykmesh.contracts.messages import (
+    BATCH_BYTES,
+    ConfigBatch,
+    ContractError,
+    MapReport,
+    Resource,
+    SnapshotRequest,
+    Subject,
+)
+from services.xds_client.protocol import Reading
 from services.xds_client.store import Store
 
 log = structlog.get_logger(__name__)
 
 HEARTBEAT_S = 1.0
 AWAY_AFTER_S = 3.0
+PACE_DEADLINE_S = 1.5
 
 
 class Publisher:
@@ -70,21 +79,36 @@ class Publisher:
             return {}
         return self.report.refused
 
-    async def publish(self, accepted: Accepted) -> int:
-        """Stores what was accepted and publishes what of it is new. Returns the last batch's number."""
+    async def publish(self, reading: Reading) -> int:
+        """Stores what is good in a response and publishes what of it is new, while it is read.
+
+        Returns the number of the last batch.
+        """
         async with self._turn:
-            gone, changed = self._store.apply(accepted.type, accepted.removed, accepted.upserts)
-            was_synced = self._store.synced
-            self._store.answered.add(accepted.type)
-            if not gone and not changed and was_synced == self._store.synced:
-                return self._store.seq
             with tracing.tracer.start_as_current_span("xds_client publish") as span:
-                span.set_attributes({"pykmesh.removed": len(gone), "pykmesh.changed": len(changed)})
-                headers = tracing.headers()
-                for batch in self._store.batches(accepted.type, gone, changed):
-                    await self._send(batch, headers)
-                    await self._keep_pace(batch.seq)
+                changed = await self._publish(reading, tracing.headers())
+                span.set_attributes({"pykmesh.changed": changed, "pykmesh.type": reading.type_url})
             return self._store.seq
+
+    async def _publish(self, reading: Reading, headers: Headers) -> int:
+        store, kind, first = self._store, reading.type, self._store.seq
+        removed, count = store.remove(kind, reading.removed), 0
+        waiting: list[Resource] = []
+        size = 0
+        for part in reading.parts():
+            fresh = store.put(kind, part)
+            waiting += fresh
+            count += len(fresh)
+            size += sum(len(resource.value) for resource in fresh)
+            if size >= BATCH_BYTES:
+                await self._send(store.batch(kind, removed, waiting, complete=False), headers)
+                await self._keep_pace(store.seq)
+                removed, waiting, size = [], [], 0
+        was_synced = store.synced
+        store.answered.add(kind)
+        if removed or waiting or store.seq != first or was_synced != store.synced:
+            await self._send(store.batch(kind, removed, waiting, complete=True), headers)
+        return count
 
     async def _send(self, batch: ConfigBatch, headers: Headers) -> None:
         try:
@@ -93,9 +117,9 @@ class Publisher:
             log.debug("batch_dropped", seq=batch.seq)
 
     async def _keep_pace(self, seq: int) -> None:
-        """Waits while map_writer is there and too far behind."""
-        while self.map_writer_is_there and not self._has(seq - self._in_flight, received=True):
-            with anyio.move_on_after(AWAY_AFTER_S):
+        """Waits while map_writer is there and too far behind; one that makes no step is not waited for."""
+        with anyio.move_on_after(PACE_DEADLINE_S):
+            while self.map_writer_is_there and not self._has(seq - self._in_flight, received=True):
                 await self._reported.wait()
 
     def _has(self, seq: int, *, received: bool = False) -> bool:

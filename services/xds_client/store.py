@@ -40,42 +40,32 @@ class Store:
         """What a new stream tells the control plane that it still has."""
         return {name: held.version for name, held in self.held[kind].items()}
 
-    def apply(
-        self, kind: ResourceType, removed: list[str], upserts: list[tuple[str, Held]]
-    ) -> tuple[list[str], list[Resource]]:
-        """Removals, then upserts. Returns what changed: unknown names and equal contents did not."""
+    def remove(self, kind: ResourceType, names: list[str]) -> list[str]:
+        """Returns those that were held: the control plane also removes what it never sent."""
         held = self.held[kind]
-        gone = [name for name in removed if held.pop(name, None) is not None]
-        changed = []
+        return [name for name in names if held.pop(name, None) is not None]
+
+    def put(self, kind: ResourceType, upserts: list[tuple[str, Held]]) -> list[Resource]:
+        """Returns what is new or differs: resources often come again unchanged."""
+        held, changed = self.held[kind], []
         for name, new in upserts:
             before = held.get(name)
             held[name] = new
             if before is None or before.value != new.value:
                 changed.append(Resource(name, new.value))
-        return gone, changed
+        return changed
 
     def forget_version(self, kind: ResourceType, name: str) -> None:
         """For a resource that the node could not hold: the control plane shall send it again."""
         if (held := self.held[kind].get(name)) is not None:
             self.held[kind][name] = Held("", held.value)
 
-    def batches(
-        self, kind: ResourceType, removed: list[str], changed: list[Resource]
-    ) -> Iterator[ConfigBatch]:
-        """The log's next batches for one response; the last one is marked, and there is always one."""
-        parts = list(_parts(changed)) or [[]]
-        for number, part in enumerate(parts):
-            self.seq += 1
-            yield ConfigBatch(
-                version=VERSION,
-                epoch=self.epoch,
-                seq=self.seq,
-                type=kind,
-                removed=removed if number == 0 else [],
-                upserts=part,
-                complete=number == len(parts) - 1,
-                synced=self.synced,
-            )
+    def batch(
+        self, kind: ResourceType, removed: list[str], changed: list[Resource], *, complete: bool
+    ) -> ConfigBatch:
+        """The log's next batch; `complete` marks the last one of a response."""
+        self.seq += 1
+        return ConfigBatch(VERSION, self.epoch, self.seq, kind, removed, changed, complete, self.synced)
 
     def heartbeat(self) -> ConfigBatch:
         return ConfigBatch(
@@ -120,19 +110,6 @@ class Store:
         while len(self._snapshots) > SNAPSHOTS_KEPT:
             del self._snapshots[next(iter(self._snapshots))]
         return name
-
-
-def _parts(resources: list[Resource]) -> Iterator[list[Resource]]:
-    part: list[Resource] = []
-    size = 0
-    for resource in resources:
-        part.append(resource)
-        size += len(resource.value) + len(resource.name)
-        if size >= BATCH_BYTES:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
 
 
 def _fill(sized: Iterator[tuple[str, int]]) -> Iterator[list[str]]:

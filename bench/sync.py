@@ -1,0 +1,150 @@
+"""How long a mesh takes from the control plane's hand to the kernel, and what it costs in memory.
+
+    python -m bench.sync [--services 10000] [--pods 10] [--rounds 3]
+
+sync: the response handed to gRPC until the control plane reads the answer, which waits for the last
+map write. push: one change, the same way. Memory: Pss of all processes and the maps' own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.mesh.node import Node, until
+
+
+class ControlPlane:
+    def __init__(self, services: int, pods: int) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.control_plane", str(services), str(pods)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        started = self.read()
+        self.port, self.bytes = started["port"], started["bytes"]
+
+    def read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        found: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return found
+
+    def until_acked(self, nonce: str) -> float:
+        """Milliseconds from sent to answered."""
+        while True:
+            found = self.read()
+            if found.get("nonce") == nonce:
+                assert not found["error"], found["error"]
+                return float(found["acked"] - found["sent"]) * 1e3
+
+    def tell(self, **command: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def pss_mib(pids: list[int]) -> float:
+    total = 0
+    for pid in pids:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        total += next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
+    return total / 1024
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {
+        "p50_ms": round(statistics.median(values), 3),
+        "p99_ms": round(percentile(values, 0.99), 3),
+        "max_ms": round(max(values), 3),
+        "count": len(values),
+    }
+
+
+def cpu_s(pids: list[int]) -> float:
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / 100
+
+
+def measure(services: int, pods: int, pushes: int, rate: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as directory:
+        plane = ControlPlane(services, pods)
+        node = Node(Path(directory), "--xds-address", f"127.0.0.1:{plane.port}")
+        try:
+            node.start()
+            sync_ms = plane.until_acked("first")
+            until(lambda: node.status()["processes"]["map_writer"]["applied_seq"] > 0, "synced")
+            children = node.children()
+            writer = node.status()["processes"]["map_writer"]
+            found: dict[str, Any] = {
+                "services": services, "workloads": services * pods, "response_mb": round(plane.bytes / 1e6, 1),
+                "sync_ms": round(sync_ms, 1), "write": writer["last_write"],
+                "pss_mib": {name: round(pss_mib([pid]), 1) for pid, name in children.items()},
+                "maps_mib": round(sum(writer["map_memory_bytes"].values()) / 2**20, 1),
+            }  # fmt: skip
+            found["total_mib"] = round(sum(found["pss_mib"].values()) + found["maps_mib"], 1)
+            found["push"] = _pushes(plane, pushes)
+            before, started = cpu_s(list(children)), time.monotonic()
+            found["replace"] = _replacements(plane, pushes, rate)
+            found["replace"]["cpu_percent"] = round(
+                (cpu_s(list(children)) - before) / (time.monotonic() - started) * 100, 1
+            )
+            return found
+        finally:
+            node.end()
+            plane.end()
+
+
+def _pushes(plane: ControlPlane, count: int) -> dict[str, float]:
+    """One change at a time, half of them removals from a list, half additions."""
+    taken: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(count):
+        healthy = bool(number % 2)
+        plane.tell(health=number // 2, healthy=healthy)
+        taken[healthy].append(plane.until_acked(f"push-{number + 1}"))
+    return {"addition": spread(taken[True]), "removal": spread(taken[False])}  # type: ignore[dict-item]
+
+
+def _replacements(plane: ControlPlane, count: int, rate: float) -> dict[str, Any]:
+    """Pods replaced at a rate; each push is timed from its sending."""
+    taken, start = [], time.monotonic()
+    for number in range(count):
+        delay = start + number / rate - time.monotonic()
+        if delay > 0:
+            time.sleep(delay)
+        plane.tell(replace=number)
+        taken.append(plane.until_acked(f"push-{count + number + 1}"))
+    return {"rate": round(count / (time.monotonic() - start), 1), **spread(taken)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--services", type=int, default=10_000)
+    parser.add_argument("--pods", type=int, default=10)
+    parser.add_argument("--pushes", type=int, default=400)
+    parser.add_argument("--rate", type=float, default=100.0)
+    parser.add_argument("--rounds", type=int, default=1)
+    arguments = parser.parse_args()
+    for _ in range(arguments.rounds):
+        found = measure(arguments.services, arguments.pods, arguments.pushes, arguments.rate)
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""A mesh of the tests' own, by the command line that users have, and pods to try it from."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pykmesh.demo.pods import Pod, PodNetwork
+from pykmesh.kernel.cgroups import find_root
+from pykmesh.node.instance import Instance, running
+
+DEADLINE_S = 30.0
+
+
+def until(what: Callable[[], Any], because: str, deadline_s: float = DEADLINE_S) -> Any:
+    """The first true value of `what`; fails with `because` at the deadline."""
+    end = time.monotonic() + deadline_s
+    while True:
+        found = what()
+        if found:
+            return found
+        assert time.monotonic() < end, f"{because}: still {found!r} after {deadline_s} s"
+        time.sleep(0.02)
+
+
+class Node:
+    """One instance with a configuration folder and a network of pods."""
+
+    def __init__(self, directory: Path, *options: str, subnet: int = 0) -> None:
+        self.name = f"t-{secrets.token_hex(3)}"
+        self.directory = directory
+        self.config = directory / "config"
+        self.config.mkdir()
+        self.bpffs = directory / "bpf"
+        self.run_dir = directory / "run"
+        self.pin_dir = self.bpffs / "mesh"
+        self.options = list(options) or ["--config-dir", str(self.config)]
+        self.network = PodNetwork(self.name, find_root(), f"10.{100 + subnet}.0", f"fd{subnet:02x}:")
+
+    def cli(
+        self, *words: str, check: bool = True, timeout_s: float = 60.0
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pykmesh", "--instance", self.name, "--run-dir", str(self.run_dir)]
+        result = subprocess.run(
+            [*command, "--pin-dir", str(self.pin_dir), *words],
+            capture_output=True, text=True, timeout=timeout_s, check=False,
+        )  # fmt: skip
+        if check:
+            assert result.returncode == 0, f"{words}: {result.stdout}{result.stderr}\n{self.logs()}"
+        return result
+
+    def json(self, *words: str) -> Any:
+        return json.loads(self.cli(*words, "-o", "json").stdout)
+
+    def logs(self) -> str:
+        files = sorted((self.run_dir / "logs").glob("*.log"))
+        return "\n".join(f"--- {file.name}\n{file.read_text()[-3000:]}" for file in files)
+
+    def start(self, *extra: str) -> None:
+        self.cli("up", "-d", "--free-ports", *self.options, *extra)
+
+    @property
+    def instance(self) -> Instance:
+        found = running(self.run_dir)
+        assert found is not None
+        return found
+
+    def pid_of(self, process: str) -> int:
+        """The process itself (the supervisor's wrapper becomes it)."""
+        return next(pid for pid, name in self.children().items() if name == process)
+
+    def children(self) -> dict[int, str]:
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                words = (entry / "cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            if parent == self.instance.pid and len(words) > 2:
+                module = words[2] if words[1] == "-m" else "nats"
+                found[int(entry.name)] = module.rpartition(".")[2].replace("controlplane", "control_plane")
+        return found
+
+    def kill(self, process: str) -> None:
+        os.kill(self.pid_of(process), signal.SIGKILL)
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.cli("status", "-o", "json", check=False).stdout)
+        return found
+
+    def until_ready(self) -> None:
+        until(lambda: self.cli("status", check=False).returncode == 0, "every process ready")
+
+    def write(self, name: str, text: str) -> None:
+        """A file of the configuration folder, there at once and whole."""
+        temporary = self.directory / "new.yaml"
+        temporary.write_text(text)
+        temporary.rename(self.config / f"{name}.yaml")
+
+    def endpoints(self, service: str, port: int | None = None) -> set[str]:
+        """What the kernel holds for a service, as address:port."""
+        entries = self.json("get", "endpoints", "--from", "bpf")["endpoints"]
+        wanted = [e for e in entries if e["service"] == service and port in (None, e["port"])]
+        return {f"{e['endpoint']}:{e['endpoint_port']}" for e in wanted}
+
+    def until_endpoints(self, service: str, expected: set[str], port: int | None = None) -> None:
+        until(lambda: self.endpoints(service, port) == expected, f"{service} to have {expected}")
+
+    def enroll(self, pod: Pod) -> None:
+        self.cli("enroll", "--cgroup", str(pod.cgroup), "--netns", str(pod.netns))
+
+    def end(self) -> None:
+        self.network.remove()
+        if running(self.run_dir) is not None:
+            self.cli("down", check=False)
+        self.cli("uninstall", check=False)
+        subprocess.run(["umount", str(self.bpffs)], check=False, capture_output=True)
+
+
+def serve(pod: Pod, *words: str) -> subprocess.Popen[str]:
+    """An endpoint in a pod, listening when this returns."""
+    process = pod.spawn(
+        sys.executable, "-m", "pykmesh.demo.endpoint", pod.name, *words, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def python(pod: Pod, code: str, timeout_s: float = 20.0) -> str:
+    """What a client in the pod prints."""
+    result = pod.run(sys.executable, "-S", "-c", code, timeout_s=timeout_s)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """Tells a prober or endpoint to end; what it counted."""
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=10)
+    found: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return found
+
+
+def probe(pod: Pod, host: str, port: int) -> subprocess.Popen[str]:
+    """A client that connects every 10 ms until `finish`."""
+    process = pod.spawn(
+        sys.executable, "-m", "pykmesh.demo.prober", host, str(port), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
