@@ -14,7 +14,9 @@ FORMATS = ("table", "json", "yaml")
 
 
 def output_option(function: _F) -> _F:
-    option = click.option("-o", "--output", type=click.Choice(FORMATS), default="table", help="How to show it.")
+    option = click.option(
+        "-o", "--output", type=click.Choice(FORMATS), default="table", help="How to show it."
+    )
     return option(function)
 
 
@@ -35,7 +37,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Columns as wide as their widest cell, two spaces apart."""
     cells = [[*columns], *[["-" if cell in (None, "") else str(cell) for cell in row] for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
+    )
 
 
 def age(seconds: float) -> str:
