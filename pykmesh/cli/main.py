@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from pykmesh import __version__
-from pykmesh.cli import node_commands, show_commands
+from pykmesh.cli import node_commands, observe, show_commands
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -43,4 +43,9 @@ def _add(commands: list[Callable[..., Any]]) -> None:
             main.add_command(command)
 
 
-_add([*node_commands.COMMANDS, *show_commands.COMMANDS])
+def _telemetry_address(context: click.Context) -> str:
+    found = show_commands.require_running(context.obj)
+    return f"http://127.0.0.1:{found.ports.telemetry}"
+
+
+_add([*node_commands.COMMANDS, *show_commands.COMMANDS, observe.command(_telemetry_address)])

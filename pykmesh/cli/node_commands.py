@@ -334,4 +334,27 @@ def check(instance: Instance, output: str) -> None:
         sys.exit(1)
 
 
-COMMANDS = [up, down, uninstall, enroll, unenroll, check]
+@click.command()
+@click.option("--keep", is_flag=True, help="Leave everything running at the end.")
+@click.option("--json", "as_json", is_flag=True, help="Print one summary object on standard output.")
+@click.option("--remove", is_flag=True, help="Only remove what an earlier demo left.")
+def demo(*, keep: bool, as_json: bool, remove: bool) -> None:
+    """See the mesh work: pods, services, live flows, scaling, every process killed. Under a minute."""
+    from pykmesh.demo import run
+    from pykmesh.demo.counted import CountedError
+    from pykmesh.kernel.support import obstacle
+    from pykmesh.node.instance import named
+
+    if problem := obstacle(named(run.INSTANCE).pin_dir):
+        raise Failure(problem)
+    try:
+        if remove:
+            run.Demo(run.Say(sys.stderr, colour=False)).remove()
+            return
+        code = run.run(keep=keep, as_json=as_json)
+    except (run.DemoError, CountedError, OSError) as error:
+        raise Failure(str(error)) from error
+    sys.exit(code)
+
+
+COMMANDS = [up, down, uninstall, enroll, unenroll, check, demo]

@@ -16,7 +16,7 @@ from pykmesh.node.instance import Instance, running
 STATUS_VERSION = 1
 
 
-def _running(instance: Instance) -> Instance:
+def require_running(instance: Instance) -> Instance:
     found = running(instance.run_dir)
     if found is None:
         raise Failure(f"instance {instance.name} is not running (looked in {instance.run_dir}): pykmesh up")
@@ -47,7 +47,7 @@ def _process_status(port: int) -> dict[str, Any] | None:
 @click.pass_obj
 def status(instance: Instance, wait_s: float, output: str) -> None:
     """Of each process: version, ready or what it waits for, last sync, errors. Exit status 1 if one is not ready."""
-    found = _running(instance)
+    found = require_running(instance)
     deadline = time.monotonic() + wait_s
     while True:
         processes = {name: _process_status(getattr(found.ports, name)) for name in _names(found)}

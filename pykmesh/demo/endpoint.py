@@ -1,7 +1,7 @@
 """A server to be an endpoint: HTTP on TCP, echo on UDP, both families. It counts what reaches it.
 
-`python -m pykmesh.demo.endpoint NAME --http 8080 --udp 9090`; told to end, it writes one JSON line
-with `connections`, `requests` and `datagrams`.
+`python -m pykmesh.demo.endpoint NAME --http 8080 --udp 9090`; at SIGUSR1, and told to end, it writes
+one JSON line with `connections`, `requests` and `datagrams`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import asyncio
 import json
 import signal
 import socket
-import sys
 
 
 class Counts:
@@ -73,6 +72,7 @@ async def _serve(name: str, http: list[int], udp: int | None, counts: Counts) ->
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
+    loop.add_signal_handler(signal.SIGUSR1, _tell, counts)
     for port in http:
         await loop.create_server(
             lambda: _Http(name, counts), sock=_bound(socket.SOCK_STREAM, port), backlog=1024
@@ -83,6 +83,10 @@ async def _serve(name: str, http: list[int], udp: int | None, counts: Counts) ->
     await ended.wait()
 
 
+def _tell(counts: Counts) -> None:
+    print(json.dumps(vars(counts)), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("name")
@@ -90,7 +94,7 @@ def main() -> None:
     parser.add_argument("--udp", type=int)
     arguments, counts = parser.parse_args(), Counts()
     asyncio.run(_serve(arguments.name, arguments.http, arguments.udp, counts))
-    print(json.dumps(vars(counts)), file=sys.stdout, flush=True)
+    _tell(counts)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 from pyroute2 import IPRoute, netns
+
+from pykmesh.kernel.netns import run_in
 
 NETNS_DIR: Final = Path("/run/netns")
 BRIDGE: Final = "mesh0"
@@ -76,10 +78,7 @@ class PodNetwork:
         self.remove()
         try:
             netns.create(self._name("bridge"))
-            with self._in("bridge") as link:
-                link.link("add", ifname=BRIDGE, kind="bridge")
-                link.link("set", index=_index(link, BRIDGE), state="up")
-                link.link("set", index=_index(link, "lo"), state="up")
+            self._in("bridge", _make_bridge)
             self.cgroup.mkdir(exist_ok=True)
         except BaseException:
             self.remove()
@@ -92,10 +91,18 @@ class PodNetwork:
     def _name(self, pod: str) -> str:
         return f"{self._prefix}-{pod}"
 
-    @contextlib.contextmanager
-    def _in(self, pod: str) -> Iterator[IPRoute]:
-        with IPRoute(netns=self._name(pod)) as link:
-            yield link
+    def _in(self, pod: str, act: Callable[[IPRoute], None]) -> None:
+        """Netlink inside a pod's namespace."""
+
+        def inside() -> None:
+            with IPRoute() as link:
+                act(link)
+
+        fd = os.open(NETNS_DIR / self._name(pod), os.O_RDONLY)
+        try:
+            run_in(fd, inside)
+        finally:
+            os.close(fd)
 
     def add(self, name: str, host: int, *, v4: bool = True, v6: bool = True) -> Pod:
         """A pod with the addresses `<subnet>.host` and `<subnet6>::host`."""
@@ -106,20 +113,8 @@ class PodNetwork:
         cgroup.mkdir()
         netns.create(namespace)
         pod = self.pods[name] = Pod(name, namespace, cgroup, address4, address6)
-        with self._in("bridge") as link:
-            port = f"p{host}"
-            link.link("add", ifname=port, kind="veth", peer={"ifname": "eth0", "net_ns_fd": namespace})
-            link.link("set", index=_index(link, port), master=_index(link, BRIDGE), state="up")
-        with self._in(name) as link:
-            eth0 = _index(link, "eth0")
-            link.link("set", index=_index(link, "lo"), state="up")
-            link.link("set", index=eth0, state="up")
-            if address4:
-                link.addr("add", index=eth0, address=address4, prefixlen=PREFIX4)
-                link.route("add", dst="0.0.0.0/0", oif=eth0, scope="link")
-            if address6:
-                link.addr("add", index=eth0, address=address6, prefixlen=PREFIX6, flags=_IFA_F_NODAD)
-                link.route("add", dst="::/0", oif=eth0)
+        self._in("bridge", lambda link: _make_port(link, f"p{host}", namespace))
+        self._in(name, lambda link: _make_interface(link, address4, address6))
         return pod
 
     def remove(self) -> None:
@@ -134,6 +129,30 @@ class PodNetwork:
 
 
 _IFA_F_NODAD = 2
+
+
+def _make_bridge(link: IPRoute) -> None:
+    link.link("add", ifname=BRIDGE, kind="bridge")
+    link.link("set", index=_index(link, BRIDGE), state="up")
+    link.link("set", index=_index(link, "lo"), state="up")
+
+
+def _make_port(link: IPRoute, port: str, namespace: str) -> None:
+    """A veth on the bridge; its other end is the namespace's eth0."""
+    link.link("add", ifname=port, kind="veth", peer={"ifname": "eth0", "net_ns_fd": namespace})
+    link.link("set", index=_index(link, port), master=_index(link, BRIDGE), state="up")
+
+
+def _make_interface(link: IPRoute, address4: str | None, address6: str | None) -> None:
+    eth0 = _index(link, "eth0")
+    link.link("set", index=_index(link, "lo"), state="up")
+    link.link("set", index=eth0, state="up")
+    if address4:
+        link.addr("add", index=eth0, address=address4, prefixlen=PREFIX4)
+        link.route("add", dst="0.0.0.0/0", oif=eth0, scope="link")
+    if address6:
+        link.addr("add", index=eth0, address=address6, prefixlen=PREFIX6, flags=_IFA_F_NODAD)
+        link.route("add", dst="::/0", oif=eth0)
 
 
 def _index(link: IPRoute, name: str) -> int:

@@ -1,6 +1,6 @@
 """A client that connects every 10 ms and says what it saw, in a process of its own.
 
-`python -m pykmesh.demo.prober HOST PORT`; told to end, it writes one JSON line: `connections`,
+`python -m pykmesh.demo.prober HOST PORT`; at SIGUSR1, and told to end, it writes one JSON line: `connections`,
 `failed`, `errors` (by text), `answers` (by endpoint) and `longest_pause_ms`, the longest gap between
 two successes.
 """
@@ -31,6 +31,10 @@ class Prober:
 
     def end(self, _: int, __: FrameType | None) -> None:
         self._ended = True
+
+    def tell(self, _: int = 0, __: FrameType | None = None) -> None:
+        found = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        print(json.dumps({**found, "longest_pause_ms": round(self.longest_pause_ms, 1)}), flush=True)
 
     def run(self) -> None:
         """Until told to end. The next connection is begun on time, however long the last one took."""
@@ -63,10 +67,10 @@ def main() -> None:
     prober = Prober(sys.argv[1], int(sys.argv[2]))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, prober.end)
+    signal.signal(signal.SIGUSR1, prober.tell)
     print("ready", flush=True)
     prober.run()
-    found = {name: value for name, value in vars(prober).items() if not name.startswith("_")}
-    print(json.dumps({**found, "longest_pause_ms": round(prober.longest_pause_ms, 1)}), flush=True)
+    prober.tell()
 
 
 if __name__ == "__main__":

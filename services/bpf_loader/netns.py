@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import socket
-import threading
 from typing import NamedTuple
 
 from pyroute2 import IPRoute
 
+from pykmesh.kernel.netns import run_in
 from pykmesh.kernel.records import NO_IP, Ip, ip_from_text
 
 SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h
-CLONE_NEWNET = 0x40000000
 RT_SCOPE_UNIVERSE = 0
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Namespace(NamedTuple):
@@ -27,25 +23,8 @@ class Namespace(NamedTuple):
 
 
 def inspect(netns_fd: int) -> Namespace:
-    """Reads a namespace from inside, in a thread that ends with it. Raises OSError."""
-    found: list[Namespace | OSError] = []
-
-    def read() -> None:
-        try:
-            if _libc.setns(netns_fd, CLONE_NEWNET):
-                number = ctypes.get_errno()
-                raise OSError(number, f"enter the network namespace: {os.strerror(number)}")
-            found.append(_read_here())
-        except OSError as error:
-            found.append(error)
-
-    thread = threading.Thread(target=read)
-    thread.start()
-    thread.join()
-    result = found[0]
-    if isinstance(result, OSError):
-        raise result
-    return result
+    """Reads a namespace from inside. Raises OSError."""
+    return run_in(netns_fd, _read_here)
 
 
 def own_cookie() -> int:

@@ -1,0 +1,66 @@
+"""Programs in pods that count: asked by a signal, they answer with one JSON line."""
+
+from __future__ import annotations
+
+import json
+import selectors
+import signal
+import sys
+import time
+from typing import Any, Final
+
+from pykmesh.demo.pods import Pod
+
+ANSWER_DEADLINE_S: Final = 5.0
+
+
+class CountedError(Exception):
+    """The program has ended, or does not answer."""
+
+
+class Counted:
+    """A prober or an endpoint; started and listening when this returns."""
+
+    def __init__(self, pod: Pod, module: str, *words: str) -> None:
+        self.pod = pod
+        self._process = pod.spawn(sys.executable, "-m", f"pykmesh.demo.{module}", *words, stdout=-1)
+        self._rest = b""
+        if self._line() != b"ready":
+            raise CountedError(f"{module} in pod {pod.name} did not start")
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def counts(self) -> dict[str, Any]:
+        """What it has counted so far. Raises CountedError."""
+        return self._ask(signal.SIGUSR1)
+
+    def end(self) -> dict[str, Any]:
+        """Tells it to end; what it counted."""
+        found = self._ask(signal.SIGTERM)
+        self._process.wait(ANSWER_DEADLINE_S)
+        return found
+
+    def _ask(self, number: signal.Signals) -> dict[str, Any]:
+        if not self.alive:
+            raise CountedError(f"the program in pod {self.pod.name} has ended")
+        self._process.send_signal(number)
+        found: dict[str, Any] = json.loads(self._line())
+        return found
+
+    def _line(self) -> bytes:
+        stream, end = self._process.stdout, time.monotonic() + ANSWER_DEADLINE_S
+        if stream is None:
+            raise CountedError(f"the program in pod {self.pod.name} has no output")
+        with selectors.DefaultSelector() as selector:
+            selector.register(stream, selectors.EVENT_READ)
+            while b"\n" not in self._rest:
+                if not selector.select(max(0.0, end - time.monotonic())):
+                    raise CountedError(f"the program in pod {self.pod.name} does not answer")
+                part = stream.read1(65536)
+                if not part:
+                    raise CountedError(f"the program in pod {self.pod.name} has ended")
+                self._rest += part
+        line, self._rest = self._rest.split(b"\n", 1)
+        return line

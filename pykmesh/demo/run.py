@@ -1,0 +1,391 @@
+"""The demo: a mesh on this node, real traffic through it, and what breaks it not.
+
+Everything that it says was seen: by the clients, by the endpoints' own counts, by the kernel's maps.
+It removes all that it made, also when it is interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from pykmesh.demo import manifests
+from pykmesh.demo.counted import Counted
+from pykmesh.demo.pods import Pod, PodNetwork
+from pykmesh.kernel.cgroups import find_root
+from pykmesh.node.instance import Instance, named, running
+from pykmesh.node.run import fetch
+
+INSTANCE: Final = "demo"
+PREFIX: Final = "pykmesh-demo"
+PROCESSES: Final = ("xds_client", "map_writer", "bpf_loader", "telemetry", "control_plane", "nats")
+EFFECT_DEADLINE_S: Final = 10.0
+FLOWS_SHOWN: Final = 6
+STEADY_S: Final = 0.6
+
+
+class Step(msgspec.Struct):
+    """What was tried, what should come of it, and what did."""
+
+    name: str
+    expected: str
+    saw: str = ""
+    ok: bool = False
+
+
+class DemoError(Exception):
+    """The demo cannot be run; the text says why."""
+
+
+class Say(NamedTuple):
+    """Where the story goes: standard output, or standard error when that is for the JSON."""
+
+    stream: Any
+    colour: bool
+
+    def line(self, text: str = "") -> None:
+        print(text, file=self.stream, flush=True)
+
+    def step(self, step: Step) -> None:
+        mark = "ok" if step.ok else "FAILED"
+        shown = f"\x1b[{32 if step.ok else 31}m{mark}\x1b[0m" if self.colour else mark
+        self.line(
+            f"  [{shown}] {step.name}: {step.saw}" + ("" if step.ok else f" (expected {step.expected})")
+        )
+
+
+class Demo:
+    """One run."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self.instance = named(INSTANCE)
+        self._folder = self.instance.run_dir / "config"
+        self._network = PodNetwork(PREFIX, find_root(), "10.98.0", "fd98:")
+        self.steps: list[Step] = []
+        self._endpoints: dict[str, Counted] = {}
+        self._web: list[Pod] = []
+        self._flows_to_show = 0
+
+    # -- making and removing
+
+    def prepare(self) -> None:
+        if running(self.instance.run_dir) is not None:
+            raise DemoError("a demo runs already: pykmesh demo --remove takes it away")
+        self.remove()
+        self._say.line("Making pods: network namespaces on a bridge, a cgroup each")
+        network = self._network.__enter__()
+        self.client = network.add("client", 10)
+        self._web = [network.add(name, 20 + i) for i, name in enumerate(("web-v1-a", "web-v1-b", "web-v2-a"))]
+        echo = network.add("echo-a", 30)
+        for pod in self._web:
+            self._endpoints[pod.name] = Counted(pod, "endpoint", pod.name, "--http", str(manifests.HTTP_PORT))
+        self._endpoints[echo.name] = Counted(echo, "endpoint", echo.name, "--udp", str(manifests.UDP_PORT))
+        self._folder.mkdir(parents=True)
+        manifests.write_services(self._folder)
+        manifests.write(self._folder, "client", [manifests.pod(self.client, "client", "v1")])
+        manifests.write(self._folder, "echo", [manifests.pod(echo, "echo", "v1")])
+        self._write_web(self._web)
+        self._say.line("Starting nats-server, the embedded control plane and the mesh's processes")
+        self._cli("up", "-d", "--free-ports", "--config-dir", str(self._folder))
+        for pod in network.pods.values():
+            self._cli("enroll", "--cgroup", str(pod.cgroup), "--netns", str(pod.netns))
+
+    def _write_web(self, pods: list[Pod]) -> None:
+        found = [manifests.pod(pod, "web", pod.name.split("-")[1]) for pod in pods]
+        manifests.write(self._folder, "web", found)
+
+    def remove(self) -> None:
+        """Everything of this demo and of one that was left."""
+        self._network.remove()
+        if running(self.instance.run_dir) is not None:
+            self._cli("down")
+        self._cli("uninstall")
+        shutil.rmtree(self.instance.run_dir, ignore_errors=True)
+
+    def _cli(self, *words: str) -> None:
+        command = [sys.executable, "-m", "pykmesh", "--instance", INSTANCE, *words]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise DemoError(f"pykmesh {words[0]}: {result.stderr.strip() or result.stdout.strip()}")
+
+    # -- looking
+
+    def _live(self) -> Instance:
+        found = running(self.instance.run_dir)
+        if found is None:
+            raise DemoError("the demo's instance has ended")
+        return found
+
+    def show_flows(self) -> None:
+        """Prints flows as they end, a few for each step, until the mesh is gone."""
+        command = [sys.executable, "-m", "pykmesh", "--instance", INSTANCE, "observe", "-f", "--last", "0"]
+        self._observer = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        threading.Thread(target=self._print_flows, daemon=True).start()
+        telemetry = self._live().ports.telemetry
+        if not _until(lambda: fetch(telemetry, "/status")["observe"]["followers"] > 0):
+            raise DemoError("telemetry shows no flows")
+
+    def _print_flows(self) -> None:
+        """The clients' side of each flow: the endpoints' side names no service."""
+        for line in self._observer.stdout or ():
+            if self._flows_to_show > 0 and (line.count("->") > 1 or "refused" in line):
+                self._flows_to_show -= 1
+                self._say.line(f"      {line.rstrip()}")
+
+    def _connections(self) -> dict[str, int]:
+        return {pod.name: int(self._endpoints[pod.name].counts()["connections"]) for pod in self._web}
+
+    def _in_kernel(self) -> set[str]:
+        """Names of the pods that the kernel's maps hold as endpoints of the web service."""
+        by_address = {address: pod.name for pod in self._web for address in (pod.address4, pod.address6)}
+        entries = fetch(self._live().ports.map_writer, "/endpoints")
+        return {by_address[e["endpoint"]] for e in entries if e["service"].startswith("shop/web.")}
+
+    # -- trying
+
+    def _try(self, name: str, expected: str, look: Callable[[], tuple[bool, str]]) -> None:
+        step = Step(name, expected)
+        self.steps.append(step)
+        try:
+            step.ok, step.saw = look()
+        except Exception as error:  # noqa: BLE001  (a step that breaks is a step that failed, and is told)
+            step.saw = f"{type(error).__name__}: {error}"
+        self._say.step(step)
+
+    def run(self) -> dict[str, Any]:
+        """All steps. Returns the summary."""
+        begun = time.monotonic()
+        self.show_flows()
+        self._say.line("\nTraffic to service addresses, from an ordinary client")
+        self._flows_to_show = 2 * FLOWS_SHOWN
+        self._try(
+            "curl over IPv4", "an answer of a web endpoint", lambda: self._curl(f"http://{manifests.WEB4}/")
+        )
+        self._try(
+            "curl over IPv6", "an answer of a web endpoint", lambda: self._curl(f"http://[{manifests.WEB6}]/")
+        )
+        self._try("datagrams over IPv4 and IPv6", "echoes from the service's address", self._echo)
+        self._try(
+            "a service without endpoints",
+            "connection refused at once",
+            lambda: self._refused(manifests.EMPTY4, 80),
+        )
+        self._try(
+            "a port that the service does not have",
+            "connection refused at once",
+            lambda: self._refused(manifests.WEB4, 81),
+        )
+        prober = Counted(self.client, "prober", manifests.WEB4, "80")
+        self._say.line("\nA client connects every 10 ms from here on")
+        self._flows_to_show = FLOWS_SHOWN
+        self._try("every endpoint gets its share", "connections at all three endpoints", self._shares)
+        self._say.line("\nScaling web-v2-a away by editing the YAML file")
+        self._flows_to_show = FLOWS_SHOWN
+        self._try(
+            "the traffic moves", "no new connection at web-v2-a, none failed", lambda: self._scale(prober)
+        )
+        self._say.line("\nKilling each process in turn (kill -9)")
+        for process in PROCESSES:
+            self._try(
+                f"{process} killed",
+                "no connection failed, ready again",
+                lambda p=process: self._kill(prober, p),
+            )  # type: ignore[misc]
+        self._try("a change after all that", "web-v2-a serves again", self._scale_back)
+        return self._summary(prober, time.monotonic() - begun)
+
+    def _curl(self, url: str) -> tuple[bool, str]:
+        result = self.client.run("curl", "-gsS", "--max-time", "5", url)
+        answer = result.stdout.strip() or result.stderr.strip()
+        return answer in self._endpoints, f"{url} answered by {answer}" if result.stdout else answer
+
+    def _echo(self) -> tuple[bool, str]:
+        code = (
+            "import socket, sys\n"
+            "for family, host in ((socket.AF_INET, sys.argv[1]), (socket.AF_INET6, sys.argv[2])):\n"
+            "    s = socket.socket(family, socket.SOCK_DGRAM); s.settimeout(3)\n"
+            "    s.sendto(b'hello', (host, 7)); data, peer = s.recvfrom(100)\n"
+            "    print(data.decode(), 'from', peer[0])\n"
+        )
+        result = self.client.run(sys.executable, "-S", "-c", code, manifests.ECHO4, manifests.ECHO6)
+        wanted = [f"echo-a hello from {address}" for address in (manifests.ECHO4, manifests.ECHO6)]
+        return result.stdout.splitlines() == wanted, ", ".join(result.stdout.splitlines()) or result.stderr[
+            -200:
+        ]
+
+    def _refused(self, address: str, port: int) -> tuple[bool, str]:
+        result = self.client.run("curl", "-sS", "--max-time", "5", f"http://{address}:{port}/")
+        return result.returncode == 7, result.stderr.strip()
+
+    def _shares(self) -> tuple[bool, str]:
+        before = self._connections()
+        time.sleep(STEADY_S)
+        gained = _difference(self._connections(), before)
+        return all(gained.values()), _listed(gained)
+
+    def _scale(self, prober: Counted) -> tuple[bool, str]:
+        failed, left = prober.counts()["failed"], self._web[-1].name
+        begun = time.monotonic()
+        self._write_web(self._web[:-1])
+        if not _until(lambda: left not in self._in_kernel()):
+            return False, f"{left} is still in the maps"
+        taken = (time.monotonic() - begun) * 1e3
+        before = self._connections()
+        time.sleep(STEADY_S)
+        gained, more = _difference(self._connections(), before), prober.counts()["failed"] - failed
+        ok = gained.pop(left) == 0 and all(gained.values()) and more == 0
+        return (
+            ok,
+            f"out of the kernel's maps {taken:.0f} ms after the edit; since then {_listed(gained)}, {left} 0; {more} failed",
+        )
+
+    def _kill(self, prober: Counted, process: str) -> tuple[bool, str]:
+        before = prober.counts()
+        pid = self._pid(process)
+        os.kill(pid, signal.SIGKILL)
+        begun = time.monotonic()
+        ready = _until(lambda: self._pid(process) not in (0, pid) and self._is_ready())
+        time.sleep(0.1)
+        after = prober.counts()
+        made, failed = (after[key] - before[key] for key in ("connections", "failed"))
+        state = f"ready again after {time.monotonic() - begun:.1f} s" if ready else "not ready again"
+        return bool(ready and made and not failed), f"{made} connections meanwhile, {failed} failed; {state}"
+
+    def _pid(self, process: str) -> int:
+        """The process of that name below the supervisor; 0 while there is none."""
+        supervisor, module = (
+            self._live().pid,
+            {"nats": "nats-server", "control_plane": "pykmesh.controlplane"},
+        )
+        wanted = module.get(process, f"services.{process}")
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                words = (entry / "cmdline").read_bytes().decode().split("\0")
+                if parent == supervisor and not words[0].endswith("setpriv"):
+                    if any(word == wanted or word.endswith(f"/{wanted}") for word in words):
+                        return int(entry.name)
+        return 0
+
+    def _is_ready(self) -> bool:
+        ports = self._live().ports
+        names = [name for name in PROCESSES if name != "nats"]
+        try:
+            return all(fetch(getattr(ports, name), "/readyz")["ready"] for name in names)
+        except OSError:
+            return False
+
+    def _scale_back(self) -> tuple[bool, str]:
+        self._write_web(self._web)
+        name = self._web[-1].name
+        _until(lambda: name in self._in_kernel())
+        before = self._connections()
+        time.sleep(STEADY_S)
+        gained = _difference(self._connections(), before)
+        return gained[name] > 0, _listed(gained)
+
+    def _summary(self, prober: Counted, seconds: float) -> dict[str, Any]:
+        found = prober.end()
+        connections = self._connections()
+        return {
+            "connections": found["connections"],
+            "failed": found["failed"],
+            "errors": found["errors"],
+            "longest_pause_ms": found["longest_pause_ms"],
+            "per_endpoint": connections,
+            "seconds": round(seconds, 1),
+            "ok": all(step.ok for step in self.steps) and found["failed"] == 0,
+            "steps": msgspec.to_builtins(self.steps),
+        }
+
+    def detach(self) -> None:
+        """Leaves everything running."""
+        self._observer.kill()
+        self._say.line(
+            "\nLeft running. Look at it: pykmesh --instance demo status | get services | observe -f\n"
+            f"A shell in the client's pod: {' '.join(self.client.command('sh')[:2])} ... or "
+            f"nsenter --net={self.client.netns} after joining {self.client.cgroup}\n"
+            "Take it away: pykmesh demo --remove"
+        )
+
+
+def _difference(after: dict[str, int], before: dict[str, int]) -> dict[str, int]:
+    return {name: after[name] - before[name] for name in after}
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def _until(what: Callable[[], bool]) -> bool:
+    end = time.monotonic() + EFFECT_DEADLINE_S
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            if what():
+                return True
+        time.sleep(0.01)
+    return False
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM ends the demo as Ctrl-C does; cleaning up is not interrupted again."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run(*, keep: bool, as_json: bool) -> int:
+    """Exit status: 0 when all expectations held, 1 when one did not, 130 when interrupted."""
+    stream = sys.stderr if as_json else sys.stdout
+    demo = Demo(Say(stream, stream.isatty()))
+    kept = False
+    try:
+        with _interruptible():
+            demo.prepare()
+            summary = demo.run()
+        if as_json:
+            print(json.dumps(summary, indent=2))
+        else:
+            _tell(demo, summary)
+        kept = keep
+        if keep:
+            demo.detach()
+        return 0 if summary["ok"] else 1
+    except KeyboardInterrupt:
+        print("interrupted; cleaning up", file=sys.stderr)
+        return 130
+    finally:
+        if not kept:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+            demo.remove()
+
+
+def _tell(demo: Demo, summary: dict[str, Any]) -> None:
+    verdict = "all expectations held" if summary["ok"] else "NOT all expectations held"
+    demo._say.line(  # noqa: SLF001  (one module)
+        f"\n{summary['connections']} connections, {summary['failed']} failed, longest pause "
+        f"{summary['longest_pause_ms']:.0f} ms; by endpoint: {_listed(summary['per_endpoint'])}\n{verdict} ({summary['seconds']} s)"
+    )

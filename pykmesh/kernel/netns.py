@@ -1,0 +1,35 @@
+"""Acting inside a network namespace, in a thread that ends with it: no process is made for it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+CLONE_NEWNET: Final = 0x40000000
+_libc = ctypes.CDLL(None, use_errno=True)
+_T = TypeVar("_T")
+
+
+def run_in(netns_fd: int, act: Callable[[], _T]) -> _T:
+    """What `act` returns or raises; OSError when the namespace cannot be entered."""
+    found: list[_T] = []
+    failed: list[BaseException] = []
+
+    def inside() -> None:
+        try:
+            if _libc.setns(netns_fd, CLONE_NEWNET):
+                number = ctypes.get_errno()
+                raise OSError(number, f"enter the network namespace: {os.strerror(number)}")
+            found.append(act())
+        except BaseException as error:  # noqa: BLE001  (handed to the caller's thread)
+            failed.append(error)
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return found[0]
