@@ -41,7 +41,7 @@ check: setup
 	$(Q)$(BIN)/ruff format --check .
 	$(Q)$(BIN)/mypy
 	$(Q)$(BIN)/lint-imports --no-cache
-	$(Q)$(BIN)/clang-format --dry-run --Werror bpf/*.h bpf/*.c
+	$(Q)$(BIN)/clang-format --dry-run --Werror bpf/*.h bpf/*.c bench/load.c
 	$(Q)$(BIN)/codespell
 
 format: setup

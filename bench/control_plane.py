@@ -36,7 +36,7 @@ class Plane:
         self.next_address = services * pods
         self.generation = [0] * services
 
-    async def stream(self, requests: grpc.aio.StreamStreamCall, context: grpc.aio.ServicerContext) -> None:
+    async def stream(self, _: grpc.aio.StreamStreamCall, context: grpc.aio.ServicerContext) -> None:
         writer = asyncio.create_task(self._write(context))
         try:
             while (request := await context.read()) is not grpc.aio.EOF:

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pykmesh.demo.pods import Pod
 from tests.mesh.manifests import host, pod, service, text
@@ -23,6 +23,14 @@ from tests.mesh.node import Node
 VIP = "10.96.0.10"
 PORT = 8080
 SOURCE = Path(__file__).with_name("load.c")
+
+
+class Side(NamedTuple):
+    """Who asks, and what: the endpoint itself, or the service."""
+
+    client: Pod
+    address: str
+    port: int
 
 
 def build(directory: Path) -> str:
@@ -37,21 +45,23 @@ def serve(load: str, where: Pod) -> None:
     assert process.stdout.readline() == "ready\n"
 
 
-def run(load: str, client: Pod, mode: str, address: str, port: int, connections: int, seconds: float) -> dict[str, Any]:
-    words = [load, mode, address, str(port), str(connections), str(seconds)]
-    result = client.run("taskset", "-c", "0", *words, timeout_s=seconds + 20)
+def run(load: str, side: Side, mode: str, connections: int, seconds: float) -> dict[str, Any]:
+    words = [load, mode, side.address, str(side.port), str(connections), str(seconds)]
+    result = side.client.run("taskset", "-c", "0", *words, timeout_s=seconds + 20)
     found: dict[str, Any] = json.loads(result.stdout)
     assert found["failed"] == 0, found
     return {**found, "rate": found["requests"] / found["seconds"]}
 
 
-def compare(load: str, sides: dict[str, tuple[Pod, str, int]], mode: str, connections: int, pairs: int, seconds: float) -> dict[str, Any]:
+def compare(
+    load: str, sides: dict[str, Side], mode: str, connections: int, pairs: int, seconds: float
+) -> dict[str, Any]:
     """One row: rates and latencies of both sides, ratio mesh to direct."""
     taken: dict[str, list[dict[str, Any]]] = {"direct": [], "mesh": []}
     for number in range(pairs + 1):
         order = ["direct", "mesh"] if number % 2 else ["mesh", "direct"]
         for side in order:
-            found = run(load, sides[side][0], mode, sides[side][1], sides[side][2], connections, seconds)
+            found = run(load, sides[side], mode, connections, seconds)
             if number:  # the first pair warms up
                 taken[side].append(found)
     ratios = [m["rate"] / d["rate"] for d, m in zip(taken["direct"], taken["mesh"], strict=True)]
@@ -80,16 +90,18 @@ def main() -> None:
             with node.network as network:
                 direct, meshed = network.add("direct", 10, v6=False), network.add("meshed", 11, v6=False)
                 plain, served = network.add("plain", 20, v6=False), network.add("served", 21, v6=False)
-                node.write("bench", text(service("web", VIP, app="web", ports={80: PORT}), pod("served", str(served.address4), app="web")))
+                web = service("web", VIP, app="web", ports={80: PORT})
+                node.write("bench", text(web, pod("served", str(served.address4), app="web")))
                 node.start()
                 for endpoint in (plain, served):
                     serve(load, endpoint)
                 for enrolled in (meshed, served):
                     node.enroll(enrolled)
                 node.until_endpoints(host("web"), {f"{served.address4}:{PORT}"})
-                sides = {"direct": (direct, str(plain.address4), PORT), "mesh": (meshed, VIP, 80)}
+                sides = {"direct": Side(direct, str(plain.address4), PORT), "mesh": Side(meshed, VIP, 80)}
                 for mode, connections in (("keep", 1), ("keep", 16), ("new", 1), ("new", 16)):
-                    print(json.dumps(compare(load, sides, mode, connections, arguments.pairs, arguments.seconds)), flush=True)
+                    row = compare(load, sides, mode, connections, arguments.pairs, arguments.seconds)
+                    print(json.dumps(row), flush=True)
         finally:
             node.end()
 

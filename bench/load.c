@@ -162,8 +162,8 @@ static int load(bool keep, struct sockaddr_in *to, int connections, double secon
 			}
 		}
 	}
-	printf("{\"requests\": %ld, \"failed\": %ld, \"seconds\": %.3f, \"p50_us\": %ld, \"p99_us\": %ld}\n", requests,
-	       failed, now() - start, percentile(requests, 0.5), percentile(requests, 0.99));
+	printf("{\"requests\": %ld, \"failed\": %ld, \"seconds\": %.3f, \"p50_us\": %ld, \"p99_us\": %ld}\n",
+	       requests, failed, now() - start, percentile(requests, 0.5), percentile(requests, 0.99));
 	return 0;
 }
 

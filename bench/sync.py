@@ -93,7 +93,8 @@ def measure(services: int, pods: int, pushes: int, rate: float) -> dict[str, Any
             children = node.children()
             writer = node.status()["processes"]["map_writer"]
             found: dict[str, Any] = {
-                "services": services, "workloads": services * pods, "response_mb": round(plane.bytes / 1e6, 1),
+                "services": services, "workloads": services * pods,
+                "response_mb": round(plane.bytes / 1e6, 1),
                 "sync_ms": round(sync_ms, 1), "write": writer["last_write"],
                 "pss_mib": {name: round(pss_mib([pid]), 1) for pid, name in children.items()},
                 "maps_mib": round(sum(writer["map_memory_bytes"].values()) / 2**20, 1),

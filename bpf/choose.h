@@ -82,7 +82,8 @@ static __always_inline enum reason choose(const struct destination *to, __u32 ne
 			return REASON_NO_ENDPOINT;
 		if (preferred >= 0 && preferred < endpoints_count &&
 		    read_endpoint(choice->service, preferred, &choice->endpoint) &&
-		    ip_equal(&choice->endpoint.address, &kept.address) && choice->endpoint.port == kept.port) {
+		    ip_equal(&choice->endpoint.address, &kept.address) &&
+		    choice->endpoint.port == kept.port) {
 			choice->slot = preferred;
 			choice->rewrite = true;
 			return REASON_ROUTED;

@@ -11,7 +11,7 @@
 
 #include "choose.h"
 
-#define ALLOW 1
+#define ALLOW  1
 #define REFUSE 0
 
 static __always_inline int refuse(enum reason reason)

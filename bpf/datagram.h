@@ -43,7 +43,8 @@ static __always_inline struct datagram_key way_back(__u64 cookie, const struct c
 }
 
 /* Two services may have one endpoint: its answers are then taken for those of the service asked last. */
-static __always_inline bool leads_back(__u64 cookie, const struct destination *to, const struct choice *choice)
+static __always_inline bool leads_back(__u64 cookie, const struct destination *to,
+				       const struct choice *choice)
 {
 	struct datagram_key back = way_back(cookie, choice);
 	struct datagram_value *service = bpf_map_lookup_elem(&datagrams, &back);
@@ -59,7 +60,9 @@ static __always_inline bool keep_way(__u64 cookie, const struct destination *to,
 					   .address = choice->endpoint.address,
 					   .port = choice->endpoint.port,
 					   .slot = choice->slot };
-	struct datagram_value service = { .service = choice->service, .address = to->address, .port = to->port };
+	struct datagram_value service = { .service = choice->service,
+					  .address = to->address,
+					  .port = to->port };
 
 	return !bpf_map_update_elem(&datagrams, &back, &service, BPF_ANY) &&
 	       !bpf_map_update_elem(&datagrams, &there, &endpoint, BPF_ANY);

@@ -11,7 +11,7 @@
 
 #include "mesh_maps.h"
 
-#define AF_INET 2
+#define AF_INET	 2
 #define AF_INET6 10
 
 /* The instance that loaded the programs; read back by another one that finds them on a cgroup. */

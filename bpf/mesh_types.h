@@ -167,19 +167,19 @@ struct flow_record {
  * `counters`. User space shows the names in lower case, without the prefix.
  */
 enum reason {
-	REASON_ROUTED = 0,	    /* sent to an endpoint */
-	REASON_PASSTHROUGH,	    /* the service asks for its traffic to be left alone */
-	REASON_NO_ENDPOINT,	    /* refused: the service has no usable endpoint */
-	REASON_NO_PORT,		    /* refused: the service has no such port */
+	REASON_ROUTED = 0,	     /* sent to an endpoint */
+	REASON_PASSTHROUGH,	     /* the service asks for its traffic to be left alone */
+	REASON_NO_ENDPOINT,	     /* refused: the service has no usable endpoint */
+	REASON_NO_PORT,		     /* refused: the service has no such port */
 	REASON_WAYPOINT_UNSUPPORTED, /* refused: must go by way of a waypoint, which is not built yet */
-	REASON_POLICY_UNSUPPORTED,  /* refused: has policies, which are not enforced yet */
-	REASON_FAMILY,		    /* refused: the endpoints have no address of the socket's family */
-	REASON_ENDPOINT_VANISHED,   /* refused: the endpoints changed faster than they could be read */
-	REASON_NO_ROOM,		    /* refused: what the node should know did not fit its maps */
-	REASON_STATE_LOST,	    /* not refused: no memory for the socket's state, so no name and record */
-	REASON_RECORD_LOST,	    /* not refused: the ring was full, a record is missing */
-	REASON_OPEN_LOST,	    /* not refused: the open was not counted */
-	REASON_DATAGRAM_LOST,	    /* refused: no room to remember the way back */
+	REASON_POLICY_UNSUPPORTED,   /* refused: has policies, which are not enforced yet */
+	REASON_FAMILY,		     /* refused: the endpoints have no address of the socket's family */
+	REASON_ENDPOINT_VANISHED,    /* refused: the endpoints changed faster than they could be read */
+	REASON_NO_ROOM,		     /* refused: what the node should know did not fit its maps */
+	REASON_STATE_LOST,    /* not refused: no memory for the socket's state, so no name and record */
+	REASON_RECORD_LOST,   /* not refused: the ring was full, a record is missing */
+	REASON_OPEN_LOST,     /* not refused: the open was not counted */
+	REASON_DATAGRAM_LOST, /* refused: no room to remember the way back */
 	REASON_COUNT,
 };
 

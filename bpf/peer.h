@@ -7,7 +7,8 @@
 
 #include "connect.h"
 
-static __always_inline struct socket_state *state_by_peer(struct bpf_sock_addr *ctx, const struct destination *peer)
+static __always_inline struct socket_state *state_by_peer(struct bpf_sock_addr *ctx,
+							  const struct destination *peer)
 {
 	struct socket_state *state = bpf_sk_storage_get(&sockets, ctx->sk, 0, 0);
 

@@ -13,13 +13,13 @@
 #include "kernel_types.h"
 
 /* One load at a fixed offset: the verifier refuses a context pointer that the compiler has moved. */
-#define CONTEXT(context, field)                                                      \
-	({                                                                           \
-		__u32 word;                                                          \
-		asm volatile("%0 = *(u32 *)(%1 + %2)"                                \
-			     : "=r"(word)                                            \
-			     : "r"(context), "i"(offsetof(typeof(*context), field))); \
-		word;                                                                \
+#define CONTEXT(context, field)                                                                              \
+	({                                                                                                   \
+		__u32 word;                                                                                  \
+		asm volatile("%0 = *(u32 *)(%1 + %2)"                                                        \
+			     : "=r"(word)                                                                    \
+			     : "r"(context), "i"(offsetof(typeof(*context), field)));                        \
+		word;                                                                                        \
 	})
 
 static __always_inline struct ip sockops_local(struct bpf_sock_ops *ops)
@@ -48,7 +48,8 @@ static __always_inline struct ip sockops_remote(struct bpf_sock_ops *ops)
 	return address;
 }
 
-/* remote_port is in network order in the upper half of the word on little-endian kernels (net/core/filter.c). */
+/* remote_port is in network order in the upper half of the word on little-endian kernels (net/core/filter.c).
+ */
 static __always_inline __be16 sockops_remote_port(struct bpf_sock_ops *ops)
 {
 	return bpf_htons(bpf_ntohl(ops->remote_port));

@@ -59,7 +59,7 @@ class Admin:
     ) -> None:
         """Reports the port that it listens on. OSError when the port is taken."""
         async with await anyio.create_tcp_listener(local_host=host, local_port=port) as listener:
-            task_status.started(listener.extra(anyio.abc.SocketAttribute.local_port))
+            task_status.started(listener.extra(anyio.abc.SocketAttribute.local_port))  # noqa: S610  (not Django's)
             await listener.serve(self._answer)
 
     async def _answer(self, stream: anyio.abc.SocketStream) -> None:

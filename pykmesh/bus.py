@@ -107,20 +107,20 @@ async def connect(
         if on_connect:
             on_connect()
 
-    password = password_file.read_text().strip() if password_file else None
+    password = await anyio.Path(password_file).read_text() if password_file else None
     client = Client()
     while True:
         try:
             await client.connect(
                 url,
                 user=user if password else None,
-                password=password,
+                password=password.strip() if password else None,
                 name=user,
                 inbox_prefix=f"_INBOX_{user}".encode(),
                 error_cb=on_error,
                 reconnected_cb=reconnected,
                 max_reconnect_attempts=-1,
-                reconnect_time_wait=RECONNECT_WAIT_S,
+                reconnect_time_wait=RECONNECT_WAIT_S,  # type: ignore[arg-type]  # it sleeps for any number
                 connect_timeout=2,
                 ping_interval=5,
                 max_outstanding_pings=2,

@@ -108,7 +108,7 @@ async def _run(runtime: Runtime[_S], app: App[_S]) -> int:
             tasks.start_soon(_report_readiness, runtime)
             await app(runtime)
             tasks.cancel_scope.cancel()
-    except* Exception as group:  # the one place where a process's end is told  # noqa: BLE001
+    except* Exception as group:  # the one place where a process's end is told
         for error in _leaves(group):
             log.error("process_failed", error=f"{type(error).__name__}: {error}")
         log.debug("process_failed_where", exc_info=group)

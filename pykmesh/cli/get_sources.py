@@ -128,6 +128,7 @@ def namespace_of(entry: Entry) -> str:
 
 def rows(what: str, entries: list[Entry]) -> tuple[Sequence[str], list[Sequence[Any]]]:
     """Columns and cells, with istioctl's names where it has them."""
+    columns: Sequence[str]
     if what == "services":
         columns = ("NAMESPACE", "SERVICE", "VIP", "PORTS", "ENDPOINTS", "REFUSED")
         return columns, [_service_row(entry) for entry in entries]

@@ -95,7 +95,7 @@ def _parse_ports(values: tuple[str, ...], *, free: bool) -> Any:
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
 @click.option("-d", "--detach", is_flag=True, help="Run behind; return when it is ready.")
 @click.pass_obj
-def up(instance: Instance, ports: tuple[str, ...], detach: bool, free: bool, **values: Any) -> None:
+def up(instance: Instance, /, ports: tuple[str, ...], detach: bool, free: bool, **values: Any) -> None:
     """Run the mesh on this node. Ending it (Ctrl-C, `pykmesh down`) leaves traffic as it is."""
     import msgspec
 
@@ -227,7 +227,7 @@ def _is_zombie(pid: int) -> bool:
 @click.command()
 @click.pass_obj
 def uninstall(instance: Instance) -> None:
-    """Remove every program, map, link and pin of the instance. Its services are then unreachable by address."""
+    """Remove every program, map, link and pin of the instance: its services end with them."""
     import shutil
 
     from pykmesh.kernel.libbpf import KernelError

@@ -46,7 +46,10 @@ def _process_status(port: int) -> dict[str, Any] | None:
 @output_option
 @click.pass_obj
 def status(instance: Instance, wait_s: float, output: str) -> None:
-    """Of each process: version, ready or what it waits for, last sync, errors. Exit status 1 if one is not ready."""
+    """Of each process: version, ready or what it waits for, last sync, errors.
+
+    Exit status 1 when one is not ready.
+    """
     found = require_running(instance)
     deadline = time.monotonic() + wait_s
     while True:

@@ -1,5 +1,8 @@
-"""Enrolment over the loader's own unix socket: one request and one reply a connection, JSON, with the
-cgroup's and the network namespace's descriptors passed beside it. It works without the bus."""
+"""Enrolment over the loader's own unix socket, which works without the bus.
+
+One request and one reply a connection, JSON, with the cgroup's and the network namespace's
+descriptors passed beside it.
+"""
 
 from __future__ import annotations
 

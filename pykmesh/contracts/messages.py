@@ -40,14 +40,14 @@ class _Message(msgspec.Struct, array_like=True, frozen=True, gc=False):
     pass
 
 
-class Resource(_Message):
+class Resource(_Message, frozen=True):
     """`value` is the serialized message as the control plane sent it."""
 
     name: str
     value: bytes
 
 
-class ConfigBatch(_Message):
+class ConfigBatch(_Message, frozen=True):
     """Changes in order: removals first, then upserts. `seq` counts up by one within an `epoch`.
 
     Each second the last `seq` is repeated without changes, so that a reader notices the loss of the
@@ -70,14 +70,14 @@ class ConfigBatch(_Message):
         return not (self.removed or self.upserts or self.complete)
 
 
-class SnapshotRequest(_Message):
+class SnapshotRequest(_Message, frozen=True):
     """`cursor` is empty for the first page, then what the last page named."""
 
     version: int
     cursor: str
 
 
-class SnapshotPage(_Message):
+class SnapshotPage(_Message, frozen=True):
     """The state at `seq` or later: batches after `seq` are applied on top, in order."""
 
     version: int
@@ -90,7 +90,7 @@ class SnapshotPage(_Message):
     """Empty on the last page."""
 
 
-class MapReport(_Message):
+class MapReport(_Message, frozen=True):
     """How far map_writer follows; sent at each step and each second.
 
     `refused` names every resource that does not fit, with the limit that was met.
@@ -103,7 +103,7 @@ class MapReport(_Message):
     refused: dict[str, str]
 
 
-class ResolveRequest(_Message):
+class ResolveRequest(_Message, frozen=True):
     """Ids of service ports, and (network, sixteen address bytes) of workloads."""
 
     version: int
@@ -111,7 +111,7 @@ class ResolveRequest(_Message):
     addresses: list[tuple[str, bytes]]
 
 
-class ServiceName(_Message):
+class ServiceName(_Message, frozen=True):
     """`port` is the service's own."""
 
     name: str
@@ -120,7 +120,7 @@ class ServiceName(_Message):
     port: int
 
 
-class WorkloadName(_Message):
+class WorkloadName(_Message, frozen=True):
     """What Istio's metrics say of a workload; "" where the control plane says nothing."""
 
     uid: str
@@ -136,7 +136,7 @@ class WorkloadName(_Message):
     zone: str
 
 
-class ResolveReply(_Message):
+class ResolveReply(_Message, frozen=True):
     """In the order of the request; None for what is not known."""
 
     version: int

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import selectors
 import signal
+import subprocess
 import sys
 import time
 from typing import Any, Final
@@ -23,7 +25,8 @@ class Counted:
 
     def __init__(self, pod: Pod, module: str, *words: str) -> None:
         self.pod = pod
-        self._process = pod.spawn(sys.executable, "-m", f"pykmesh.demo.{module}", *words, stdout=-1)
+        command = [sys.executable, "-m", f"pykmesh.demo.{module}", *words]
+        self._process = pod.spawn(*command, stdout=subprocess.PIPE)
         self._rest = b""
         if self._line() != b"ready":
             raise CountedError(f"{module} in pod {pod.name} did not start")
@@ -58,7 +61,7 @@ class Counted:
             while b"\n" not in self._rest:
                 if not selector.select(max(0.0, end - time.monotonic())):
                     raise CountedError(f"the program in pod {self.pod.name} does not answer")
-                part = stream.read1(65536)
+                part = os.read(stream.fileno(), 65536)
                 if not part:
                     raise CountedError(f"the program in pod {self.pod.name} has ended")
                 self._rest += part

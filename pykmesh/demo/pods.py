@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from pyroute2 import IPRoute, netns
 
@@ -74,7 +74,7 @@ class PodNetwork:
         self.cgroup = cgroup_root / prefix
         self.pods: dict[str, Pod] = {}
 
-    def __enter__(self) -> PodNetwork:
+    def __enter__(self) -> Self:
         self.remove()
         try:
             netns.create(self._name("bridge"))

@@ -1,8 +1,8 @@
 """A client that connects every 10 ms and says what it saw, in a process of its own.
 
-`python -m pykmesh.demo.prober HOST PORT`; at SIGUSR1, and told to end, it writes one JSON line: `connections`,
-`failed`, `errors` (by text), `answers` (by endpoint) and `longest_pause_ms`, the longest gap between
-two successes.
+`python -m pykmesh.demo.prober HOST PORT`; at SIGUSR1, and told to end, it writes one JSON line:
+`connections`, `failed`, `errors` (by text), `answers` (by endpoint) and `longest_pause_ms`, the
+longest gap between two successes.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -204,8 +205,8 @@ class Demo:
             self._try(
                 f"{process} killed",
                 "no connection failed, ready again",
-                lambda p=process: self._kill(prober, p),
-            )  # type: ignore[misc]
+                partial(self._kill, prober, process),
+            )
         self._try("a change after all that", "web-v2-a serves again", self._scale_back)
         return self._summary(prober, time.monotonic() - begun)
 
@@ -249,10 +250,8 @@ class Demo:
         time.sleep(STEADY_S)
         gained, more = _difference(self._connections(), before), prober.counts()["failed"] - failed
         ok = gained.pop(left) == 0 and all(gained.values()) and more == 0
-        return (
-            ok,
-            f"out of the kernel's maps {taken:.0f} ms after the edit; since then {_listed(gained)}, {left} 0; {more} failed",
-        )
+        since = f"since then {_listed(gained)}, {left} 0; {more} failed"
+        return ok, f"out of the kernel's maps {taken:.0f} ms after the edit; {since}"
 
     def _kill(self, prober: Counted, process: str) -> tuple[bool, str]:
         before = prober.counts()
@@ -277,9 +276,9 @@ class Demo:
             with contextlib.suppress(OSError, ValueError, IndexError):
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
                 words = (entry / "cmdline").read_bytes().decode().split("\0")
-                if parent == supervisor and not words[0].endswith("setpriv"):
-                    if any(word == wanted or word.endswith(f"/{wanted}") for word in words):
-                        return int(entry.name)
+                is_it = any(word == wanted or word.endswith(f"/{wanted}") for word in words)
+                if parent == supervisor and is_it and not words[0].endswith("setpriv"):
+                    return int(entry.name)
         return 0
 
     def _is_ready(self) -> bool:
@@ -359,7 +358,8 @@ def _interruptible() -> Iterator[None]:
 def run(*, keep: bool, as_json: bool) -> int:
     """Exit status: 0 when all expectations held, 1 when one did not, 130 when interrupted."""
     stream = sys.stderr if as_json else sys.stdout
-    demo = Demo(Say(stream, stream.isatty()))
+    say = Say(stream, stream.isatty())
+    demo = Demo(say)
     kept = False
     try:
         with _interruptible():
@@ -368,7 +368,7 @@ def run(*, keep: bool, as_json: bool) -> int:
         if as_json:
             print(json.dumps(summary, indent=2))
         else:
-            _tell(demo, summary)
+            _tell(say.line, summary)
         kept = keep
         if keep:
             demo.detach()
@@ -383,9 +383,10 @@ def run(*, keep: bool, as_json: bool) -> int:
             demo.remove()
 
 
-def _tell(demo: Demo, summary: dict[str, Any]) -> None:
+def _tell(say: Callable[[str], None], summary: dict[str, Any]) -> None:
     verdict = "all expectations held" if summary["ok"] else "NOT all expectations held"
-    demo._say.line(  # noqa: SLF001  (one module)
+    say(
         f"\n{summary['connections']} connections, {summary['failed']} failed, longest pause "
-        f"{summary['longest_pause_ms']:.0f} ms; by endpoint: {_listed(summary['per_endpoint'])}\n{verdict} ({summary['seconds']} s)"
+        f"{summary['longest_pause_ms']:.0f} ms; by endpoint: {_listed(summary['per_endpoint'])}"
     )
+    say(f"{verdict} ({summary['seconds']} s)")

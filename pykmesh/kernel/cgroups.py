@@ -43,7 +43,7 @@ def of_process(root: Path, pid: int | str = "self") -> Path:
 
 def id_of(path_or_fd: Path | int) -> int:
     """The cgroup's id, which is its directory's inode number (kernfs)."""
-    return os.stat(path_or_fd).st_ino
+    return os.stat(path_or_fd).st_ino  # noqa: PTH116  (descriptors too)
 
 
 def path_of(root: Path, cgroup_id: int) -> Path | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import struct
 from collections.abc import Iterator
 from ctypes import POINTER, Structure, byref, c_char_p, c_size_t, c_uint32, c_uint64, c_void_p
 from typing import Final
@@ -25,10 +26,17 @@ class KernelError(OSError):
 
 class _OpenOptions(Structure):
     _fields_ = (
-        ("sz", c_size_t), ("object_name", c_char_p), ("relaxed_maps", ctypes.c_bool), ("pin_root_path", c_char_p),
-        ("_stub", c_uint32), ("kconfig", c_char_p), ("btf_custom_path", c_char_p), ("kernel_log_buf", c_void_p),
-        ("kernel_log_size", c_size_t), ("kernel_log_level", c_uint32),
-    )  # fmt: skip
+        ("sz", c_size_t),
+        ("object_name", c_char_p),
+        ("relaxed_maps", ctypes.c_bool),
+        ("pin_root_path", c_char_p),
+        ("_stub", c_uint32),
+        ("kconfig", c_char_p),
+        ("btf_custom_path", c_char_p),
+        ("kernel_log_buf", c_void_p),
+        ("kernel_log_size", c_size_t),
+        ("kernel_log_level", c_uint32),
+    )
 
 
 class _BatchOptions(Structure):
@@ -159,9 +167,8 @@ def _info(fd: int, size: int, what: str) -> bytes:
 
 def link_info(fd: int) -> tuple[int, int, int]:
     """(program id, cgroup id, attach type) of a cgroup link; a cgroup id of 0: its cgroup is gone."""
-    data = _info(fd, 64, "a link")
-    word = lambda at, size: int.from_bytes(data[at : at + size], "little")  # noqa: E731  (one expression)
-    return word(8, 4), word(16, 8), word(24, 4)
+    program_id, cgroup_id, attach_type = struct.unpack_from("<8xI4xQI", _info(fd, 64, "a link"))
+    return program_id, cgroup_id, attach_type
 
 
 def map_info(fd: int) -> tuple[int, int, int, int]:

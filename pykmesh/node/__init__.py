@@ -1,1 +1,1 @@
-"""One node's mesh, run without containers: the instance's directories and ports, the broker, the supervisor."""
+"""One node's mesh, run without containers: the instance, the broker, the supervisor."""

@@ -64,8 +64,8 @@ def specs(instance: Instance, options: Options) -> list[Spec]:
                 instance, options, "control_plane", "pykmesh.controlplane", _control_plane(instance, options)
             )
         )
-    for name in SERVICES:
-        found.append(_spec(instance, options, name, f"services.{name}", _service(instance, options, name)))
+    services = ((name, _service(instance, options, name)) for name in SERVICES)
+    found += [_spec(instance, options, name, f"services.{name}", settings) for name, settings in services]
     return found
 
 

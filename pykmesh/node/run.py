@@ -12,8 +12,8 @@ import anyio
 import anyio.to_thread
 import structlog
 
+from pykmesh.node import broker, mesh
 from pykmesh.node import instance as instances
-from pykmesh.node import mesh
 from pykmesh.node.instance import Instance, InstanceError
 from pykmesh.node.mesh import Options
 from pykmesh.node.supervisor import Supervisor
@@ -76,7 +76,7 @@ class Running:
         held = instances.prepare(self.instance)
         try:
             instances.check_ports(self.instance.ports, mesh.port_names(self.options))
-            instances.write(self.instance, list(mesh.broker.PERMISSIONS))
+            instances.write(self.instance, list(broker.PERMISSIONS))
             self.supervisor = Supervisor(mesh.specs(self.instance, self.options), self._echo)
             task_status.started()
             await self.supervisor.run()

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Final, NamedTuple
+from typing import IO, Final, NamedTuple, Self
 
 import anyio
 import anyio.abc
@@ -103,7 +103,7 @@ class _Log:
         self._file: IO[bytes] | None = None
         self._lost = False
 
-    def __enter__(self) -> _Log:
+    def __enter__(self) -> Self:
         return self
 
     def write(self, line: bytes) -> None:

@@ -45,7 +45,7 @@ class Enrollment:
         self._pods = PinnedMap(pins.maps_dir(pin_dir), "pods")
 
     def adopt(self) -> int:
-        """Gives the links that are there the programs that are loaded now; clears what is left of cgroups gone.
+        """Gives the links that are there the programs loaded now; clears what is left of cgroups gone.
 
         Returns how many links were updated. Each is replaced in one step: nothing is detached.
         """
@@ -118,7 +118,7 @@ class Enrollment:
         return self._describe(cgroup_id)
 
     def _path(self, cgroup_fd: int) -> Path:
-        path = Path(os.readlink(f"/proc/self/fd/{cgroup_fd}"))
+        path = Path(f"/proc/self/fd/{cgroup_fd}").readlink()
         if path != self._root and self._root not in path.parents:
             found = cgroups.path_of(self._root, cgroups.id_of(cgroup_fd))
             if found is None:

@@ -80,10 +80,13 @@ class MapWriter:
         except anyio.WouldBlock:
             log.warning("inbox_full", batches=INBOX_BATCHES, effect="resync")
 
-    async def run(self) -> None:
-        """Runs until cancelled."""
+    async def open(self) -> None:
+        """Reads what the maps hold: before anything else."""
         await self._read_maps()
         self._runtime.readiness.done("maps")
+
+    async def run(self) -> None:
+        """Follows until cancelled."""
         while True:
             if self._lost:
                 await self._resync()
@@ -165,7 +168,7 @@ class MapWriter:
         return self.planner.plan(self.follower.mesh, change.touched)
 
     async def _apply(self, steps: list[Step]) -> None:
-        """A write that fails leaves maps that are not what the planner thinks: they are read and swept once more."""
+        """A write that fails leaves other maps than the planner thinks: they are read and swept anew."""
         try:
             await self._apply_once(steps)
         except (MapFullError, libbpf.KernelError) as error:
@@ -227,7 +230,10 @@ async def run(runtime: Runtime[MapWriterSettings]) -> None:
     async with anyio.create_task_group() as tasks:
         await bus.subscribe(Subject.CONFIG_LOG, writer.receive)
         await bus.serve(Subject.MAP_RESOLVE, Names(writer.follower, lambda: writer.planner).answer)
-        tasks.start_soon(_report_each_second, runtime, writer)
+        await writer.open()
+        runtime.details = writer.status
+        add_pages(runtime.admin, writer.follower, lambda: writer.planner)
+        tasks.start_soon(_report_each_second, writer)
         await writer.run()
 
 
@@ -246,11 +252,7 @@ async def _open_maps(runtime: Runtime[MapWriterSettings]) -> Maps:
         return maps
 
 
-async def _report_each_second(runtime: Runtime[MapWriterSettings], writer: MapWriter) -> None:
-    while "maps" in runtime.readiness.pending:
-        await anyio.sleep(RETRY_S)
-    runtime.details = writer.status
-    add_pages(runtime.admin, writer.follower, lambda: writer.planner)
+async def _report_each_second(writer: MapWriter) -> None:
     while True:
         await writer.report()
         await anyio.sleep(REPORT_INTERVAL_S)

@@ -7,7 +7,6 @@ from typing import Any
 
 from pykmesh.admin import Admin
 from pykmesh.kernel.records import ENDPOINT_VALUE, ip_to_text, port_number
-
 from services.map_writer.follower import Follower
 from services.map_writer.mesh import message_of
 from services.map_writer.planner import Planner

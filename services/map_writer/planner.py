@@ -144,7 +144,7 @@ class Planner:
         return batches.steps()
 
     def sweep(self, mesh: Mesh) -> list[Step]:
-        """The writes that make the maps say this mesh and nothing else: mark, then delete what is not marked."""
+        """The writes that make the maps say this mesh and nothing else: mark, then delete the rest."""
         self._claims.clear()
         self.owner_of_list.clear()
         self._owner_of_key.clear()

@@ -33,11 +33,12 @@ class Maps:
         held.services.update(self._maps["services"].items())
         held.addresses.update(self._maps["addresses"].items())
         for key, value in self._maps["endpoints"].items():
-            held.add_endpoint(*ENDPOINT_KEY.unpack(key), value)
+            list_id, slot = ENDPOINT_KEY.unpack(key)
+            held.add_endpoint(list_id, slot, value)
         return held
 
     def apply(self, steps: list[Step]) -> None:
-        """Blocks: for a thread. MapFullError or KernelError leaves later steps undone: read the maps again."""
+        """Blocks. MapFullError or KernelError leaves later steps undone: read the maps again."""
         for step in steps:
             target = self._maps[step.map]
             if step.values:

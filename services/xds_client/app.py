@@ -69,9 +69,10 @@ class XdsClient:
         while True:
             heard = self.counts["responses"]
             ordinary = await self._converse()
-            if ordinary and self.counts["responses"] > heard:
+            if self.counts["responses"] > heard:
                 backoff = BACKOFF_FIRST_S
-                continue
+                if ordinary:
+                    continue
             # Not for secrets: the jitter keeps a fleet from coming back at once.
             await anyio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311
             backoff = min(backoff * 2, BACKOFF_MAX_S)
@@ -89,6 +90,10 @@ class XdsClient:
                     stream.cancel()
         except connection.CredentialsError as error:
             self._runtime.note_error("credentials_unreadable", error=error)
+        except DecodeError as error:
+            self._runtime.note_error(
+                "response_not_understood", address=self._settings.xds_address, detail=error
+            )
         except grpc.aio.AioRpcError as error:
             code, detail = error.code(), error.details()
             going_away = "goaway" in (detail or "").lower() or "transport" in (detail or "").lower()
@@ -109,7 +114,7 @@ class XdsClient:
                 tasks.start_soon(self._answer, stream, answers)
                 await self._read(stream, sender)
                 tasks.cancel_scope.cancel()
-        except* grpc.aio.AioRpcError as group:
+        except* (grpc.aio.AioRpcError, DecodeError) as group:
             raise group.exceptions[0] from None
         log.info("stream_ended", code="OK")
         return True
@@ -163,6 +168,8 @@ class XdsClient:
                 )
             else:
                 self.counts["acks"] += 1
+            if stream.done():
+                return  # the reader, which may be at an earlier response still, is told why
             await stream.write(request)
 
     def _refused_by_node(self, reading: protocol.Reading | None) -> dict[str, str]:
@@ -176,7 +183,6 @@ class XdsClient:
         return found
 
     def status(self) -> dict[str, Any]:
-        report = self._publisher.report
         return {
             "xds_address": self._settings.xds_address,
             "connected": self.connected,
@@ -189,7 +195,7 @@ class XdsClient:
             "last_nack": self.last_nack,
             **self.counts,
             "map_writer": "there" if self._publisher.map_writer_is_there else "away",
-            "not_in_kernel": 0 if report is None else max(0, self._store.seq - report.applied_seq),
+            "not_in_kernel": self._publisher.not_in_kernel,
             "refused_by_node": self._publisher.refused,
         }
 
@@ -206,7 +212,4 @@ async def run(runtime: Runtime[XdsClientSettings]) -> None:
     await publisher.start()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(publisher.heartbeat)
-        try:
-            await client.run()
-        except* DecodeError as group:
-            raise RuntimeError(str(group.exceptions[0])) from None
+        await client.run()

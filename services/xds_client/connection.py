@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import socket
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import grpc
 import grpc.aio
@@ -67,7 +67,7 @@ def open_channel(settings: XdsClientSettings) -> grpc.aio.Channel:
 
 def open_stream(channel: grpc.aio.Channel, settings: XdsClientSettings) -> Stream:
     """Reads the token anew: it rotates. Responses come as bytes."""
-    method = channel.stream_stream(
+    method: Any = channel.stream_stream(
         METHOD,
         request_serializer=discovery_pb2.DeltaDiscoveryRequest.SerializeToString,
         response_deserializer=None,
@@ -76,12 +76,12 @@ def open_stream(channel: grpc.aio.Channel, settings: XdsClientSettings) -> Strea
     if settings.xds_token_file is not None:
         token = _read(settings.xds_token_file, "token").decode().strip()
         metadata.append(("authorization", f"Bearer {token}"))
-    return method(metadata=metadata)  # type: ignore[return-value]  # bytes come where no deserializer is given
+    stream: Stream = method(metadata=metadata)
+    return stream
 
 
-def _read(path: os.PathLike[str], what: str) -> bytes:
+def _read(path: Path, what: str) -> bytes:
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        return path.read_bytes()
     except OSError as error:
         raise CredentialsError(f"{what} {path}: {error.strerror}") from error

@@ -12,7 +12,7 @@ from typing import Final, NoReturn
 
 from google.protobuf.message import DecodeError
 
-from pykmesh.contracts.address import FieldError, decode_address, decode_policy
+from pykmesh.contracts.address import FieldError, Service, decode_address, decode_policy
 from pykmesh.contracts.messages import TYPE_URLS, ResourceType
 from pykmesh.proto import discovery_pb2
 from services.xds_client.store import Held, Store
@@ -22,13 +22,19 @@ DETAIL_CHARACTERS: Final = 4000
 RESOURCE_BYTES_MAX: Final = 4 * 1024 * 1024
 PART_RESOURCES: Final = 500
 _TYPES: Final = {url: kind for kind, url in TYPE_URLS.items()}
-_DECODERS: Final = {
-    ResourceType.ADDRESS: lambda _, value: decode_address(value),
-    ResourceType.AUTHORIZATION: decode_policy,
-}
-
 Request = discovery_pb2.DeltaDiscoveryRequest
 Response = discovery_pb2.DeltaDiscoveryResponse
+
+
+def _check_address(name: str, value: bytes) -> None:
+    """Raises FieldError, also for a message of another name: its removal would never find it."""
+    found = decode_address(value)
+    own = found.name if type(found) is Service else found.uid
+    if own != name:
+        raise FieldError("name", f"the message is of {own}")
+
+
+_CHECKS: Final = {ResourceType.ADDRESS: _check_address, ResourceType.AUTHORIZATION: decode_policy}
 
 
 class Reading:
@@ -56,7 +62,7 @@ class Reading:
             yield self._part(self._resources[first : first + PART_RESOURCES])
 
     def _part(self, resources: Iterable[discovery_pb2.Resource]) -> list[tuple[str, Held]]:
-        decoder, upserts = _DECODERS[self.type], []
+        check, upserts = _CHECKS[self.type], []
         for resource in resources:
             name, wrapped = resource.name, resource.resource
             value = wrapped.value
@@ -68,7 +74,7 @@ class Reading:
                     or len(value) > RESOURCE_BYTES_MAX
                 ):
                     self._reject(name, wrapped.type_url, len(value))
-                decoder(name, value)
+                check(name, value)
             except FieldError as error:
                 self.rejected[name or "(no name)"] = str(error)
                 continue

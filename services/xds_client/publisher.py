@@ -79,6 +79,12 @@ class Publisher:
             return {}
         return self.report.refused
 
+    @property
+    def not_in_kernel(self) -> int:
+        """How many batches map_writer has not said to be in the maps: all, while it follows another epoch."""
+        follows = self.report is not None and self.report.epoch == self._store.epoch
+        return self._store.seq - (self.report.applied_seq if self.report and follows else 0)
+
     async def publish(self, reading: Reading) -> int:
         """Stores what is good in a response and publishes what of it is new, while it is read.
 
@@ -123,7 +129,7 @@ class Publisher:
                 await self._reported.wait()
 
     def _has(self, seq: int, *, received: bool = False) -> bool:
-        """Whether map_writer says that it received, or applied, a batch; batches from 0 down are no batches."""
+        """Whether map_writer says that it received, or applied, a batch. There is none before 1."""
         report = self.report
         if seq <= 0:
             return True
@@ -132,7 +138,7 @@ class Publisher:
         return (report.received_seq if received else report.applied_seq) >= seq
 
     async def until_applied(self, seq: int, deadline_s: float) -> bool:
-        """True once the maps hold what was published; False when map_writer is away or does not get there in time."""
+        """True once the maps hold what was published; False when map_writer is away or late."""
         with anyio.move_on_after(deadline_s):
             while self.map_writer_is_there and not self._has(seq):
                 with anyio.move_on_after(AWAY_AFTER_S):

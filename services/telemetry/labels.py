@@ -1,0 +1,106 @@
+"""Istio's labels of TCP traffic, in their order, from what is known of both ends. Pure.
+
+What is not known is "unknown", as in Istio. So are the principals and the security policy, always:
+an address is no proof of identity, and what is carried in plaintext is never called mutual TLS.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from pykmesh.contracts.messages import ServiceName, WorkloadName
+from pykmesh.kernel.layout import Direction, Reason
+from pykmesh.kernel.records import Ip
+
+UNKNOWN: Final = "unknown"
+NO_FLAGS: Final = "-"
+CONNECT_FAILED: Final = "CONNECT"
+DENIED: Final = "DENY"
+
+_WORKLOAD: Final = (
+    "workload",
+    "canonical_service",
+    "canonical_revision",
+    "workload_namespace",
+    "principal",
+    "app",
+    "version",
+    "cluster",
+    "region",
+    "zone",
+)
+LABELS: Final = (
+    "reporter",
+    *(f"source_{name}" for name in _WORKLOAD),
+    "destination_service",
+    "destination_service_namespace",
+    "destination_service_name",
+    *(f"destination_{name}" for name in _WORKLOAD),
+    "request_protocol",
+    "response_flags",
+    "connection_security_policy",
+)
+
+Labels = tuple[str, ...]
+
+
+class Edge(NamedTuple):
+    """Traffic that has one set of labels, as the kernel names it: the socket's own end, and the other."""
+
+    local: Ip
+    remote: Ip
+    service: int
+    direction: int
+    flags: str
+
+    @property
+    def source(self) -> Ip:
+        return self.local if self.direction == Direction.OUTBOUND else self.remote
+
+    @property
+    def destination(self) -> Ip:
+        return self.remote if self.direction == Direction.OUTBOUND else self.local
+
+
+def refusal_flags(reason: int) -> str:
+    """Istio's response flag of what the mesh refused: DENY by a policy, CONNECT for want of a way."""
+    return DENIED if reason == Reason.POLICY_UNSUPPORTED else CONNECT_FAILED
+
+
+def labels(
+    edge: Edge, source: WorkloadName | None, destination: WorkloadName | None, service: ServiceName | None
+) -> Labels:
+    """The values of LABELS. The source reports what went out, the destination what came in."""
+    return (
+        "source" if edge.direction == Direction.OUTBOUND else "destination",
+        *_workload(source),
+        *_service(service),
+        *_workload(destination),
+        "tcp",
+        edge.flags,
+        UNKNOWN,
+    )
+
+
+def _workload(name: WorkloadName | None) -> Labels:
+    if name is None:
+        return (UNKNOWN,) * len(_WORKLOAD)
+    values = (
+        name.workload,
+        name.canonical_name,
+        name.canonical_revision,
+        name.namespace,
+        "",
+        name.canonical_name,
+        name.canonical_revision,
+        name.cluster,
+        name.region,
+        name.zone,
+    )
+    return tuple(value or UNKNOWN for value in values)
+
+
+def _service(name: ServiceName | None) -> Labels:
+    if name is None:
+        return (UNKNOWN,) * 3
+    return name.hostname or UNKNOWN, name.namespace or UNKNOWN, name.name or UNKNOWN

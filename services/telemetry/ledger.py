@@ -1,0 +1,162 @@
+"""The sums behind Istio's TCP metrics.
+
+Owns every series. What is counted is never dropped: it waits a little for the names of its ends, and
+is then added to the series of the labels that are known, "unknown" where none are. A series keeps the
+labels that it has got: names that come later hold for what is counted later, so no counter ever falls.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final, NamedTuple
+
+from pykmesh.contracts.messages import ServiceName, WorkloadName
+from services.telemetry.labels import LABELS, UNKNOWN, Edge, Labels, labels
+from services.telemetry.names import Clock, Found, Names
+
+NAMES_WAIT_S: Final = 5.0
+"""Longer than a restart of map_writer takes."""
+RETRY_NAMES_S: Final = 5.0
+WAITING_MAX: Final = 65_536
+BOUND_MAX: Final = 131_072
+SERIES_MAX: Final = 10_000
+SERIES_REST_S: Final = 3600.0
+"""A series without traffic for so long is dropped; when it comes again it counts from zero."""
+
+
+class Amounts(NamedTuple):
+    """Request bytes go from the one that connects to the one that accepts; response bytes come back."""
+
+    opened: int = 0
+    closed: int = 0
+    failed: int = 0
+    request_bytes: int = 0
+    response_bytes: int = 0
+
+    def plus(self, other: Amounts) -> Amounts:
+        return Amounts(
+            self.opened + other.opened,
+            self.closed + other.closed,
+            self.failed + other.failed,
+            self.request_bytes + other.request_bytes,
+            self.response_bytes + other.response_bytes,
+        )
+
+
+NOTHING: Final = Amounts()
+
+
+class Series:
+    """The sums of one set of labels."""
+
+    __slots__ = ("amounts", "last_counted")
+
+    def __init__(self) -> None:
+        self.amounts = NOTHING
+        self.last_counted = 0.0
+
+
+class _Bound(NamedTuple):
+    series: Series
+    until: float
+
+
+class _Waiting(NamedTuple):
+    amounts: Amounts
+    since: float
+
+
+class Ledger:
+    def __init__(self, names: Names, clock: Clock = time.monotonic) -> None:
+        self._names = names
+        self._clock = clock
+        self._series: dict[Labels, Series] = {}
+        self._bound: dict[Edge, _Bound] = {}
+        self._waiting: dict[Edge, _Waiting] = {}
+        self.folded = 0
+        """Times that an edge went to the series without names because there were too many series."""
+        self.dropped = 0
+
+    def add(self, edge: Edge, amounts: Amounts) -> None:
+        now = self._clock()
+        bound = self._bound.get(edge)
+        if bound is not None and bound.until > now:
+            self._count(bound.series, amounts, now)
+            return
+        waiting = self._waiting.get(edge)
+        if waiting is not None:
+            self._waiting[edge] = _Waiting(waiting.amounts.plus(amounts), waiting.since)
+        elif not self._bind(edge, amounts, now, patient=len(self._waiting) < WAITING_MAX):
+            self._waiting[edge] = _Waiting(amounts, now)
+
+    def settle(self) -> None:
+        """Adds what waited to its series: names have come, or will not come in time."""
+        now = self._clock()
+        for edge, waiting in list(self._waiting.items()):
+            if self._bind(edge, waiting.amounts, now, patient=waiting.since + NAMES_WAIT_S > now):
+                del self._waiting[edge]
+
+    def _bind(self, edge: Edge, amounts: Amounts, now: float, *, patient: bool) -> bool:
+        """False, and nothing done, when a name is missing that is worth waiting for."""
+        ends = (
+            self._names.workload(edge.source),
+            self._names.workload(edge.destination),
+            self._names.service(edge.service),
+        )
+        until = min(end.fresh_until for end in ends)
+        if until <= now:
+            if patient:
+                return False
+            until = now + RETRY_NAMES_S
+        series = self._find(edge, *ends)
+        if len(self._bound) >= BOUND_MAX:
+            self._bound.clear()
+        self._bound[edge] = _Bound(series, until)
+        self._count(series, amounts, now)
+        return True
+
+    def _find(
+        self,
+        edge: Edge,
+        source: Found[WorkloadName],
+        destination: Found[WorkloadName],
+        service: Found[ServiceName],
+    ) -> Series:
+        wanted = labels(edge, source.value, destination.value, service.value)
+        found = self._series.get(wanted)
+        if found is None and len(self._series) >= SERIES_MAX:
+            self.folded += 1
+            wanted = labels(edge, None, None, None)
+        return found or self._series.setdefault(wanted, Series())
+
+    @staticmethod
+    def _count(series: Series, amounts: Amounts, now: float) -> None:
+        series.amounts = series.amounts.plus(amounts)
+        series.last_counted = now
+
+    def drop_rested(self) -> None:
+        now = self._clock()
+        rested = [key for key, series in self._series.items() if series.last_counted + SERIES_REST_S < now]
+        for key in rested:
+            del self._series[key]
+        self.dropped += len(rested)
+        self._bound = {
+            edge: bound
+            for edge, bound in self._bound.items()
+            if bound.until > now and bound.series.last_counted + SERIES_REST_S >= now
+        }
+
+    def snapshot(self) -> list[tuple[Labels, Amounts]]:
+        return [(key, series.amounts) for key, series in self._series.items()]
+
+    def status(self) -> dict[str, Any]:
+        ends = LABELS.index("source_workload"), LABELS.index("destination_workload")
+        unnamed = sum(any(key[end] == UNKNOWN for end in ends) for key in self._series)
+        return {
+            "series": len(self._series),
+            "series_with_an_unknown_end": unnamed,
+            "edges": len(self._bound),
+            "edges_waiting_for_names": len(self._waiting),
+            "series_folded": self.folded,
+            "series_dropped": self.dropped,
+        }

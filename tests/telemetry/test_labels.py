@@ -1,0 +1,56 @@
+"""Labels: Istio's, in Istio's words."""
+
+from __future__ import annotations
+
+from pykmesh.kernel.layout import Direction
+from services.telemetry.labels import LABELS, Edge, labels
+from tests.telemetry.rows import CLIENT, SERVER, WEB, ip, workload
+
+OUT = Edge(ip(CLIENT), ip(SERVER), 7, Direction.OUTBOUND, "-")
+IN = Edge(ip(SERVER), ip(CLIENT), 0, Direction.INBOUND, "-")
+
+
+def named(edge: Edge, *ends: object) -> dict[str, str]:
+    return dict(zip(LABELS, labels(edge, *ends), strict=True))
+
+
+def test_the_labels_are_those_of_istio():
+    workload_labels = [
+        "workload",
+        "canonical_service",
+        "canonical_revision",
+        "workload_namespace",
+        "principal",
+    ]
+    workload_labels += ["app", "version", "cluster", "region", "zone"]
+    assert sorted(LABELS) == sorted(
+        ["reporter", "request_protocol", "response_flags", "connection_security_policy"]
+        + [f"{end}_{name}" for end in ("source", "destination") for name in workload_labels]
+        + ["destination_service", "destination_service_namespace", "destination_service_name"]
+    )
+
+
+def test_the_source_reports_what_goes_out():
+    found = named(OUT, workload("client"), workload("web"), WEB)
+    assert found["reporter"] == "source"
+    assert (found["source_workload"], found["destination_workload"]) == ("client", "web")
+    assert (found["destination_canonical_service"], found["destination_app"]) == ("web-app", "web-app")
+    assert (found["destination_canonical_revision"], found["destination_version"]) == ("v2", "v2")
+    assert found["destination_service"] == "web.shop.svc.cluster.local"
+    assert (found["destination_service_name"], found["destination_service_namespace"]) == ("web", "shop")
+    assert (found["request_protocol"], found["response_flags"]) == ("tcp", "-")
+
+
+def test_the_destination_reports_what_comes_in():
+    assert named(IN, workload("client"), workload("web"), None)["reporter"] == "destination"
+
+
+def test_what_is_not_known_is_unknown():
+    found = named(OUT, None, workload("web"), None)
+    assert found["source_workload"] == found["destination_service"] == found["destination_zone"] == "unknown"
+
+
+def test_an_address_proves_no_identity_and_plaintext_is_no_mutual_tls():
+    found = named(OUT, workload("client"), workload("web"), WEB)
+    assert found["source_principal"] == found["destination_principal"] == "unknown"
+    assert found["connection_security_policy"] == "unknown"
