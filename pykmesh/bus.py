@@ -60,7 +60,10 @@ class NatsBus:
     async def publish(self, subject: str, data: bytes, headers: Headers | None = None) -> None:
         if not self._client.is_connected:
             raise BusUnavailableError(f"publish to {subject}: no broker")
-        await self._client.publish(subject, data, headers=dict(headers) if headers else None)
+        try:
+            await self._client.publish(subject, data, headers=dict(headers) if headers else None)
+        except nats.errors.Error as error:
+            raise BusUnavailableError(f"publish {len(data)} bytes to {subject}: {error}") from error
 
     async def request(self, subject: str, data: bytes) -> bytes:
         try:

@@ -12,6 +12,7 @@ import anyio
 import anyio.to_thread
 import structlog
 
+from pykmesh.kernel import pins
 from pykmesh.node import broker, mesh
 from pykmesh.node import instance as instances
 from pykmesh.node.instance import Instance, InstanceError
@@ -60,6 +61,14 @@ async def until_ready(instance: Instance, names: list[str], deadline_s: float) -
         raise InstanceError(f"not ready after {deadline_s:g} s: {what} (logs in {instance.run_dir / 'logs'})")
 
 
+def _prepare_pins(instance: Instance) -> None:
+    """Before anything starts: what bpf_loader would fail at again and again."""
+    try:
+        pins.prepare(instance.pin_dir)
+    except pins.PinDirectoryError as error:
+        raise InstanceError(f"{error}; choose another with --pin-dir") from error
+
+
 class Running:
     """A mesh that runs in this process's task group: `start` returns when the processes are started."""
 
@@ -76,6 +85,7 @@ class Running:
         held = instances.prepare(self.instance)
         try:
             instances.check_ports(self.instance.ports, mesh.port_names(self.options))
+            await anyio.to_thread.run_sync(_prepare_pins, self.instance)
             instances.write(self.instance, list(broker.PERMISSIONS))
             self.supervisor = Supervisor(mesh.specs(self.instance, self.options), self._echo)
             task_status.started()

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import anyio
 import anyio.to_thread
 import structlog
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+from prometheus_client.core import Metric
 
-from pykmesh import tracing
+from pykmesh import metrics, tracing
 from pykmesh.bus import Bus, BusUnavailableError, Headers
 from pykmesh.contracts import messages
 from pykmesh.contracts.messages import (
@@ -214,6 +216,26 @@ class MapWriter:
             "last_write": self.last_write,
         }
 
+    def health(self) -> Iterator[Metric]:
+        """What Prometheus is told of the process itself."""
+        held, limits, mesh = self.planner.held, self.maps.limits, self.follower.mesh
+        sizes = {
+            "services": len(held.services),
+            "endpoints": held.endpoints,
+            "addresses": len(held.addresses),
+        }
+        yield metrics.by_label("mesh_map_entries", "Entries of a map.", "map", sizes)
+        yield metrics.by_label("mesh_map_max_entries", "Room in a map.", "map", limits._asdict())
+        yield metrics.gauge(
+            "mesh_map_refused_resources", "Resources that do not fit.", len(self.planner.refused)
+        )
+        yield metrics.counter("mesh_bus_resyncs", "Snapshots taken.", self.follower.resyncs)
+        yield metrics.gauge(
+            "mesh_policy_unenforced_workloads",
+            "Workloads with policies, which are not enforced.",
+            mesh.unenforced(),
+        )
+
 
 SMALL_BYTES = 4096
 """Keys of a plan that is written without a thread: some microseconds, less than the way there."""
@@ -233,6 +255,7 @@ async def run(runtime: Runtime[MapWriterSettings]) -> None:
         await writer.open()
         runtime.details = writer.status
         add_pages(runtime.admin, writer.follower, lambda: writer.planner)
+        metrics.add_page(runtime.admin, writer.health)
         tasks.start_soon(_report_each_second, writer)
         await writer.run()
 

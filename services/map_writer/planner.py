@@ -8,7 +8,8 @@ Pure. Every step leaves the maps in a state that is right for the connections ma
 4. what nothing names any more is deleted
 
 so a removed endpoint is out before its address serves another workload, and nothing is deleted
-before its replacement is there.
+before its replacement is there. What is to be deleted takes room until then: what did not fit for it
+follows in steps after these.
 """
 
 from __future__ import annotations
@@ -121,6 +122,8 @@ class Planner:
         self._owner_of_key: dict[bytes, str] = {}
         self._refused_services: dict[str, dict[str, str]] = {}
         self._refused_places: dict[Place, dict[str, str]] = {}
+        self._leaving: Counter[str] = Counter()
+        """Entries of each map that the last steps of a plan delete."""
 
     @property
     def refused(self) -> dict[str, str]:
@@ -132,6 +135,16 @@ class Planner:
 
     def plan(self, mesh: Mesh, touched: Touched) -> list[Step]:
         """The writes for what was touched, and for what was refused before and may have room now."""
+        return self._plan_touched(mesh, touched) + self._plan_refused(mesh)
+
+    def _plan_refused(self, mesh: Mesh) -> list[Step]:
+        """The writes for what did not fit, when the steps before have made room."""
+        if not self._leaving or not (self._refused_services or self._refused_places):
+            return []
+        return self._plan_touched(mesh, Touched())
+
+    def _plan_touched(self, mesh: Mesh, touched: Touched) -> list[Step]:
+        self._leaving.clear()
         touched.services.update(self._refused_services)
         touched.places.update(self._refused_places)
         batches = _Batches()
@@ -145,6 +158,7 @@ class Planner:
 
     def sweep(self, mesh: Mesh) -> list[Step]:
         """The writes that make the maps say this mesh and nothing else: mark, then delete the rest."""
+        self._leaving.clear()
         self._claims.clear()
         self.owner_of_list.clear()
         self._owner_of_key.clear()
@@ -159,9 +173,8 @@ class Planner:
             self._shrink(list_id, 0, batches)
         kept = self._plan_addresses(mesh, mesh.everything().places, batches)
         for key in self.held.addresses.keys() - kept:
-            del self.held.addresses[key]
-            batches.remove(_DROP_ADDRESSES, "addresses", key)
-        return batches.steps()
+            self._remove_address(key, batches)
+        return batches.steps() + self._plan_refused(mesh)
 
     def _plan_service(self, mesh: Mesh, name: str, batches: _Batches) -> None:
         wanted, refused = desired_service(mesh, name, self._rules), dict[str, str]()
@@ -204,7 +217,7 @@ class Planner:
         if len(free) > replaced:
             self._close_gaps(list_id, free[replaced:], service, batches)
         appended = added[replaced:]
-        room = max(0, self._limits.endpoints - self.held.endpoints)
+        room = max(0, self._limits.endpoints - self.held.endpoints - self._leaving["endpoints"])
         for value in appended[room:]:
             refused[wanted[value]] = f"map endpoints is full ({self._limits.endpoints} entries)"
         del appended[room:]
@@ -236,7 +249,8 @@ class Planner:
         slots = self.held.lists[list_id]
         for slot in range(length, len(slots)):
             batches.remove(_DROP_ENDPOINTS, "endpoints", ENDPOINT_KEY.pack(list_id, slot))
-            self.held.endpoints -= 1
+        self.held.endpoints -= len(slots) - length
+        self._leaving["endpoints"] += len(slots) - length
         del slots[length:]
         if not slots:
             del self.held.lists[list_id]
@@ -270,7 +284,13 @@ class Planner:
 
     def _remove_port(self, key: bytes, batches: _Batches) -> None:
         if self.held.services.pop(key, None) is not None:
+            self._leaving["services"] += 1
             batches.remove(_DROP_PORTS, "services", key)
+
+    def _remove_address(self, key: bytes, batches: _Batches) -> None:
+        if self.held.addresses.pop(key, None) is not None:
+            self._leaving["addresses"] += 1
+            batches.remove(_DROP_ADDRESSES, "addresses", key)
 
     def _plan_addresses(self, mesh: Mesh, places: set[Place], batches: _Batches) -> set[bytes]:
         """Returns the keys of all places, which a sweep keeps."""
@@ -281,10 +301,8 @@ class Planner:
             current = held.get(key)
             seen.add(key)
             if value is None:
-                if current is not None:
-                    del held[key]
-                    batches.remove(_DROP_ADDRESSES, "addresses", key)
-            elif current is None and len(held) >= limit:
+                self._remove_address(key, batches)
+            elif current is None and len(held) + self._leaving["addresses"] >= limit:
                 self._refused_places[place] = dict.fromkeys(
                     mesh.owners(place), f"map addresses is full ({limit} entries)"
                 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import random
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import anyio
@@ -16,8 +17,9 @@ import grpc.aio
 import structlog
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from google.protobuf.message import DecodeError
+from prometheus_client.core import Metric
 
-from pykmesh import tracing
+from pykmesh import metrics, tracing
 from pykmesh.contracts.settings import XdsClientSettings
 from pykmesh.process import Runtime
 from services.xds_client import connection, protocol
@@ -108,7 +110,8 @@ class XdsClient:
     async def _follow(self, stream: connection.Stream) -> bool:
         sender, answers = anyio.create_memory_object_stream[Taken](ANSWERS_WAITING)
         for request in protocol.first_requests(connection.node(self._settings), self._store):
-            await stream.write(request)
+            if not stream.done():
+                await stream.write(request)
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._answer, stream, answers)
@@ -158,6 +161,8 @@ class XdsClient:
     async def _answer(self, stream: connection.Stream, answers: MemoryObjectReceiveStream[Taken]) -> None:
         async for taken in answers:
             await self._publisher.until_applied(taken.seq, self._settings.report_deadline_s)
+            if stream.done():
+                return  # the reader, which may be busy with a response still, is told why
             rejected = taken.rejected | self._refused_by_node(taken.reading)
             request = protocol.answer(taken.type_url, taken.nonce, rejected)
             if rejected:
@@ -168,8 +173,6 @@ class XdsClient:
                 )
             else:
                 self.counts["acks"] += 1
-            if stream.done():
-                return  # the reader, which may be at an earlier response still, is told why
             await stream.write(request)
 
     def _refused_by_node(self, reading: protocol.Reading | None) -> dict[str, str]:
@@ -181,6 +184,17 @@ class XdsClient:
         for name in found:
             self._store.forget_version(reading.type, name)
         return found
+
+    def health(self) -> Iterator[Metric]:
+        """What Prometheus is told of the process itself."""
+        held = {kind.name.lower(): len(found) for kind, found in self._store.held.items()}
+        yield metrics.gauge(
+            "mesh_xds_connected", "1 while a stream to the control plane is open.", self.connected
+        )
+        yield metrics.by_label("mesh_xds_resources", "Accepted resources.", "type", held)
+        yield metrics.counter("mesh_xds_push", "Responses of the control plane.", self.counts["responses"])
+        yield metrics.counter("mesh_xds_nack", "Responses answered with a NACK.", self.counts["nacks"])
+        yield metrics.counter("mesh_xds_streams", "Streams opened.", self.counts["streams"])
 
     def status(self) -> dict[str, Any]:
         return {
@@ -209,6 +223,7 @@ async def run(runtime: Runtime[XdsClientSettings]) -> None:
     client = XdsClient(runtime, store, publisher)
     runtime.details = client.status
     add_pages(runtime.admin, store)
+    metrics.add_page(runtime.admin, client.health)
     await publisher.start()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(publisher.heartbeat)

@@ -29,7 +29,7 @@ Response = discovery_pb2.DeltaDiscoveryResponse
 def _check_address(name: str, value: bytes) -> None:
     """Raises FieldError, also for a message of another name: its removal would never find it."""
     found = decode_address(value)
-    own = found.name if type(found) is Service else found.uid
+    own = found.name if isinstance(found, Service) else found.uid
     if own != name:
         raise FieldError("name", f"the message is of {own}")
 

@@ -24,7 +24,7 @@ from pykmesh.contracts.messages import (
     Subject,
 )
 from services.xds_client.protocol import Reading
-from services.xds_client.store import Store
+from services.xds_client.store import Store, pages
 
 log = structlog.get_logger(__name__)
 
@@ -98,18 +98,21 @@ class Publisher:
 
     async def _publish(self, reading: Reading, headers: Headers) -> int:
         store, kind, first = self._store, reading.type, self._store.seq
-        removed, count = store.remove(kind, reading.removed), 0
+        *early, removed = pages((name, len(name)) for name in store.remove(kind, reading.removed))
+        for names in early:
+            await self._send(store.batch(kind, names, [], complete=False), headers)
         waiting: list[Resource] = []
-        size = 0
+        count = size = 0
         for part in reading.parts():
             fresh = store.put(kind, part)
-            waiting += fresh
             count += len(fresh)
-            size += sum(len(resource.value) for resource in fresh)
-            if size >= BATCH_BYTES:
-                await self._send(store.batch(kind, removed, waiting, complete=False), headers)
-                await self._keep_pace(store.seq)
-                removed, waiting, size = [], [], 0
+            for resource in fresh:
+                waiting.append(resource)
+                size += len(resource.value)
+                if size >= BATCH_BYTES:
+                    await self._send(store.batch(kind, removed, waiting, complete=False), headers)
+                    await self._keep_pace(store.seq)
+                    removed, waiting, size = [], [], 0
         was_synced = store.synced
         store.answered.add(kind)
         if removed or waiting or store.seq != first or was_synced != store.synced:

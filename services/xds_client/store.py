@@ -6,7 +6,7 @@ Pure. `epoch` is new with each start; `seq` counts the batches that were publish
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from pykmesh.contracts.messages import BATCH_BYTES, VERSION, ConfigBatch, Resource, ResourceType, SnapshotPage
@@ -81,13 +81,13 @@ class Store:
         if not cursor:
             cursor = f"{self._open_snapshot()}.0"
         name, _, number = cursor.partition(".")
-        pages = self._snapshots.get(name)
-        if pages is None or not number.isdigit() or int(number) >= len(pages):
+        found = self._snapshots.get(name)
+        if found is None or not number.isdigit() or int(number) >= len(found):
             return None
         index = int(number)
-        kind, names = pages[index]
+        kind, names = found[index]
         held = self.held[kind]
-        last = index + 1 == len(pages)
+        last = index + 1 == len(found)
         if last:
             del self._snapshots[name]
         return SnapshotPage(
@@ -101,25 +101,25 @@ class Store:
         )
 
     def _open_snapshot(self) -> str:
-        pages: list[tuple[ResourceType, list[str]]] = []
+        found: list[tuple[ResourceType, list[str]]] = []
         for kind, held in self.held.items():
             sized = ((name, len(name) + len(resource.value)) for name, resource in held.items())
-            pages += [(kind, names) for names in _fill(sized)]
+            found += [(kind, names) for names in pages(sized)]
         name = secrets.token_hex(4)
-        self._snapshots[name] = pages or [(ResourceType.ADDRESS, [])]
+        self._snapshots[name] = found
         while len(self._snapshots) > SNAPSHOTS_KEPT:
             del self._snapshots[next(iter(self._snapshots))]
         return name
 
 
-def _fill(sized: Iterator[tuple[str, int]]) -> Iterator[list[str]]:
+def pages(sized: Iterable[tuple[str, int]]) -> Iterator[list[str]]:
+    """Names in lists of about `BATCH_BYTES` of what they stand for; the last one, at least, always comes."""
     names: list[str] = []
     size = 0
     for name, length in sized:
-        names.append(name)
-        size += length
         if size >= BATCH_BYTES:
             yield names
             names, size = [], 0
-    if names:
-        yield names
+        names.append(name)
+        size += length
+    yield names

@@ -1,0 +1,249 @@
+"""Running a node: what the command line says when something stands in the way, and what it leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pykmesh.kernel import libbpf
+from pykmesh.kernel.cgroups import find_root, of_process
+from pykmesh.kernel.hooks import HOOKS
+from tests.mesh.conftest import VIP4
+from tests.mesh.manifests import host, pod, service, text
+from tests.mesh.node import Node, finish, probe, serve, until
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    node = Node(tmp_path, subnet=1)
+    try:
+        with node.network:
+            yield node
+    finally:
+        node.end()
+
+
+@pytest.fixture
+def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    other = Node(tmp_path_factory.mktemp("other"), subnet=2)
+    try:
+        with other.network:
+            yield other
+    finally:
+        other.end()
+
+
+def attached(cgroup: Path) -> int:
+    """How many programs stand on a cgroup itself."""
+    fd = os.open(cgroup, os.O_RDONLY)
+    try:
+        return sum(len(libbpf.query_programs(fd, hook.attach_type, effective=False)) for hook in HOOKS)
+    finally:
+        os.close(fd)
+
+
+def test_down_leaves_traffic_and_uninstall_leaves_nothing(node: Node) -> None:
+    client, web = node.network.add("client", 10), node.network.add("web-1", 20)
+    serve(web, "--http", "8080")
+    node.write(
+        "web",
+        text(service("web", VIP4, app="web", ports={80: 8080}), pod("web-1", str(web.address4), app="web")),
+    )
+    node.start()
+    node.enroll(client)
+    node.until_endpoints(host("web"), {f"{web.address4}:8080"})
+    assert attached(client.cgroup) == len(HOOKS)
+    node.cli("down")
+    prober = probe(client, VIP4, 80)
+    assert client.run("curl", "-sS", "--max-time", "5", f"http://{VIP4}/").stdout == "web-1\n"
+    assert finish(prober)["failed"] == 0
+    assert node.cli("get", "endpoints", "--from", "bpf").returncode == 0
+    node.cli("uninstall")
+    assert attached(client.cgroup) == 0
+    assert not node.pin_dir.exists()
+    assert not node.run_dir.exists()
+
+
+def test_unenroll_takes_every_program_off(node: Node) -> None:
+    client = node.network.add("client", 10)
+    node.start()
+    node.enroll(client)
+    node.cli("unenroll", "--cgroup", str(client.cgroup))
+    assert attached(client.cgroup) == 0
+    assert node.status()["processes"]["bpf_loader"]["enrolled"] == []
+    refused = node.cli("unenroll", "--cgroup", str(client.cgroup), check=False)
+    assert refused.returncode == 1
+    assert "is not enrolled" in refused.stderr
+
+
+def test_enrolling_works_while_the_bus_is_away(node: Node) -> None:
+    client = node.network.add("client", 10)
+    node.start()
+    os.kill(node.pid_of("nats"), signal.SIGSTOP)
+    try:
+        node.enroll(client)
+        assert attached(client.cgroup) == len(HOOKS)
+    finally:
+        os.kill(node.pid_of("nats"), signal.SIGCONT)
+
+
+def test_a_process_is_enrolled_by_its_id(node: Node) -> None:
+    client = node.network.add("client", 10)
+    node.start()
+    sleeper = client.spawn("sleep", "60")
+    until(lambda: str(sleeper.pid) in (client.cgroup / "cgroup.procs").read_text(), "in its cgroup")
+    until(
+        lambda: Path(f"/proc/{sleeper.pid}/ns/net").stat().st_ino == client.netns.stat().st_ino,
+        "in its namespace",
+    )
+    node.cli("enroll", "--pid", str(sleeper.pid))
+    enrolled = node.status()["processes"]["bpf_loader"]["enrolled"]
+    assert [(entry["path"], entry["address4"]) for entry in enrolled] == [
+        (str(client.cgroup), client.address4)
+    ]
+
+
+def test_the_meshs_own_cgroup_is_not_enrolled(node: Node) -> None:
+    node.start()
+    own = of_process(find_root(), node.pid_of("bpf_loader"))
+    refused = node.cli("enroll", "--cgroup", str(own), check=False)
+    assert refused.returncode == 1
+    assert "the mesh's own processes" in refused.stderr
+
+
+@pytest.mark.parametrize("where", ["same", "above", "below"])
+def test_a_cgroup_with_another_instances_programs_is_refused_by_name(
+    node: Node, other: Node, where: str
+) -> None:
+    client = other.network.add("client", 10)
+    inner = client.cgroup / "inner"
+    inner.mkdir()
+    node.start()
+    other.start()
+    try:
+        first, second = {
+            "same": (client.cgroup, client.cgroup),
+            "above": (client.cgroup, inner),
+            "below": (inner, client.cgroup),
+        }[where]
+        node.cli("enroll", "--cgroup", str(first))
+        refused = other.cli("enroll", "--cgroup", str(second), check=False)
+        assert refused.returncode == 1
+        assert node.name in refused.stderr
+        assert str(first) in refused.stderr
+    finally:
+        node.cli("unenroll", "--cgroup", str(first))
+        inner.rmdir()
+
+
+def test_what_is_left_of_a_removed_cgroup_is_cleared(node: Node) -> None:
+    client = node.network.add("client", 10)
+    node.start()
+    node.enroll(client)
+    client.cgroup.rmdir()
+    node.kill("bpf_loader")
+    until(lambda: node.status()["processes"]["bpf_loader"], "bpf_loader back")
+    until(lambda: node.status()["processes"]["bpf_loader"].get("enrolled") == [], "cleared")
+    assert list((node.pin_dir / "links").iterdir()) == []
+
+
+def test_two_instances_stand_side_by_side(node: Node, other: Node) -> None:
+    for each in (node, other):
+        client, web = each.network.add("client", 10), each.network.add("web-1", 20)
+        serve(web, "--http", "8080")
+        each.write(
+            "web",
+            text(
+                service("web", VIP4, app="web", ports={80: 8080}), pod("web-1", str(web.address4), app="web")
+            ),
+        )
+        each.start()
+        each.enroll(client)
+        each.until_endpoints(host("web"), {f"{web.address4}:8080"})
+        assert client.run("curl", "-sS", "--max-time", "5", f"http://{VIP4}/").stdout == "web-1\n"
+
+
+def test_a_second_up_is_refused(node: Node) -> None:
+    node.start()
+    refused = node.cli("up", "-d", "--free-ports", *node.options, check=False)
+    assert refused.returncode == 1
+    assert "runs already" in refused.stderr
+    assert node.cli("status").returncode == 0
+
+
+def test_a_port_that_is_taken_is_named_with_the_way_out(node: Node) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        refused = node.cli(
+            "up", "-d", "--free-ports", "--port", f"metrics={port}", *node.options, check=False
+        )
+    assert refused.returncode == 1
+    assert f"port {port} (metrics)" in refused.stderr
+    assert "--port metrics=NUMBER" in refused.stderr
+
+
+def test_a_full_disk_for_the_run_time_directory_is_told(node: Node, tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k,nr_inodes=3", "tmpfs", str(full)], check=True)
+    try:
+        node.run_dir = full / "run"
+        refused = node.cli("up", "--free-ports", *node.options, check=False)
+    finally:
+        node.run_dir = tmp_path / "run"
+        subprocess.run(["umount", str(full)], check=True)
+    assert refused.returncode == 1
+    assert "No space left on device" in refused.stderr
+    assert str(full) in refused.stderr
+
+
+def test_a_pin_directory_that_cannot_be_made_is_told(node: Node) -> None:
+    blocked = node.directory / "file"
+    blocked.write_text("")
+    node.pin_dir = blocked / "mesh"
+    refused = node.cli("up", "--free-ports", *node.options, check=False, timeout_s=30)
+    assert refused.returncode == 1
+    assert str(blocked) in refused.stderr
+
+
+def test_wrong_words_are_told(node: Node) -> None:
+    assert "either --config-dir or --xds-address" in node.cli("up", check=False).stderr
+    assert "NAME=NUMBER" in node.cli("up", "--port", "nats=x", *node.options, check=False).stderr
+    assert "is not running" in node.cli("status", check=False).stderr
+    assert "is not running" in node.cli("down", check=False).stderr
+    assert "is the mesh up?" in node.cli("enroll", "--cgroup", "/sys", check=False).stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_in_the_foreground(node: Node, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "pykmesh", "--instance", node.name, "--run-dir", str(node.run_dir)]
+    command += ["--pin-dir", str(node.pin_dir), "up", "--free-ports", *node.options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until((node.run_dir / "instance.json").exists, "begun")
+    children = node.children()
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 0, said
+    assert "traffic goes on" in said
+    assert [pid for pid in children if Path(f"/proc/{pid}").exists()] == []
+
+
+def test_a_broken_file_is_told_and_keeps_what_was_good(node: Node) -> None:
+    good = text(service("web", VIP4, app="web", ports={80: 8080}), pod("web-1", "10.101.0.20", app="web"))
+    node.write("web", good)
+    node.start()
+    node.until_endpoints(host("web"), {"10.101.0.20:8080"})
+    node.write("web", good.replace("port: 80\n", "port: eighty\n"))
+    errors = until(lambda: node.status()["processes"]["control_plane"]["manifest_errors"], "the error told")
+    assert "web.yaml" in str(errors)
+    assert "port" in str(errors)
+    assert node.endpoints(host("web")) == {"10.101.0.20:8080"}
