@@ -14,6 +14,7 @@ run: setup
 demo: run
 
 test: setup
+	$(Q)$(BIN)/pykmesh check --brief
 	$(Q)$(BIN)/python -m pytest $(TEST_ARGS)
 
 setup: $(VENV)/.ready build

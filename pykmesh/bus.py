@@ -49,9 +49,8 @@ class Bus(Protocol):
 class NatsBus:
     """Connects for as long as it takes, and again after each loss; subscriptions survive it."""
 
-    def __init__(self, client: Client, errors: list[str]) -> None:
+    def __init__(self, client: Client) -> None:
         self._client = client
-        self.errors = errors
 
     @property
     def connected(self) -> bool:
@@ -90,25 +89,18 @@ class NatsBus:
 
 
 async def connect(
-    url: str,
-    user: str,
-    password_file: Path | None,
-    *,
-    on_connect: Callable[[], None] | None = None,
+    url: str, user: str, password_file: Path | None, on_error: Callable[[str], None]
 ) -> NatsBus:
-    """Waits for the broker. `on_connect` is called at the first connection and after each loss."""
-    errors: list[str] = []
+    """Waits for the broker. `on_error` hears why it is not there, and of what it forbids later.
 
-    async def on_error(error: Exception) -> None:
-        if not errors or errors[-1] != str(error):
-            log.warning("bus_error", error=str(error) or type(error).__name__)
-        errors[:] = [str(error)]
+    A wrong password and a forbidden subject come that way only (nats-py raises for neither).
+    """
+
+    async def failed(error: Exception) -> None:
+        on_error(str(error) or type(error).__name__)
 
     async def reconnected() -> None:
-        errors.clear()
         log.info("bus_reconnected", url=url)
-        if on_connect:
-            on_connect()
 
     password = await anyio.Path(password_file).read_text() if password_file else None
     client = Client()
@@ -120,7 +112,7 @@ async def connect(
                 password=password.strip() if password else None,
                 name=user,
                 inbox_prefix=f"_INBOX_{user}".encode(),
-                error_cb=on_error,
+                error_cb=failed,
                 reconnected_cb=reconnected,
                 max_reconnect_attempts=-1,
                 reconnect_time_wait=RECONNECT_WAIT_S,  # type: ignore[arg-type]  # it sleeps for any number
@@ -129,11 +121,8 @@ async def connect(
                 max_outstanding_pings=2,
                 drain_timeout=3,
             )
-            break
         except (nats.errors.Error, OSError, TimeoutError) as error:
-            await on_error(error)
+            await failed(error)
             await anyio.sleep(RECONNECT_WAIT_S)
-    errors.clear()
-    if on_connect:
-        on_connect()
-    return NatsBus(client, errors)
+        else:
+            return NatsBus(client)

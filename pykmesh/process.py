@@ -69,11 +69,14 @@ class Runtime(Generic[_S]):
             **self.details(),
         }
 
-    async def connect_bus(self, on_connect: Callable[[], None] | None = None) -> bus.NatsBus:
+    async def connect_bus(self) -> bus.NatsBus:
         """Waits for the broker; the status says so meanwhile."""
         self.readiness.wait_for("bus")
         self.bus = await bus.connect(
-            self.settings.nats_url, self.name, self.settings.nats_password_file, on_connect=on_connect
+            self.settings.nats_url,
+            self.name,
+            self.settings.nats_password_file,
+            lambda error: self.note_error("bus_error", error=error),
         )
         self.readiness.done("bus")
         return self.bus

@@ -43,6 +43,19 @@ def _parse_ports(values: tuple[str, ...], *, free: bool) -> Any:
     return msgspec.structs.replace(Ports(), **chosen)
 
 
+def _parse_settings(values: tuple[str, ...]) -> dict[str, str]:
+    """By environment names; a name that no process has is an error."""
+    from pykmesh.contracts import settings
+
+    found: dict[str, str] = {}
+    for value in values:
+        name, given, text = value.partition("=")
+        if not given or name not in settings.NAMES:
+            raise click.BadParameter(f"{value!r}: NAME=VALUE with a setting's name", param_hint="--set")
+        found[settings.ENVIRONMENT_PREFIX + name.upper()] = text
+    return found
+
+
 @click.command()
 @click.option(
     "--config-dir",
@@ -93,16 +106,31 @@ def _parse_ports(values: tuple[str, ...], *, free: bool) -> Any:
 )
 @click.option("--free-ports", "free", is_flag=True, help="Take free ports for all that are not given.")
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A setting of the processes, such as endpoints_max.",
+)
 @click.option("-d", "--detach", is_flag=True, help="Run behind; return when it is ready.")
 @click.pass_obj
-def up(instance: Instance, /, ports: tuple[str, ...], detach: bool, free: bool, **values: Any) -> None:
+def up(
+    instance: Instance,
+    /,
+    ports: tuple[str, ...],
+    settings: tuple[str, ...],
+    detach: bool,
+    free: bool,
+    **values: Any,
+) -> None:
     """Run the mesh on this node. Ending it (Ctrl-C, `pykmesh down`) leaves traffic as it is."""
     import msgspec
 
     from pykmesh.kernel.support import obstacle
     from pykmesh.node.mesh import Options
 
-    options = Options(**values)
+    options = Options(**values, settings=_parse_settings(settings))
     if (options.config_dir is None) == (not options.xds_address):
         raise click.UsageError("give either --config-dir or --xds-address")
     if problem := obstacle(instance.pin_dir):
@@ -120,6 +148,8 @@ def _run(instance: Instance, options: Any) -> None:
     from pykmesh import logs
 
     logs.configure("supervisor", options.log_level, "auto")
+    if sys.stderr.isatty():
+        options.settings.setdefault("PYKMESH_LOG_FORMAT", "console")
     try:
         code = anyio.run(_foreground, instance, options)
     except* InstanceError as group:
@@ -321,12 +351,17 @@ def _process_of(container: str) -> int:
 
 
 @click.command()
+@click.option("--brief", is_flag=True, help="Say only what makes the mesh impossible here, in one line.")
 @output_option
 @click.pass_obj
-def check(instance: Instance, output: str) -> None:
+def check(instance: Instance, output: str, *, brief: bool) -> None:
     """What this node can do for the mesh, and what to do about the rest. Exit status 1 on a failure."""
-    from pykmesh.kernel.support import findings
+    from pykmesh.kernel.support import findings, obstacle
 
+    if brief:
+        if problem := obstacle(instance.pin_dir):
+            raise Failure(problem)
+        return
     found = list(findings(instance.pin_dir))
     rows = [(f"[{f.level}]", f.code, f.what, f.fix) for f in found]
     show(output, [f._asdict() for f in found], ("", "CHECK", "FOUND", "FIX"), rows)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import re
-import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -218,25 +217,22 @@ def _lines(url: str, query: dict[str, str], *, follow: bool) -> Generator[bytes]
 
 def show(lines: Iterable[bytes], output: str, filters: Filters, last: int | None = None) -> None:
     """Prints each flow as it comes, or the last ones, then how many there were and how many are missing."""
+    screen = _Screen(output)
     kept: deque[tuple[Flow, bytes]] = deque(maxlen=last)
-    shown = lost = 0
-    if output == "table":
-        click.echo(_COLUMNS.format(*_HEADINGS))
     try:
         for line in lines:
             found = _parsed(line)
             if isinstance(found, Lost):
-                lost += found.flows
-                _show_lost(found, line, output)
+                screen.lose(found, line)
             elif found is not None and filters.keep(found):
                 kept.append((found, line))
             if last is None:
-                shown += _show_flows(kept, output)
-        shown += _show_flows(kept, output)
+                screen.show(kept)
+        screen.show(kept)
     except KeyboardInterrupt:
         pass
     finally:
-        click.echo(f"{shown} flows, {lost} lost", err=True)
+        click.echo(f"{screen.shown} flows, {screen.lost} lost", err=True)
 
 
 def _parsed(line: bytes) -> Flow | Lost | None:
@@ -246,27 +242,34 @@ def _parsed(line: bytes) -> Flow | Lost | None:
         raise ObserveError(str(error)) from error
 
 
-def _show_lost(lost: Lost, line: bytes, output: str) -> None:
-    if output == "json":
-        click.echo(line.rstrip())
-        return
-    why = "the ring was full" if lost.where == "ring" else "this observer was too slow"
-    click.echo(f"{_clock(lost.time)}  {lost.flows} flows lost: {why}", err=True)
+class _Screen:
+    """Counts what it prints."""
 
+    def __init__(self, output: str) -> None:
+        self._output = output
+        self.shown = 0
+        self.lost = 0
+        if output == "table":
+            click.echo(_COLUMNS.format(*_HEADINGS))
 
-def _show_flows(kept: deque[tuple[Flow, bytes]], output: str) -> int:
-    shown = len(kept)
-    while kept:
-        flow, line = kept.popleft()
-        if output == "json":
+    def show(self, kept: deque[tuple[Flow, bytes]]) -> None:
+        while kept:
+            flow, line = kept.popleft()
+            self.shown += 1
+            if self._output == "json":
+                click.echo(line.rstrip())
+            elif self._output == "table":
+                click.echo(_COLUMNS.format(*_cells(flow)))
+            else:
+                click.echo(compact(flow))
+
+    def lose(self, lost: Lost, line: bytes) -> None:
+        self.lost += lost.flows
+        if self._output == "json":
             click.echo(line.rstrip())
-        elif output == "table":
-            click.echo(_COLUMNS.format(*_cells(flow)))
-        else:
-            click.echo(compact(flow))
-    if shown:
-        sys.stdout.flush()
-    return shown
+            return
+        why = "the ring was full" if lost.where == "ring" else "this observer was too slow"
+        click.echo(f"{_clock(lost.time)}  {lost.flows} flows lost: {why}", err=True)
 
 
 def compact(flow: Flow) -> str:

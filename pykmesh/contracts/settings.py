@@ -89,6 +89,9 @@ class TelemetrySettings(CommonSettings, frozen=True, kw_only=True):
     observe_buffer: int = 4096
 
 
+SERVICES: Final = (XdsClientSettings, MapWriterSettings, LoaderSettings, TelemetrySettings)
+NAMES: Final = frozenset(name for kind in SERVICES for name in kind.__struct_fields__)
+
 _S = TypeVar("_S", bound=CommonSettings)
 
 

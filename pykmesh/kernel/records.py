@@ -60,14 +60,16 @@ def port_number(port: bytes) -> int:
 _networks: dict[int, str] = {}
 
 
-@lru_cache(maxsize=4096)
 def network_id(name: str) -> int:
     """The 32-bit id of a network's name, the same after any restart; 0 for the empty one.
 
     ValueError when another name seen before has the same id (a hash).
     """
-    if not name:
-        return 0
+    return _network_id(name) if name else 0
+
+
+@lru_cache(maxsize=4096)
+def _network_id(name: str) -> int:
     found = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little") or 1
     if _networks.setdefault(found, name) != name:
         raise ValueError(f"the ids of networks {name!r} and {_networks[found]!r} collide")

@@ -169,17 +169,19 @@ def desired_address(mesh: Mesh, place: Place, rules: Rules) -> bytes | None:
     pod = mesh.pod_at(place)
     if pod is None:
         return None
-    verdict = Reason.ROUTED
     if pod.has_waypoint:
-        verdict = Reason.WAYPOINT_UNSUPPORTED
-    elif rules.refuse_unenforced_policy and mesh.has_policy(pod):
-        verdict = Reason.POLICY_UNSUPPORTED
-    return _address_value(AddressKind.WORKLOAD, verdict)
+        return _address_value(AddressKind.WORKLOAD, Reason.WAYPOINT_UNSUPPORTED)
+    if rules.refuse_unenforced_policy and mesh.has_policy(pod):
+        return _address_value(AddressKind.WORKLOAD, Reason.POLICY_UNSUPPORTED)
+    return _PLAIN_WORKLOAD
 
 
 @cache
 def _address_value(kind: AddressKind, verdict: Reason) -> bytes:
     return ADDRESS_VALUE.pack(kind, verdict)
+
+
+_PLAIN_WORKLOAD = _address_value(AddressKind.WORKLOAD, Reason.ROUTED)
 
 
 def _address_verdict(service: Service) -> Reason:

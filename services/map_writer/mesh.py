@@ -42,8 +42,8 @@ class Mesh:
         self.workloads: dict[str, Workload] = {}
         self.policies: dict[str, Policy] = {}
         self.members: defaultdict[str, dict[str, None]] = defaultdict(dict)
-        self.vip_owners: defaultdict[Place, dict[str, None]] = defaultdict(dict)
-        self.pod_owners: defaultdict[Place, dict[str, None]] = defaultdict(dict)
+        self.vip_owners: dict[Place, tuple[str, ...]] = {}
+        self.pod_owners: dict[Place, tuple[str, ...]] = {}
 
     def remove(self, name: str, touched: Touched) -> None:
         """A name that is not there is no error: the control plane removes what it never sent."""
@@ -76,7 +76,7 @@ class Mesh:
         if not workload.host_network:
             for ip in workload.addresses:
                 place = (workload.network, ip)
-                self.pod_owners[place][name] = None
+                _own(self.pod_owners, place, name)
                 touched.places.add(place)
 
     def _unlink_workload(self, name: str, workload: Workload, touched: Touched) -> None:
@@ -86,20 +86,20 @@ class Mesh:
         if not workload.host_network:
             for ip in workload.addresses:
                 place = (workload.network, ip)
-                _drop(self.pod_owners, place, name)
+                _disown(self.pod_owners, place, name)
                 touched.places.add(place)
 
     def _link_service(self, name: str, service: Service, touched: Touched) -> None:
         touched.services.add(name)
         for place in service.vips:
             self._touch_rivals(place, touched)
-            self.vip_owners[place][name] = None
+            _own(self.vip_owners, place, name)
             touched.places.add(place)
 
     def _unlink_service(self, name: str, service: Service, touched: Touched) -> None:
         touched.services.add(name)
         for place in service.vips:
-            _drop(self.vip_owners, place, name)
+            _disown(self.vip_owners, place, name)
             self._touch_rivals(place, touched)
             touched.places.add(place)
 
@@ -137,7 +137,7 @@ class Mesh:
         if not owners:
             return None
         if len(owners) == 1:
-            return next(iter(owners))
+            return owners[0]
         return min(owners, key=lambda name: (not self.services[name].canonical, name))
 
     def pod_at(self, place: Place) -> Workload | None:
@@ -146,7 +146,7 @@ class Mesh:
         if not owners:
             return None
         if len(owners) == 1:
-            return self.workloads[next(iter(owners))]
+            return self.workloads[owners[0]]
         found = (self.workloads[name] for name in owners)
         return min(found, key=lambda w: ("//Pod/" not in w.uid, not w.prefers_hbone, w.uid))
 
@@ -186,3 +186,20 @@ def _drop(index: defaultdict[_K, dict[str, None]], key: _K, name: str) -> None:
         names.pop(name, None)
         if not names:
             del index[key]
+
+
+def _own(index: dict[Place, tuple[str, ...]], place: Place, name: str) -> None:
+    """Nearly every address has one owner."""
+    owners = index.get(place)
+    if owners is None:
+        index[place] = (name,)
+    elif name not in owners:
+        index[place] = (*owners, name)
+
+
+def _disown(index: dict[Place, tuple[str, ...]], place: Place, name: str) -> None:
+    left = tuple(owner for owner in index.get(place, ()) if owner != name)
+    if left:
+        index[place] = left
+    else:
+        index.pop(place, None)
