@@ -42,13 +42,13 @@ check: setup
 	$(Q)$(BIN)/ruff format --check .
 	$(Q)$(BIN)/mypy
 	$(Q)$(BIN)/lint-imports --no-cache
-	$(Q)$(BIN)/clang-format --dry-run --Werror bpf/*.h bpf/*.c bench/load.c
+	$(Q)$(BIN)/clang-format --dry-run --Werror bpf/*.h bpf/*.c bench/load.c tests/bpf/*.c
 	$(Q)$(BIN)/codespell
 
 format: setup
 	$(Q)$(BIN)/ruff check --fix-only .
 	$(Q)$(BIN)/ruff format .
-	$(Q)$(BIN)/clang-format -i bpf/*.h bpf/*.c
+	$(Q)$(BIN)/clang-format -i bpf/*.h bpf/*.c bench/load.c tests/bpf/*.c
 
 bench: setup
 	$(Q)$(BIN)/python -m bench $(BENCH_ARGS)

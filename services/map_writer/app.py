@@ -251,8 +251,8 @@ async def run(runtime: Runtime[MapWriterSettings]) -> None:
     writer = MapWriter(runtime, bus, maps)
     async with anyio.create_task_group() as tasks:
         await bus.subscribe(Subject.CONFIG_LOG, writer.receive)
-        await bus.serve(Subject.MAP_RESOLVE, Names(writer.follower, lambda: writer.planner).answer)
         await writer.open()
+        await bus.serve(Subject.MAP_RESOLVE, Names(writer.follower, lambda: writer.planner).answer)
         runtime.details = writer.status
         add_pages(runtime.admin, writer.follower, lambda: writer.planner)
         metrics.add_page(runtime.admin, writer.health)

@@ -53,9 +53,12 @@ class Found(NamedTuple, Generic[_V]):
 class Cache(Generic[_K, _V]):
     """The answers about one kind of key, the least recently used dropped first, and what to ask for."""
 
-    def __init__(self, clock: Clock, limit: int = CACHE_MAX) -> None:
+    def __init__(
+        self, clock: Clock, limit: int = CACHE_MAX, on_question: Callable[[], None] = lambda: None
+    ) -> None:
         self._clock = clock
         self._limit = limit
+        self._on_question = on_question
         self._known: OrderedDict[_K, Found[_V]] = OrderedDict()
         self._wanted: dict[_K, None] = {}
         self._asked: set[_K] = set()
@@ -68,6 +71,10 @@ class Cache(Generic[_K, _V]):
     @property
     def open_questions(self) -> int:
         return len(self._wanted) + len(self._asked)
+
+    @property
+    def has_questions(self) -> bool:
+        return bool(self._wanted)
 
     def find(self, key: _K) -> Found[_V]:
         found = self._known.get(key)
@@ -85,6 +92,7 @@ class Cache(Generic[_K, _V]):
             self.unasked += 1
             return
         self._wanted[key] = None
+        self._on_question()
 
     def next_questions(self) -> list[_K]:
         """The oldest open questions; each is open until it is answered or given back."""
@@ -114,8 +122,9 @@ class Names:
 
     def __init__(self, network: str, clock: Clock = time.monotonic) -> None:
         self._network = network
-        self.services: Cache[int, ServiceName] = Cache(clock)
-        self.workloads: Cache[Ip, WorkloadName] = Cache(clock)
+        self._questions = anyio.Event()
+        self.services: Cache[int, ServiceName] = Cache(clock, on_question=self._note_question)
+        self.workloads: Cache[Ip, WorkloadName] = Cache(clock, on_question=self._note_question)
         self.bus: Bus | None = None
         self.on_answer: Callable[[], None] = lambda: None
         self.requests = 0
@@ -129,16 +138,24 @@ class Names:
     def workload(self, ip: Ip) -> Found[WorkloadName]:
         return self.workloads.find(ip) if ip != NO_IP else Found(None, float("inf"))
 
+    def _note_question(self) -> None:
+        self._questions.set()
+
     async def run(self, interval_s: float) -> None:
-        """Asks what is open, every `interval_s`, until cancelled."""
+        """Asks what is open, what comes within `interval_s` together, until cancelled."""
         while True:
-            services, addresses = self.services.next_questions(), self.workloads.next_questions()
-            if not services and not addresses:
-                await anyio.sleep(interval_s)
-            elif not await self._ask(services, addresses):
-                self.services.give_back(services)
-                self.workloads.give_back(addresses)
-                await anyio.sleep(RETRY_S)
+            await self._questions.wait()
+            self._questions = anyio.Event()
+            await anyio.sleep(interval_s)
+            while self.services.has_questions or self.workloads.has_questions:
+                await self._ask_next()
+
+    async def _ask_next(self) -> None:
+        services, addresses = self.services.next_questions(), self.workloads.next_questions()
+        if not await self._ask(services, addresses):
+            self.services.give_back(services)
+            self.workloads.give_back(addresses)
+            await anyio.sleep(RETRY_S)
 
     async def _ask(self, services: list[int], addresses: list[Ip]) -> bool:
         request = ResolveRequest(messages.VERSION, services, [(self._network, ip) for ip in addresses])

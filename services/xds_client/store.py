@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+
+import msgspec
 
 from pykmesh.contracts.messages import BATCH_BYTES, VERSION, ConfigBatch, Resource, ResourceType, SnapshotPage
 
 SNAPSHOTS_KEPT = 8
 
 
-class Held(NamedTuple):
+class Held(msgspec.Struct, frozen=True, gc=False):
     """`version` as the control plane gave it, "" when the resource was not accepted in full."""
 
     version: str
