@@ -61,6 +61,15 @@ def pss_mib(pids: list[int]) -> float:
     return total / 1024
 
 
+def peak_mib(pids: list[int]) -> float:
+    """The most that each process ever had resident, summed: an upper bound of the whole."""
+    total = 0
+    for pid in pids:
+        text = Path(f"/proc/{pid}/status").read_text()
+        total += next(int(line.split()[1]) for line in text.splitlines() if line.startswith("VmHWM:"))
+    return total / 1024
+
+
 def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(len(values) * share))]
 
@@ -97,6 +106,7 @@ def measure(services: int, pods: int, pushes: int, rate: float) -> dict[str, Any
                 "response_mb": round(plane.bytes / 1e6, 1),
                 "sync_ms": round(sync_ms, 1), "write": writer["last_write"],
                 "pss_mib": {name: round(pss_mib([pid]), 1) for pid, name in children.items()},
+                "peak_rss_mib": round(peak_mib(list(children)), 1),
                 "maps_mib": round(sum(writer["map_memory_bytes"].values()) / 2**20, 1),
             }  # fmt: skip
             found["total_mib"] = round(sum(found["pss_mib"].values()) + found["maps_mib"], 1)

@@ -93,7 +93,7 @@ class SnapshotPage(_Message, frozen=True):
 class MapReport(_Message, frozen=True):
     """How far map_writer follows; sent at each step and each second.
 
-    `refused` names every resource that does not fit, with the limit that was met.
+    `refused` names the resources that do not fit (the first 20,000), with the limit that was met.
     """
 
     version: int

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import anyio
@@ -46,6 +47,8 @@ INBOX_BATCHES = 4096
 REPORT_INTERVAL_S = 1.0
 REPORT_EVERY_BATCHES = 16
 RETRY_S = 0.2
+REFUSED_NAMED = 20_000
+"""Names in a report, at most: about 3 MB. More do not fit only where the maps are far too small."""
 
 Item = tuple[ConfigBatch, Headers]
 
@@ -187,9 +190,8 @@ class MapWriter:
     async def report(self) -> None:
         """A report that is lost is made up for by the next one."""
         follower = self.follower
-        report = MapReport(
-            messages.VERSION, follower.epoch, follower.received_seq, self.applied_seq, self.planner.refused
-        )
+        refused = dict(islice(self.planner.refused.items(), REFUSED_NAMED))
+        report = MapReport(messages.VERSION, follower.epoch, follower.received_seq, self.applied_seq, refused)
         try:
             await self._bus.publish(Subject.MAP_REPORT, messages.encode(report))
         except BusUnavailableError:

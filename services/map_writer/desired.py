@@ -14,16 +14,16 @@ from typing import NamedTuple
 from pykmesh.contracts.address import Families, Mode, Service, Workload
 from pykmesh.kernel.layout import AddressKind, Reason
 from pykmesh.kernel.records import (
-    ADDRESS_KEY,
     ADDRESS_VALUE,
     ENDPOINT_VALUE,
     SERVICE_KEY,
+    Ip,
     is_v4,
     network_id,
     port_bytes,
     stable_id,
 )
-from services.map_writer.mesh import Mesh, Place
+from services.map_writer.mesh import Mesh, Place, place_of
 
 
 class PortId(NamedTuple):
@@ -68,12 +68,12 @@ def desired_service(mesh: Mesh, name: str, rules: Rules) -> DesiredService:
     service = mesh.services.get(name)
     if service is None:
         return NOTHING
-    places = [place for place in service.vips if mesh.vip_owner(place) == name]
-    if not places:
+    vips = [vip for vip in service.vips if mesh.vip_owner(place_of(*vip)) == name]
+    if not vips:
         return NOTHING
     found = DesiredService({}, {}, {})
     for port, target in service.ports:
-        _add_port(found, mesh, service, port, target, places, rules)
+        _add_port(found, mesh, service, port, target, vips, rules)
     return found
 
 
@@ -83,7 +83,7 @@ def _add_port(
     service: Service,
     port: int,
     target: int,
-    places: list[Place],
+    vips: list[tuple[str, Ip]],
     rules: Rules,
 ) -> None:
     ids = {family: PortId(service.name, port, family) for family in (4, 6)}
@@ -93,7 +93,7 @@ def _add_port(
         lists = _lists(mesh, service, port, target, rules)
         if not lists[4] and not lists[6]:
             verdict = _verdict_without_endpoints(mesh, service, rules)
-    for network, ip in places:
+    for network, ip in vips:
         family = 4 if is_v4(ip) or (lists[4] and not lists[6]) else 6
         list_id = ids[family].id
         found.ports[list_id] = ids[family]
@@ -188,7 +188,3 @@ def _address_verdict(service: Service) -> Reason:
     """For ports that the service does not have: refused, unless all its traffic is left alone."""
     passes = service.mode is Mode.PASSTHROUGH and not service.has_waypoint
     return Reason.PASSTHROUGH if passes else Reason.ROUTED
-
-
-def address_key(place: Place) -> bytes:
-    return ADDRESS_KEY.pack(place[1], network_id(place[0]))

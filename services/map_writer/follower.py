@@ -83,7 +83,8 @@ class Follower:
 
     def _put(self, kind: ResourceType, resources: list[Resource]) -> None:
         mesh, touched = self.mesh, self._touched
-        for name, value in ((resource.name, resource.value) for resource in resources):
+        for resource in resources:
+            name, value = resource.name, resource.value
             try:
                 if kind is ResourceType.ADDRESS:
                     mesh.put(name, decode_address(value), touched)

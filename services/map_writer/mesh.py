@@ -7,19 +7,24 @@ service) is kept and takes effect when the other comes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import NewType, TypeVar
 
 from google.protobuf.message import DecodeError
 
 from pykmesh.contracts.address import Policy, Service, Workload
-from pykmesh.kernel.records import Ip
+from pykmesh.kernel.records import ADDRESS_KEY, Ip, network_id
 from pykmesh.proto.workload_pb2 import Address
 from pykmesh.proto.workload_pb2 import Workload as WorkloadMessage
 
 _K = TypeVar("_K")
-Place = tuple[str, Ip]
-"""(network, address)"""
+Place = NewType("Place", bytes)
+"""A network and an address, as the key of the map `addresses`."""
+
+
+def place_of(network: str, ip: Ip) -> Place:
+    return Place(ADDRESS_KEY.pack(ip, network_id(network)))
 
 
 class Touched:
@@ -75,7 +80,7 @@ class Mesh:
             touched.services.add(service)
         if not workload.host_network:
             for ip in workload.addresses:
-                place = (workload.network, ip)
+                place = place_of(workload.network, ip)
                 _own(self.pod_owners, place, name)
                 touched.places.add(place)
 
@@ -85,20 +90,22 @@ class Mesh:
             touched.services.add(service)
         if not workload.host_network:
             for ip in workload.addresses:
-                place = (workload.network, ip)
+                place = place_of(workload.network, ip)
                 _disown(self.pod_owners, place, name)
                 touched.places.add(place)
 
     def _link_service(self, name: str, service: Service, touched: Touched) -> None:
         touched.services.add(name)
-        for place in service.vips:
+        for network, ip in service.vips:
+            place = place_of(network, ip)
             self._touch_rivals(place, touched)
             _own(self.vip_owners, place, name)
             touched.places.add(place)
 
     def _unlink_service(self, name: str, service: Service, touched: Touched) -> None:
         touched.services.add(name)
-        for place in service.vips:
+        for network, ip in service.vips:
+            place = place_of(network, ip)
             _disown(self.vip_owners, place, name)
             self._touch_rivals(place, touched)
             touched.places.add(place)
@@ -124,8 +131,12 @@ class Mesh:
     def everything(self) -> Touched:
         touched = Touched()
         touched.services.update(self.services)
-        touched.places.update(self.vip_owners, self.pod_owners)
+        touched.places.update(self.places())
         return touched
+
+    def places(self) -> Iterator[Place]:
+        """Every address of a service or workload, in the order in which they came; some may come twice."""
+        return chain(self.vip_owners, self.pod_owners)
 
     def owners(self, place: Place) -> list[str]:
         """Every service and workload that has an address."""

@@ -8,7 +8,7 @@ from pykmesh.contracts import messages
 from pykmesh.contracts.messages import ContractError, ResolveReply, ResolveRequest, ServiceName, WorkloadName
 from pykmesh.kernel.records import Ip
 from services.map_writer.follower import Follower
-from services.map_writer.mesh import message_of
+from services.map_writer.mesh import message_of, place_of
 from services.map_writer.planner import Planner
 
 
@@ -37,7 +37,7 @@ class Names:
         return ServiceName(hostname.split(".", 1)[0], namespace, hostname, port_id.port)
 
     def _workload(self, network: str, ip: Ip) -> WorkloadName | None:
-        pod = self._follower.mesh.pod_at((network, ip))
+        pod = self._follower.mesh.pod_at(place_of(network, ip))
         if pod is None:
             return None
         message = message_of(pod)

@@ -15,6 +15,7 @@ follows in steps after these.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple, TypeVar
 
 from pykmesh.kernel.layout import Reason
@@ -25,7 +26,6 @@ from services.map_writer.desired import (
     Frontend,
     PortId,
     Rules,
-    address_key,
     desired_address,
     desired_service,
 )
@@ -171,8 +171,9 @@ class Planner:
             self._remove_port(key, batches)
         for list_id in [list_id for list_id in self.held.lists if list_id not in self.owner_of_list]:
             self._shrink(list_id, 0, batches)
-        kept = self._plan_addresses(mesh, mesh.everything().places, batches)
-        for key in self.held.addresses.keys() - kept:
+        stale = self.held.addresses.keys() - mesh.vip_owners.keys() - mesh.pod_owners.keys()
+        self._plan_addresses(mesh, mesh.places(), batches)
+        for key in stale:
             self._remove_address(key, batches)
         return batches.steps() + self._plan_refused(mesh)
 
@@ -292,28 +293,24 @@ class Planner:
             self._leaving["addresses"] += 1
             batches.remove(_DROP_ADDRESSES, "addresses", key)
 
-    def _plan_addresses(self, mesh: Mesh, places: set[Place], batches: _Batches) -> set[bytes]:
-        """Returns the keys of all places, which a sweep keeps."""
-        held, limit, seen = self.held.addresses, self._limits.addresses, set()
+    def _plan_addresses(self, mesh: Mesh, places: Iterable[Place], batches: _Batches) -> None:
+        held, limit = self.held.addresses, self._limits.addresses
         new_keys, new_values = batches.of(_ADDRESSES, "addresses")
         for place in places:
-            key, value = address_key(place), desired_address(mesh, place, self._rules)
-            current = held.get(key)
-            seen.add(key)
+            value, current = desired_address(mesh, place, self._rules), held.get(place)
             if value is None:
-                self._remove_address(key, batches)
+                self._remove_address(place, batches)
             elif current is None and len(held) + self._leaving["addresses"] >= limit:
                 self._refused_places[place] = dict.fromkeys(
                     mesh.owners(place), f"map addresses is full ({limit} entries)"
                 )
                 continue
             elif current != value:
-                held[key] = value
-                new_keys.append(key)
+                held[place] = value
+                new_keys.append(place)
                 new_values.append(value)
             if self._refused_places:
                 self._refused_places.pop(place, None)
-        return seen
 
 
 def _set_or_drop(index: dict[_K, dict[str, str]], key: _K, refused: dict[str, str]) -> None:

@@ -62,6 +62,8 @@ def open_channel(settings: XdsClientSettings) -> grpc.aio.Channel:
     if settings.xds_server_name:
         options.append(("grpc.ssl_target_name_override", settings.xds_server_name))
     roots = _read(settings.xds_root_cert, "root certificate")
+    if b"-----BEGIN CERTIFICATE-----" not in roots:
+        raise CredentialsError(f"root certificate {settings.xds_root_cert}: no certificate in PEM")
     return grpc.aio.secure_channel(settings.xds_address, grpc.ssl_channel_credentials(roots), options)
 
 
@@ -74,7 +76,9 @@ def open_stream(channel: grpc.aio.Channel, settings: XdsClientSettings) -> Strea
     )
     metadata = [("clusterid", settings.cluster_id)]
     if settings.xds_token_file is not None:
-        token = _read(settings.xds_token_file, "token").decode().strip()
+        token = _read(settings.xds_token_file, "token").decode("ascii", errors="replace").strip()
+        if not (token.isascii() and token.isprintable()):
+            raise CredentialsError(f"token {settings.xds_token_file}: not one line of ASCII")
         metadata.append(("authorization", f"Bearer {token}"))
     stream: Stream = method(metadata=metadata)
     return stream
