@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,9 +12,8 @@ from typing import Any
 import click
 
 from pykmesh.cli.output import output_option, show
-from pykmesh.node.instance import PORT_NAMES, Instance, InstanceError, free_ports, running
+from pykmesh.node.instance import DEFAULT_NAME, PORT_NAMES, Instance, InstanceError, free_ports, running
 
-READY_DEADLINE_S = 30.0
 DOWN_DEADLINE_S = 15.0
 
 
@@ -180,53 +178,33 @@ async def _foreground(instance: Instance, options: Any) -> int:
 
 
 async def _announce(mesh: Any) -> None:
+    from pykmesh.node.behind import READY, READY_DEADLINE_S
+
     try:
         await mesh.until_ready(READY_DEADLINE_S)
     except InstanceError as error:
         click.echo(f"pykmesh: {error}", err=True)
         return
-    click.echo(f"pykmesh: instance {mesh.instance.name} is ready", err=True)
+    click.echo(f"pykmesh: instance {mesh.instance.name} {READY}", err=True)
 
 
 def _detach(instance: Instance) -> None:
-    """Starts the same command in a session of its own, and waits until it is ready or has ended."""
+    """Starts the same command behind, and waits until it is ready, has ended, or the user gives up."""
+    from pykmesh.node.behind import Behind
+
     arguments = [word for word in sys.argv[1:] if word not in ("-d", "--detach", "--free-ports")]
     for name in PORT_NAMES:
         arguments += ["--port", f"{name}={getattr(instance.ports, name)}"]
-    log = instance.log("supervisor")
     try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "pykmesh", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-            )
-    except OSError as error:
-        raise Failure(f"run-time directory {instance.run_dir}: {error.strerror}") from error
-    deadline = time.monotonic() + READY_DEADLINE_S
-    while time.monotonic() < deadline:
-        text = log.read_text(errors="replace")
-        if process.poll() is not None:
-            raise Failure(_last_words(text))
-        if f"instance {instance.name} is ready" in text:
-            click.echo(
-                f"instance {instance.name} is ready (pid {process.pid}, logs in {instance.run_dir / 'logs'})"
-            )
-            return
-        time.sleep(0.05)
-    raise Failure(f"not ready after {READY_DEADLINE_S:g} s; it goes on trying: pykmesh status (log: {log})")
-
-
-def _last_words(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.startswith("Error: ")]
-    return (
-        lines[-1].removeprefix("Error: ")
-        if lines
-        else "\n".join(text.splitlines()[-5:]) or "ended without a word"
-    )
+        behind = Behind(instance, arguments)
+        try:
+            behind.until_ready()
+        except KeyboardInterrupt:
+            behind.end()
+            raise
+    except InstanceError as error:
+        raise Failure(str(error)) from error
+    click.echo(f"instance {instance.name} is ready (pid {behind.pid}, logs in {instance.run_dir / 'logs'})")
 
 
 @click.command()
@@ -373,21 +351,24 @@ def check(instance: Instance, output: str, *, brief: bool) -> None:
 @click.option("--keep", is_flag=True, help="Leave everything running at the end.")
 @click.option("--json", "as_json", is_flag=True, help="Print one summary object on standard output.")
 @click.option("--remove", is_flag=True, help="Only remove what an earlier demo left.")
-def demo(*, keep: bool, as_json: bool, remove: bool) -> None:
+@click.pass_obj
+def demo(instance: Instance, *, keep: bool, as_json: bool, remove: bool) -> None:
     """See the mesh work: pods, services, live flows, scaling, every process killed. Under a minute."""
     from pykmesh.demo import run
     from pykmesh.demo.counted import CountedError
     from pykmesh.kernel.support import obstacle
     from pykmesh.node.instance import named
 
-    if problem := obstacle(named(run.INSTANCE).pin_dir):
+    if instance.name == DEFAULT_NAME:
+        instance = named(run.INSTANCE)
+    if problem := obstacle(instance.pin_dir):
         raise Failure(problem)
     try:
         if remove:
-            run.Demo(run.Say(sys.stderr, colour=False)).remove()
+            run.Demo(instance, run.Say(sys.stderr, colour=False)).remove()
             return
-        code = run.run(keep=keep, as_json=as_json)
-    except (run.DemoError, CountedError, OSError) as error:
+        code = run.run(instance, keep=keep, as_json=as_json)
+    except (run.DemoError, CountedError, InstanceError, OSError) as error:
         raise Failure(str(error)) from error
     sys.exit(code)
 

@@ -165,5 +165,5 @@ def decode(kind: type[_M], data: bytes) -> _M:
         raise ContractError(f"{kind.__name__}: not version {VERSION} of the contract: {data[:16]!r}")
     try:
         return msgspec.msgpack.decode(data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ContractError(f"{kind.__name__}: {error}") from error

@@ -26,7 +26,7 @@ class Counted:
     def __init__(self, pod: Pod, module: str, *words: str) -> None:
         self.pod = pod
         command = [sys.executable, "-m", f"pykmesh.demo.{module}", *words]
-        self._process = pod.spawn(*command, stdout=subprocess.PIPE)
+        self._process = pod.spawn(*command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self._rest = b""
         if self._line() != b"ready":
             raise CountedError(f"{module} in pod {pod.name} did not start")

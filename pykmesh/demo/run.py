@@ -26,11 +26,11 @@ from pykmesh.demo import manifests
 from pykmesh.demo.counted import Counted
 from pykmesh.demo.pods import Pod, PodNetwork
 from pykmesh.kernel.cgroups import find_root
-from pykmesh.node.instance import Instance, named, running
+from pykmesh.node.behind import Behind
+from pykmesh.node.instance import Instance, running
 from pykmesh.node.run import fetch
 
 INSTANCE: Final = "demo"
-PREFIX: Final = "pykmesh-demo"
 PROCESSES: Final = ("xds_client", "map_writer", "bpf_loader", "telemetry", "control_plane", "nats")
 EFFECT_DEADLINE_S: Final = 10.0
 FLOWS_SHOWN: Final = 6
@@ -70,15 +70,16 @@ class Say(NamedTuple):
 class Demo:
     """One run."""
 
-    def __init__(self, say: Say) -> None:
+    def __init__(self, instance: Instance, say: Say) -> None:
         self._say = say
-        self.instance = named(INSTANCE)
+        self.instance = instance
         self._folder = self.instance.run_dir / "config"
-        self._network = PodNetwork(PREFIX, find_root(), "10.98.0", "fd98:")
+        self._network = PodNetwork(f"pykmesh-{instance.name}", find_root(), "10.98.0", "fd98:")
         self.steps: list[Step] = []
         self._endpoints: dict[str, Counted] = {}
         self._web: list[Pod] = []
         self._flows_to_show = 0
+        self._behind: Behind | None = None
 
     # -- making and removing
 
@@ -100,7 +101,9 @@ class Demo:
         manifests.write(self._folder, "echo", [manifests.pod(echo, "echo", "v1")])
         self._write_web(self._web)
         self._say.line("Starting nats-server, the embedded control plane and the mesh's processes")
-        self._cli("up", "-d", "--free-ports", "--config-dir", str(self._folder))
+        up = [*self._place(), "up", "--free-ports", "--config-dir", str(self._folder)]
+        self._behind = Behind(self.instance, up)
+        self._behind.until_ready()
         for pod in network.pods.values():
             self._cli("enroll", "--cgroup", str(pod.cgroup), "--netns", str(pod.netns))
 
@@ -111,13 +114,20 @@ class Demo:
     def remove(self) -> None:
         """Everything of this demo and of one that was left."""
         self._network.remove()
-        if running(self.instance.run_dir) is not None:
+        if self._behind is not None:
+            self._behind.end()
+        elif running(self.instance.run_dir) is not None:
             self._cli("down")
         self._cli("uninstall")
         shutil.rmtree(self.instance.run_dir, ignore_errors=True)
 
+    def _place(self) -> list[str]:
+        """What tells the command line which instance is meant."""
+        found = self.instance
+        return ["--instance", found.name, "--run-dir", str(found.run_dir), "--pin-dir", str(found.pin_dir)]
+
     def _cli(self, *words: str) -> None:
-        command = [sys.executable, "-m", "pykmesh", "--instance", INSTANCE, *words]
+        command = [sys.executable, "-m", "pykmesh", *self._place(), *words]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise DemoError(f"pykmesh {words[0]}: {result.stderr.strip() or result.stdout.strip()}")
@@ -132,7 +142,7 @@ class Demo:
 
     def show_flows(self) -> None:
         """Prints flows as they end, a few for each step, until the mesh is gone."""
-        command = [sys.executable, "-m", "pykmesh", "--instance", INSTANCE, "observe", "-f", "--last", "0"]
+        command = [sys.executable, "-m", "pykmesh", *self._place(), "observe", "-f", "--last", "0"]
         self._observer = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -315,12 +325,10 @@ class Demo:
     def detach(self) -> None:
         """Leaves everything running."""
         self._observer.kill()
-        self._say.line(
-            "\nLeft running. Look at it: pykmesh --instance demo status | get services | observe -f\n"
-            f"A shell in the client's pod: {' '.join(self.client.command('sh')[:2])} ... or "
-            f"nsenter --net={self.client.netns} after joining {self.client.cgroup}\n"
-            "Take it away: pykmesh demo --remove"
-        )
+        mesh = f"pykmesh --instance {self.instance.name}"
+        self._say.line(f"\nLeft running. Look at it: {mesh} status, {mesh} get services, {mesh} observe -f")
+        self._say.line(f"The client's pod: cgroup {self.client.cgroup}, namespace {self.client.netns}")
+        self._say.line(f"Take it away: {mesh} demo --remove")
 
 
 def _difference(after: dict[str, int], before: dict[str, int]) -> dict[str, int]:
@@ -355,11 +363,11 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def run(*, keep: bool, as_json: bool) -> int:
+def run(instance: Instance, *, keep: bool, as_json: bool) -> int:
     """Exit status: 0 when all expectations held, 1 when one did not, 130 when interrupted."""
     stream = sys.stderr if as_json else sys.stdout
     say = Say(stream, stream.isatty())
-    demo = Demo(say)
+    demo = Demo(instance, say)
     kept = False
     try:
         with _interruptible():

@@ -1,0 +1,82 @@
+"""The demo says what it saw, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pykmesh.kernel.cgroups import find_root
+from tests.mesh.node import until
+
+
+class Place:
+    """Where a demo of the tests' own lives."""
+
+    def __init__(self, directory: Path) -> None:
+        self.name = f"d-{secrets.token_hex(3)}"
+        self.run_dir, self.pin_dir = directory / "run", directory / "bpf" / "mesh"
+
+    def command(self, *words: str) -> list[str]:
+        place = ["--instance", self.name, "--run-dir", str(self.run_dir), "--pin-dir", str(self.pin_dir)]
+        return [sys.executable, "-m", "pykmesh", *place, "demo", *words]
+
+    def left(self) -> list[str]:
+        """What is still there of it."""
+        paths = [self.run_dir, self.pin_dir, find_root() / f"pykmesh-{self.name}"]
+        names = [p.name for p in Path("/run/netns").glob(f"pykmesh-{self.name}-*")]
+        found = subprocess.run(["pgrep", "-f", self.name], capture_output=True, text=True, check=False)
+        return [*(str(path) for path in paths if path.exists()), *names, *found.stdout.split()]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    place = Place(tmp_path)
+    yield place
+    subprocess.run(place.command("--remove"), check=False, capture_output=True)
+    subprocess.run(["umount", str(place.pin_dir.parent)], check=False, capture_output=True)
+
+
+def test_its_summary_holds_and_nothing_is_left(place: Place) -> None:
+    result = subprocess.run(place.command("--json"), capture_output=True, text=True, timeout=90, check=False)
+    summary = json.loads(result.stdout)
+    assert result.returncode == 0, summary
+    assert summary["failed"] == 0
+    assert summary["connections"] > 100
+    assert all(step["ok"] for step in summary["steps"])
+    assert set(summary["per_endpoint"]) == {"web-v1-a", "web-v1-b", "web-v2-a"}
+    assert summary["longest_pause_ms"] > 0
+    assert place.left() == []
+
+
+@pytest.mark.parametrize("stage", ["pods", "processes", "traffic"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_leaves_nothing(place: Place, stage: str, number: signal.Signals) -> None:
+    process = subprocess.Popen(place.command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    awaited = {
+        "pods": lambda: list(Path("/run/netns").glob(f"pykmesh-{place.name}-*")),
+        "processes": (place.run_dir / "logs" / "supervisor.log").exists,
+        "traffic": (place.pin_dir / "links").exists,
+    }[stage]
+    until(awaited, stage)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "interrupted; cleaning up" in said
+    assert place.left() == []
+
+
+def test_kept_it_runs_on_until_it_is_removed(place: Place) -> None:
+    result = subprocess.run(place.command("--keep"), capture_output=True, text=True, timeout=90, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Left running" in result.stdout
+    status = [*place.command()[:-1], "status"]
+    assert subprocess.run(status, capture_output=True, check=False).returncode == 0
+    subprocess.run(place.command("--remove"), check=True, capture_output=True)
+    assert place.left() == []
