@@ -82,10 +82,13 @@ class Admin:
             connection.receive_data(await stream.receive())
 
     async def _page(self, request: h11.Request) -> Page:
-        target = urlsplit(request.target.decode(errors="replace"))
-        handler = self._routes.get(target.path)
         if request.method != b"GET":
             return as_json({"error": "only GET"}, 405)
+        try:
+            target = urlsplit(request.target.decode(errors="replace"))
+        except ValueError as error:
+            return as_json({"error": f"no path: {error}"}, 400)
+        handler = self._routes.get(target.path)
         if handler is None:
             return as_json({"error": f"no page {target.path}", "pages": sorted(self._routes)}, 404)
         return await handler(dict(parse_qsl(target.query)))

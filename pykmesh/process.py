@@ -59,6 +59,7 @@ class Runtime(Generic[_S]):
         """Version, readiness, errors and what the app adds: the shape of `pykmesh status -o json`."""
         return {
             "process": self.name,
+            "instance": self.settings.instance,
             "version": __version__,
             "pid": os.getpid(),
             "started": self.started,

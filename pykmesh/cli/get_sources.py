@@ -18,8 +18,8 @@ from pykmesh.kernel.records import (
     ip_to_text,
     port_number,
 )
-from pykmesh.node.instance import Instance, running
-from pykmesh.node.run import fetch
+from pykmesh.node.instance import Instance
+from pykmesh.node.run import fetch, find
 
 Entry = dict[str, Any]
 TIMEOUT_S = 30.0
@@ -40,7 +40,7 @@ def read(instance: Instance, what: str, source: str) -> list[Entry]:
         raise SourceError(
             "the control plane names no endpoints: they follow from its workloads (--from state or bpf)"
         )
-    found = running(instance.run_dir)
+    found = find(instance)
     if found is None:
         raise SourceError(f"instance {instance.name} is not running; --from bpf reads the kernel without it")
     port = found.ports.xds_client if source == "xds" else found.ports.map_writer
@@ -50,7 +50,7 @@ def read(instance: Instance, what: str, source: str) -> list[Entry]:
 
 def names(instance: Instance) -> dict[int, tuple[str, int]]:
     """(service, port) of the ids in the maps, as far as map_writer is there to say."""
-    found = running(instance.run_dir)
+    found = find(instance)
     if found is None:
         return {}
     try:

@@ -276,7 +276,8 @@ def enroll(
     except EnrollmentError as error:
         raise Failure(str(error)) from error
     for entry in reply.enrolled:
-        addresses = " ".join(filter(None, (entry.address4, entry.address6))) or "the host's network"
+        nothing = "no pod of its own" if entry.netns_cookie is None else "no address yet"
+        addresses = " ".join(filter(None, (entry.address4, entry.address6))) or nothing
         click.echo(f"enrolled {entry.path} ({addresses})")
 
 

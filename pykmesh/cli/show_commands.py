@@ -11,13 +11,15 @@ import click
 from pykmesh import __version__
 from pykmesh.cli.node_commands import Failure
 from pykmesh.cli.output import age, output_option, show
-from pykmesh.node.instance import Instance, running
+from pykmesh.node.instance import Instance
 
 STATUS_VERSION = 1
 
 
 def require_running(instance: Instance) -> Instance:
-    found = running(instance.run_dir)
+    from pykmesh.node.run import find
+
+    found = find(instance)
     if found is None:
         raise Failure(f"instance {instance.name} is not running (looked in {instance.run_dir}): pykmesh up")
     return found
@@ -148,7 +150,9 @@ def get(instance: Instance, what: str, source: str, namespace: str, output: str)
 @click.pass_obj
 def version(instance: Instance, output: str) -> None:
     """Of this program and of each process that runs."""
-    found = running(instance.run_dir)
+    from pykmesh.node.run import find
+
+    found = find(instance)
     versions = {"pykmesh": __version__}
     if found is not None:
         for name in _names(found):

@@ -98,18 +98,24 @@ _S = TypeVar("_S", bound=CommonSettings)
 def load(kind: type[_S], environment: Mapping[str, str] = os.environ) -> _S:
     """Raises SettingsError for a file that cannot be read and for a value of the wrong kind."""
     path = environment.get(SETTINGS_FILE_VARIABLE)
-    values = _from_file(Path(path)) if path else {}
-    known = set(kind.__struct_fields__)
-    values = {name: value for name, value in values.items() if name in known}
-    for name in known:
-        text = environment.get(ENVIRONMENT_PREFIX + name.upper())
+    in_file = _from_file(Path(path)) if path else {}
+    values: dict[str, Any] = {}
+    for field in msgspec.structs.fields(kind):
+        variable = ENVIRONMENT_PREFIX + field.name.upper()
+        text = environment.get(variable)
         if text is not None:
-            values[name] = text or None if _is_optional(kind, name) else text
+            value = None if field.default is None and not text else text
+            values[field.name] = _convert(value, field.type, f"{variable} in the environment")
+        elif field.name in in_file:
+            values[field.name] = _convert(in_file[field.name], field.type, f"{field.name} in {path}")
+    return kind(**values)
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
     try:
-        return msgspec.convert(values, kind, strict=False, dec_hook=_to_path)
+        return msgspec.convert(value, kind, strict=False, dec_hook=_to_path)
     except msgspec.ValidationError as error:
-        where = f"{path} and the environment" if path else "the environment"
-        raise SettingsError(f"settings from {where}: {error}") from error
+        raise SettingsError(f"{where} is {value!r}: {error}") from error
 
 
 def to_environment(settings: CommonSettings) -> dict[str, str]:
@@ -118,15 +124,10 @@ def to_environment(settings: CommonSettings) -> dict[str, str]:
     return {ENVIRONMENT_PREFIX + name.upper(): "" if value is None else str(value) for name, value in pairs}
 
 
-def _is_optional(kind: type[CommonSettings], name: str) -> bool:
-    field = next(f for f in msgspec.structs.fields(kind) if f.name == name)
-    return field.default is None
-
-
 def _from_file(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"settings file {path}: {error}") from error
 
 

@@ -37,8 +37,13 @@ class MapFullError(Exception):
 
 def possible_cpus() -> int:
     """How many values a per-CPU entry has (Documentation/admin-guide/cputopology.rst)."""
-    ranges = Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")
-    return int(ranges[-1].split("-")[-1]) + 1
+    return _count_in_list(Path("/sys/devices/system/cpu/possible").read_text())
+
+
+def _count_in_list(cpus: str) -> int:
+    """Of a list such as 0-3,8-11, which may have holes."""
+    ranges = [[int(end) for end in part.split("-")] for part in cpus.strip().split(",")]
+    return sum(ends[-1] - ends[0] + 1 for ends in ranges)
 
 
 def _address(data: bytes) -> int:

@@ -37,6 +37,18 @@ def fetch(port: int, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> Any:
         connection.close()
 
 
+def find(instance: Instance) -> Instance | None:
+    """The instance as it runs: below its supervisor, or (containers) on the ports that it would have."""
+    found = instances.running(instance.run_dir)
+    if found is not None:
+        return found
+    try:
+        status = fetch(instance.ports.bpf_loader, "/status")
+    except OSError:
+        return None
+    return instance if status.get("instance") == instance.name else None
+
+
 def processes(options: Options) -> list[str]:
     """Those that have an administrative page."""
     return [*mesh.SERVICES, "control_plane"] if options.config_dir else list(mesh.SERVICES)
