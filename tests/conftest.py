@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -10,6 +11,16 @@ import pytest
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+async def one_event_loop(anyio_backend: str) -> AsyncIterator[None]:
+    """Keeps one loop for all tests: gRPC has one queue a process, which may wake a loop that is closed."""
+    yield  # noqa: PT022 (a generator's loop lives as long as the fixture)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "kernel: needs root, for maps and programs in the kernel")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -64,7 +64,7 @@ class MapWriter:
         self.follower = Follower()
         self._rules = Rules(settings.network, settings.refuse_unenforced_policy)
         self.planner: Planner
-        self.applied_seq = 0
+        self._applied = ("", 0)
         self.last_write: dict[str, Any] = {}
         self.last_sync = 0.0
         self._lost = True
@@ -72,6 +72,12 @@ class MapWriter:
         self._send: MemoryObjectSendStream[Item]
         self._inbox: MemoryObjectReceiveStream[Item]
         self._send, self._inbox = anyio.create_memory_object_stream[Item](INBOX_BATCHES)
+
+    @property
+    def applied_seq(self) -> int:
+        """The last batch that is in the maps; 0 until one of the epoch that is followed is."""
+        epoch, seq = self._applied
+        return seq if epoch == self.follower.epoch else 0
 
     async def receive(self, data: bytes, headers: Headers) -> None:
         """From the bus. A full inbox drops the batch: the gap is found by its number."""
@@ -159,7 +165,7 @@ class MapWriter:
                 "time": time.time(),
             }
             span.set_attributes({f"pykmesh.entries.{name}": number for name, number in counted.items()})
-        self.applied_seq = self.follower.received_seq
+        self._applied = (self.follower.epoch, self.follower.received_seq)
         if change.sweep:
             self.last_sync = time.time()
             gc.freeze()

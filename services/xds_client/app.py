@@ -39,6 +39,8 @@ _ORDINARY = {
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.DEADLINE_EXCEEDED,
 }
+# The last is what grpc.aio says instead of the server's status when a write meets the end of a stream.
+_ORDINARY_DETAILS = ("goaway", "transport", "internal error from core")
 
 
 class Taken(NamedTuple):
@@ -98,8 +100,7 @@ class XdsClient:
             )
         except grpc.aio.AioRpcError as error:
             code, detail = error.code(), error.details()
-            going_away = "goaway" in (detail or "").lower() or "transport" in (detail or "").lower()
-            if code in _ORDINARY or going_away:
+            if code in _ORDINARY or any(word in (detail or "").lower() for word in _ORDINARY_DETAILS):
                 log.info("stream_ended", code=code.name, detail=detail)
                 return True
             self._runtime.note_error(

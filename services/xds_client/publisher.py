@@ -88,13 +88,19 @@ class Publisher:
     async def publish(self, reading: Reading) -> int:
         """Stores what is good in a response and publishes what of it is new, while it is read.
 
-        Returns the number of the last batch.
+        Returns the number of the last batch. A stream that ends meanwhile does not cut it short: what
+        is stored and not published would never be, since it is no news when it comes again.
         """
+        with anyio.CancelScope(shield=True):
+            await self._publish_whole(reading)
+        return self._store.seq
+
+    async def _publish_whole(self, reading: Reading) -> None:
         async with self._turn:
+            self._store.in_response = True
             with tracing.tracer.start_as_current_span("xds_client publish") as span:
                 changed = await self._publish(reading, tracing.headers())
                 span.set_attributes({"pykmesh.changed": changed, "pykmesh.type": reading.type_url})
-            return self._store.seq
 
     async def _publish(self, reading: Reading, headers: Headers) -> int:
         store, kind, first = self._store, reading.type, self._store.seq
@@ -115,6 +121,7 @@ class Publisher:
                     removed, waiting, size = [], [], 0
         was_synced = store.synced
         store.answered.add(kind)
+        store.in_response = False
         if removed or waiting or store.seq != first or was_synced != store.synced:
             await self._send(store.batch(kind, removed, waiting, complete=True), headers)
         return count

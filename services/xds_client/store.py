@@ -29,6 +29,8 @@ class Store:
         self.epoch = secrets.token_hex(8)
         self.seq = 0
         self.answered: set[ResourceType] = set()
+        self.in_response = False
+        """Part of a response is stored and its last batch not numbered: a snapshot is not whole."""
         self.held: dict[ResourceType, dict[str, Held]] = {kind: {} for kind in ResourceType}
         self._snapshots: dict[str, list[tuple[ResourceType, list[str]]]] = {}
 
@@ -95,7 +97,7 @@ class Store:
             version=VERSION,
             epoch=self.epoch,
             seq=self.seq,
-            synced=self.synced,
+            synced=self.synced and not self.in_response,
             type=kind,
             resources=[Resource(name, held[name].value) for name in names if name in held],
             next_cursor="" if last else f"{name}.{index + 1}",

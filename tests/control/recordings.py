@@ -1,0 +1,107 @@
+"""Recordings of real istiods: what they sent, and what the kernel must then say, read from `expect.json`.
+
+The reading here knows the recording's own terms only. Not compared, for the data plane does not do
+it yet: ranges among VIPs, and which of several endpoints is preferred (mode and scopes).
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.control.kernel_view import Address, Entry, View
+
+RECORDINGS = Path(__file__).parents[1] / "data" / "recordings"
+Plain = dict[str, Any]
+
+
+class Message(NamedTuple):
+    """A response as it was recorded, on the `stream`th stream."""
+
+    stream: int
+    type_url: str
+    data: bytes
+
+
+class Step(NamedTuple):
+    name: str
+    messages: list[Message]
+    state: Plain
+
+
+def steps(folder: Path) -> Iterator[Step]:
+    with gzip.open(folder / "stream.jsonl.gz", "rt") as lines:
+        events = [event for event in map(json.loads, lines) if event["dir"] == "recv"]
+    by_step = {
+        number: [Message(e["conn"], e["type_url"], base64.b64decode(e["b64"])) for e in group]
+        for number, group in itertools.groupby(events, lambda event: event["step"])
+    }
+    for state in expected(folder):
+        yield Step(f"{state['step']} {state['name']}", by_step.get(state["step"], []), state)
+
+
+def expected(folder: Path) -> list[Plain]:
+    plain = folder / "expect.json"
+    text = plain.read_text() if plain.exists() else gzip.decompress((folder / "expect.json.gz").read_bytes())
+    found: list[Plain] = json.loads(text)["steps"]
+    return found
+
+
+def view(state: Plain) -> View:
+    """What the maps must say of a state, for a node of the network ""."""
+    owners: dict[str, list[Plain]] = {}
+    for service in state["services"].values():
+        for vip in service["vips"]:
+            network, address, *length = vip.split("/")
+            if not network and (not length or length[0] == ("128" if ":" in address else "32")):
+                owners.setdefault(address, []).append(service)
+    services, addresses = {}, _workloads(state)
+    for address, (service,) in owners.items():  # in no recording has a VIP two owners
+        passes = _mode(service) == "PASSTHROUGH" and not _has_waypoint(service)
+        addresses[address] = Address("service", "passthrough" if passes else "routed")
+        for port in {port["service_port"] for port in service["ports"]}:
+            services[f"{address} {port}"] = _entry(state, service, address, port)
+    return View(services, addresses)
+
+
+def _mode(service: Plain) -> str:
+    return str((service.get("load_balancing") or {}).get("mode", ""))
+
+
+def _has_waypoint(service: Plain) -> bool:
+    return bool(service["waypoint"] or service["weighted_waypoints"])
+
+
+def _entry(state: Plain, service: Plain, address: str, port: int) -> Entry:
+    if _has_waypoint(service):
+        return Entry("waypoint_unsupported")
+    if _mode(service) == "PASSTHROUGH":
+        return Entry("passthrough")
+    found: dict[bool, set[str]] = {False: set(), True: set()}
+    for endpoint in service["endpoints"]:
+        workload, target = state["workloads"][endpoint["uid"]], endpoint["ports"].get(str(port))
+        if endpoint["usable"] and target and not workload["network"] and workload.get("capacity", 1):
+            for own in endpoint["addresses"]:
+                found[":" in own].add(f"{own} {target}")
+    only = {"IPV4_ONLY": False, "IPV6_ONLY": True}.get(service["ip_families"])
+    if only is not None:
+        found[not only].clear()
+    wants6 = ":" in address
+    return Entry("routed", frozenset(found[wants6] or (found[False] if wants6 else ())))
+
+
+def _workloads(state: Plain) -> dict[str, Address]:
+    """Pods before other workloads of the same address."""
+    found: dict[str, Address] = {}
+    for _, workload in sorted(state["workloads"].items(), key=lambda item: "//Pod/" not in item[0]):
+        if workload["network"] or workload["network_mode"] == "HOST_NETWORK":
+            continue
+        verdict = "waypoint_unsupported" if workload["waypoint"] else "routed"
+        for address in workload["addresses"]:
+            found.setdefault(address, Address("workload", verdict))
+    return found

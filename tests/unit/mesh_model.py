@@ -1,0 +1,270 @@
+"""Random meshes, the maps as the kernel would hold them, and what they should say by a slow plain rule."""
+
+from __future__ import annotations
+
+import ipaddress
+import random
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import msgspec
+from hypothesis import strategies as st
+
+from pykmesh.contracts.address import Families, Mode, Policy, Service, Workload
+from pykmesh.kernel.layout import AddressKind, Reason
+from pykmesh.kernel.records import (
+    ADDRESS_KEY,
+    ADDRESS_VALUE,
+    ENDPOINT_KEY,
+    ENDPOINT_VALUE,
+    SERVICE_KEY,
+    SERVICE_VALUE,
+    Ip,
+    ip_from_text,
+    ip_from_wire,
+    ip_to_text,
+    port_number,
+)
+from services.map_writer.mesh import Mesh, Touched
+from services.map_writer.planner import Limits, Step
+
+KEY_BYTES = {"services": SERVICE_KEY.size, "endpoints": ENDPOINT_KEY.size, "addresses": ADDRESS_KEY.size}
+VALUE_BYTES = {
+    "services": SERVICE_VALUE.size,
+    "endpoints": ENDPOINT_VALUE.size,
+    "addresses": ADDRESS_VALUE.size,
+}
+NAMES = [f"shop/{letter}.shop" for letter in "abcd"]
+UIDS = [f"C//Pod/shop/p{number}" for number in range(6)]
+VIPS = [ip_from_text(text) for text in ("10.96.0.1", "10.96.0.2", "fd96::1", "fd96::2")]
+POD_IPS = [ip_from_text(text) for text in ("10.1.0.1", "10.1.0.2", "10.1.0.3", "fd01::1", "fd01::2")]
+PORTS = (80, 443)
+
+
+Plain = dict[str, dict[str, tuple[object, ...]]]
+
+
+class Change(NamedTuple):
+    """One resource: a name with what it becomes, None for its removal."""
+
+    name: str
+    resource: Service | Workload | Policy | None
+
+
+def change(seed: int) -> Change:
+    """Any change; one number, so that drawing a script of them is quick and shrinking drops some."""
+    draw = random.Random(seed)
+    kind = draw.choice("sswwwr")
+    if kind == "r":
+        return Change(draw.choice(NAMES + UIDS), None)
+    resource = _service(draw) if kind == "s" else _workload(draw)
+    return Change(resource.name if isinstance(resource, Service) else resource.uid, resource)
+
+
+def _service(draw: random.Random) -> Service:
+    ports = {port: draw.choice([0, 8080, 8081]) for port in PORTS if draw.random() < 0.7}
+    return Service(
+        name=draw.choice(NAMES),
+        hostname="host",
+        vips=tuple(("", ip) for ip in draw.sample(VIPS, draw.randrange(4))),
+        ports=tuple(ports.items()),
+        families=draw.choice([Families.AUTOMATIC, *Families]),
+        mode=draw.choice([Mode.UNSPECIFIED, Mode.UNSPECIFIED, Mode.FAILOVER, Mode.PASSTHROUGH]),
+        scopes=(),
+        allows_unhealthy=draw.random() < 0.5,
+        has_waypoint=draw.random() < 0.2,
+        canonical=draw.random() < 0.5,
+    )
+
+
+def _workload(draw: random.Random) -> Workload:
+    memberships = {
+        name: tuple((port, draw.choice([0, 9090])) for port in PORTS if draw.random() < 0.5)
+        for name in draw.sample(NAMES, draw.randrange(4))
+    }
+    found = Workload(
+        uid=draw.choice(UIDS),
+        network=draw.choice(["", "", "", "other"]),
+        addresses=tuple(draw.sample(POD_IPS, draw.randrange(3))),
+        services=tuple(memberships.items()),
+        healthy=draw.random() < 0.8,
+        host_network=draw.random() < 0.3,
+        has_waypoint=draw.random() < 0.3,
+        prefers_hbone=draw.random() < 0.5,
+        capacity=int(draw.random() < 0.8),
+        policies=(),
+        raw=b"",
+    )
+    # The mesh tells one message from another by its bytes.
+    return msgspec.structs.replace(found, raw=repr(found).encode())
+
+
+def responses() -> st.SearchStrategy[list[list[Change]]]:
+    """What comes in one response each; a response holds no name twice."""
+    one = st.lists(st.integers(0, 1 << 30).map(change), min_size=1, max_size=8)
+    return st.lists(one.map(lambda found: list({c.name: c for c in found}.values())), max_size=8)
+
+
+def put(mesh: Mesh, response: Sequence[Change], touched: Touched) -> None:
+    """As the follower does: removals first."""
+    for name, resource in response:
+        if resource is None:
+            mesh.remove(name, touched)
+    for name, resource in response:
+        if isinstance(resource, Service | Workload):
+            mesh.put(name, resource, touched)
+
+
+class Maps:
+    """The kernel's maps; a write beyond a limit fails, and every single one must leave them safe."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.maps: dict[str, dict[bytes, bytes]] = {name: {} for name in KEY_BYTES}
+
+    def apply(self, steps: list[Step], *, checked: bool = True) -> None:
+        for _ in self.writes(steps):
+            if checked:
+                self.assert_safe()
+
+    def writes(self, steps: list[Step]) -> Iterator[None]:
+        """Applies one entry after another."""
+        for step in steps:
+            size, value_size = KEY_BYTES[step.map], VALUE_BYTES[step.map]
+            for at in range(len(step.keys) // size):
+                key = step.keys[at * size : (at + 1) * size]
+                if step.values:
+                    self.maps[step.map][key] = step.values[at * value_size : (at + 1) * value_size]
+                    limit = getattr(self.limits, step.map)
+                    assert len(self.maps[step.map]) <= limit, f"{step.map} holds more than {limit}"
+                else:
+                    self.maps[step.map].pop(key, None)
+                yield
+
+    def assert_safe(self) -> None:
+        for value in self.maps["services"].values():
+            list_id, count, verdict = SERVICE_VALUE.unpack(value)
+            assert verdict == Reason.ROUTED or count == 0
+            for slot in range(count):
+                found = self.maps["endpoints"].get(ENDPOINT_KEY.pack(list_id, slot))
+                assert found is not None, f"{list_id:x} counts slot {slot}, which is not there"
+                assert ENDPOINT_VALUE.unpack(found)[0] == list_id
+
+    def reachable(self) -> dict[bytes, set[str]]:
+        """The endpoints that a connection may get, by the entry of `services`."""
+        found = {}
+        for key, value in self.maps["services"].items():
+            list_id, count, _ = SERVICE_VALUE.unpack(value)
+            slots = (self.maps["endpoints"][ENDPOINT_KEY.pack(list_id, slot)] for slot in range(count))
+            found[key] = {_shown(slot) for slot in slots}
+        return found
+
+    def members(self) -> dict[int, set[str]]:
+        """The endpoints of each list."""
+        found: dict[int, set[str]] = {}
+        for key, value in self.maps["endpoints"].items():
+            found.setdefault(ENDPOINT_KEY.unpack(key)[0], set()).add(_shown(value))
+        return found
+
+    def list_of(self, key: bytes) -> int:
+        """The list that an entry of `services` names."""
+        return int(SERVICE_VALUE.unpack(self.maps["services"][key])[0])
+
+    def plain(self, *, full: bool = False) -> Plain:
+        """Addresses and ports with verdict and endpoints; also that nothing is left over.
+
+        When `services` is full, the endpoints of a port that found no room wait there for it.
+        """
+        counted: set[bytes] = set()
+        services: dict[str, tuple[object, ...]] = {}
+        for key, value in self.maps["services"].items():
+            ip, _, port = SERVICE_KEY.unpack(key)
+            list_id, count, verdict = SERVICE_VALUE.unpack(value)
+            keys = [ENDPOINT_KEY.pack(list_id, slot) for slot in range(count)]
+            counted.update(keys)
+            shown = sorted(_shown(self.maps["endpoints"][key]) for key in keys)
+            services[f"{ip_to_text(ip)} {port_number(port)}"] = (Reason(verdict), *shown)
+        assert full or self.maps["endpoints"].keys() == counted, "endpoints that nothing counts"
+        return {"services": services, "addresses": self.addresses()}
+
+    def addresses(self) -> dict[str, tuple[object, ...]]:
+        found: dict[str, tuple[object, ...]] = {}
+        for key, value in self.maps["addresses"].items():
+            ip, network = ADDRESS_KEY.unpack(key)
+            kind, verdict = ADDRESS_VALUE.unpack(value)
+            found[f"{bool(network)} {ip_to_text(ip)}"] = (AddressKind(kind), Reason(verdict))
+        return found
+
+
+def _shown(value: bytes) -> str:
+    _, ip, port = ENDPOINT_VALUE.unpack(value)
+    return f"{ip_to_text(ip)} {port_number(port)}"
+
+
+def expected(mesh: Mesh) -> Plain:
+    """What the maps must say of a mesh, from its resources alone and by no index of it."""
+    return {"services": _expected_services(mesh), "addresses": _expected_addresses(mesh)}
+
+
+def owner(mesh: Mesh, ip: Ip) -> Service | None:
+    rivals = [service for service in mesh.services.values() if ("", ip) in service.vips]
+    return min(rivals, key=lambda s: (not s.canonical, s.name), default=None)
+
+
+def _expected_services(mesh: Mesh) -> dict[str, tuple[object, ...]]:
+    found: dict[str, tuple[object, ...]] = {}
+    for ip in VIPS:
+        service = owner(mesh, ip)
+        for port, target in service.ports if service else ():
+            assert service is not None
+            verdict = Reason.ROUTED
+            if service.has_waypoint:
+                verdict = Reason.WAYPOINT_UNSUPPORTED
+            elif service.mode is Mode.PASSTHROUGH:
+                verdict = Reason.PASSTHROUGH
+            all_of_them = _endpoints(mesh, service, port, target) if verdict is Reason.ROUTED else []
+            wanted = [e for e in all_of_them if is_v6(e) == is_v6(_text(ip))]
+            if is_v6(_text(ip)) and not wanted:
+                wanted = [e for e in all_of_them if not is_v6(e)]
+            found[f"{_text(ip)} {port}"] = (verdict, *sorted(set(wanted)))
+    return found
+
+
+def is_v6(text: str) -> bool:
+    return ":" in text
+
+
+def _text(ip: Ip) -> str:
+    packed = ip[12:] if ip[:12] == ip_from_wire(bytes(4))[:12] else ip
+    return str(ipaddress.ip_address(bytes(packed)))
+
+
+def _endpoints(mesh: Mesh, service: Service, port: int, target: int) -> list[str]:
+    found = []
+    for workload in mesh.workloads.values():
+        membership = dict(workload.services).get(service.name)
+        usable = workload.healthy or service.allows_unhealthy
+        if membership is None or not usable or not workload.capacity or workload.network:
+            continue
+        own = dict(membership).get(port) or target
+        for ip in workload.addresses if own else ():
+            text = _text(ip)
+            family = Families.V6 if is_v6(text) else Families.V4
+            if service.families in (Families.AUTOMATIC, Families.DUAL, family):
+                found.append(f"{text} {own}")
+    return found
+
+
+def _expected_addresses(mesh: Mesh) -> dict[str, tuple[object, ...]]:
+    found: dict[str, tuple[object, ...]] = {}
+    for workload in sorted(mesh.workloads.values(), key=lambda w: (not w.prefers_hbone, w.uid)):
+        for ip in () if workload.host_network else workload.addresses:
+            verdict = Reason.WAYPOINT_UNSUPPORTED if workload.has_waypoint else Reason.ROUTED
+            found.setdefault(f"{bool(workload.network)} {_text(ip)}", (AddressKind.WORKLOAD, verdict))
+    for ip in VIPS:
+        service = owner(mesh, ip)
+        if service is not None:
+            passes = service.mode is Mode.PASSTHROUGH and not service.has_waypoint
+            verdict = Reason.PASSTHROUGH if passes else Reason.ROUTED
+            found[f"False {_text(ip)}"] = (AddressKind.SERVICE, verdict)
+    return found

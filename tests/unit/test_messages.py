@@ -1,0 +1,138 @@
+"""The encoding of each message is pinned: another version of a process must read it."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pykmesh.contracts import messages
+from pykmesh.contracts.messages import (
+    VERSION,
+    ConfigBatch,
+    ContractError,
+    MapReport,
+    Message,
+    ResolveReply,
+    ResolveRequest,
+    Resource,
+    ResourceType,
+    ServiceName,
+    SnapshotPage,
+    SnapshotRequest,
+    Subject,
+    WorkloadName,
+)
+
+NAMES = ("uid", "name", "ns", "wl", "sa", "td", "cn", "cr", "cl", "re", "zo")
+GOLDEN: list[tuple[Message, str]] = [
+    (
+        ConfigBatch(
+            VERSION,
+            "ab",
+            7,
+            ResourceType.AUTHORIZATION,
+            ["gone"],
+            [Resource("n", b"\x01\x02")],
+            complete=True,
+            synced=False,
+        ),
+        "98 01 a26162 07 01 91a4676f6e65 9192a16ec4020102 c3 c2",
+    ),
+    (
+        ConfigBatch(VERSION, "ab", 300, ResourceType.ADDRESS, [], [], complete=False, synced=True),
+        "98 01 a26162 cd012c 00 90 90 c2 c3",
+    ),
+    (SnapshotRequest(VERSION, "c.0"), "92 01 a3632e30"),
+    (
+        SnapshotPage(
+            VERSION,
+            "ab",
+            7,
+            synced=True,
+            type=ResourceType.ADDRESS,
+            resources=[Resource("n", b"")],
+            next_cursor="",
+        ),
+        "97 01 a26162 07 c3 00 9192a16ec400 a0",
+    ),
+    (MapReport(VERSION, "ab", 9, 8, {"n": "full"}), "95 01 a26162 09 08 81a16ea466756c6c"),
+    (
+        ResolveRequest(VERSION, [2**64 - 1], [("", b"\0" * 16)]),
+        "93 01 91cfffffffffffffffff 9192a0c410" + "00" * 16,
+    ),
+    (
+        ResolveReply(VERSION, [ServiceName("s", "n", "h", 80), None], [None]),
+        "93 01 9294a173a16ea16850c0 91c0",
+    ),
+    (
+        ResolveReply(VERSION, [], [WorkloadName(*NAMES)]),
+        "93 01 90 919b a3756964 a46e616d65" + "".join(f"a2{name.encode().hex()}" for name in NAMES[2:]),
+    ),
+]
+KINDS = [ConfigBatch, SnapshotRequest, SnapshotPage, MapReport, ResolveRequest, ResolveReply]
+
+
+@pytest.mark.parametrize(("message", "encoded"), GOLDEN, ids=lambda value: type(value).__name__)
+def test_each_message_has_the_bytes_that_it_always_had(message: Message, encoded: str) -> None:
+    assert messages.encode(message) == bytes.fromhex(encoded)
+    assert messages.decode(type(message), bytes.fromhex(encoded)) == message
+
+
+def test_the_subjects_and_types_are_what_they_always_were() -> None:
+    assert {str(subject) for subject in Subject} == {
+        "pykmesh.v1.config.log",
+        "pykmesh.v1.config.snapshot",
+        "pykmesh.v1.map.report",
+        "pykmesh.v1.map.resolve",
+    }
+    assert messages.TYPE_URLS == {
+        0: "type.googleapis.com/istio.workload.Address",
+        1: "type.googleapis.com/istio.security.Authorization",
+    }
+
+
+@pytest.mark.parametrize(("message", "_"), GOLDEN, ids=lambda value: type(value).__name__)
+def test_a_later_contract_may_add_fields_at_the_end(message: Message, _: str) -> None:
+    fields = [*msgspec.structs.astuple(message), "new", {"more": 1}]
+    assert messages.decode(type(message), msgspec.msgpack.encode(fields)) == message
+
+
+@pytest.mark.parametrize(("message", "_"), GOLDEN, ids=lambda value: type(value).__name__)
+def test_another_version_of_the_contract_is_refused(message: Message, _: str) -> None:
+    other = [VERSION + 1, *msgspec.structs.astuple(message)[1:]]
+    with pytest.raises(ContractError, match=f"{type(message).__name__}: not version 1"):
+        messages.decode(type(message), msgspec.msgpack.encode(other))
+
+
+@pytest.mark.parametrize(("message", "encoded"), GOLDEN, ids=lambda value: type(value).__name__)
+def test_a_message_that_is_cut_anywhere_is_refused(message: Message, encoded: str) -> None:
+    data = bytes.fromhex(encoded)
+    for end in range(len(data)):
+        with pytest.raises(ContractError, match=type(message).__name__):
+            messages.decode(type(message), data[:end])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=300, database=None)
+@given(garbage=st.one_of(st.binary(max_size=64), st.binary(max_size=64).map(lambda data: b"\x98\x01" + data)))
+def test_garbage_is_refused_and_never_anything_else(kind: type[Message], garbage: bytes) -> None:
+    try:
+        found = messages.decode(kind, garbage)
+    except ContractError as error:
+        assert str(error).startswith(kind.__name__)  # noqa: PT017 (some bytes are messages)
+    else:
+        assert isinstance(found, kind)
+
+
+def test_nesting_without_end_is_refused() -> None:
+    with pytest.raises(ContractError):
+        messages.decode(SnapshotRequest, b"\x93\x01\xa0" + b"\x91" * 100_000 + b"\x90")
+
+
+def test_a_batch_without_changes_that_completes_nothing_is_a_heartbeat() -> None:
+    heartbeat = ConfigBatch(VERSION, "e", 1, ResourceType.ADDRESS, [], [], complete=False, synced=True)
+    assert heartbeat.is_heartbeat
+    assert not msgspec.structs.replace(heartbeat, complete=True).is_heartbeat
+    assert not msgspec.structs.replace(heartbeat, removed=["n"]).is_heartbeat

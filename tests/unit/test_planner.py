@@ -1,0 +1,215 @@
+"""Whatever happens to a mesh, the planned steps make the maps say it, and are safe one by one."""
+
+from __future__ import annotations
+
+import copy
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pykmesh.contracts.address import Families, Mode, Service
+from pykmesh.kernel.records import ENDPOINT_KEY
+from services.map_writer.desired import Rules
+from services.map_writer.mesh import Mesh, Touched
+from services.map_writer.planner import Held, Limits, Planner
+from tests.unit import mesh_model as model
+from tests.unit.mesh_model import Change, Maps, Plain, responses
+
+ROOMY = Limits(1000, 1000, 1000)
+EXAMPLES = settings(
+    max_examples=150, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+class World:
+    """A mesh, the planner that follows it, and the maps that it writes."""
+
+    def __init__(self, limits: Limits = ROOMY, maps: Maps | None = None) -> None:
+        self.mesh = Mesh()
+        self.maps = maps or Maps(limits)
+        self.planner = Planner(held(self.maps), limits, Rules())
+
+    def take(self, response: list[Change]) -> None:
+        touched = Touched()
+        model.put(self.mesh, response, touched)
+        self.maps.apply(self.planner.plan(self.mesh, touched))
+
+
+def held(maps: Maps) -> Held:
+    """What map_writer reads from the maps at its start."""
+    found = Held()
+    found.services.update(maps.maps["services"])
+    found.addresses.update(maps.maps["addresses"])
+    for key, value in maps.maps["endpoints"].items():
+        list_id, slot = ENDPOINT_KEY.unpack(key)
+        found.add_endpoint(list_id, slot, value)
+    return found
+
+
+@EXAMPLES
+@given(responses())
+def test_after_any_changes_the_maps_say_the_mesh_and_every_step_is_safe(script: list[list[Change]]) -> None:
+    world = World()
+    for response in script:
+        world.take(response)
+        assert world.maps.plain() == model.expected(world.mesh)
+    assert world.planner.refused == {}
+
+
+@EXAMPLES
+@given(responses())
+def test_what_stays_is_reachable_at_every_step_and_nobody_else_ever_is(script: list[list[Change]]) -> None:
+    """Nothing is deleted before its replacement is there.
+
+    An entry that goes may lend its service's new endpoints until then, and nobody else's.
+    """
+    world = World()
+    for response in script:
+        touched = Touched()
+        model.put(world.mesh, response, touched)
+        steps = world.planner.plan(world.mesh, touched)
+        before, done = world.maps.reachable(), copy.deepcopy(world.maps)
+        done.apply(steps)
+        after, members = done.reachable(), done.members()
+        for _ in world.maps.writes(steps):
+            now = world.maps.reachable()
+            assert before.keys() & after.keys() <= now.keys() <= before.keys() | after.keys()
+            for key, endpoints in now.items():
+                own = before.get(key, set()) | after.get(key, set())
+                assert endpoints <= own | members.get(world.maps.list_of(key), set())
+            for key in before.keys() & after.keys():
+                assert before[key] & after[key] <= now[key]
+
+
+@EXAMPLES
+@given(responses())
+def test_what_is_held_is_always_what_the_maps_hold(script: list[list[Change]]) -> None:
+    world = World()
+    for response in script:
+        world.take(response)
+    read = held(world.maps)
+    assert world.planner.held.services == read.services
+    assert world.planner.held.addresses == read.addresses
+    assert {k: v for k, v in world.planner.held.lists.items() if v} == read.lists
+    assert world.planner.held.endpoints == read.endpoints
+
+
+@EXAMPLES
+@given(responses(), responses())
+def test_a_sweep_over_another_meshs_maps_is_safe_and_leaves_this_mesh_alone(
+    before: list[list[Change]], after: list[list[Change]]
+) -> None:
+    old = World()
+    for response in before:
+        old.take(response)
+    new = World(maps=old.maps)
+    for response in after:
+        model.put(new.mesh, response, Touched())
+    new.maps.apply(new.planner.sweep(new.mesh))
+    assert new.maps.plain() == model.expected(new.mesh)
+    assert new.planner.sweep(new.mesh) == []
+
+
+@EXAMPLES
+@given(responses(), responses(), st.data())
+def test_a_sweep_mends_maps_that_a_crash_left_anyhow(
+    before: list[list[Change]], after: list[list[Change]], data: st.DataObject
+) -> None:
+    broken = World()
+    for response in before:
+        broken.take(response)
+    for name, entries in broken.maps.maps.items():
+        for key in data.draw(
+            st.lists(st.sampled_from(sorted(entries)), unique=True) if entries else st.just([])
+        ):
+            del broken.maps.maps[name][key]
+    new = World(maps=broken.maps)
+    for response in after:
+        model.put(new.mesh, response, Touched())
+    new.maps.apply(new.planner.sweep(new.mesh), checked=False)
+    new.maps.assert_safe()
+    assert new.maps.plain() == model.expected(new.mesh)
+
+
+@EXAMPLES
+@given(responses())
+def test_a_mesh_that_does_not_change_plans_nothing(script: list[list[Change]]) -> None:
+    world = World()
+    for response in script:
+        world.take(response)
+    again = Touched()
+    again.merge(world.mesh.everything())
+    assert world.planner.plan(world.mesh, again) == []
+    assert world.planner.sweep(world.mesh) == []
+
+
+@EXAMPLES
+@given(responses(), responses(), st.integers(0, 6), st.integers(0, 8), st.integers(0, 8))
+def test_limits_are_kept_at_every_step_and_what_does_not_fit_is_named(
+    first: list[list[Change]], then: list[list[Change]], services: int, endpoints: int, addresses: int
+) -> None:
+    world = World(Limits(services, endpoints, addresses))
+    for response in [*first, *then]:
+        world.take(response)
+        said, wanted = world.maps.plain(full=True), model.expected(world.mesh)
+        if world.planner.refused:
+            assert set(world.planner.refused.values()) <= {
+                f"map {name} is full ({getattr(world.maps.limits, name)} entries)" for name in Limits._fields
+            }
+            assert world.planner.refused.keys() <= world.mesh.services.keys() | world.mesh.workloads.keys()
+            _assert_only_less(said, wanted)
+        else:
+            assert said == wanted
+
+
+def _assert_only_less(said: Plain, wanted: Plain) -> None:
+    """What is there is right; some of it may be missing."""
+    assert said["addresses"].items() <= wanted["addresses"].items()
+    for key, (verdict, *endpoints) in said["services"].items():
+        assert wanted["services"][key][0] == verdict
+        assert set(endpoints) <= set(wanted["services"][key][1:])
+
+
+@EXAMPLES
+@given(responses(), st.integers(0, 3), st.integers(0, 3), st.integers(0, 3))
+def test_once_everything_else_has_gone_what_is_left_fits_after_all(
+    script: list[list[Change]], services: int, endpoints: int, addresses: int
+) -> None:
+    """Room made by a removal is used in the same plan: there may be no other for a long time."""
+    world = World(Limits(services, endpoints, addresses))
+    for response in script:
+        world.take(response)
+    for name in [*world.mesh.services, *world.mesh.workloads]:
+        wanted = model.expected(world.mesh)
+        lists = {(s, e) for s, (_, *es) in wanted["services"].items() for e in es}
+        if (
+            len(wanted["services"]) <= services
+            and len(lists) <= endpoints
+            and len(wanted["addresses"]) <= addresses
+        ):
+            assert world.planner.refused == {}
+            assert world.maps.plain() == wanted
+        world.take([Change(name, None)])
+    assert world.planner.refused == {}
+    assert world.maps.plain() == {"services": {}, "addresses": {}}
+
+
+def test_an_address_that_moves_into_a_full_map_takes_the_place_of_what_goes() -> None:
+    world = World(Limits(1, 1, 1))
+    service, other = (f"shop/{letter}.shop" for letter in "ab")
+    for name, goes, vip in ((service, other, model.VIPS[0]), (other, service, model.VIPS[1])):
+        found = Service(
+            name=name,
+            hostname="h",
+            vips=(("", vip),),
+            ports=((80, 8080),),
+            families=Families.V4,
+            mode=Mode.UNSPECIFIED,
+            scopes=(),
+            allows_unhealthy=False,
+            has_waypoint=False,
+            canonical=False,
+        )
+        world.take([Change(goes, None), Change(name, found)])
+        assert world.planner.refused == {}
+        assert world.maps.plain() == model.expected(world.mesh)
