@@ -1,8 +1,8 @@
-"""A scripted control plane in a process of its own: one response when asked, then what it is told.
+"""A scripted control plane in a process of its own: nothing when asked, then what it is told.
 
-Commands come as JSON lines on standard input (`{"change": n}`: n resources change, `{"replace": n}`:
-n pods are replaced), answers go as JSON lines to standard output: `sent` and `acked` in seconds of
-CLOCK_MONOTONIC.
+Commands come as JSON lines on standard input: `{"mesh": true}`, the whole mesh in one response;
+`{"health": n, "healthy": b}`, a pod's health; `{"replace": n}`, a pod is replaced. Answers go as JSON
+lines to standard output, `sent` and `acked` in seconds of CLOCK_MONOTONIC.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import grpc.aio
 
 from bench import meshes
 from pykmesh.contracts.messages import TYPE_URLS, ResourceType
-from pykmesh.proto import discovery_pb2
+from pykmesh.proto import discovery_pb2, workload_pb2
 
 Request = discovery_pb2.DeltaDiscoveryRequest
 METHOD = "DeltaAggregatedResources"
@@ -29,7 +29,7 @@ class Plane:
 
     def __init__(self, services: int, pods: int) -> None:
         self.services, self.pods = services, pods
-        self.first = meshes.response(list(meshes.mesh(services, pods)), "first")
+        self.mesh = meshes.response(list(meshes.mesh(services, pods)), "mesh")
         self.outbox: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
         self.sent: dict[str, float] = {}
         self.number = 0
@@ -46,11 +46,10 @@ class Plane:
 
     async def _read(self, request: Request) -> None:
         if not request.response_nonce:
-            if request.type_url == TYPE_URLS[ResourceType.ADDRESS]:
-                await self.outbox.put(("first", self.first))
-            else:
-                empty = discovery_pb2.DeltaDiscoveryResponse(type_url=request.type_url, nonce="policies")
-                await self.outbox.put(("policies", empty.SerializeToString()))
+            # An empty mesh at first: the processes are warm when the mesh comes.
+            nonce = "first" if request.type_url == TYPE_URLS[ResourceType.ADDRESS] else "policies"
+            empty = discovery_pb2.DeltaDiscoveryResponse(type_url=request.type_url, nonce=nonce)
+            await self.outbox.put((nonce, empty.SerializeToString()))
             return
         now = time.monotonic()
         say(nonce=request.response_nonce, sent=self.sent.pop(request.response_nonce), acked=now,
@@ -64,6 +63,9 @@ class Plane:
 
     async def command(self, line: str) -> None:
         command = json.loads(line)
+        if "mesh" in command:
+            await self.outbox.put(("mesh", self.mesh))
+            return
         self.number += 1
         nonce = f"push-{self.number}"
         if "health" in command:
@@ -81,6 +83,14 @@ class Plane:
             await self.outbox.put((nonce, meshes.response(resources, nonce, (gone,))))
 
 
+def floor_ms(response: bytes) -> float:
+    """The baseline: parsing the response and each address in it, reading nothing from them."""
+    began = time.perf_counter()
+    for resource in discovery_pb2.DeltaDiscoveryResponse.FromString(response).resources:
+        workload_pb2.Address.FromString(resource.resource.value)
+    return (time.perf_counter() - began) * 1e3
+
+
 def say(**what: object) -> None:
     print(json.dumps(what), flush=True)
 
@@ -92,7 +102,7 @@ async def main(services: int, pods: int) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    say(port=port, bytes=len(plane.first))
+    say(port=port, bytes=len(plane.mesh), floor_ms=floor_ms(plane.mesh))
     reader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)

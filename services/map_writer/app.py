@@ -46,6 +46,7 @@ log = structlog.get_logger(__name__)
 INBOX_BATCHES = 4096
 REPORT_INTERVAL_S = 1.0
 REPORT_EVERY_BATCHES = 16
+MANY_ENTRIES = 10_000
 RETRY_S = 0.2
 REFUSED_NAMED = 20_000
 """Names in a report, at most: about 3 MB. More do not fit only where the maps are far too small."""
@@ -171,6 +172,9 @@ class MapWriter:
             gc.freeze()
             self._runtime.readiness.done("control plane")
             log.info("maps_synced", epoch=self.follower.epoch, **self.last_write)
+        elif sum(counted.values()) > MANY_ENTRIES:
+            gc.freeze()
+            log.info("maps_written", **self.last_write)
         await self.report()
 
     def _plan(self, change: Change) -> list[Step]:

@@ -7,7 +7,7 @@ when it is empty (envoy xds_protocol, and what istiod insists on).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NoReturn
 
 from google.protobuf.message import DecodeError
@@ -54,12 +54,13 @@ class Reading:
         self.removed = list(response.removed_resources)
         self.names: dict[str, None] = {}
         self.rejected: dict[str, str] = {}
-        self._resources = response.resources
+        self._resources: Sequence[discovery_pb2.Resource] = response.resources
 
     def parts(self) -> Iterator[list[tuple[str, Held]]]:
         """What is good, `PART_RESOURCES` at a time, so that other work has its turn in between."""
-        for first in range(0, len(self._resources), PART_RESOURCES):
-            yield self._part(self._resources[first : first + PART_RESOURCES])
+        resources, self._resources = self._resources, []
+        for first in range(0, len(resources), PART_RESOURCES):
+            yield self._part(resources[first : first + PART_RESOURCES])
 
     def _part(self, resources: Iterable[discovery_pb2.Resource]) -> list[tuple[str, Held]]:
         check, upserts = _CHECKS[self.type], []

@@ -31,6 +31,7 @@ log = structlog.get_logger(__name__)
 HEARTBEAT_S = 1.0
 AWAY_AFTER_S = 3.0
 PACE_DEADLINE_S = 1.5
+MANY_RESOURCES = 1000
 
 
 class Publisher:
@@ -99,7 +100,11 @@ class Publisher:
         async with self._turn:
             self._store.in_response = True
             with tracing.tracer.start_as_current_span("xds_client publish") as span:
+                began = time.perf_counter()
                 changed = await self._publish(reading, tracing.headers())
+                if changed > MANY_RESOURCES:
+                    took_ms = round((time.perf_counter() - began) * 1e3)
+                    log.info("response_published", resources=changed, took_ms=took_ms)
                 span.set_attributes({"pykmesh.changed": changed, "pykmesh.type": reading.type_url})
 
     async def _publish(self, reading: Reading, headers: Headers) -> int:
