@@ -65,6 +65,15 @@ static __always_inline void remember(struct bpf_sock_addr *ctx, const struct des
 		state->opened_ns = bpf_ktime_get_ns();
 }
 
+/* A socket that goes to no service now keeps none from before. */
+static __always_inline void forget(struct bpf_sock_addr *ctx)
+{
+	struct socket_state *state = bpf_sk_storage_get(&sockets, ctx->sk, 0, 0);
+
+	if (state)
+		state->service = 0;
+}
+
 /* Returns REASON_ROUTED with choice->rewrite, or what to do instead. */
 static __always_inline enum reason decide_connect(struct bpf_sock_addr *ctx, const struct destination *to,
 						  struct choice *choice)
@@ -91,12 +100,12 @@ int pykmesh_conn4(struct bpf_sock_addr *ctx)
 	if (!is_served(ctx))
 		return ALLOW;
 	reason = decide_connect(ctx, &to, &choice);
-	if (reason == REASON_PASSTHROUGH)
-		return ALLOW;
-	if (reason != REASON_ROUTED)
+	if (reason != REASON_ROUTED && reason != REASON_PASSTHROUGH)
 		return refuse(reason);
-	if (!choice.rewrite)
+	if (!choice.rewrite) {
+		forget(ctx);
 		return ALLOW;
+	}
 	count(REASON_ROUTED);
 	remember(ctx, &to, &choice);
 	ctx->user_ip4 = choice.endpoint.address.word[3];
@@ -118,12 +127,12 @@ int pykmesh_conn6(struct bpf_sock_addr *ctx)
 	to.address.word[2] = ctx->user_ip6[2];
 	to.address.word[3] = ctx->user_ip6[3];
 	reason = decide_connect(ctx, &to, &choice);
-	if (reason == REASON_PASSTHROUGH)
-		return ALLOW;
-	if (reason != REASON_ROUTED)
+	if (reason != REASON_ROUTED && reason != REASON_PASSTHROUGH)
 		return refuse(reason);
-	if (!choice.rewrite)
+	if (!choice.rewrite) {
+		forget(ctx);
 		return ALLOW;
+	}
 	count(REASON_ROUTED);
 	remember(ctx, &to, &choice);
 	ctx->user_ip6[0] = choice.endpoint.address.word[0];

@@ -86,7 +86,13 @@ static __always_inline enum reason decide_datagram(struct bpf_sock_addr *ctx, co
 		choice->endpoint.port = before.port = kept->port;
 	}
 	reason = choose(to, client_network(pod), slot, choice);
-	if (reason == REASON_ROUTED && choice->rewrite) {
+	if ((reason == REASON_ROUTED || reason == REASON_PASSTHROUGH) && !choice->rewrite) {
+		/* Sent to the address itself: its answers are its own. */
+		key.is_reply = 1;
+		bpf_map_delete_elem(&datagrams, &key);
+		return reason;
+	}
+	if (reason == REASON_ROUTED) {
 		bool same = ip_equal(&before.address, &choice->endpoint.address) &&
 			    before.port == choice->endpoint.port;
 

@@ -75,8 +75,14 @@ static __always_inline void count_open(const struct open_key *key)
 	if (!has_telemetry)
 		return;
 	opened = bpf_map_lookup_elem(&opens, key);
+	if (!opened) {
+		if (!bpf_map_update_elem(&opens, key, &one, BPF_NOEXIST))
+			return;
+		/* Another processor may have made the entry meanwhile. */
+		opened = bpf_map_lookup_elem(&opens, key);
+	}
 	if (opened)
 		(*opened)++;
-	else if (bpf_map_update_elem(&opens, key, &one, BPF_NOEXIST))
+	else
 		count(REASON_OPEN_LOST);
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
  * Every structure and number that user space shares with the programs. The Python layout is
- * generated from the BTF of these (see tools/layout.py): field names here are field names there.
+ * generated from the BTF of these (pykmesh/kernel/btf.py): field names here are field names there.
  *
  * Fixed widths, explicit zeroed padding, big-endian types for network order. Values that may grow
  * end in 16 reserved bytes: a new field there changes no size.
@@ -175,7 +175,6 @@ enum reason {
 	REASON_POLICY_UNSUPPORTED,   /* refused: has policies, which are not enforced yet */
 	REASON_FAMILY,		     /* refused: the endpoints have no address of the socket's family */
 	REASON_ENDPOINT_VANISHED,    /* refused: the endpoints changed faster than they could be read */
-	REASON_NO_ROOM,		     /* refused: what the node should know did not fit its maps */
 	REASON_STATE_LOST,    /* not refused: no memory for the socket's state, so no name and record */
 	REASON_RECORD_LOST,   /* not refused: the ring was full, a record is missing */
 	REASON_OPEN_LOST,     /* not refused: the open was not counted */

@@ -98,7 +98,7 @@ static __always_inline void opened(struct bpf_sock_ops *ops)
 	if (state->service) {
 		struct ip remote = sockops_remote(ops);
 
-		if (!ip_equal(&remote, &state->endpoint))
+		if (!ip_equal(&remote, &state->endpoint) || sockops_remote_port(ops) != state->endpoint_port)
 			state->service = 0;
 	}
 	count_tcp_open(ops, state);
@@ -145,7 +145,8 @@ static __always_inline void closed(struct bpf_sock_ops *ops)
 	record->remote_port = sockops_remote_port(ops);
 	record->srtt_us = ops->srtt_us >> 3;
 	record->retransmits = ops->total_retrans;
-	if (state->service && ip_equal(&record->remote, &state->endpoint)) {
+	if (state->service && ip_equal(&record->remote, &state->endpoint) &&
+	    record->remote_port == state->endpoint_port) {
 		record->service = state->service;
 		record->vip = state->vip;
 		record->vip_port = state->vip_port;

@@ -6,6 +6,7 @@ only, one request a connection: it serves probes, scrapes and the command line, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
@@ -19,6 +20,7 @@ import structlog
 log = structlog.get_logger(__name__)
 
 REQUEST_DEADLINE_S = 5.0
+CONNECTIONS_MAX = 256
 
 
 class Page(NamedTuple):
@@ -42,6 +44,7 @@ class Admin:
 
     def __init__(self) -> None:
         self._routes: dict[str, Handler] = {}
+        self._open = 0
 
     def route(self, path: str, handler: Handler) -> None:
         self._routes[path] = handler
@@ -63,14 +66,23 @@ class Admin:
             await listener.serve(self._answer)
 
     async def _answer(self, stream: anyio.abc.SocketStream) -> None:
+        """One request. Whatever is wrong with it, or with its page, ends it and nothing else."""
         async with stream:
-            try:
-                with anyio.fail_after(REQUEST_DEADLINE_S):
-                    request = await self._read(stream)
-                    page = await self._page(request)
-                await _send(stream, page)
-            except (h11.RemoteProtocolError, anyio.BrokenResourceError, anyio.EndOfStream, TimeoutError):
+            if self._open >= CONNECTIONS_MAX:
                 return
+            self._open += 1
+            try:
+                with anyio.fail_after(REQUEST_DEADLINE_S) as deadline:
+                    page = await self._page(await self._read(stream))
+                    if not isinstance(page.body, bytes):
+                        deadline.deadline = math.inf
+                    await _send(stream, page)
+            except (h11.ProtocolError, anyio.BrokenResourceError, anyio.EndOfStream, TimeoutError):
+                return
+            except Exception as error:  # noqa: BLE001  (a page that fails must not end the process)
+                log.error("admin_page_failed", error=f"{type(error).__name__}: {error}")
+            finally:
+                self._open -= 1
 
     @staticmethod
     async def _read(stream: anyio.abc.SocketStream) -> h11.Request:
@@ -91,7 +103,11 @@ class Admin:
         handler = self._routes.get(target.path)
         if handler is None:
             return as_json({"error": f"no page {target.path}", "pages": sorted(self._routes)}, 404)
-        return await handler(dict(parse_qsl(target.query)))
+        try:
+            return await handler(dict(parse_qsl(target.query)))
+        except Exception as error:  # noqa: BLE001  (told to who asked, and logged)
+            log.error("admin_page_failed", page=target.path, error=f"{type(error).__name__}: {error}")
+            return as_json({"error": f"{type(error).__name__}: {error}"}, 500)
 
 
 async def _send(stream: anyio.abc.SocketStream, page: Page) -> None:

@@ -92,7 +92,8 @@ def main(name: str, kind: type[_S], app: App[_S]) -> None:
         settings = load(kind)
         logs.configure(name, settings.log_level, settings.log_format)
     except (SettingsError, ValueError) as error:
-        sys.exit(f"{name}: {error}")
+        print(f"{name}: {error}", file=sys.stderr)  # noqa: T201  (there is no log yet)
+        sys.exit(EXIT_SETTINGS)
     # A mesh is many objects that live long and hold no cycles: looking at them seldom is enough.
     gc.set_threshold(*GC_THRESHOLDS)
     provider = tracing.configure(name, settings.instance, settings.otlp_endpoint)

@@ -236,11 +236,11 @@ def _is_zombie(pid: int) -> bool:
 @click.pass_obj
 def uninstall(instance: Instance) -> None:
     """Remove every program, map, link and pin of the instance: its services end with them."""
-    import shutil
-
     from pykmesh.kernel.libbpf import KernelError
     from pykmesh.kernel.pins import PinDirectoryError
     from pykmesh.kernel.pins import uninstall as remove
+    from pykmesh.node.instance import remove_files
+    from pykmesh.node.mesh import PROCESSES
 
     if running(instance.run_dir) is not None:
         raise Failure(f"instance {instance.name} is running: pykmesh down first")
@@ -248,7 +248,7 @@ def uninstall(instance: Instance) -> None:
         removed = remove(instance.pin_dir)
     except (PinDirectoryError, KernelError, OSError) as error:
         raise Failure(str(error)) from error
-    shutil.rmtree(instance.run_dir, ignore_errors=True)
+    remove_files(instance, PROCESSES)
     click.echo(f"removed {removed.links} attachments and {removed.maps} maps of instance {instance.name}")
 
 

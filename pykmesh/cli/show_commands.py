@@ -76,7 +76,7 @@ def _names(instance: Instance) -> list[str]:
 
 def _status_row(name: str, process: dict[str, Any] | None) -> tuple[Any, ...]:
     if process is None:
-        return (name, "-", "no", "to be started", "-", "-", "does not answer")
+        return (name, "-", "no", "-", "-", "-", "does not answer")
     waits = ", ".join(process["waits_for"])
     errors = process["errors"]
     last = f"{len(errors)}: {errors[-1]['event']}" if errors else "0"

@@ -78,6 +78,7 @@ class Workload(msgspec.Struct, frozen=True, gc=False):
     prefers_hbone: bool
     capacity: int
     policies: tuple[str, ...]
+    namespace: str
     raw: bytes
 
 
@@ -126,6 +127,7 @@ def _workload(message: workload_pb2.WorkloadOutline, raw: bytes) -> Workload:
         tunnel == 1,
         message.capacity.value if message.HasField("capacity") else 1,
         tuple(policies) if policies else (),
+        intern(message.namespace),
         raw,
     )
 

@@ -55,6 +55,8 @@ class XdsClientSettings(CommonSettings, frozen=True, kw_only=True):
     max_message_bytes: int = 1 << 30
     report_deadline_s: float = 5.0
     """How long the answer to the control plane waits for map_writer's report."""
+    map_writer_grace_s: float = 3.0
+    """How long after its own start it takes map_writer, not heard yet, to be starting too."""
     in_flight_batches: int = 64
     """Batches published and not yet reported on, at most, while map_writer reports."""
 

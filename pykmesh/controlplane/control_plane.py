@@ -1,13 +1,15 @@
 """The control plane as a whole: watches the folder, keeps the snapshot current, serves it.
 
-Files are read and translated in a thread; the event loop only hands results over. Once it has started,
-nothing that is in the folder ends it: what cannot be read is in `errors`, the rest is served.
+Files are read and translated in a thread; the event loop only hands results over. Nothing that is in the
+folder ends it. Clients delete what a control plane does not name, so it begins to serve only with a folder
+that reads without errors: before that it does not listen, and clients keep what they have and try again.
+Once it serves it goes on: what can no longer be read counts as it last was, and is in `errors`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import anyio
 import anyio.to_thread
@@ -58,6 +60,8 @@ class ControlPlane:
         self._folder = Folder(settings.config_dir)
         self._server = DeltaServer()
         self._content: Content | None = None
+        self._whole = anyio.Event()
+        """Set by the first content in which no file is missing."""
         self._translation = Translation({}, ())
         self._started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._generation = 0
@@ -79,25 +83,30 @@ class ControlPlane:
 
     @property
     def resources(self) -> Mapping[str, wire.Address]:
-        """What is served, by name. Not to be changed."""
+        """What is served, by name; nothing before the folder could be read whole. Not to be changed."""
         return self._translation.resources
 
-    async def run(self, *, started: Callable[[int], None]) -> None:
-        """Runs until cancelled. Calls `started` with the port once the folder is read and served.
+    async def run(
+        self, *, started: Callable[[int], None], refused: Callable[[Sequence[ConfigError]], None]
+    ) -> None:
+        """Runs until cancelled. Calls `started` with the port once the folder is read whole and served.
 
+        Until then it does not listen, and calls `refused` with the errors of files and folders that are in
+        the way, whenever they change. Objects left without an address and duplicates are not in the way.
         Raises `OSError` if the port cannot be had.
         """
-        await self._read(await anyio.to_thread.run_sync(self._folder.look))
+        await self._read(await anyio.to_thread.run_sync(self._folder.look), refused)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._watch)
+            tasks.start_soon(self._watch, refused)
+            await self._whole.wait()
             await self._server.serve(self._settings.listen_host, self._settings.listen_port, started)
 
-    async def _watch(self) -> None:
+    async def _watch(self, refused: Callable[[Sequence[ConfigError]], None]) -> None:
         while True:
             await anyio.sleep(self._settings.poll_ms / 1000)
             sight = await anyio.to_thread.run_sync(self._folder.look)
             if self._folder.has_changed(sight):
-                await self._read(await self._quiet(sight))
+                await self._read(await self._quiet(sight), refused)
 
     async def _quiet(self, sight: Sight) -> Sight:
         """Waits until the folder has stayed as it is for the debounce time."""
@@ -109,11 +118,20 @@ class ControlPlane:
             sight = latest
         return sight
 
-    async def _read(self, sight: Sight) -> None:
-        begin = time.monotonic()
+    async def _read(self, sight: Sight, refused: Callable[[Sequence[ConfigError]], None]) -> None:
         content = await anyio.to_thread.run_sync(self._folder.read, sight)
         if content == self._content:
             return
+        if content.refused and not self._whole.is_set():
+            self._content, self._translation = content, Translation({}, content.errors)
+            log.error("not_served", errors=len(content.refused), first=str(content.refused[0]))
+            refused(content.refused)
+            return
+        await self._publish(content)
+        self._whole.set()
+
+    async def _publish(self, content: Content) -> None:
+        begin = time.monotonic()
         version = f"{self._started_at}/{self._generation + 1}"
         translation, snapshot = await anyio.to_thread.run_sync(self._translate, content, version)
         self._content, self._translation = content, translation

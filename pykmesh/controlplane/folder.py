@@ -1,11 +1,13 @@
 """A folder of YAML files, watched: which files changed, what they say now, and what they said last.
 
 A `Folder` is driven from outside (`look`, then `read`), by one thread at a time, and never raises: what goes
-wrong becomes an error in its content. A file that cannot be read keeps the objects it had when it last could.
+wrong becomes an error in its content. A file that cannot be read keeps the objects it had when it last could;
+one that never could has none, and is told apart (`Content.refused`) from one that says nothing.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -39,7 +41,7 @@ class Sight(msgspec.Struct, frozen=True):
     files: Mapping[str, Signature]
     """By path below the folder."""
     unreadable: Mapping[str, str]
-    """Folders that could not be listed, and why; "" is the folder itself."""
+    """Folders that could not be listed and files that could not be looked at; "" is the folder itself."""
 
 
 class Content(msgspec.Struct, frozen=True):
@@ -47,6 +49,8 @@ class Content(msgspec.Struct, frozen=True):
 
     objects: tuple[Located, ...] = ()
     errors: tuple[ConfigError, ...] = ()
+    refused: tuple[ConfigError, ...] = ()
+    """Those of the errors for which a file or a folder counts as it last was, or not at all."""
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -94,10 +98,10 @@ class Folder:
         return self._content()
 
     def _expected(self, sight: Sight) -> dict[str, Signature | None]:
-        """The files that should be held: those seen, and those in folders that could not be listed."""
+        """The files that should be held: those seen, and those of which nothing could be seen."""
         expected: dict[str, Signature | None] = dict(sight.files)
         for name, file in self._files.items():
-            if any(name.startswith(folder) for folder in sight.unreadable):
+            if any(name.startswith(place) for place in sight.unreadable):
                 expected.setdefault(name, file.signature)
         return expected
 
@@ -107,21 +111,25 @@ class Folder:
         try:
             content = (self._path / name).read_bytes()
         except OSError as error:
-            errors = (ConfigError(name, 0, "", f"Cannot be read: {error.strerror}"),)
+            errors = (ConfigError(_shown(name), 0, "", f"Cannot be read: {error.strerror}"),)
             return _File(None, None, good, errors)
         settled = signature if now_ns - signature.mtime_ns > _RACY_NS else None
         digest = hashlib.blake2b(content).digest()
         if before and before.digest == digest:
             return msgspec.structs.replace(before, signature=settled)
-        parsed = parse(content, name)
+        parsed = parse(content, _shown(name))
         return _File(settled, digest, good if parsed.errors else parsed, parsed.errors)
 
     def _content(self) -> Content:
         in_order = [self._files[name] for name in sorted(self._files)]
         objects, duplicates = without_duplicates(obj for file in in_order for obj in file.good.objects)
         self._log_ignored(frozenset().union(*(file.good.ignored for file in in_order)))
-        errors = (error for file in in_order for error in file.errors)
-        content = Content(objects, (*self._folder_errors, *sorted((*errors, *duplicates))))
+        errors = [error for file in in_order for error in file.errors]
+        content = Content(
+            objects,
+            errors=(*self._folder_errors, *sorted((*errors, *duplicates))),
+            refused=(*self._folder_errors, *sorted(errors)),
+        )
         self._log_new_errors(content.errors)
         return content
 
@@ -150,14 +158,17 @@ def _list(
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
-        unreadable[prefix] = error.strerror or str(error)
+        unreadable[prefix] = f"The folder cannot be listed: {error.strerror}"
         return
     for entry in entries:
         if entry.name.startswith("."):
             continue
         try:
             found = entry.stat()
-        except OSError:  # gone in the meantime, or a link to nothing
+        except OSError as error:
+            gone = error.errno == errno.ENOENT and not entry.is_symlink()
+            if entry.name.endswith(_SUFFIXES) and not gone:
+                unreadable[prefix + entry.name] = f"Cannot be read: {error.strerror}"
             continue
         identity = (found.st_dev, found.st_ino)
         if stat.S_ISDIR(found.st_mode) and identity not in above:
@@ -167,7 +178,9 @@ def _list(
 
 
 def _errors_of(sight: Sight) -> tuple[ConfigError, ...]:
-    return tuple(
-        ConfigError(folder or ".", 0, "", f"The folder cannot be listed: {why}")
-        for folder, why in sight.unreadable.items()
-    )
+    return tuple(ConfigError(_shown(place) or ".", 0, "", why) for place, why in sight.unreadable.items())
+
+
+def _shown(name: str) -> str:
+    """Names of files are bytes; a text that goes out as JSON is UTF-8."""
+    return os.fsencode(name).decode(errors="replace")

@@ -22,6 +22,9 @@ _PATH_STEP = re.compile(r"\.(?P<name>[^.\[]+)|\[(?P<index>\d+)\]")
 
 
 _MERGE = "tag:yaml.org,2002:merge"
+_NO_OBJECT = "Expected an object with apiVersion, kind and metadata"
+_LONGEST_QUOTE = 60
+_TOO_DEEP = "Nested too deeply"
 
 
 class ConfigError(msgspec.Struct, frozen=True, order=True):
@@ -62,7 +65,10 @@ def parse(content: bytes, file: str) -> Parsed:
         return Parsed(errors=(_syntax_error(error, content, file),))
     reader = _Reader(file)
     for document in documents:
-        reader.read(document)
+        try:
+            reader.read(document)
+        except RecursionError:
+            reader.refuse(document, "", _TOO_DEEP)
     if reader.errors:
         return Parsed(errors=tuple(reader.errors))
     return Parsed(objects=tuple(reader.objects), ignored=frozenset(reader.ignored))
@@ -86,7 +92,6 @@ class _Reader:
 
     def __init__(self, file: str) -> None:
         self._file = file
-        self._constructor = _Constructor()
         self.objects: list[Located] = []
         self.errors: list[ConfigError] = []
         self.ignored: set[str] = set()
@@ -96,18 +101,21 @@ class _Reader:
         if _is_null(node):
             return
         if not isinstance(node, yaml.MappingNode):
-            self._refuse(node, prefix, "Expected an object with apiVersion, kind and metadata")
+            self.refuse(node, prefix, _NO_OBJECT)
             return
         try:
-            plain = self._constructor.construct_document(node)
+            plain = _Constructor().construct_document(node)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or node.start_mark
             self.errors.append(ConfigError(self._file, mark.line + 1, prefix, str(error.problem)))
             return
+        if not isinstance(plain, dict):
+            self.refuse(node, prefix, _NO_OBJECT)
+            return
         api_version, kind = plain.get("apiVersion"), plain.get("kind")
         if not isinstance(api_version, str) or not isinstance(kind, str):
             missing = "kind" if isinstance(api_version, str) else "apiVersion"
-            self._refuse(node, f"{prefix}{missing}", "Expected a text here")
+            self.refuse(node, f"{prefix}{missing}", "Expected a text here")
         elif kind.endswith("List") and isinstance(plain.get("items"), list):
             self._read_items(node, prefix)
         else:
@@ -130,11 +138,12 @@ class _Reader:
             match = _PATH_IN_MESSAGE.fullmatch(str(error))
             path = (match and match["path"]) or ""
             why = match["why"] if match else str(error)
-            self._refuse(_follow(node, path), prefix + path.removeprefix("."), why)
+            self.refuse(_follow(node, path), prefix + path.removeprefix("."), why)
         else:
             self.objects.append(Located(obj, self._file, node.start_mark.line + 1))
 
-    def _refuse(self, node: yaml.Node, field: str, why: str) -> None:
+    def refuse(self, node: yaml.Node, field: str, why: str) -> None:
+        """Notes an error at a node."""
         self.errors.append(ConfigError(self._file, node.start_mark.line + 1, field, why))
 
 
@@ -145,7 +154,18 @@ class _Constructor(SafeConstructor):
         "tag:yaml.org,2002:timestamp": SafeConstructor.construct_yaml_str
     }
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Raises only `MarkedYAMLError` and `RecursionError`; PyYAML lets out whatever `int(text)` raises."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+            what = _shortened(repr(node.value)) if isinstance(node, yaml.ScalarNode) else "this"
+            problem = f"Cannot read {what} as {node.tag.rpartition(':')[2]}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = True) -> dict[Any, Any]:
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.MarkedYAMLError(problem="Expected an object", problem_mark=node.start_mark)
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -172,10 +192,14 @@ def _syntax_error(
             line = error.problem_mark.line + 1 if error.problem_mark else 0
             why = f"Not YAML: {', '.join(_parts(error))}"
         case RecursionError():
-            why = "Nested too deeply"
+            why = _TOO_DEEP
         case _:
             why = f"Not YAML: {error}"
     return ConfigError(file, line, "", why)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}..."
 
 
 def _parts(error: yaml.MarkedYAMLError) -> Iterator[str]:

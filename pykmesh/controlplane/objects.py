@@ -255,7 +255,7 @@ class WorkloadEntrySpec(_Manifest, frozen=True, kw_only=True):
     labels: Labels = {}
     network: str = ""
     locality: str = ""
-    weight: Annotated[int, msgspec.Meta(ge=0)] = 0
+    weight: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)] = 0
     service_account: str = ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import msgspec
 
 from pykmesh.contracts.settings import CommonSettings
 from pykmesh.controlplane.control_plane import ControlPlane
+from pykmesh.controlplane.manifests import ConfigError
 from pykmesh.controlplane.settings import ControlPlaneSettings
 from pykmesh.process import Runtime, main
+from pykmesh.readiness import Readiness
 
 
 class ControlPlaneProcessSettings(CommonSettings, frozen=True, kw_only=True):
@@ -32,12 +35,35 @@ class ControlPlaneProcessSettings(CommonSettings, frozen=True, kw_only=True):
 
 
 async def run(runtime: Runtime[ControlPlaneProcessSettings]) -> None:
-    """Serves until cancelled; ready when it listens."""
+    """Serves until cancelled; ready when it listens, which a folder that cannot be read puts off."""
     runtime.readiness.wait_for("listening")
     names = {name for name in ControlPlaneSettings.__struct_fields__ if hasattr(runtime.settings, name)}
     plane = ControlPlane(ControlPlaneSettings(**{name: getattr(runtime.settings, name) for name in names}))
     runtime.details = lambda: _details(plane)
-    await plane.run(started=lambda _: runtime.readiness.done("listening"))
+    manifests = ManifestsTask(runtime.readiness)
+
+    def started(_: int) -> None:
+        manifests.done()
+        runtime.readiness.done("listening")
+
+    await plane.run(started=started, refused=manifests.wait_for)
+
+
+class ManifestsTask:
+    """A readiness task whose name says what is wrong: `manifests: web.yaml:36: spec.ports[0].port: ...`."""
+
+    def __init__(self, readiness: Readiness) -> None:
+        self._readiness = readiness
+        self._name = ""
+
+    def wait_for(self, errors: Sequence[ConfigError]) -> None:
+        self.done()
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        self._name = f"manifests: {errors[0]}{more}"
+        self._readiness.wait_for(self._name)
+
+    def done(self) -> None:
+        self._readiness.done(self._name)
 
 
 def _details(plane: ControlPlane) -> dict[str, Any]:

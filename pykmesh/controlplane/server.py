@@ -37,7 +37,9 @@ _OPTIONS = (
     ("grpc.max_send_message_length", -1),  # a whole mesh is one message
     ("grpc.max_receive_message_length", -1),
     ("grpc.so_reuseport", 0),  # a port in use is an error, not shared
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    # A client may ping as often as it likes; else one that is idle is sent away every few minutes.
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
 )
 _IDENTIFIER = json.dumps(

@@ -118,8 +118,8 @@ class Demo:
             self._behind.end()
         elif running(self.instance.run_dir) is not None:
             self._cli("down")
+        shutil.rmtree(self._folder, ignore_errors=True)
         self._cli("uninstall")
-        shutil.rmtree(self.instance.run_dir, ignore_errors=True)
 
     def _place(self) -> list[str]:
         """What tells the command line which instance is meant."""

@@ -125,11 +125,10 @@ class Reason(IntEnum):
     POLICY_UNSUPPORTED = 5
     FAMILY = 6
     ENDPOINT_VANISHED = 7
-    NO_ROOM = 8
-    STATE_LOST = 9
-    RECORD_LOST = 10
-    OPEN_LOST = 11
-    DATAGRAM_LOST = 12
+    STATE_LOST = 8
+    RECORD_LOST = 9
+    OPEN_LOST = 10
+    DATAGRAM_LOST = 11
 
     @property
     def label(self) -> str:

@@ -178,6 +178,10 @@ def map_info(fd: int) -> tuple[int, int, int, int]:
     return kind, key, value, entries
 
 
+def map_id(fd: int) -> int:
+    return int.from_bytes(_info(fd, 96, "a map")[4:8], "little")
+
+
 def program_name_and_maps(program_id: int) -> tuple[str, list[int]]:
     """The name of a program that is loaded, and the ids of its maps."""
     fd = _checked(_L.bpf_prog_get_fd_by_id(program_id), f"program {program_id}")

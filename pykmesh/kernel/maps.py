@@ -85,6 +85,14 @@ class PinnedMap:
             hint = f"; there is {', '.join(others)} of another layout" if others else "; is bpf_loader up?"
             raise PinError(f"no pin {self.path}{hint}") from error
 
+    def is_current(self) -> bool:
+        """Whether the pin still names the map that is open here."""
+        try:
+            with libbpf.closing(libbpf.obj_get(str(self.path))) as fd:
+                return libbpf.map_id(fd) == libbpf.map_id(self.fd)
+        except libbpf.KernelError:
+            return False
+
     def close(self) -> None:
         os.close(self.fd)
 

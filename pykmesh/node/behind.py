@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Final
 
-from pykmesh.node.instance import Instance, InstanceError
+from pykmesh.node.instance import Instance, InstanceError, running
 
 READY_DEADLINE_S: Final = 30.0
 END_DEADLINE_S: Final = 15.0
@@ -21,6 +21,9 @@ class Behind:
 
     def __init__(self, instance: Instance, arguments: list[str]) -> None:
         """`arguments` are those of `pykmesh`. InstanceError when its log cannot be written."""
+        if (other := running(instance.run_dir)) is not None:
+            down = f"pykmesh --instance {instance.name} down"
+            raise InstanceError(f"instance {instance.name!r} runs already (pid {other.pid}): {down}")
         self._instance = instance
         self._log = instance.log("supervisor")
         try:

@@ -56,6 +56,9 @@ def find_server() -> Path:
 def write_configuration(instance: Instance) -> Path:
     passwords = {name: instance.secret(name).read_text().strip() for name in PERMISSIONS}
     path = instance.run_dir / "nats.conf"
-    path.touch(0o600)
-    path.write_text(json.dumps(configuration("127.0.0.1", instance.ports.nats, passwords), indent=1))
+    try:
+        path.touch(0o600)
+        path.write_text(json.dumps(configuration("127.0.0.1", instance.ports.nats, passwords), indent=1))
+    except OSError as error:
+        raise InstanceError(f"{path}: {error.strerror}") from error
     return path

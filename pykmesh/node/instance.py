@@ -15,12 +15,14 @@ import os
 import re
 import secrets
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 DEFAULT_NAME: Final = "default"
+PORT_MAX: Final = 65535
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,29}[a-z0-9])?")
 
 
@@ -90,8 +92,13 @@ def free_ports(kept: dict[str, int]) -> Ports:
 
 def check_ports(ports: Ports, needed: list[str]) -> None:
     """InstanceError naming the first port that is taken and how to choose another."""
+    users: dict[int, str] = {}
     for name in needed:
         port = getattr(ports, name)
+        if not 0 < port <= PORT_MAX or port in users:
+            why = f"is that of {users[port]}" if port in users else "is no port to listen on"
+            raise InstanceError(f"port {port} ({name}) {why}; choose another with --port {name}=NUMBER")
+        users[port] = name
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -120,7 +127,7 @@ def prepare(instance: Instance) -> int:
         pid = running(instance.run_dir)
         raise InstanceError(
             f"instance {instance.name!r} runs already (pid {pid.pid if pid else 'unknown'}): "
-            f"pykmesh down --instance {instance.name}, or choose another --instance"
+            f"pykmesh --instance {instance.name} down, or choose another --instance"
         ) from error
     return held
 
@@ -129,9 +136,11 @@ def write(instance: Instance, processes: list[str]) -> None:
     """Secrets and the file that the command line reads. InstanceError when they cannot be written."""
     try:
         for process in processes:
-            if not instance.secret(process).exists():
-                instance.secret(process).write_text(secrets.token_urlsafe(24))
-                instance.secret(process).chmod(0o600)
+            if not _has_content(instance.secret(process)):
+                temporary = instance.secret(f"{process}.new")
+                temporary.touch(0o600)
+                temporary.write_text(secrets.token_urlsafe(24))
+                temporary.rename(instance.secret(process))
         target = instance.run_dir / "instance.json"
         temporary = target.with_suffix(".new")
         temporary.write_bytes(
@@ -142,19 +151,52 @@ def write(instance: Instance, processes: list[str]) -> None:
         raise InstanceError(f"run-time directory {instance.run_dir}: {error.strerror}") from error
 
 
+def _has_content(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
+
+
 def forget(instance: Instance) -> None:
     (instance.run_dir / "instance.json").unlink(missing_ok=True)
 
 
+def remove_files(instance: Instance, processes: Iterable[str]) -> None:
+    """Removes what an instance writes below its run-time directory, and directories that are then empty."""
+    names = [*processes, "supervisor"]
+    files = [instance.run_dir / name for name in ("instance.json", "lock", "nats.conf", "enroll.sock")]
+    files += [instance.secret(name + suffix) for name in names for suffix in ("", ".new")]
+    files += [instance.log(name).with_suffix(suffix) for name in names for suffix in (".log", ".old")]
+    for path in files:
+        path.unlink(missing_ok=True)
+    for directory in (instance.run_dir / "secrets", instance.run_dir / "logs", instance.run_dir):
+        with contextlib.suppress(OSError):
+            directory.rmdir()
+
+
 def running(run_dir: Path) -> Instance | None:
-    """The instance whose supervisor lives; None when there is none."""
+    """The instance whose supervisor lives, which holds the lock; None when there is none."""
+    if not _is_locked(run_dir / "lock"):
+        return None
     try:
         found = msgspec.json.decode(
             (run_dir / "instance.json").read_bytes(), type=Instance, dec_hook=_to_path
         )
     except (OSError, msgspec.MsgspecError):
         return None
-    return found if Path(f"/proc/{found.pid}").exists() else None
+    return found
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def _to_path(_: type, value: str) -> Path:

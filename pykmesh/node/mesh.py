@@ -20,6 +20,7 @@ from pykmesh.node.instance import Instance
 from pykmesh.node.supervisor import Spec, python
 
 SERVICES = ("bpf_loader", "map_writer", "xds_client", "telemetry")
+PROCESSES = ("nats", "control_plane", *SERVICES)
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):

@@ -77,6 +77,7 @@ def _prepare_pins(instance: Instance) -> None:
     """Before anything starts: what bpf_loader would fail at again and again."""
     try:
         pins.prepare(instance.pin_dir)
+        os.close(pins.lock(instance.pin_dir))
     except pins.PinDirectoryError as error:
         raise InstanceError(f"{error}; choose another with --pin-dir") from error
 

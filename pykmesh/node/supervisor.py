@@ -19,6 +19,9 @@ import anyio
 import anyio.abc
 import structlog
 
+from pykmesh.node.instance import InstanceError
+from pykmesh.process import EXIT_SETTINGS
+
 log = structlog.get_logger(__name__)
 
 BACKOFF_FIRST_S: Final = 0.1
@@ -26,6 +29,7 @@ BACKOFF_MAX_S: Final = 5.0
 STEADY_AFTER_S: Final = 10.0
 END_DEADLINE_S: Final = 5.0
 LOG_BYTES_MAX: Final = 16 * 1024 * 1024
+LINE_BYTES_MAX: Final = 64 * 1024
 
 
 class Spec(NamedTuple):
@@ -38,13 +42,17 @@ class Spec(NamedTuple):
 
 
 class Supervisor:
-    """Keeps `specs` running until cancelled. `echo` gets every line that they write."""
+    """Keeps `specs` running until cancelled. `echo` gets every line that they write.
+
+    A process that ends because its settings are wrong would do so again: InstanceError says its last words.
+    """
 
     def __init__(self, specs: list[Spec], echo: Callable[[str, str], None] | None = None) -> None:
         self._specs = specs
         self._echo = echo
         self.pids: dict[str, int] = {}
         self.restarts: dict[str, int] = {spec.name: 0 for spec in specs}
+        self.last_words: dict[str, str] = {}
 
     async def run(self) -> None:
         async with anyio.create_task_group() as tasks:
@@ -56,6 +64,8 @@ class Supervisor:
         while True:
             started = time.monotonic()
             code = await self._once(spec)
+            if code == EXIT_SETTINGS:
+                raise InstanceError(self.last_words.get(spec.name, f"{spec.name}: wrong settings"))
             if time.monotonic() - started > STEADY_AFTER_S:
                 backoff = BACKOFF_FIRST_S
             self.restarts[spec.name] += 1
@@ -90,9 +100,18 @@ class Supervisor:
             async for data in process.stdout:
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
-                    file.write(line)
-                    if self._echo:
-                        self._echo(spec.name, line.decode(errors="replace"))
+                    self._take_line(spec, file, line)
+                if len(rest) > LINE_BYTES_MAX:
+                    self._take_line(spec, file, rest)
+                    rest = b""
+            if rest:
+                self._take_line(spec, file, rest)
+
+    def _take_line(self, spec: Spec, file: _Log, line: bytes) -> None:
+        text = self.last_words[spec.name] = line.decode(errors="replace")
+        file.write(line)
+        if self._echo:
+            self._echo(spec.name, text)
 
 
 class _Log:

@@ -704,6 +704,7 @@ Global___AddressOutline: _TypeAlias = AddressOutline  # noqa: Y015
 class WorkloadOutline(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    NAMESPACE_FIELD_NUMBER: _builtins.int
     ADDRESSES_FIELD_NUMBER: _builtins.int
     NETWORK_FIELD_NUMBER: _builtins.int
     TUNNEL_PROTOCOL_FIELD_NUMBER: _builtins.int
@@ -714,6 +715,7 @@ class WorkloadOutline(_message.Message):
     SERVICES_FIELD_NUMBER: _builtins.int
     NETWORK_MODE_FIELD_NUMBER: _builtins.int
     CAPACITY_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
     network: _builtins.str
     tunnel_protocol: _builtins.int
     waypoint: _builtins.bytes
@@ -731,6 +733,7 @@ class WorkloadOutline(_message.Message):
     def __init__(
         self,
         *,
+        namespace: _builtins.str = ...,
         addresses: _abc.Iterable[_builtins.bytes] | None = ...,
         network: _builtins.str = ...,
         tunnel_protocol: _builtins.int = ...,
@@ -744,7 +747,7 @@ class WorkloadOutline(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "authorization_policies", b"authorization_policies", "capacity", b"capacity", "network", b"network", "network_mode", b"network_mode", "services", b"services", "status", b"status", "tunnel_protocol", b"tunnel_protocol", "uid", b"uid", "waypoint", b"waypoint"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "authorization_policies", b"authorization_policies", "capacity", b"capacity", "namespace", b"namespace", "network", b"network", "network_mode", b"network_mode", "services", b"services", "status", b"status", "tunnel_protocol", b"tunnel_protocol", "uid", b"uid", "waypoint", b"waypoint"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -34,13 +34,15 @@ async def run(runtime: Runtime[LoaderSettings]) -> None:
     held = pins.lock(settings.pin_dir)
     programs = await anyio.to_thread.run_sync(_load, settings)
     enrollment = Enrollment(settings.pin_dir, root, settings.instance, settings.network, programs)
+    turn = anyio.Lock()
     updated = await anyio.to_thread.run_sync(enrollment.adopt)
     log.info("programs_loaded", links_updated=updated, pin_dir=str(settings.pin_dir))
-    runtime.details = lambda: _details(settings, enrollment)
+    refuses_with = "ECONNREFUSED" if await anyio.to_thread.run_sync(can_set_retval) else "EPERM"
+    runtime.details = lambda: _details(settings, enrollment, refuses_with)
     try:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(Door(settings.enroll_socket, enrollment).serve)
-            tasks.start_soon(_sweep, enrollment)
+            tasks.start_soon(Door(settings.enroll_socket, enrollment, turn).serve)
+            tasks.start_soon(_sweep, enrollment, turn)
             runtime.readiness.done("programs")
     finally:
         programs.close()
@@ -66,15 +68,17 @@ def _load(settings: LoaderSettings) -> Programs:
     return Programs(pins.maps_dir(settings.pin_dir), sizes, fixed)
 
 
-async def _sweep(enrollment: Enrollment) -> None:
+async def _sweep(enrollment: Enrollment, turn: anyio.Lock) -> None:
     while True:
         await anyio.sleep(SWEEP_INTERVAL_S)
-        await anyio.to_thread.run_sync(enrollment.sweep)
+        async with turn:
+            await anyio.to_thread.run_sync(enrollment.sweep)
 
 
-def _details(settings: LoaderSettings, enrollment: Enrollment) -> dict[str, Any]:
+def _details(settings: LoaderSettings, enrollment: Enrollment, refuses_with: str) -> dict[str, Any]:
+    """On the event loop: nothing is looked up."""
     return {
         "pin_dir": str(settings.pin_dir),
-        "refuses_with": "ECONNREFUSED" if can_set_retval() else "EPERM",
-        "enrolled": enrollment.list(),
+        "refuses_with": refuses_with,
+        "enrolled": enrollment.shown,
     }

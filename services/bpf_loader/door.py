@@ -23,12 +23,12 @@ DESCRIPTORS_MAX = 2
 
 
 class Door:
-    """Serves one request at a time: enrolment changes shared state in the kernel."""
+    """Serves one request at a time, in turn with all else that has `turn`: enrolment is for one at once."""
 
-    def __init__(self, path: Path, enrollment: Enrollment) -> None:
+    def __init__(self, path: Path, enrollment: Enrollment, turn: anyio.Lock) -> None:
         self._path = path
         self._enrollment = enrollment
-        self._turn = anyio.Lock()
+        self._turn = turn
 
     async def serve(self) -> None:
         """Runs until cancelled. OSError when the socket cannot be made."""
@@ -77,14 +77,13 @@ class Door:
 
     def _act(self, request: Request, descriptors: list[int]) -> Reply:
         if request.action is Action.LIST:
-            return Reply(enrolled=self._enrollment.list())
+            return Reply(enrolled=self._enrollment.enrolled())
         if len(descriptors) != 1 + request.has_netns:
             raise EnrollmentError(f"{request.action}: {len(descriptors)} descriptors came")
         if request.action is Action.UNENROLL:
             self._enrollment.unenroll(descriptors[0])
             return Reply()
-        # The enrolment closes the namespace's descriptor: it gets one of its own.
-        namespace = os.dup(descriptors[1]) if request.has_netns else None
+        namespace = descriptors[1] if request.has_netns else None
         return Reply(enrolled=[self._enrollment.enroll(descriptors[0], namespace)])
 
 

@@ -1,38 +1,37 @@
 """Which cgroups are enrolled. The truth is in the kernel: pinned links and the map of pods.
 
 Invariant: a cgroup has all hooks or none. Attaching goes in the order of `HOOKS` and is taken back
-when a hook fails; the pod's entry is written before the first hook and removed after the last.
+when a hook fails; the pod's entry is written before the first hook and removed after the last. What
+others take away (a pin, a link) the sweep puts back.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
 
 import structlog
 
 from pykmesh.contracts.enrollment import Enrolled, EnrollmentError
 from pykmesh.kernel import cgroups, libbpf, pins
 from pykmesh.kernel.hooks import HOOKS, Hook, Programs
-from pykmesh.kernel.maps import PinnedMap
-from pykmesh.kernel.records import NO_IP, POD_KEY, POD_VALUE, Ip, ip_to_text, network_id
+from pykmesh.kernel.pins import CgroupLinks
+from pykmesh.kernel.records import NO_IP, ip_to_text, network_id
 from services.bpf_loader import netns
+from services.bpf_loader.netns import Namespace
+from services.bpf_loader.pods import Pod, Pods
 
 log = structlog.get_logger(__name__)
 
 
-class Pod(NamedTuple):
-    """An entry of the map of pods, without its network."""
-
-    cookie: int
-    address4: Ip
-    address6: Ip
-    cgroup_id: int
-
-
 class Enrollment:
-    """Enrols cgroups with the programs that are loaded now. Not for concurrent use."""
+    """Enrols cgroups with the programs that are loaded now.
+
+    Blocks, and is not for concurrent use: callers take turns, in threads. Only `shown`, what was
+    enrolled after the last change or sweep, may be read at any time.
+    """
 
     def __init__(
         self, pin_dir: Path, cgroup_root: Path, instance: str, network: str, programs: Programs
@@ -40,82 +39,147 @@ class Enrollment:
         self._links = pins.links_dir(pin_dir)
         self._root = cgroup_root
         self._instance = instance
-        self._network = network_id(network)
         self._programs = programs
-        self._pods = PinnedMap(pins.maps_dir(pin_dir), "pods")
+        self._pods = Pods(pins.maps_dir(pin_dir), network_id(network))
+        self._paths: dict[int, Path] = {}
+        self._told: set[tuple[str, str]] = set()
+        self.shown: list[Enrolled] = []
+
+    def close(self) -> None:
+        """What is attached stays."""
+        self._pods.close()
 
     def adopt(self) -> int:
-        """Gives the links that are there the programs loaded now; clears what is left of cgroups gone.
+        """Gives the links that are there the programs loaded now, after a sweep.
 
         Returns how many links were updated. Each is replaced in one step: nothing is detached.
         """
+        self._adopt_cookies()
         self.sweep()
-        updated = 0
-        for directory in self._links.glob("*"):
-            for hook in HOOKS:
-                updated += self._adopt_link(directory / hook.program, hook)
-        return updated
+        return sum(
+            self._adopt_link(each.path / hook.program, hook) for each in self._all_links() for hook in HOOKS
+        )
+
+    def _adopt_cookies(self) -> None:
+        """Where the entry of a pod was written and its cookie is not in the name of the links yet."""
+        cookies = {pod.cgroup_id: cookie for cookie, pod in self._pods.all().items()}
+        for each in self._all_links():
+            if each.netns_cookie is None and each.cgroup_id in cookies:
+                self._name(each, each.cgroup_id, cookies[each.cgroup_id])
 
     def _adopt_link(self, pin: Path, hook: Hook) -> int:
         if not pin.exists():
-            self._attach(int(pin.parent.name), hook)
-            return 1
+            return 0
         with libbpf.closing(libbpf.obj_get(str(pin))) as fd:
             attach_type = libbpf.link_info(fd)[2]
             if attach_type != hook.attach_type:
                 raise libbpf.KernelError(
                     22, f"{pin} is attached as type {attach_type}, not {hook.attach_type}"
                 )
-            libbpf.link_update(fd, self._programs.fds[hook])
+            try:
+                libbpf.link_update(fd, self._programs.fds[hook])
+            except libbpf.KernelError as error:
+                if error.errno != errno.ENOLINK:  # its cgroup went just now
+                    raise
+                return 0
         return 1
 
-    def _attach(self, cgroup_id: int, hook: Hook) -> None:
-        path = cgroups.path_of(self._root, cgroup_id)
-        if path is None:
-            return
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        with libbpf.closing(fd):
-            self._attach_fd(fd, cgroup_id, hook)
-
-    def _attach_fd(self, cgroup_fd: int, cgroup_id: int, hook: Hook) -> None:
-        with libbpf.closing(
-            libbpf.link_create(self._programs.fds[hook], cgroup_fd, hook.attach_type)
-        ) as link:
-            libbpf.obj_pin(link, str(self._links / str(cgroup_id) / hook.program))
-
     def sweep(self) -> int:
-        """Clears what is left of enrolled cgroups that were removed. Returns how many."""
-        gone = [directory for directory in self._links.glob("*") if self._is_gone(directory)]
-        for directory in gone:
-            pins.remove_links(directory)
-            self._forget_pod(int(directory.name))
-            log.info("cgroup_vanished", cgroup_id=int(directory.name))
-        return len(gone)
+        """Clears what is left of cgroups that were removed; mends and completes the others.
 
-    @staticmethod
-    def _is_gone(directory: Path) -> bool:
-        for pin in directory.glob("*"):
-            with libbpf.closing(libbpf.obj_get(str(pin))) as fd:
-                return libbpf.link_info(fd)[1] == 0
+        Returns how many were cleared. What cannot be mended is told once and tried again next time.
+        """
+        names, told = pins.read_links(self._links), set[tuple[str, str]]()
+        for stray in names.strays:
+            self._tell(told, "links_stray_left", str(stray))
+        paths = self._find(names.cgroups)
+        gone = 0
+        for each in names.cgroups:
+            try:
+                gone += self._sweep_one(each, paths.get(each.cgroup_id))
+            except OSError as error:
+                self._tell(told, "cgroup_not_mended", str(each.path), error=str(error))
+        self._told = told
+        self._settle()
+        return gone
+
+    def _sweep_one(self, links: CgroupLinks, path: Path | None) -> bool:
+        """True when the cgroup is gone. Links decide where there are some: the root may hide their cgroup."""
+        if path is not None:
+            self._mend(links, path)
+            self._learn(links, path)
+            return False
+        if any(_is_attached(links.path / hook.program) for hook in HOOKS):
+            return False
+        pins.remove_links(links.path)
+        log.info("cgroup_vanished", cgroup_id=links.cgroup_id)
         return True
 
+    def _tell(self, told: set[tuple[str, str]], event: str, where: str, **data: str) -> None:
+        """Once for as long as it lasts."""
+        told.add((event, where))
+        if (event, where) not in self._told:
+            log.warning(event, path=where, **data)
+
+    def _mend(self, links: CgroupLinks, path: Path) -> None:
+        with libbpf.closing(os.open(path, os.O_RDONLY | os.O_DIRECTORY)) as fd:
+            if cgroups.id_of(fd) == links.cgroup_id and (attached := self._attach_missing(fd, links)):
+                log.warning("hooks_attached_again", cgroup=str(path), hooks=attached)
+
+    def _attach_missing(self, cgroup_fd: int, links: CgroupLinks) -> list[str]:
+        """Attaches the hooks that have no pin, or whose link was detached; returns their programs."""
+        missing = [hook for hook in HOOKS if not _is_attached(links.path / hook.program)]
+        for hook in missing:
+            pin = links.path / hook.program
+            pin.unlink(missing_ok=True)
+            with libbpf.closing(
+                libbpf.link_create(self._programs.fds[hook], cgroup_fd, hook.attach_type)
+            ) as link:
+                libbpf.obj_pin(link, str(pin))
+        return [hook.program for hook in missing]
+
+    def _learn(self, links: CgroupLinks, path: Path) -> None:
+        """The namespace of a cgroup that had no process when it was enrolled, or an entry that was lost.
+
+        A first process on the host's network is looked at again: it may be about to leave it.
+        """
+        if links.netns_cookie is not None and self._pods.has(links.netns_cookie):
+            return
+        namespace = _namespace(path, None)
+        if namespace is None or namespace == netns.HOST:
+            return
+        if links.netns_cookie not in (None, namespace.cookie):
+            return
+        self._remember(links, links.cgroup_id, namespace)
+        log.info("pod_namespace_learnt", cgroup=str(path), netns_cookie=namespace.cookie)
+
     def enroll(self, cgroup_fd: int, netns_fd: int | None) -> Enrolled:
-        """Raises EnrollmentError; then nothing has changed. Enrolling again refreshes the pod's addresses."""
+        """Enrolling again refreshes the pod's namespace and addresses. The descriptors stay the caller's.
+
+        Raises EnrollmentError; then nothing has changed, or (a hook failed) the cgroup has no hooks.
+        """
         cgroup_id, path = cgroups.id_of(cgroup_fd), self._path(cgroup_fd)
-        directory = self._links / str(cgroup_id)
-        if not directory.exists():
+        before = self._links_of(cgroup_id)
+        if before is None:
             self._check_free(path)
-        self._remember_pod(cgroup_id, netns_fd, path)
-        directory.mkdir(exist_ok=True)
-        missing = [hook for hook in HOOKS if not (directory / hook.program).exists()]
         try:
-            for hook in missing:
-                self._attach_fd(cgroup_fd, cgroup_id, hook)
+            netns.own_cookie()
+            namespace = _namespace(path, netns_fd)
         except OSError as error:
-            self._take_back(cgroup_id)
+            raise EnrollmentError(f"cgroup {path}: {error.strerror or error}") from error
+        links = self._remember(before, cgroup_id, namespace)
+        if links.netns_cookie is None:
+            known = "none yet" if namespace is None else "the host's"
+            log.warning("pod_without_namespace", cgroup=str(path), known=known, effect="flows have no source")
+        try:
+            self._attach_missing(cgroup_fd, links)
+        except OSError as error:
+            self._take_back(links)
             raise EnrollmentError(f"cgroup {path}: {error.strerror or error}") from error
         log.info("cgroup_enrolled", cgroup=str(path), cgroup_id=cgroup_id)
-        return self._describe(cgroup_id)
+        self._paths[cgroup_id] = path
+        self._settle()
+        return next(each for each in self.shown if each.cgroup_id == cgroup_id)
 
     def _path(self, cgroup_fd: int) -> Path:
         path = Path(f"/proc/self/fd/{cgroup_fd}").readlink()
@@ -139,68 +203,96 @@ class Enrollment:
                 f"unenroll it there first"
             )
 
-    def _remember_pod(self, cgroup_id: int, netns_fd: int | None, path: Path) -> None:
-        if netns_fd is None:
-            netns_fd = self._netns_of_first_process(path)
-        if netns_fd is None:
-            log.warning("pod_without_namespace", cgroup=str(path), effect="its flows have no source")
-            return
-        try:
-            found = netns.inspect(netns_fd)
-        except OSError as error:
-            raise EnrollmentError(f"cgroup {path}: {error.strerror}") from error
-        finally:
-            os.close(netns_fd)
-        if found.cookie == netns.own_cookie():
-            log.info("pod_on_host_network", cgroup=str(path))
-            return
-        value = POD_VALUE.pack(found.address4, found.address6, self._network, cgroup_id)
-        self._pods.put(POD_KEY.pack(found.cookie), value)
+    def _remember(
+        self, before: CgroupLinks | None, cgroup_id: int, namespace: Namespace | None
+    ) -> CgroupLinks:
+        """Writes the pod's entry, then the directory's name; None keeps the namespace known before."""
+        if namespace is None:
+            return before or self._name(None, cgroup_id, None)
+        if namespace != netns.HOST:
+            self._pods.put(namespace, cgroup_id)
+        return self._name(before, cgroup_id, namespace.cookie or None)
 
-    @staticmethod
-    def _netns_of_first_process(path: Path) -> int | None:
-        for pid in (path / "cgroup.procs").read_text().split():
-            try:
-                return os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
-            except OSError:
-                continue
-        return None
+    def _name(self, before: CgroupLinks | None, cgroup_id: int, cookie: int | None) -> CgroupLinks:
+        after = pins.cgroup_links(self._links, cgroup_id, cookie)
+        if before is None:
+            after.path.mkdir()
+        elif before != after:
+            before.path.rename(after.path)
+        return after
 
     def unenroll(self, cgroup_fd: int) -> None:
         """Raises EnrollmentError when it is not enrolled."""
         cgroup_id = cgroups.id_of(cgroup_fd)
-        if not (self._links / str(cgroup_id)).exists():
+        links = self._links_of(cgroup_id)
+        if links is None:
             raise EnrollmentError(f"cgroup {self._path(cgroup_fd)} is not enrolled")
-        self._take_back(cgroup_id)
+        self._take_back(links)
         log.info("cgroup_unenrolled", cgroup_id=cgroup_id)
 
-    def _take_back(self, cgroup_id: int) -> None:
-        pins.remove_links(self._links / str(cgroup_id))
-        self._forget_pod(cgroup_id)
+    def _take_back(self, links: CgroupLinks) -> None:
+        pins.remove_links(links.path)
+        self._settle()
 
-    def _forget_pod(self, cgroup_id: int) -> None:
-        for pod in self._pods_now():
-            if pod.cgroup_id == cgroup_id:
-                self._pods.remove(POD_KEY.pack(pod.cookie))
+    def _settle(self) -> None:
+        """After any change: the pods' entries follow the names of the links, and so does what is shown."""
+        by_cookie = defaultdict(set)
+        for each in self._all_links():
+            if each.netns_cookie is not None:
+                by_cookie[each.netns_cookie].add(each.cgroup_id)
+        self._pods.settle(by_cookie)
+        self.enrolled()
 
-    def _pods_now(self) -> list[Pod]:
-        found = []
-        for key, value in self._pods.items():
-            address4, address6, _, cgroup_id = POD_VALUE.unpack(value)
-            found.append(Pod(POD_KEY.unpack(key)[0], address4, address6, cgroup_id))
-        return found
+    def enrolled(self) -> list[Enrolled]:
+        """What is enrolled now; `shown` becomes the same."""
+        found, pods = self._all_links(), self._pods.all()
+        paths = self._find(found)
+        self.shown = [_describe(each, paths.get(each.cgroup_id), pods) for each in found]
+        return self.shown
 
-    def list(self) -> list[Enrolled]:
-        return [self._describe(int(directory.name)) for directory in sorted(self._links.glob("*"))]
+    def _all_links(self) -> list[CgroupLinks]:
+        return pins.read_links(self._links).cgroups
 
-    def _describe(self, cgroup_id: int) -> Enrolled:
-        path = cgroups.path_of(self._root, cgroup_id)
-        pod = next((p for p in self._pods_now() if p.cgroup_id == cgroup_id), None)
-        return Enrolled(
-            cgroup_id=cgroup_id,
-            path=str(path) if path else None,
-            programs=len(list((self._links / str(cgroup_id)).glob("*"))),
-            netns_cookie=pod.cookie if pod else None,
-            address4=ip_to_text(pod.address4) if pod and pod.address4 != NO_IP else None,
-            address6=ip_to_text(pod.address6) if pod and pod.address6 != NO_IP else None,
-        )
+    def _links_of(self, cgroup_id: int) -> CgroupLinks | None:
+        return next((each for each in self._all_links() if each.cgroup_id == cgroup_id), None)
+
+    def _find(self, links: list[CgroupLinks]) -> dict[int, Path]:
+        """Where the cgroups are that are not gone: where they were, or found in one walk for all others."""
+        ids = {each.cgroup_id for each in links}
+        known = {i: path for i, path in self._paths.items() if i in ids and cgroups.is_at(path, i)}
+        self._paths = known | cgroups.paths_of(self._root, ids - known.keys())
+        return self._paths
+
+
+def _namespace(cgroup: Path, netns_fd: int | None) -> Namespace | None:
+    """The one given, or else that of the cgroup's first process; None while there is none. OSError."""
+    if netns_fd is not None:
+        return netns.inspect(netns_fd)
+    found = netns.of_first_process(cgroup)
+    if found is None:
+        return None
+    with libbpf.closing(found):
+        return netns.inspect(found)
+
+
+def _is_attached(pin: Path) -> bool:
+    """A link outlives its pin and its cgroup; this one has both."""
+    try:
+        with libbpf.closing(libbpf.obj_get(str(pin))) as fd:
+            return libbpf.link_info(fd)[1] != 0
+    except libbpf.KernelError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return False
+
+
+def _describe(links: CgroupLinks, path: Path | None, pods: dict[int, Pod]) -> Enrolled:
+    pod = None if links.netns_cookie is None else pods.get(links.netns_cookie)
+    return Enrolled(
+        cgroup_id=links.cgroup_id,
+        path=str(path) if path else None,
+        programs=sum((links.path / hook.program).exists() for hook in HOOKS),
+        netns_cookie=links.netns_cookie,
+        address4=ip_to_text(pod.address4) if pod and pod.address4 != NO_IP else None,
+        address6=ip_to_text(pod.address6) if pod and pod.address6 != NO_IP else None,
+    )

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import platform
 import socket
-from typing import NamedTuple
+from pathlib import Path
+from typing import Final, NamedTuple
 
 from pyroute2 import IPRoute
 
 from pykmesh.kernel.netns import run_in
 from pykmesh.kernel.records import NO_IP, Ip, ip_from_text
 
-SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h
+SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h, since kernel 5.14
 RT_SCOPE_UNIVERSE = 0
 
 
@@ -22,14 +26,48 @@ class Namespace(NamedTuple):
     address6: Ip
 
 
+HOST: Final = Namespace(0, NO_IP, NO_IP)
+"""The loader's own, which is no pod's."""
+
+
 def inspect(netns_fd: int) -> Namespace:
-    """Reads a namespace from inside. Raises OSError."""
+    """Reads a namespace from inside; HOST for the one that the loader is in. Raises OSError."""
+    if _is_own(netns_fd):
+        return HOST
     return run_in(netns_fd, _read_here)
 
 
+def _is_own(netns_fd: int) -> bool:
+    return os.path.samestat(os.fstat(netns_fd), Path("/proc/self/ns/net").stat())
+
+
+def of_first_process(cgroup: Path) -> int | None:
+    """A descriptor of the namespace of a cgroup's first process; None while there is none."""
+    try:
+        pids = (cgroup / "cgroup.procs").read_text().split()
+    except OSError:  # it went, or holds threads of processes that are elsewhere
+        return None
+    for pid in pids:
+        try:
+            return os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
+        except OSError:
+            continue
+    return None
+
+
 def own_cookie() -> int:
+    """OSError that says so where the kernel has no cookies of namespaces."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        return int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
+        try:
+            return int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
+        except OSError as error:
+            if error.errno != errno.ENOPROTOOPT:
+                raise
+            raise OSError(
+                error.errno,
+                f"pods are known by their network namespace's cookie (SO_NETNS_COOKIE), which needs "
+                f"kernel 5.14; this is {platform.release()}",
+            ) from error
 
 
 def _read_here() -> Namespace:

@@ -288,6 +288,9 @@ async def _open_maps(runtime: Runtime[MapWriterSettings]) -> Maps:
 
 
 async def _report_each_second(writer: MapWriter) -> None:
+    """Ends the process when its maps are no more the ones that the programs read: the next one reads them."""
     while True:
+        if not writer.maps.are_current():
+            raise RuntimeError("a map was made anew by bpf_loader: starting again to fill it")
         await writer.report()
         await anyio.sleep(REPORT_INTERVAL_S)

@@ -6,7 +6,7 @@ service) is kept and takes effect when the other comes.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import NewType, TypeVar
@@ -33,6 +33,8 @@ class Touched:
     def __init__(self) -> None:
         self.services: set[str] = set()
         self.places: set[Place] = set()
+        self.policies = False
+        """Policies changed: with them, where they decide anything, everything."""
 
     def merge(self, other: Touched) -> None:
         self.services |= other.services
@@ -49,6 +51,8 @@ class Mesh:
         self.members: defaultdict[str, dict[str, None]] = defaultdict(dict)
         self.vip_owners: dict[Place, tuple[str, ...]] = {}
         self.pod_owners: dict[Place, tuple[str, ...]] = {}
+        self._named_policies = 0
+        self._without_policies: Counter[str] = Counter()
 
     def remove(self, name: str, touched: Touched) -> None:
         """A name that is not there is no error: the control plane removes what it never sent."""
@@ -75,6 +79,7 @@ class Mesh:
             self._link_service(name, resource, touched)
 
     def _link_workload(self, name: str, workload: Workload, touched: Touched) -> None:
+        self._count_policies(workload, 1)
         for service, _ in workload.services:
             self.members[service][name] = None
             touched.services.add(service)
@@ -85,6 +90,7 @@ class Mesh:
                 touched.places.add(place)
 
     def _unlink_workload(self, name: str, workload: Workload, touched: Touched) -> None:
+        self._count_policies(workload, -1)
         for service, _ in workload.services:
             _drop(self.members, service, name)
             touched.services.add(service)
@@ -116,17 +122,11 @@ class Mesh:
     def put_policy(self, policy: Policy, touched: Touched) -> None:
         if self.policies.get(policy.name) != policy:
             self.policies[policy.name] = policy
-            self._touch_namespaces({policy.namespace}, touched)
+            touched.policies = True
 
     def remove_policy(self, name: str, touched: Touched) -> None:
-        policy = self.policies.pop(name, None)
-        if policy is not None:
-            self._touch_namespaces({policy.namespace}, touched)
-
-    def _touch_namespaces(self, namespaces: set[str | None], touched: Touched) -> None:
-        """Policies are few and change seldom: everything that one may concern is planned anew."""
-        if namespaces != {None}:
-            touched.merge(self.everything())
+        if self.policies.pop(name, None) is not None:
+            touched.policies = True
 
     def everything(self) -> Touched:
         touched = Touched()
@@ -166,18 +166,26 @@ class Mesh:
 
     def unenforced(self) -> int:
         """How many workloads have policies, none of which is enforced yet."""
-        return sum(self.has_policy(workload) for workload in self.workloads.values())
+        scopes = self._policy_scopes()
+        if "" in scopes:
+            return len(self.workloads)
+        return self._named_policies + sum(self._without_policies[scope] for scope in scopes)
 
     def has_policy(self, workload: Workload) -> bool:
         if workload.policies:
             return True
-        scopes = {policy.namespace for policy in self.policies.values()} - {None}
-        return "" in scopes or (bool(scopes) and namespace_of(workload) in scopes)
+        scopes = self._policy_scopes()
+        return "" in scopes or workload.namespace in scopes
 
+    def _policy_scopes(self) -> set[str]:
+        """Namespaces with policies for all that is in them; "" for everything."""
+        return {policy.namespace for policy in self.policies.values() if policy.namespace is not None}
 
-def namespace_of(workload: Workload) -> str:
-    """The namespace, read from the message itself."""
-    return message_of(workload).namespace
+    def _count_policies(self, workload: Workload, step: int) -> None:
+        if workload.policies:
+            self._named_policies += step
+        else:
+            self._without_policies[workload.namespace] += step
 
 
 def message_of(workload: Workload) -> WorkloadMessage:

@@ -135,6 +135,8 @@ class Planner:
 
     def plan(self, mesh: Mesh, touched: Touched) -> list[Step]:
         """The writes for what was touched, and for what was refused before and may have room now."""
+        if touched.policies and self._rules.refuse_unenforced_policy:
+            touched.merge(mesh.everything())
         return self._plan_touched(mesh, touched) + self._plan_refused(mesh)
 
     def _plan_refused(self, mesh: Mesh) -> list[Step]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from pathlib import Path
 from typing import Final
 
 from pykmesh.kernel import pins
-from pykmesh.kernel.maps import PinnedMap
+from pykmesh.kernel.maps import PinError, PinnedMap
 from pykmesh.kernel.records import ENDPOINT_KEY
 from services.map_writer.planner import Held, Limits, Step
 
@@ -17,7 +19,13 @@ class Maps:
     """The configuration maps of an instance. PinError when they are not there, or of another layout."""
 
     def __init__(self, pin_dir: Path) -> None:
-        self._maps = {name: PinnedMap(pins.maps_dir(pin_dir), name) for name in NAMES}
+        """Two writers would undo each other's work: the second gets PinError."""
+        self._lock = _lock(pins.links_dir(pin_dir))
+        try:
+            self._maps = {name: PinnedMap(pins.maps_dir(pin_dir), name) for name in NAMES}
+        except BaseException:
+            os.close(self._lock)
+            raise
 
     @property
     def limits(self) -> Limits:
@@ -46,9 +54,28 @@ class Maps:
             else:
                 target.erase(step.keys)
 
+    def are_current(self) -> bool:
+        """False when bpf_loader has made a map anew: the programs then read another than is written here."""
+        return all(pinned.is_current() for pinned in self._maps.values())
+
     def memory_bytes(self) -> dict[str, int]:
         return {name: pinned.memory_bytes() for name, pinned in self._maps.items()}
 
     def close(self) -> None:
         for pinned in self._maps.values():
             pinned.close()
+        os.close(self._lock)
+
+
+def _lock(directory: Path) -> int:
+    """Held for the process's life, on the directory of links, which nobody else locks."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise PinError(f"{directory}: {error.strerror}; is bpf_loader up?") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise PinError(f"{directory} is held by another map_writer: one instance, one writer") from error
+    return fd

@@ -220,7 +220,8 @@ async def run(runtime: Runtime[XdsClientSettings]) -> None:
     runtime.readiness.wait_for("control plane")
     bus = await runtime.connect_bus()
     store = Store()
-    publisher = Publisher(store, bus, runtime.settings.in_flight_batches)
+    settings = runtime.settings
+    publisher = Publisher(store, bus, settings.in_flight_batches, settings.map_writer_grace_s)
     client = XdsClient(runtime, store, publisher)
     runtime.details = client.status
     add_pages(runtime.admin, store)

@@ -76,12 +76,28 @@ def open_stream(channel: grpc.aio.Channel, settings: XdsClientSettings) -> Strea
     )
     metadata = [("clusterid", settings.cluster_id)]
     if settings.xds_token_file is not None:
+        _check_secrecy(settings)
         token = _read(settings.xds_token_file, "token").decode("ascii", errors="replace").strip()
         if not (token.isascii() and token.isprintable()):
             raise CredentialsError(f"token {settings.xds_token_file}: not one line of ASCII")
         metadata.append(("authorization", f"Bearer {token}"))
     stream: Stream = method(metadata=metadata)
     return stream
+
+
+def _check_secrecy(settings: XdsClientSettings) -> None:
+    """CredentialsError when the token would leave the node in plaintext."""
+    host = settings.xds_address.rpartition(":")[0].strip("[]")
+    if (
+        settings.xds_root_cert is None
+        and host != "localhost"
+        and not host.startswith("127.")
+        and host != "::1"
+    ):
+        raise CredentialsError(
+            f"the token of {settings.xds_token_file} would go to {settings.xds_address} in plaintext: "
+            f"give the root certificate (--xds-root-cert)"
+        )
 
 
 def _read(path: Path, what: str) -> bytes:

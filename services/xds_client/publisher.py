@@ -31,13 +31,15 @@ log = structlog.get_logger(__name__)
 HEARTBEAT_S = 1.0
 AWAY_AFTER_S = 3.0
 PACE_DEADLINE_S = 1.5
+LOOK_AGAIN_S = 0.5
 MANY_RESOURCES = 1000
 
 
 class Publisher:
     """The only publisher of the log."""
 
-    def __init__(self, store: Store, bus: Bus, in_flight: int) -> None:
+    def __init__(self, store: Store, bus: Bus, in_flight: int, grace_s: float) -> None:
+        """`grace_s`: how long from now a map_writer that is not heard is taken to be starting."""
         self._store = store
         self._bus = bus
         self._in_flight = in_flight
@@ -45,6 +47,8 @@ class Publisher:
         self._reported = anyio.Event()
         self.report: MapReport | None = None
         self.last_report = 0.0
+        self._started = time.monotonic()
+        self._grace_s = grace_s
 
     async def start(self) -> None:
         await self._bus.subscribe(Subject.MAP_REPORT, self._hear)
@@ -73,6 +77,12 @@ class Publisher:
     @property
     def map_writer_is_there(self) -> bool:
         return self._bus.connected and time.monotonic() - self.last_report < AWAY_AFTER_S
+
+    @property
+    def _may_report(self) -> bool:
+        """map_writer is there, or may be starting as this process is."""
+        starting = self.report is None and time.monotonic() - self._started < self._grace_s
+        return self.map_writer_is_there or starting
 
     @property
     def refused(self) -> dict[str, str]:
@@ -155,8 +165,8 @@ class Publisher:
     async def until_applied(self, seq: int, deadline_s: float) -> bool:
         """True once the maps hold what was published; False when map_writer is away or late."""
         with anyio.move_on_after(deadline_s):
-            while self.map_writer_is_there and not self._has(seq):
-                with anyio.move_on_after(AWAY_AFTER_S):
+            while self._may_report and not self._has(seq):
+                with anyio.move_on_after(LOOK_AGAIN_S):
                     await self._reported.wait()
         return self._has(seq)
 

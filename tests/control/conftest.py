@@ -27,7 +27,8 @@ class Whole(NamedTuple):
 @pytest.fixture
 async def client(tmp_path_factory: pytest.TempPathFactory, one_event_loop: None) -> AsyncIterator[Client]:
     async with serving() as plane:
-        options = Options(xds_address=f"127.0.0.1:{plane.port}")
+        alone = {"PYKMESH_MAP_WRITER_GRACE_S": "0"}
+        options = Options(xds_address=f"127.0.0.1:{plane.port}", settings=alone)
         async with running(tmp_path_factory.mktemp("client"), options, CLIENT) as node:
             yield Client(plane, node)
 

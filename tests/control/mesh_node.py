@@ -114,4 +114,4 @@ async def running(
 
 def _clean(found: Instance) -> None:
     pins.uninstall(found.pin_dir)
-    subprocess.run(["umount", "--lazy", found.pin_dir.parent], check=False, capture_output=True, timeout=10)
+    subprocess.run(["umount", "--lazy", found.pin_dir], check=False, capture_output=True, timeout=10)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import anyio
 import grpc.aio
 
 from pykmesh.controlplane.control_plane import ControlPlane
+from pykmesh.controlplane.manifests import ConfigError
 from pykmesh.controlplane.server import ADDRESS_TYPE, METHOD, SERVICE
 from pykmesh.controlplane.settings import ControlPlaneSettings
 from pykmesh.proto.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status
@@ -69,24 +70,57 @@ async def connected(port: int) -> AsyncIterator[AdsClient]:
             call.cancel()
 
 
+class Begun:
+    """A control plane that runs, whether it serves yet or not."""
+
+    def __init__(self, plane: ControlPlane) -> None:
+        self.plane = plane
+        self.port: int | None = None
+        self._serves = anyio.Event()
+        self._refusals: list[list[str]] = []
+        self._refused = anyio.Event()
+
+    def started(self, port: int) -> None:
+        self.port = port
+        self._serves.set()
+
+    def refused(self, errors: Sequence[ConfigError]) -> None:
+        self._refusals.append([str(error) for error in errors])
+        self._refused.set()
+
+    async def serving(self) -> int:
+        """The port, once there is one."""
+        with anyio.fail_after(DEADLINE_S):
+            await self._serves.wait()
+        assert self.port is not None
+        return self.port
+
+    async def refusal(self) -> list[str]:
+        """The next errors for which it does not serve."""
+        with anyio.fail_after(DEADLINE_S):
+            while not self._refusals:
+                self._refused = anyio.Event()
+                await self._refused.wait()
+        return self._refusals.pop(0)
+
+
 @asynccontextmanager
-async def running(folder: Path, **settings: Any) -> AsyncIterator[tuple[ControlPlane, int]]:
+async def begun(folder: Path, **settings: Any) -> AsyncIterator[Begun]:
     """A control plane of a folder, on a free port."""
     values = {"listen_port": 0, "poll_ms": 10, "debounce_ms": 5, **settings}
-    plane = ControlPlane(ControlPlaneSettings(config_dir=folder, **values))
-    ports: list[int] = []
-    ready = anyio.Event()
-
-    def started(port: int) -> None:
-        ports.append(port)
-        ready.set()
+    found = Begun(ControlPlane(ControlPlaneSettings(config_dir=folder, **values)))
 
     async def run() -> None:
-        await plane.run(started=started)
+        await found.plane.run(started=found.started, refused=found.refused)
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(run)
-        with anyio.fail_after(DEADLINE_S):
-            await ready.wait()
-        yield plane, ports[0]
+        yield found
         tasks.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def running(folder: Path, **settings: Any) -> AsyncIterator[tuple[ControlPlane, int]]:
+    """The same, serving."""
+    async with begun(folder, **settings) as found:
+        yield found.plane, await found.serving()

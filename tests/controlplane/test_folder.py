@@ -110,6 +110,7 @@ def test_a_file_broken_at_first_contributes_nothing_and_the_rest_is_served(tmp_p
     content = _read(Folder(tmp_path))
     assert _names(content) == ["b"]
     assert [error.file for error in content.errors] == ["a.yaml"]
+    assert content.refused == content.errors
 
 
 def test_a_broken_file_that_is_deleted_takes_its_objects_and_errors_along(tmp_path: Path) -> None:
@@ -135,11 +136,38 @@ def test_a_folder_that_is_gone_keeps_its_state_until_it_is_back(tmp_path: Path) 
     assert _read(folder) == Content()
 
 
+def test_a_link_to_nothing_is_a_broken_file_and_not_one_that_is_gone(tmp_path: Path) -> None:
+    write(tmp_path / "away" / "a", pod("a"))
+    config = tmp_path / "config"
+    config.mkdir()
+    (config / "a.yaml").symlink_to("../away/a")
+    (config / "notes.txt").symlink_to("../nothing")
+    folder = Folder(config)
+    assert _read(folder).errors == ()
+    (tmp_path / "away").rename(tmp_path / "farther")
+    assert folder.has_changed(folder.look())
+    content = _read(folder)
+    assert _names(content) == ["a"]
+    assert [str(error) for error in content.refused] == [
+        "a.yaml:0: Cannot be read: No such file or directory"
+    ]
+    (config / "a.yaml").unlink()
+    assert _read(folder) == Content()
+
+
+def test_a_file_whose_name_is_no_text_has_errors_that_are(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.yaml")).write_text("{")
+    (error,) = _read(Folder(tmp_path)).errors
+    assert error.file == "\ufffd.yaml"
+
+
 def test_a_duplicate_in_another_file_is_an_error_until_one_of_them_goes(tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", service("web", clusterIP="10.0.0.1"))
     write(tmp_path / "b.yaml", service("web", clusterIP="10.0.0.2"))
     folder = Folder(tmp_path)
-    (error,) = _read(folder).errors
+    content = _read(folder)
+    (error,) = content.errors
+    assert not content.refused
     assert error.file == "b.yaml"
     assert "a.yaml:1" in error.why
     (tmp_path / "a.yaml").unlink()

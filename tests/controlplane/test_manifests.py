@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pykmesh.controlplane.addresses import IP
-from pykmesh.controlplane.manifests import parse, without_duplicates
+from pykmesh.controlplane.control_plane import translate_content
+from pykmesh.controlplane.folder import Content
+from pykmesh.controlplane.manifests import Parsed, parse, without_duplicates
 from pykmesh.controlplane.objects import Pod, Service
+from pykmesh.controlplane.settings import AddressRanges, MeshSettings
+from pykmesh.controlplane.snapshot import Snapshot
 
 SERVICE = "apiVersion: v1\nkind: Service\nmetadata: {name: web}\n"
 POD = "apiVersion: v1\nkind: Pod\nmetadata: {name: web-1}\n"
@@ -123,3 +131,156 @@ def test_an_object_written_twice_counts_once_and_the_error_names_both_places() -
     assert [type(located.object) for located in objects] == [Service, Pod]
     assert objects[0].file == "a.yaml"
     assert str(error) == ("b.yaml:5: metadata.name: Service default/web is also in a.yaml:2, which is used")
+
+
+TAGS = "int float bool null timestamp binary omap pairs set seq map str merge value python/object:os.system"
+VALUES = ("abc", '""', "'\\0'", "{}", "[]", "[a]", "{a: b}", "[a: b]", "[[a]]", "-", "0x_", "~", "1:99:99")
+PLACES = {
+    "a field that is not read": f"{POD}x: %s\n",
+    "a field that is read": "apiVersion: v1\nkind: Pod\nmetadata: {name: a}\nstatus: %s\n",
+    "a key": f"{POD}? %s\n: 1\n",
+    "a document": "%s\n",
+    "its kind": "apiVersion: v1\nkind: %s\n",
+    "its items": "apiVersion: v1\nkind: List\nitems: %s\n",
+    "an item": "apiVersion: v1\nkind: List\nitems:\n- %s\n",
+}
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("tag", TAGS.split())
+def test_any_tag_on_any_value_is_read_or_an_error_with_its_line(tag: str, place: str) -> None:
+    for value in VALUES:
+        text = place % f"!!{tag} {value}"
+        _check(parse(text.encode(), "f.yaml"), text)
+
+
+def test_a_value_that_its_tag_cannot_be_is_named_with_its_line() -> None:
+    for tag, value in (("int", "abc"), ("int", ""), ("float", "abc"), ("bool", "abc")):
+        (error,) = parse(f"{POD}x:\n- !!{tag} '{value}'\n".encode(), "f.yaml").errors
+        assert str(error) == f"f.yaml:5: Cannot read {value!r} as {tag}"
+    (error,) = parse(f"{POD}x: {'1' * 5000}\n".encode(), "f.yaml").errors  # more digits than Python reads
+    assert str(error).startswith("f.yaml:4: Cannot read '1111")
+    assert len(str(error)) < 150
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{POD}x: {'[' * 900}{']' * 900}\n",
+        "&a {apiVersion: v1, kind: List, items: [*a]}\n",
+        "&a {apiVersion: v1, kind: List, items: [*a, *a]}\n",
+    ],
+)
+def test_what_is_nested_without_end_is_an_error_with_its_line(text: str) -> None:
+    (error,) = parse(text.encode(), "f.yaml").errors
+    assert str(error) == "f.yaml:1: Nested too deeply"
+
+
+def test_an_error_in_one_document_does_not_hide_those_of_the_next() -> None:
+    text = f"{POD}x: !!int a\n---\n{POD}x: {'[' * 900}{']' * 900}\n---\n{POD}y: !!float b\n"
+    assert [error.line for error in parse(text.encode(), "f.yaml").errors] == [4, 6, 14]
+
+
+MANIFESTS = """\
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop, labels: {app: web}}
+spec:
+  clusterIPs: [10.96.0.10, "fd96::10"]
+  ipFamilies: [IPv4, IPv6]
+  selector: {app: web}
+  ports:
+  - {name: http, port: 80, targetPort: http, protocol: TCP}
+---
+apiVersion: v1
+kind: Pod
+metadata:
+  name: web-1
+  namespace: shop
+  labels: {app: web}
+  creationTimestamp: 2026-01-01T00:00:00Z
+spec:
+  nodeName: node-a
+  hostNetwork: false
+  containers:
+  - ports: [{name: http, containerPort: 8080}]
+status: &status
+  phase: Running
+  podIPs: [{ip: 10.244.1.1}]
+  conditions:
+  - {type: Ready, status: "True"}
+---
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: out, namespace: shop}
+spec:
+  hosts: [out.example.com]
+  addresses: [10.0.0.0/24]
+  ports: [{number: 443, name: tls, protocol: TLS}]
+  resolution: STATIC
+  endpoints:
+  - {address: 10.9.9.9, ports: {tls: 8443}, weight: 3, locality: a/b/c}
+---
+apiVersion: v1
+kind: List
+items:
+- apiVersion: discovery.k8s.io/v1
+  kind: EndpointSlice
+  metadata: {name: web-x, namespace: shop, labels: {kubernetes.io/service-name: web}}
+  addressType: IPv4
+  endpoints: [{addresses: [10.7.7.7], conditions: {ready: true}}]
+  ports: [{name: http, port: 8080, protocol: TCP}]
+- apiVersion: v1
+  kind: Node
+  metadata: {name: node-a, labels: {topology.kubernetes.io/region: eu}}
+  status: {addresses: [{type: InternalIP, address: 192.0.2.1}]}
+"""
+
+_WORDS = re.compile(r"[^\s,\[\]{}]+")
+_odd = st.one_of(
+    st.sampled_from([f"!!{tag} " for tag in TAGS.split()]),
+    st.sampled_from(["-1", "0", "65536", "4294967296", "1" * 30, "0x_", ".inf", ".nan", "~", "''", "'\\0'"]),
+    st.sampled_from(
+        ["[]", "{}", "[1]", "{a: 1}", "*status", "<<: *status", "&status ", "? ", "- ", "...", "#"]
+    ),
+    st.sampled_from(
+        ["::", "10.0.0.256", "10.0.0.1/33", "::1%eth0", "None", "a/b", "*.example.com", "é", "😀"]
+    ),
+    st.text(max_size=5),
+)
+
+
+@st.composite
+def _mutated(draw: st.DrawFn) -> str:
+    """The manifests with some of their words replaced, put an odd text before, or taken out."""
+    text = MANIFESTS
+    for _ in range(draw(st.integers(1, 3))):
+        words = list(_WORDS.finditer(text))
+        word, odd = draw(st.sampled_from(words)), draw(_odd)
+        change = draw(st.sampled_from([odd, f"{odd}{word[0]}", ""]))
+        text = text[: word.start()] + change + text[word.end() :]
+    return text
+
+
+@given(text=_mutated())
+@settings(max_examples=300, deadline=None)
+def test_a_mutated_file_is_read_or_refused_and_never_more(text: str) -> None:
+    parsed = parse(text.encode(), "f.yaml")
+    _check(parsed, text)
+    objects, _ = without_duplicates(parsed.objects)
+    resources = translate_content(Content(objects), AddressRanges(), MeshSettings()).resources
+    Snapshot.of(resources, version="1", says_versions=True)  # all can be said, too
+
+
+@given(content=st.binary(max_size=200))
+def test_any_bytes_are_read_or_refused(content: bytes) -> None:
+    _check(parse(content, "f.yaml"), content.decode(errors="replace"))
+
+
+def _check(parsed: Parsed, text: str) -> None:
+    """Objects or errors, and the errors lie in the file."""
+    assert not (parsed.objects and parsed.errors)
+    for error in parsed.errors:
+        assert error.file == "f.yaml"
+        assert 1 <= error.line <= len(text.splitlines()) + 1
+        assert error.why

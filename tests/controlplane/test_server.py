@@ -8,12 +8,13 @@ from pathlib import Path
 import anyio
 import grpc
 import pytest
+from anyio.streams.buffered import BufferedByteReceiveStream
 
 from pykmesh.controlplane.server import ADDRESS_TYPE, AUTHORIZATION_TYPE
 from pykmesh.proto import workload_pb2 as wire
 from pykmesh.proto.discovery_pb2 import Node
 
-from .ads_client import AdsClient, connected, running
+from .ads_client import DEADLINE_S, AdsClient, connected, running
 from .manifest_texts import pod, service, write
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60), pytest.mark.usefixtures("one_event_loop")]
@@ -26,6 +27,24 @@ WEB_1, WEB_2 = "Kubernetes//Pod/shop/web-1", "Kubernetes//Pod/shop/web-2"
 def folder(tmp_path: Path) -> Path:
     write(tmp_path / "web.yaml", service("web", clusterIP="10.96.1.1"), pod("web-1", podIP="10.244.1.1"))
     return tmp_path
+
+
+_SETTINGS, _PING, _GOAWAY = 4, 6, 7  # RFC 9113, section 6
+_ACK = 1
+
+
+def _frame(kind: int, payload: bytes = b"") -> bytes:
+    return len(payload).to_bytes(3) + bytes([kind, 0, 0, 0, 0, 0]) + payload
+
+
+async def _answer(received: BufferedByteReceiveStream) -> bytes:
+    """What the next answer to a ping repeats; fails if the server ends the connection before."""
+    while True:
+        head = await received.receive_exactly(9)
+        payload = await received.receive_exactly(int.from_bytes(head[:3])) if any(head[:3]) else b""
+        assert head[3] != _GOAWAY, payload
+        if head[3] == _PING and head[4] == _ACK:
+            return payload
 
 
 async def _until_all_is_read(client: AdsClient) -> None:
@@ -206,6 +225,17 @@ async def test_a_port_that_is_taken_is_an_error_that_says_so(folder: Path) -> No
         ):
             async with running(folder, listen_port=port):
                 pass
+
+
+async def test_a_client_may_ping_without_end(folder: Path) -> None:
+    """Pings as the client's keepalive sends them, only faster; each is answered, and nobody is sent away."""
+    async with running(folder) as (_, port), await anyio.connect_tcp("127.0.0.1", port) as connection:
+        received = BufferedByteReceiveStream(connection)
+        await connection.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(_SETTINGS))
+        with anyio.fail_after(DEADLINE_S):
+            for number in range(50):
+                await connection.send(_frame(_PING, number.to_bytes(8)))
+                assert await _answer(received) == number.to_bytes(8)
 
 
 async def test_a_mesh_of_more_than_four_mebibytes_is_one_message(tmp_path: Path) -> None:

@@ -39,9 +39,8 @@ class Node:
         self.directory = directory
         self.config = directory / "config"
         self.config.mkdir()
-        self.bpffs = directory / "bpf"
         self.run_dir = directory / "run"
-        self.pin_dir = self.bpffs / "mesh"
+        self.pin_dir = directory / "bpf" / "mesh"
         self.options = list(options) or ["--config-dir", str(self.config)]
         self.network = PodNetwork(self.name, find_root(), f"10.{100 + subnet}.0", f"fd{subnet:02x}:")
 
@@ -123,7 +122,7 @@ class Node:
         if running(self.run_dir) is not None:
             self.cli("down", check=False)
         self.cli("uninstall", check=False)
-        subprocess.run(["umount", str(self.bpffs)], check=False, capture_output=True)
+        subprocess.run(["umount", str(self.pin_dir)], check=False, capture_output=True)
 
 
 def serve(pod: Pod, *words: str) -> subprocess.Popen[str]:

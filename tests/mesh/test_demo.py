@@ -40,7 +40,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
     place = Place(tmp_path)
     yield place
     subprocess.run(place.command("--remove"), check=False, capture_output=True)
-    subprocess.run(["umount", str(place.pin_dir.parent)], check=False, capture_output=True)
+    subprocess.run(["umount", str(place.pin_dir)], check=False, capture_output=True)
 
 
 def test_its_summary_holds_and_nothing_is_left(place: Place) -> None:

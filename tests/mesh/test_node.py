@@ -247,3 +247,28 @@ def test_a_broken_file_is_told_and_keeps_what_was_good(node: Node) -> None:
     assert "web.yaml" in str(errors)
     assert "port" in str(errors)
     assert node.endpoints(host("web")) == {"10.101.0.20:8080"}
+
+
+def test_a_control_plane_that_comes_back_to_a_broken_file_takes_nothing_from_the_kernel(node: Node) -> None:
+    good = text(service("web", VIP4, app="web", ports={80: 8080}), pod("web-1", "10.101.0.20", app="web"))
+    node.write("web", good)
+    node.write("more", text(pod("web-2", "10.101.0.21", app="web")))
+    both = {"10.101.0.20:8080", "10.101.0.21:8080"}
+    node.start()
+    node.until_endpoints(host("web"), both)
+    node.write("web", good.replace("port: 80\n", "port: eighty\n"))
+    node.kill("control_plane")
+    line = 1 + good.splitlines().index("    port: 80")
+    why = f"manifests: web.yaml:{line}: spec.ports[0].port: Expected `int`, got `str`"
+    status = until(
+        lambda: (back := node.status())["processes"].get("control_plane", {}).get("waits_for") and back,
+        "control_plane back, and not ready",
+    )
+    assert why in status["processes"]["control_plane"]["waits_for"]
+    assert not status["ready"]
+    until(lambda: not node.status()["processes"]["xds_client"]["connected"], "nobody to connect to")
+    assert node.endpoints(host("web")) == both
+    node.write("more", text(pod("web-3", "10.101.0.22", app="web")))  # seen, and not said
+    node.write("web", good)
+    node.until_endpoints(host("web"), {"10.101.0.20:8080", "10.101.0.22:8080"})
+    node.until_ready()

@@ -47,7 +47,7 @@ async def map_writer(
         named = [workloads.get(address) for _, address in request.addresses]
         return messages.encode(ResolveReply(messages.VERSION, found, named))
 
-    connection = await bus.connect(url, "map_writer", None)
+    connection = await bus.connect(url, "map_writer", None, lambda _: None)
     try:
         await connection.serve(Subject.MAP_RESOLVE, answer)
         yield asked

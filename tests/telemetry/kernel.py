@@ -112,7 +112,7 @@ def instance(directory: Path, emitter: Path, flows_bytes: int) -> Iterator[Insta
         finally:
             loaded.close()
     finally:
-        subprocess.run(["umount", "--lazy", pin_dir.parent], check=True, timeout=10)
+        subprocess.run(["umount", "--lazy", pin_dir], check=True, timeout=10)
 
 
 def _load(maps_dir: Path, emitter: Path) -> libbpf.BpfObject:

@@ -93,6 +93,7 @@ def _workload(draw: random.Random) -> Workload:
         prefers_hbone=draw.random() < 0.5,
         capacity=int(draw.random() < 0.8),
         policies=(),
+        namespace="shop",
         raw=b"",
     )
     # The mesh tells one message from another by its bytes.

@@ -139,6 +139,7 @@ DEFAULT_WORKLOAD: Fields = {
     "prefers_hbone": False,
     "capacity": 1,
     "policies": (),
+    "namespace": "",
 }
 
 

@@ -32,7 +32,7 @@ def maps_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         hooks.Programs(pins.maps_dir(pin_dir), {**SIZES, "flows": 65536}, fixed).close()
         yield pins.maps_dir(pin_dir)
     finally:
-        subprocess.run(["umount", "--lazy", pin_dir.parent], check=True, timeout=10)
+        subprocess.run(["umount", "--lazy", pin_dir], check=True, timeout=10)
 
 
 @pytest.fixture

@@ -1,0 +1,57 @@
+"""The map of pods: a network namespace's addresses by its cookie, for the cgroups that are in it.
+
+Invariant: an entry is there for as long as an enrolled cgroup has its namespace. Who has which is
+told by the names of the link directories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from pykmesh.kernel.maps import PinnedMap
+from pykmesh.kernel.records import POD_KEY, POD_VALUE, Ip
+from services.bpf_loader.netns import Namespace
+
+
+class Pod(NamedTuple):
+    """An entry, without its network. `cgroup_id` is one of the namespace's cgroups."""
+
+    address4: Ip
+    address6: Ip
+    cgroup_id: int
+
+
+class Pods:
+    def __init__(self, map_dir: Path, network: int) -> None:
+        self._map = PinnedMap(map_dir, "pods")
+        self._network = network
+
+    def close(self) -> None:
+        self._map.close()
+
+    def put(self, namespace: Namespace, cgroup_id: int) -> None:
+        """Raises KernelError when the map is full."""
+        value = POD_VALUE.pack(namespace.address4, namespace.address6, self._network, cgroup_id)
+        self._map.put(POD_KEY.pack(namespace.cookie), value)
+
+    def has(self, cookie: int) -> bool:
+        return self._map.get(POD_KEY.pack(cookie)) is not None
+
+    def all(self) -> dict[int, Pod]:
+        """By cookie."""
+        found = {}
+        for key, value in self._map.items():
+            address4, address6, _, cgroup_id = POD_VALUE.unpack(value)
+            found[POD_KEY.unpack(key)[0]] = Pod(address4, address6, cgroup_id)
+        return found
+
+    def settle(self, cgroups: Mapping[int, Collection[int]]) -> None:
+        """By the enrolled cgroups of each cookie: drops entries of none; none names one that left."""
+        for cookie, pod in self.all().items():
+            ids = cgroups.get(cookie, ())
+            if not ids:
+                self._map.remove(POD_KEY.pack(cookie))
+            elif pod.cgroup_id not in ids:
+                self.put(Namespace(cookie, pod.address4, pod.address6), min(ids))
