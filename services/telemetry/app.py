@@ -120,8 +120,6 @@ class Telemetry:
         """Reads whole maps, as seldom as their size asks for."""
         while True:
             started = time.monotonic()
-            if not all(pinned.is_current() for pinned in self._pins.filled.values()):
-                raise RuntimeError("a map was made anew by bpf_loader: starting again to read it")
             for name, pinned in self._pins.filled.items():
                 entries = await anyio.to_thread.run_sync(len, pinned)
                 self._fill[name] = MapFill(entries, pinned.max_entries)
