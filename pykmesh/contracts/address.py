@@ -7,10 +7,10 @@ with the field's path: the client answers the control plane with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import IntEnum
 from sys import intern
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 from google.protobuf.message import DecodeError
@@ -19,10 +19,9 @@ from pykmesh.kernel.records import Ip, ip_from_wire, network_id
 from pykmesh.proto import authorization_pb2, workload_pb2
 
 PORT_MAX: Final = 65535
-ENTRIES_REMEMBERED: Final = 262_144
 _V6_BITS, _V4_BITS = 128, 32
+_T = TypeVar("_T")
 ServicePorts = tuple[str, tuple[tuple[int, int], ...]]
-_known_entries: dict[bytes, ServicePorts] = {}
 
 
 class FieldError(Exception):
@@ -30,6 +29,22 @@ class FieldError(Exception):
 
     def __init__(self, field: str, why: str) -> None:
         super().__init__(f"{field}: {why}" if field else why)
+
+
+class Remembered(dict[bytes, _T]):
+    """What bytes mean that come again and again, decoded once. Forgets everything when it is full."""
+
+    LIMIT: Final = 262_144
+
+    def __init__(self, decode: Callable[[bytes], _T]) -> None:
+        super().__init__()
+        self._decode = decode
+
+    def __missing__(self, data: bytes) -> _T:
+        if len(self) >= self.LIMIT:
+            self.clear()
+        found = self[data] = self._decode(data)
+        return found
 
 
 class Mode(IntEnum):
@@ -118,9 +133,9 @@ def _workload(message: workload_pb2.WorkloadOutline, raw: bytes) -> Workload:
     policies = message.authorization_policies
     return Workload(
         uid,
-        _network("workload.network", network) if network else "",
+        network_name("workload.network", network) if network else "",
         tuple([_ip("workload.addresses", address) for address in message.addresses]),
-        tuple([_known_entries.get(entry) or _entry(entry) for entry in message.services]),
+        tuple([service_ports[entry] for entry in message.services]),
         status == 0,
         network_mode == 1,
         bool(message.waypoint),
@@ -132,17 +147,16 @@ def _workload(message: workload_pb2.WorkloadOutline, raw: bytes) -> Workload:
     )
 
 
-def _entry(data: bytes) -> ServicePorts:
-    """What a workload says of a service; remembered, since all pods of a service say the same."""
+def _service_ports(data: bytes) -> ServicePorts:
     try:
         message = workload_pb2.ServicePorts.FromString(data)
     except DecodeError as error:
         raise FieldError("workload.services", f"not an entry: {error}") from error
-    found = (intern(message.service), _ports("workload.services", message.ports.ports))
-    if len(_known_entries) >= ENTRIES_REMEMBERED:
-        _known_entries.clear()
-    _known_entries[data] = found
-    return found
+    return intern(message.service), _ports("workload.services", message.ports.ports)
+
+
+service_ports: Final = Remembered(_service_ports)
+"""What a workload says of a service: all pods of a service say the same. Raises FieldError."""
 
 
 def _service(message: workload_pb2.Service) -> Service:
@@ -179,10 +193,11 @@ def _vip(message: workload_pb2.NetworkAddress) -> tuple[str, Ip] | None:
             raise FieldError("service.addresses.length", f"{message.length} of {bits} bits")
         if message.length < bits:
             return None
-    return _network("service.addresses.network", message.network), ip
+    return network_name("service.addresses.network", message.network), ip
 
 
-def _network(field: str, name: str) -> str:
+def network_name(field: str, name: str) -> str:
+    """Raises FieldError when its id is taken."""
     try:
         network_id(name)
     except ValueError as error:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
-from pykmesh.contracts.address import Families, Mode, Service, Workload
+from pykmesh.contracts.address import Families, Mode, Service, ServicePorts, Workload
 from pykmesh.kernel.layout import AddressKind, Reason
 from pykmesh.kernel.records import (
     ADDRESS_VALUE,
@@ -56,6 +56,9 @@ class DesiredService(NamedTuple):
 NOTHING = DesiredService({}, {}, {})
 
 
+_NO_PORT = port_bytes(0)
+
+
 class Rules(NamedTuple):
     """Settings that decide what is desired."""
 
@@ -72,35 +75,34 @@ def desired_service(mesh: Mesh, name: str, rules: Rules) -> DesiredService:
     if not vips:
         return NOTHING
     found = DesiredService({}, {}, {})
+    verdict = _verdict(service)
+    usable = list(_usable(mesh, service, rules)) if verdict is Reason.ROUTED else []
+    if verdict is Reason.ROUTED and not usable:
+        verdict = _verdict_without_endpoints(mesh, service, rules)
     for port, target in service.ports:
-        _add_port(found, mesh, service, port, target, vips, rules)
+        _add_port(found, service, port, vips, verdict, usable, target)
     return found
 
 
 def _add_port(
     found: DesiredService,
-    mesh: Mesh,
     service: Service,
     port: int,
-    target: int,
     vips: list[tuple[str, Ip]],
-    rules: Rules,
+    verdict: Reason,
+    usable: list[Workload],
+    target: int,
 ) -> None:
-    ids = {family: PortId(service.name, port, family) for family in (4, 6)}
-    lists: dict[int, dict[bytes, str]] = {4: {}, 6: {}}
-    verdict = _verdict(service)
-    if verdict is Reason.ROUTED:
-        lists = _lists(mesh, service, port, target, rules)
-        if not lists[4] and not lists[6]:
-            verdict = _verdict_without_endpoints(mesh, service, rules)
+    port4, port6 = PortId(service.name, port, 4), PortId(service.name, port, 6)
+    id4, id6 = port4.id, port6.id
+    list4, list6 = _lists(service, usable, port, target, id4, id6)
     for network, ip in vips:
-        family = 4 if is_v4(ip) or (lists[4] and not lists[6]) else 6
-        list_id = ids[family].id
-        found.ports[list_id] = ids[family]
-        found.lists[list_id] = lists[family]
-        found.frontends[SERVICE_KEY.pack(ip, network_id(network), port_bytes(port))] = Frontend(
-            list_id, verdict
-        )
+        is_4 = is_v4(ip) or (bool(list4) and not list6)
+        list_id = id4 if is_4 else id6
+        found.ports[list_id] = port4 if is_4 else port6
+        found.lists[list_id] = list4 if is_4 else list6
+        key = SERVICE_KEY.pack(ip, network_id(network), port_bytes(port))
+        found.frontends[key] = Frontend(list_id, verdict)
 
 
 def _verdict(service: Service) -> Reason:
@@ -120,24 +122,29 @@ def _verdict_without_endpoints(mesh: Mesh, service: Service, rules: Rules) -> Re
     return Reason.ROUTED
 
 
-def _lists(mesh: Mesh, service: Service, port: int, target: int, rules: Rules) -> dict[int, dict[bytes, str]]:
-    """Endpoints by family; each value with the workload that it comes from."""
-    lists: dict[int, dict[bytes, str]] = {4: {}, 6: {}}
-    id4, id6 = (PortId(service.name, port, family).id for family in (4, 6))
+def _lists(
+    service: Service, usable: list[Workload], port: int, target: int, id4: int, id6: int
+) -> tuple[dict[bytes, str], dict[bytes, str]]:
+    """Endpoints of both families; each value with the workload that it comes from."""
+    list4: dict[bytes, str] = {}
+    list6: dict[bytes, str] = {}
     skips4, skips6 = service.families is Families.V6, service.families is Families.V4
-    pack = ENDPOINT_VALUE.pack
-    for workload in _usable(mesh, service, rules):
-        endpoint_port = target_port(workload, service.name, port, target)
-        if not endpoint_port:
+    pack, name = ENDPOINT_VALUE.pack, service.name
+    last: tuple[ServicePorts, ...] = ()
+    port_field = port_bytes(target)
+    for workload in usable:
+        if workload.services != last:
+            last = workload.services
+            port_field = port_bytes(target_port(workload, name, port, target))
+        if port_field == _NO_PORT:
             continue
-        port_field = port_bytes(endpoint_port)
         for ip in workload.addresses:
             if is_v4(ip):
                 if not skips4:
-                    lists[4][pack(id4, ip, port_field)] = workload.uid
+                    list4[pack(id4, ip, port_field)] = workload.uid
             elif not skips6:
-                lists[6][pack(id6, ip, port_field)] = workload.uid
-    return lists
+                list6[pack(id6, ip, port_field)] = workload.uid
+    return list4, list6
 
 
 def _usable(mesh: Mesh, service: Service, rules: Rules) -> Iterator[Workload]:
@@ -174,6 +181,20 @@ def desired_address(mesh: Mesh, place: Place, rules: Rules) -> bytes | None:
     if rules.refuse_unenforced_policy and mesh.has_policy(pod):
         return _address_value(AddressKind.WORKLOAD, Reason.POLICY_UNSUPPORTED)
     return _PLAIN_WORKLOAD
+
+
+def desired_addresses(mesh: Mesh, rules: Rules) -> Iterator[tuple[Place, bytes | None]]:
+    """`desired_address` of every address that there is, once."""
+    for place in mesh.vip_owners:
+        yield place, desired_address(mesh, place, rules)
+    any_policy = rules.refuse_unenforced_policy
+    for place, owner in mesh.pod_owners.items():
+        if place in mesh.vip_owners:
+            continue
+        if any_policy or not isinstance(owner, str) or mesh.workloads[owner].has_waypoint:
+            yield place, desired_address(mesh, place, rules)
+        else:
+            yield place, _PLAIN_WORKLOAD
 
 
 @cache

@@ -6,12 +6,13 @@ are not all in `mesh`, and a mesh is only swept into the maps when xds_client ca
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import NamedTuple
 
 import structlog
 
-from pykmesh.contracts.address import FieldError, decode_address, decode_policy
+from pykmesh.contracts.address import FieldError, Service, Workload, decode_policy
+from pykmesh.contracts.bulk import MANY, decode_addresses
 from pykmesh.contracts.messages import ConfigBatch, Resource, ResourceType, SnapshotPage
 from services.map_writer.mesh import Mesh, Touched
 
@@ -38,6 +39,7 @@ class Follower:
         """The mesh is complete: it may replace what the maps hold."""
         self.resyncs = 0
         self._touched = Touched()
+        self._waiting: list[Resource] = []
 
     def offer(self, batch: ConfigBatch) -> Change | None:
         """Takes the next batch. Returns what to write when it completes a response.
@@ -60,20 +62,24 @@ class Follower:
         return self._complete(batch.synced) if batch.complete else None
 
     def _begin(self, epoch: str) -> None:
-        self.mesh, self._touched = Mesh(), Touched()
+        self.mesh, self._touched, self._waiting = Mesh(), Touched(whole=True), []
         self.epoch, self.received_seq, self.synced = epoch, 0, False
 
     def _complete(self, synced: bool) -> Change | None:
+        self._put_waiting()
         touched, self._touched = self._touched, Touched()
         if self.synced:
             return Change(sweep=False, touched=touched)
         if not synced:
+            self._touched = touched
             return None
         self.synced = True
         return Change(sweep=True, touched=touched)
 
     def _take(self, batch: ConfigBatch) -> None:
         if batch.type is ResourceType.ADDRESS:
+            if batch.removed:
+                self._put_waiting()
             for name in batch.removed:
                 self.mesh.remove(name, self._touched)
         else:
@@ -82,17 +88,22 @@ class Follower:
         self._put(batch.type, batch.upserts)
 
     def _put(self, kind: ResourceType, resources: list[Resource]) -> None:
-        mesh, touched = self.mesh, self._touched
+        if kind is ResourceType.ADDRESS:
+            self._waiting.extend(resources)
+            if len(self._waiting) >= MANY:
+                self._put_waiting()
+            return
         for resource in resources:
-            name, value = resource.name, resource.value
             try:
-                if kind is ResourceType.ADDRESS:
-                    mesh.put(name, decode_address(value), touched)
-                else:
-                    mesh.put_policy(decode_policy(name, value), touched)
+                self.mesh.put_policy(decode_policy(resource.name, resource.value), self._touched)
             except FieldError as error:
-                # xds_client checks with the same code: this is another version of it.
-                log.error("resource_not_understood", resource=name, error=str(error))
+                _not_understood(resource.name, error)
+
+    def _put_waiting(self) -> None:
+        """Addresses of several batches are decoded together."""
+        waiting, self._waiting = self._waiting, []
+        found = decode_addresses([resource.value for resource in waiting])
+        self.mesh.put_all(_understood(waiting, found), self._touched)
 
     async def resync(self, fetch: FetchPage) -> Change | None:
         """Takes a whole snapshot. What was published since is offered afterwards, in order."""
@@ -109,6 +120,21 @@ class Follower:
                 raise GapError(f"epoch {page.epoch} in a snapshot of {epoch}")
         self.received_seq = seq
         return self._complete(synced)
+
+
+def _understood(
+    resources: list[Resource], found: list[Service | Workload | FieldError]
+) -> Iterator[tuple[str, Service | Workload]]:
+    for resource, address in zip(resources, found, strict=True):
+        if isinstance(address, FieldError):
+            _not_understood(resource.name, address)
+        else:
+            yield resource.name, address
+
+
+def _not_understood(name: str, error: FieldError) -> None:
+    """xds_client checks with the same code: this is another version of it."""
+    log.error("resource_not_understood", resource=name, error=str(error))
 
 
 class GapError(Exception):

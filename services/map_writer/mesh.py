@@ -8,29 +8,40 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import chain
 from typing import NewType, TypeVar
 
 from google.protobuf.message import DecodeError
 
 from pykmesh.contracts.address import Policy, Service, Workload
-from pykmesh.kernel.records import ADDRESS_KEY, Ip, network_id
+from pykmesh.kernel.records import ADDRESS_KEY, NO_IP, Ip, network_id
 from pykmesh.proto.workload_pb2 import Address
 from pykmesh.proto.workload_pb2 import Workload as WorkloadMessage
 
 _K = TypeVar("_K")
 Place = NewType("Place", bytes)
 """A network and an address, as the key of the map `addresses`."""
+Owners = str | tuple[str, ...]
+"""Who has an address: nearly every one has one owner."""
 
 
 def place_of(network: str, ip: Ip) -> Place:
-    return Place(ADDRESS_KEY.pack(ip, network_id(network)))
+    return Place(ip + _rest_of_key(network))
+
+
+@cache
+def _rest_of_key(network: str) -> bytes:
+    """What follows the address in a key: the address stands first in it."""
+    key = ADDRESS_KEY.pack(NO_IP, network_id(network))
+    return key[len(NO_IP) :]
 
 
 class Touched:
-    """What must be planned anew."""
+    """What must be planned anew; `whole`: everything, and nothing by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, whole: bool = False) -> None:
+        self.whole = whole
         self.services: set[str] = set()
         self.places: set[Place] = set()
         self.policies = False
@@ -49,8 +60,8 @@ class Mesh:
         self.workloads: dict[str, Workload] = {}
         self.policies: dict[str, Policy] = {}
         self.members: defaultdict[str, dict[str, None]] = defaultdict(dict)
-        self.vip_owners: dict[Place, tuple[str, ...]] = {}
-        self.pod_owners: dict[Place, tuple[str, ...]] = {}
+        self.vip_owners: dict[Place, Owners] = {}
+        self.pod_owners: dict[Place, Owners] = {}
         self._named_policies = 0
         self._without_policies: Counter[str] = Counter()
 
@@ -77,6 +88,30 @@ class Mesh:
             self.remove(name, touched)
             self.services[name] = resource
             self._link_service(name, resource, touched)
+
+    def put_all(self, resources: Iterable[tuple[str, Service | Workload]], touched: Touched) -> None:
+        """`put` for many. Ordinary new workloads, of which a first response is full, take few steps."""
+        workloads, services = self.workloads, self.services
+        members, pod_owners = self.members, self.pod_owners
+        for name, resource in resources:
+            if (
+                not touched.whole
+                or not isinstance(resource, Workload)
+                or resource.host_network
+                or resource.policies
+                or name in workloads
+                or name in services
+            ):
+                self.put(name, resource, touched)
+                continue
+            workloads[name] = resource
+            self._without_policies[resource.namespace] += 1
+            for service, _ in resource.services:
+                members[service][name] = None
+            rest = _rest_of_key(resource.network)
+            for ip in resource.addresses:
+                if pod_owners.setdefault(Place(ip + rest), name) is not name:
+                    _own(pod_owners, Place(ip + rest), name)
 
     def _link_workload(self, name: str, workload: Workload, touched: Touched) -> None:
         self._count_policies(workload, 1)
@@ -117,7 +152,7 @@ class Mesh:
             touched.places.add(place)
 
     def _touch_rivals(self, place: Place, touched: Touched) -> None:
-        touched.services.update(self.vip_owners.get(place, ()))
+        touched.services.update(_owners(self.vip_owners, place))
 
     def put_policy(self, policy: Policy, touched: Touched) -> None:
         if self.policies.get(policy.name) != policy:
@@ -138,26 +173,24 @@ class Mesh:
         """Every address of a service or workload, in the order in which they came; some may come twice."""
         return chain(self.vip_owners, self.pod_owners)
 
-    def owners(self, place: Place) -> list[str]:
+    def owners(self, place: Place) -> tuple[str, ...]:
         """Every service and workload that has an address."""
-        return [*self.vip_owners.get(place, ()), *self.pod_owners.get(place, ())]
+        return _owners(self.vip_owners, place) + _owners(self.pod_owners, place)
 
     def vip_owner(self, place: Place) -> str | None:
         """Whose address it is, when several services have it: a canonical one, else the first by name."""
         owners = self.vip_owners.get(place)
-        if not owners:
-            return None
-        if len(owners) == 1:
-            return owners[0]
+        if owners is None or isinstance(owners, str):
+            return owners
         return min(owners, key=lambda name: (not self.services[name].canonical, name))
 
     def pod_at(self, place: Place) -> Workload | None:
         """Who is meant by an address that several workloads have: a pod over others, HBONE over plain."""
         owners = self.pod_owners.get(place)
-        if not owners:
+        if owners is None:
             return None
-        if len(owners) == 1:
-            return self.workloads[owners[0]]
+        if isinstance(owners, str):
+            return self.workloads[owners]
         found = (self.workloads[name] for name in owners)
         return min(found, key=lambda w: ("//Pod/" not in w.uid, not w.prefers_hbone, w.uid))
 
@@ -207,18 +240,20 @@ def _drop(index: defaultdict[_K, dict[str, None]], key: _K, name: str) -> None:
             del index[key]
 
 
-def _own(index: dict[Place, tuple[str, ...]], place: Place, name: str) -> None:
-    """Nearly every address has one owner."""
-    owners = index.get(place)
-    if owners is None:
-        index[place] = (name,)
-    elif name not in owners:
-        index[place] = (*owners, name)
+def _owners(index: dict[Place, Owners], place: Place) -> tuple[str, ...]:
+    owners = index.get(place, ())
+    return (owners,) if isinstance(owners, str) else owners
 
 
-def _disown(index: dict[Place, tuple[str, ...]], place: Place, name: str) -> None:
-    left = tuple(owner for owner in index.get(place, ()) if owner != name)
+def _own(index: dict[Place, Owners], place: Place, name: str) -> None:
+    owners = _owners(index, place)
+    if name not in owners:
+        index[place] = (*owners, name) if owners else name
+
+
+def _disown(index: dict[Place, Owners], place: Place, name: str) -> None:
+    left = tuple(owner for owner in _owners(index, place) if owner != name)
     if left:
-        index[place] = left
+        index[place] = left if len(left) > 1 else left[0]
     else:
         index.pop(place, None)

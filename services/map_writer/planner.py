@@ -27,6 +27,7 @@ from services.map_writer.desired import (
     PortId,
     Rules,
     desired_address,
+    desired_addresses,
     desired_service,
 )
 from services.map_writer.mesh import Mesh, Place, Touched
@@ -155,7 +156,8 @@ class Planner:
             self._plan_service(mesh, name, batches)
         for name, claim in before.items():
             self._drop(name, claim, batches)
-        self._plan_addresses(mesh, touched.places, batches)
+        wanted = ((place, desired_address(mesh, place, self._rules)) for place in touched.places)
+        self._plan_addresses(mesh, wanted, batches)
         return batches.steps()
 
     def sweep(self, mesh: Mesh) -> list[Step]:
@@ -174,7 +176,7 @@ class Planner:
         for list_id in [list_id for list_id in self.held.lists if list_id not in self.owner_of_list]:
             self._shrink(list_id, 0, batches)
         stale = self.held.addresses.keys() - mesh.vip_owners.keys() - mesh.pod_owners.keys()
-        self._plan_addresses(mesh, mesh.places(), batches)
+        self._plan_addresses(mesh, desired_addresses(mesh, self._rules), batches)
         for key in stale:
             self._remove_address(key, batches)
         return batches.steps() + self._plan_refused(mesh)
@@ -295,11 +297,13 @@ class Planner:
             self._leaving["addresses"] += 1
             batches.remove(_DROP_ADDRESSES, "addresses", key)
 
-    def _plan_addresses(self, mesh: Mesh, places: Iterable[Place], batches: _Batches) -> None:
+    def _plan_addresses(
+        self, mesh: Mesh, wanted: Iterable[tuple[Place, bytes | None]], batches: _Batches
+    ) -> None:
         held, limit = self.held.addresses, self._limits.addresses
         new_keys, new_values = batches.of(_ADDRESSES, "addresses")
-        for place in places:
-            value, current = desired_address(mesh, place, self._rules), held.get(place)
+        for place, value in wanted:
+            current = held.get(place)
             if value is None:
                 self._remove_address(place, batches)
             elif current is None and len(held) + self._leaving["addresses"] >= limit:

@@ -8,11 +8,12 @@ when it is empty (envoy xds_protocol, and what istiod insists on).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final, NoReturn
+from typing import Final
 
 from google.protobuf.message import DecodeError
 
-from pykmesh.contracts.address import FieldError, Service, decode_address, decode_policy
+from pykmesh.contracts.address import FieldError, Workload, decode_policy
+from pykmesh.contracts.bulk import decode_addresses
 from pykmesh.contracts.messages import TYPE_URLS, ResourceType
 from pykmesh.proto import discovery_pb2
 from services.xds_client.store import Held, Store
@@ -20,21 +21,32 @@ from services.xds_client.store import Held, Store
 INVALID_ARGUMENT: Final = 3
 DETAIL_CHARACTERS: Final = 4000
 RESOURCE_BYTES_MAX: Final = 4 * 1024 * 1024
-PART_RESOURCES: Final = 500
+PART_RESOURCES: Final = 2000
 _TYPES: Final = {url: kind for kind, url in TYPE_URLS.items()}
 Request = discovery_pb2.DeltaDiscoveryRequest
 Response = discovery_pb2.DeltaDiscoveryResponse
 
 
-def _check_address(name: str, value: bytes) -> None:
-    """Raises FieldError, also for a message of another name: its removal would never find it."""
-    found = decode_address(value)
-    own = found.name if isinstance(found, Service) else found.uid
-    if own != name:
-        raise FieldError("name", f"the message is of {own}")
+def _check(kind: ResourceType, upserts: Sequence[tuple[str, Held]]) -> Iterator[FieldError | None]:
+    """What is wrong with each: also a message of another name, which its removal would never find."""
+    if kind is ResourceType.AUTHORIZATION:
+        yield from (_check_policy(name, held.value) for name, held in upserts)
+        return
+    for (name, _), found in zip(upserts, decode_addresses([held.value for _, held in upserts]), strict=True):
+        if isinstance(found, FieldError):
+            yield found
+        elif (own := found.uid if isinstance(found, Workload) else found.name) != name:
+            yield FieldError("name", f"the message is of {own}")
+        else:
+            yield None
 
 
-_CHECKS: Final = {ResourceType.ADDRESS: _check_address, ResourceType.AUTHORIZATION: decode_policy}
+def _check_policy(name: str, value: bytes) -> FieldError | None:
+    try:
+        decode_policy(name, value)
+    except FieldError as error:
+        return error
+    return None
 
 
 class Reading:
@@ -63,34 +75,34 @@ class Reading:
             yield self._part(resources[first : first + PART_RESOURCES])
 
     def _part(self, resources: Iterable[discovery_pb2.Resource]) -> list[tuple[str, Held]]:
-        check, upserts = _CHECKS[self.type], []
+        upserts = []
         for resource in resources:
             name, wrapped = resource.name, resource.resource
             value = wrapped.value
-            try:
-                if (
-                    not name
-                    or name in self.names
-                    or wrapped.type_url != self.type_url
-                    or len(value) > RESOURCE_BYTES_MAX
-                ):
-                    self._reject(name, wrapped.type_url, len(value))
-                check(name, value)
-            except FieldError as error:
-                self.rejected[name or "(no name)"] = str(error)
+            if (
+                not name
+                or name in self.names
+                or wrapped.type_url != self.type_url
+                or len(value) > RESOURCE_BYTES_MAX
+            ):
+                self.rejected[name or "(no name)"] = str(self._fault(name, wrapped.type_url, len(value)))
                 continue
             self.names[name] = None
             upserts.append((name, Held(resource.version, value)))
-        return upserts
+        errors = list(_check(self.type, upserts))
+        for (name, _), error in zip(upserts, errors, strict=True):
+            if error is not None:
+                self.rejected[name] = str(error)
+        return [upsert for upsert, error in zip(upserts, errors, strict=True) if error is None]
 
-    def _reject(self, name: str, type_url: str, size: int) -> NoReturn:
+    def _fault(self, name: str, type_url: str, size: int) -> FieldError:
         if not name:
-            raise FieldError("name", "empty")
+            return FieldError("name", "empty")
         if name in self.names:
-            raise FieldError("name", "twice in one response")
+            return FieldError("name", "twice in one response")
         if type_url != self.type_url:
-            raise FieldError("resource.type_url", f"{type_url!r} in a response of {self.type_url!r}")
-        raise FieldError("resource", f"{size} bytes, more than {RESOURCE_BYTES_MAX}")
+            return FieldError("resource.type_url", f"{type_url!r} in a response of {self.type_url!r}")
+        return FieldError("resource", f"{size} bytes, more than {RESOURCE_BYTES_MAX}")
 
 
 class UnknownTypeError(Exception):

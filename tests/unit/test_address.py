@@ -292,13 +292,11 @@ def test_a_policy_with_an_unknown_word_is_refused(fields: Fields, why: str) -> N
 
 
 def test_what_is_remembered_of_entries_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(address, "ENTRIES_REMEMBERED", 10)
-    monkeypatch.setattr(address, "_known_entries", {})
+    monkeypatch.setattr(address.Remembered, "LIMIT", 10)
+    remembered = address.Remembered(bytes.hex)
     for number in range(50):
-        found = decode_address(message("workload", WORKLOAD | {"services": {f"a/{number}": {}}}))
-        assert isinstance(found, Workload)
-        assert found.services == ((f"a/{number}", ()),)
-        assert len(address._known_entries) <= 10
+        assert remembered[bytes([number])] == bytes([number]).hex()
+        assert len(remembered) <= 10
 
 
 def test_a_network_whose_id_collides_with_anothers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

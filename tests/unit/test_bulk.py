@@ -1,0 +1,104 @@
+"""Many addresses together are read exactly as one by one, whatever their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pykmesh.contracts import bulk
+from pykmesh.contracts.address import FieldError, Service, Workload, decode_address
+from pykmesh.contracts.bulk import decode_addresses
+from pykmesh.proto.workload_pb2 import Address
+
+TEXT = st.text(max_size=5)
+IPS = st.one_of(st.binary(min_size=4, max_size=4), st.binary(min_size=16, max_size=16), st.binary(max_size=6))
+NUMBERS = st.integers(0, 2)
+PORTS = st.lists(st.tuples(st.integers(0, 70000), st.integers(0, 70000)), max_size=2)
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> Address:
+    found = Address()
+    workload = found.workload
+    workload.uid, workload.namespace, workload.network = draw(TEXT), draw(TEXT), draw(TEXT)
+    workload.name, workload.hostname = draw(TEXT), draw(st.text(max_size=200))
+    workload.addresses.extend(draw(st.lists(IPS, max_size=3)))
+    workload.tunnel_protocol, workload.status, workload.network_mode = (draw(NUMBERS) for _ in range(3))
+    workload.authorization_policies.extend(draw(st.lists(TEXT, max_size=2)))
+    for service, ports in draw(st.dictionaries(TEXT, PORTS, max_size=3)).items():
+        entry = workload.services[service]
+        for service_port, target_port in ports:
+            entry.ports.add(service_port=service_port, target_port=target_port)
+    if draw(st.booleans()):
+        workload.waypoint.hbone_mtls_port = draw(st.integers(0, 1 << 31))
+    if draw(st.booleans()):
+        workload.capacity.value = draw(st.integers(0, 1 << 31))
+    workload.locality.zone = draw(TEXT)
+    return found
+
+
+@st.composite
+def values(draw: st.DrawFn) -> bytes:
+    """Workloads and services, some with bytes of theirs changed, cut off or repeated."""
+    data = draw(workloads()).SerializeToString() if draw(st.booleans()) else _SERVICE
+    at, length = draw(st.integers(0, len(data))), draw(st.integers(0, 3))
+    damage: Callable[[], bytes] = draw(
+        st.sampled_from(
+            [
+                lambda: data,
+                lambda: data[:at] + draw(st.binary(max_size=12)) + data[at + length :],
+                lambda: data[:at],
+                lambda: data + data,
+                lambda: b"\x0a" + bytes([len(_FIXED)]) + _FIXED,
+            ]
+        )
+    )
+    return damage()
+
+
+_SERVICE = Address(
+    service={"namespace": "shop", "hostname": "web", "addresses": [{"address": bytes(4)}]}
+).SerializeToString()
+# A workload with fields of the wire types that are rare, and numbers of ten bytes.
+_FIXED = b"\xa2\x01\x01p" + b"\x3d" + bytes(4) + b"\x39" + bytes(8) + b"\x88\x01" + b"\xff" * 9 + b"\x01"
+
+
+def one_by_one(data: list[bytes]) -> list[Service | Workload | str]:
+    found: list[Service | Workload | str] = []
+    for value in data:
+        try:
+            found.append(decode_address(value))
+        except FieldError as error:
+            found.append(str(error))
+    return found
+
+
+def together(data: list[bytes]) -> list[Service | Workload | str]:
+    return [str(found) if isinstance(found, FieldError) else found for found in decode_addresses(data)]
+
+
+@settings(max_examples=300, database=None, deadline=None)
+@given(st.lists(values(), max_size=12))
+@example([b""])
+@example([b"\x0a\x00", b"\x0a", b"\x0a\x80\x80\x80\x80\x80", b"\x0b\x0c", b"\x0a\xff\xff\xff\x7f"])
+def test_together_says_what_one_by_one_says(data: list[bytes]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bulk, "FEWEST", 0)
+        assert together(data) == one_by_one(data)
+
+
+@pytest.mark.parametrize("bad", [b"", b"\xff", b"\x0a\x03\xa2\x01\x00", b"\x0a\x06\xa2\x01\x03p\xff\xfe"])
+def test_a_bad_one_leaves_its_neighbours_alone(bad: bytes) -> None:
+    good = [_pod(number) for number in range(50)]
+    found = decode_addresses([*good[:20], bad, *good[20:]])
+    assert isinstance(found.pop(20), FieldError)
+    assert [item.uid for item in found if isinstance(item, Workload)] == [f"pod-{n}" for n in range(50)]
+
+
+def _pod(number: int) -> bytes:
+    fields: dict[str, Any] = {"uid": f"pod-{number}", "addresses": [bytes([10, 0, 0, number])]}
+    return Address(workload=fields).SerializeToString()
