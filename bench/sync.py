@@ -100,9 +100,11 @@ def measure(services: int, pods: int, pushes: int, rate: float) -> dict[str, Any
         try:
             node.start()
             plane.until_acked("first")
+            children = node.children()
+            idle = {name: cpu_s([pid]) for pid, name in children.items()}
             plane.tell(mesh=True)
             sync_ms = plane.until_acked("mesh")
-            children = node.children()
+            busy = {name: cpu_s([pid]) - idle[name] for pid, name in children.items()}
             writer = node.status()["processes"]["map_writer"]
             found: dict[str, Any] = {
                 "services": services, "workloads": services * pods,
@@ -110,6 +112,7 @@ def measure(services: int, pods: int, pushes: int, rate: float) -> dict[str, Any
                 "sync_ms": round(sync_ms, 1),
                 "floor_ms": round(plane.floor_ms, 1),
                 "sync_to_floor": round(sync_ms / plane.floor_ms, 2), "write": writer["last_write"],
+                "sync_cpu_s": {name: round(seconds, 2) for name, seconds in busy.items()},
                 "pss_mib": {name: round(pss_mib([pid]), 1) for pid, name in children.items()},
                 "peak_rss_mib": round(peak_mib(list(children)), 1),
                 "maps_mib": round(sum(writer["map_memory_bytes"].values()) / 2**20, 1),

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 from opentelemetry import context, propagate, trace
 from opentelemetry.context import Context
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -24,6 +23,9 @@ def configure(process: str, instance: str, endpoint: str) -> TracerProvider | No
     """Exports over OTLP/HTTP when there is an endpoint; `shutdown()` of what it returns flushes."""
     if not endpoint:
         return None
+    # Four megabytes that a process without an endpoint does not need.
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
+
     names = {
         "service.name": f"pykmesh-{process}",
         "service.instance.id": instance,

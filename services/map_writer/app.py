@@ -103,6 +103,8 @@ class MapWriter:
             if self._lost:
                 await self._resync()
             batch, headers = await self._inbox.receive()
+            if not (batch.complete or batch.is_heartbeat):
+                gc.disable()  # a large response: until it is written
             try:
                 change = self.follower.offer(batch)
             except GapError as gap:
@@ -167,6 +169,7 @@ class MapWriter:
             }
             span.set_attributes({f"pykmesh.entries.{name}": number for name, number in counted.items()})
         self._applied = (self.follower.epoch, self.follower.received_seq)
+        gc.enable()
         if change.sweep:
             self.last_sync = time.time()
             gc.freeze()

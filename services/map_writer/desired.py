@@ -183,20 +183,6 @@ def desired_address(mesh: Mesh, place: Place, rules: Rules) -> bytes | None:
     return _PLAIN_WORKLOAD
 
 
-def desired_addresses(mesh: Mesh, rules: Rules) -> Iterator[tuple[Place, bytes | None]]:
-    """`desired_address` of every address that there is, once."""
-    for place in mesh.vip_owners:
-        yield place, desired_address(mesh, place, rules)
-    any_policy = rules.refuse_unenforced_policy
-    for place, owner in mesh.pod_owners.items():
-        if place in mesh.vip_owners:
-            continue
-        if any_policy or not isinstance(owner, str) or mesh.workloads[owner].has_waypoint:
-            yield place, desired_address(mesh, place, rules)
-        else:
-            yield place, _PLAIN_WORKLOAD
-
-
 @cache
 def _address_value(kind: AddressKind, verdict: Reason) -> bytes:
     return ADDRESS_VALUE.pack(kind, verdict)

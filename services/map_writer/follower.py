@@ -62,7 +62,7 @@ class Follower:
         return self._complete(batch.synced) if batch.complete else None
 
     def _begin(self, epoch: str) -> None:
-        self.mesh, self._touched, self._waiting = Mesh(), Touched(whole=True), []
+        self.mesh, self._touched, self._waiting = Mesh(), Touched(), []
         self.epoch, self.received_seq, self.synced = epoch, 0, False
 
     def _complete(self, synced: bool) -> Change | None:
@@ -71,7 +71,6 @@ class Follower:
         if self.synced:
             return Change(sweep=False, touched=touched)
         if not synced:
-            self._touched = touched
             return None
         self.synced = True
         return Change(sweep=True, touched=touched)

@@ -38,18 +38,17 @@ def _rest_of_key(network: str) -> bytes:
 
 
 class Touched:
-    """What must be planned anew; `whole`: everything, and nothing by name."""
+    """What must be planned anew, in the order in which it came: memory is then read in order too."""
 
-    def __init__(self, *, whole: bool = False) -> None:
-        self.whole = whole
-        self.services: set[str] = set()
-        self.places: set[Place] = set()
+    def __init__(self) -> None:
+        self.services: dict[str, None] = {}
+        self.places: dict[Place, None] = {}
         self.policies = False
         """Policies changed: with them, where they decide anything, everything."""
 
-    def merge(self, other: Touched) -> None:
-        self.services |= other.services
-        self.places |= other.places
+    def add(self, services: Iterable[str], places: Iterable[Place]) -> None:
+        self.services.update(dict.fromkeys(services))
+        self.places.update(dict.fromkeys(places))
 
 
 class Mesh:
@@ -93,10 +92,10 @@ class Mesh:
         """`put` for many. Ordinary new workloads, of which a first response is full, take few steps."""
         workloads, services = self.workloads, self.services
         members, pod_owners = self.members, self.pod_owners
+        touched_services, touched_places = touched.services, touched.places
         for name, resource in resources:
             if (
-                not touched.whole
-                or not isinstance(resource, Workload)
+                not isinstance(resource, Workload)
                 or resource.host_network
                 or resource.policies
                 or name in workloads
@@ -104,55 +103,59 @@ class Mesh:
             ):
                 self.put(name, resource, touched)
                 continue
-            workloads[name] = resource
+            uid = resource.uid  # the name, and one object of it instead of two
+            workloads[uid] = resource
             self._without_policies[resource.namespace] += 1
             for service, _ in resource.services:
-                members[service][name] = None
+                members[service][uid] = None
+                touched_services[service] = None
             rest = _rest_of_key(resource.network)
             for ip in resource.addresses:
-                if pod_owners.setdefault(Place(ip + rest), name) is not name:
-                    _own(pod_owners, Place(ip + rest), name)
+                place = Place(ip + rest)
+                touched_places[place] = None
+                if pod_owners.setdefault(place, uid) is not uid:
+                    _own(pod_owners, place, uid)
 
     def _link_workload(self, name: str, workload: Workload, touched: Touched) -> None:
         self._count_policies(workload, 1)
         for service, _ in workload.services:
             self.members[service][name] = None
-            touched.services.add(service)
+            touched.services[service] = None
         if not workload.host_network:
             for ip in workload.addresses:
                 place = place_of(workload.network, ip)
                 _own(self.pod_owners, place, name)
-                touched.places.add(place)
+                touched.places[place] = None
 
     def _unlink_workload(self, name: str, workload: Workload, touched: Touched) -> None:
         self._count_policies(workload, -1)
         for service, _ in workload.services:
             _drop(self.members, service, name)
-            touched.services.add(service)
+            touched.services[service] = None
         if not workload.host_network:
             for ip in workload.addresses:
                 place = place_of(workload.network, ip)
                 _disown(self.pod_owners, place, name)
-                touched.places.add(place)
+                touched.places[place] = None
 
     def _link_service(self, name: str, service: Service, touched: Touched) -> None:
-        touched.services.add(name)
+        touched.services[name] = None
         for network, ip in service.vips:
             place = place_of(network, ip)
             self._touch_rivals(place, touched)
             _own(self.vip_owners, place, name)
-            touched.places.add(place)
+            touched.places[place] = None
 
     def _unlink_service(self, name: str, service: Service, touched: Touched) -> None:
-        touched.services.add(name)
+        touched.services[name] = None
         for network, ip in service.vips:
             place = place_of(network, ip)
             _disown(self.vip_owners, place, name)
             self._touch_rivals(place, touched)
-            touched.places.add(place)
+            touched.places[place] = None
 
     def _touch_rivals(self, place: Place, touched: Touched) -> None:
-        touched.services.update(_owners(self.vip_owners, place))
+        touched.add(_owners(self.vip_owners, place), ())
 
     def put_policy(self, policy: Policy, touched: Touched) -> None:
         if self.policies.get(policy.name) != policy:
@@ -162,12 +165,6 @@ class Mesh:
     def remove_policy(self, name: str, touched: Touched) -> None:
         if self.policies.pop(name, None) is not None:
             touched.policies = True
-
-    def everything(self) -> Touched:
-        touched = Touched()
-        touched.services.update(self.services)
-        touched.places.update(self.places())
-        return touched
 
     def places(self) -> Iterator[Place]:
         """Every address of a service or workload, in the order in which they came; some may come twice."""

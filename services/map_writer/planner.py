@@ -27,7 +27,6 @@ from services.map_writer.desired import (
     PortId,
     Rules,
     desired_address,
-    desired_addresses,
     desired_service,
 )
 from services.map_writer.mesh import Mesh, Place, Touched
@@ -137,7 +136,7 @@ class Planner:
     def plan(self, mesh: Mesh, touched: Touched) -> list[Step]:
         """The writes for what was touched, and for what was refused before and may have room now."""
         if touched.policies and self._rules.refuse_unenforced_policy:
-            touched.merge(mesh.everything())
+            touched.add(mesh.services, mesh.places())
         return self._plan_touched(mesh, touched) + self._plan_refused(mesh)
 
     def _plan_refused(self, mesh: Mesh) -> list[Step]:
@@ -148,16 +147,14 @@ class Planner:
 
     def _plan_touched(self, mesh: Mesh, touched: Touched) -> list[Step]:
         self._leaving.clear()
-        touched.services.update(self._refused_services)
-        touched.places.update(self._refused_places)
+        touched.add(self._refused_services, self._refused_places)
         batches = _Batches()
         before = {name: self._claims.get(name, _NO_CLAIM) for name in touched.services}
         for name in touched.services:
             self._plan_service(mesh, name, batches)
         for name, claim in before.items():
             self._drop(name, claim, batches)
-        wanted = ((place, desired_address(mesh, place, self._rules)) for place in touched.places)
-        self._plan_addresses(mesh, wanted, batches)
+        self._plan_addresses(mesh, touched.places, batches)
         return batches.steps()
 
     def sweep(self, mesh: Mesh) -> list[Step]:
@@ -176,7 +173,7 @@ class Planner:
         for list_id in [list_id for list_id in self.held.lists if list_id not in self.owner_of_list]:
             self._shrink(list_id, 0, batches)
         stale = self.held.addresses.keys() - mesh.vip_owners.keys() - mesh.pod_owners.keys()
-        self._plan_addresses(mesh, desired_addresses(mesh, self._rules), batches)
+        self._plan_addresses(mesh, mesh.places(), batches)
         for key in stale:
             self._remove_address(key, batches)
         return batches.steps() + self._plan_refused(mesh)
@@ -244,11 +241,16 @@ class Planner:
                 slots[slot] = slots[next(movers)]
                 batches.put(_FILL, "endpoints", ENDPOINT_KEY.pack(list_id, slot), slots[slot])
         for key, frontend in service.frontends.items():
-            if frontend.list_id == list_id and key in self.held.services:
+            if frontend.list_id == list_id and self._names_list(key, list_id):
                 value = SERVICE_VALUE.pack(list_id, length, frontend.verdict)
                 self.held.services[key] = value
                 batches.put(_LOWER, "services", key, value)
         self._shrink(list_id, length, batches)
+
+    def _names_list(self, key: bytes, list_id: int) -> bool:
+        """False for an address that was another service's: it comes to the list when that is whole."""
+        current = self.held.services.get(key)
+        return current is not None and SERVICE_VALUE.unpack(current)[0] == list_id
 
     def _shrink(self, list_id: int, length: int, batches: _Batches) -> None:
         slots = self.held.lists[list_id]
@@ -297,13 +299,11 @@ class Planner:
             self._leaving["addresses"] += 1
             batches.remove(_DROP_ADDRESSES, "addresses", key)
 
-    def _plan_addresses(
-        self, mesh: Mesh, wanted: Iterable[tuple[Place, bytes | None]], batches: _Batches
-    ) -> None:
+    def _plan_addresses(self, mesh: Mesh, places: Iterable[Place], batches: _Batches) -> None:
         held, limit = self.held.addresses, self._limits.addresses
         new_keys, new_values = batches.of(_ADDRESSES, "addresses")
-        for place, value in wanted:
-            current = held.get(place)
+        for place in places:
+            value, current = desired_address(mesh, place, self._rules), held.get(place)
             if value is None:
                 self._remove_address(place, batches)
             elif current is None and len(held) + self._leaving["addresses"] >= limit:

@@ -147,8 +147,14 @@ class XdsClient:
             except protocol.UnknownTypeError:
                 rejected = {"type_url": f"{response.type_url!r} was not asked for"}
                 return Taken(response.type_url, response.nonce, self._store.seq, None, rejected)
-            seq = await self._publisher.publish(reading)
-            if len(data) >= BULK_BYTES:
+            bulk = len(data) >= BULK_BYTES
+            if bulk:
+                gc.disable()
+            try:
+                seq = await self._publisher.publish(reading)
+            finally:
+                gc.enable()
+            if bulk:
                 gc.freeze()
             return Taken(reading.type_url, reading.nonce, seq, reading, reading.rejected)
 

@@ -138,7 +138,7 @@ def test_a_mesh_that_does_not_change_plans_nothing(script: list[list[Change]]) -
     for response in script:
         world.take(response)
     again = Touched()
-    again.merge(world.mesh.everything())
+    again.add(world.mesh.services, world.mesh.places())
     assert world.planner.plan(world.mesh, again) == []
     assert world.planner.sweep(world.mesh) == []
 
