@@ -6,10 +6,10 @@ wrong, go through `decode_address` one by one, which knows what to say of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import compress, repeat
 from sys import intern
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from pykmesh.contracts.address import (
     network_name,
     service_ports,
 )
-from pykmesh.contracts.wire import Bools, Buffer, Fields, grouped
+from pykmesh.contracts.wire import Bools, Buffer, Fields, Spans, grouped
 from pykmesh.kernel.records import V4_PREFIX
 from pykmesh.proto.workload_pb2 import AddressOutline
 from pykmesh.proto.workload_pb2 import WorkloadOutline as Of
@@ -31,38 +31,57 @@ FEWEST: Final = 16
 """Fewer are faster one by one."""
 MANY: Final = 4096
 """About as many as are fastest together."""
-Decoded = Service | Workload | FieldError
+_T = TypeVar("_T")
 
-_networks: Final = Remembered(lambda data: network_name("workload.network", data.decode()))
-_names: Final = Remembered(lambda data: intern(data.decode()))
+_networks: Final[Remembered[Any]] = Remembered(lambda data: network_name("workload.network", data.decode()))
+_names: Final[Remembered[Any]] = Remembered(lambda data: intern(data.decode()))
 
 
-def decode_addresses(values: Sequence[bytes]) -> list[Decoded]:
+def decode_addresses(values: Sequence[bytes]) -> list[Service | Workload | FieldError]:
     """In the order of `values`; one that cannot be used is there as the error that says why."""
+    found: list[Service | Workload | FieldError] = _mixed(values, _workloads, decode_address)
+    return found
+
+
+def names_of(values: Sequence[bytes]) -> list[str | FieldError]:
+    """The name that each must have as a resource; for one that cannot be used the error that says why."""
+    return _mixed(values, _uids, _name)
+
+
+def _mixed(
+    values: Sequence[bytes],
+    many: Callable[[Buffer, Fields, Iterable[bytes]], Sequence[_T]],
+    one: Callable[[bytes], _T],
+) -> list[_T | FieldError]:
+    """Ordinary workloads by `many`, everything else by `one`."""
     if len(values) < FEWEST:
-        return [_decode(value) for value in values]
+        return [_or_error(one, value) for value in values]
     buffer = Buffer(values)
     outer = buffer.fields(buffer.spans)
     plain = outer.only(AddressOutline.WORKLOAD_FIELD_NUMBER)
-    bodies = outer.spans(AddressOutline.WORKLOAD_FIELD_NUMBER).where(plain)
-    fields = buffer.fields(bodies)
+    fields = buffer.fields(outer.spans(AddressOutline.WORKLOAD_FIELD_NUMBER).where(plain))
     try:
-        workloads = _workloads(buffer, fields, compress(values, plain))
+        found = many(buffer, fields, compress(values, plain))
     except (ValueError, FieldError):
-        return [_decode(value) for value in values]
+        return [_or_error(one, value) for value in values]
     plain[plain] = usual = _usual(fields)
-    usual_workloads = compress(workloads, usual)
+    ordinary = compress(found, usual)
     return [
-        next(usual_workloads) if is_plain else _decode(value)
+        next(ordinary) if is_plain else _or_error(one, value)
         for value, is_plain in zip(values, plain.tolist(), strict=True)
     ]
 
 
-def _decode(value: bytes) -> Decoded:
+def _or_error(one: Callable[[bytes], _T], value: bytes) -> _T | FieldError:
     try:
-        return decode_address(value)
+        return one(value)
     except FieldError as error:
         return error
+
+
+def _name(value: bytes) -> str:
+    found = decode_address(value)
+    return found.uid if isinstance(found, Workload) else found.name
 
 
 def _workloads(buffer: Buffer, fields: Fields, raws: Iterable[bytes]) -> list[Workload]:
@@ -88,6 +107,20 @@ def _workloads(buffer: Buffer, fields: Fields, raws: Iterable[bytes]) -> list[Wo
             raws,
         )
     )
+
+
+def _uids(buffer: Buffer, fields: Fields, _: Iterable[bytes]) -> list[str]:
+    """What `_workloads` reads is read here too, for its errors; much of it is the same in all."""
+    texts: tuple[tuple[Remembered[Any], Spans], ...] = (
+        (_networks, fields.spans(Of.NETWORK_FIELD_NUMBER)),
+        (service_ports, fields.repeated(Of.SERVICES_FIELD_NUMBER)[1]),
+        (_names, fields.spans(Of.NAMESPACE_FIELD_NUMBER)),
+        (_names, fields.repeated(Of.AUTHORIZATION_POLICIES_FIELD_NUMBER)[1]),
+    )
+    for remembered, spans in texts:
+        for part in set(buffer.parts(spans)):
+            _ = remembered[part]
+    return list(map(bytes.decode, buffer.parts(fields.spans(Of.UID_FIELD_NUMBER))))
 
 
 def _usual(fields: Fields) -> Bools:

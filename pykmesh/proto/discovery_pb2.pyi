@@ -252,3 +252,39 @@ class Resource(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Resource: _TypeAlias = Resource  # noqa: Y015
+
+@_typing.final
+class DeltaDiscoveryResponseOutline(_message.Message):
+    """DeltaDiscoveryResponse with its resources unread: a hundred thousand of them are read together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESOURCES_FIELD_NUMBER: _builtins.int
+    TYPE_URL_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    REMOVED_RESOURCES_FIELD_NUMBER: _builtins.int
+    CONTROL_PLANE_FIELD_NUMBER: _builtins.int
+    type_url: _builtins.str
+    nonce: _builtins.str
+    @_builtins.property
+    def resources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    @_builtins.property
+    def removed_resources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def control_plane(self) -> Global___ControlPlane: ...
+    def __init__(
+        self,
+        *,
+        resources: _abc.Iterable[_builtins.bytes] | None = ...,
+        type_url: _builtins.str = ...,
+        nonce: _builtins.str = ...,
+        removed_resources: _abc.Iterable[_builtins.str] | None = ...,
+        control_plane: Global___ControlPlane | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["control_plane", b"control_plane"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["control_plane", b"control_plane", "nonce", b"nonce", "removed_resources", b"removed_resources", "resources", b"resources", "type_url", b"type_url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeltaDiscoveryResponseOutline: _TypeAlias = DeltaDiscoveryResponseOutline  # noqa: Y015

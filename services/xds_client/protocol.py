@@ -7,15 +7,16 @@ when it is empty (envoy xds_protocol, and what istiod insists on).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from google.protobuf.message import DecodeError
 
-from pykmesh.contracts.address import FieldError, Workload, decode_policy
-from pykmesh.contracts.bulk import decode_addresses
+from pykmesh.contracts.address import FieldError, decode_policy
+from pykmesh.contracts.bulk import names_of
 from pykmesh.contracts.messages import TYPE_URLS, ResourceType
 from pykmesh.proto import discovery_pb2
+from services.xds_client.resources import Received, unwrap
 from services.xds_client.store import Held, Store
 
 INVALID_ARGUMENT: Final = 3
@@ -24,21 +25,19 @@ RESOURCE_BYTES_MAX: Final = 4 * 1024 * 1024
 PART_RESOURCES: Final = 2000
 _TYPES: Final = {url: kind for kind, url in TYPE_URLS.items()}
 Request = discovery_pb2.DeltaDiscoveryRequest
-Response = discovery_pb2.DeltaDiscoveryResponse
+Response = discovery_pb2.DeltaDiscoveryResponseOutline
 
 
-def _check(kind: ResourceType, upserts: Sequence[tuple[str, Held]]) -> Iterator[FieldError | None]:
+def _check(kind: ResourceType, upserts: Sequence[tuple[str, Held]]) -> list[FieldError | None]:
     """What is wrong with each: also a message of another name, which its removal would never find."""
     if kind is ResourceType.AUTHORIZATION:
-        yield from (_check_policy(name, held.value) for name, held in upserts)
-        return
-    for (name, _), found in zip(upserts, decode_addresses([held.value for _, held in upserts]), strict=True):
-        if isinstance(found, FieldError):
-            yield found
-        elif (own := found.uid if isinstance(found, Workload) else found.name) != name:
-            yield FieldError("name", f"the message is of {own}")
-        else:
-            yield None
+        return [_check_policy(name, held.value) for name, held in upserts]
+    owners = names_of([held.value for _, held in upserts])
+    return [None if own == name else _misnamed(own) for (name, _), own in zip(upserts, owners, strict=True)]
+
+
+def _misnamed(own: str | FieldError) -> FieldError:
+    return own if isinstance(own, FieldError) else FieldError("name", f"the message is of {own}")
 
 
 def _check_policy(name: str, value: bytes) -> FieldError | None:
@@ -66,7 +65,7 @@ class Reading:
         self.removed = list(response.removed_resources)
         self.names: dict[str, None] = {}
         self.rejected: dict[str, str] = {}
-        self._resources: Sequence[discovery_pb2.Resource] = response.resources
+        self._resources: Sequence[bytes] = response.resources
 
     def parts(self) -> Iterator[list[tuple[str, Held]]]:
         """What is good, `PART_RESOURCES` at a time, so that other work has its turn in between."""
@@ -74,35 +73,41 @@ class Reading:
         for first in range(0, len(resources), PART_RESOURCES):
             yield self._part(resources[first : first + PART_RESOURCES])
 
-    def _part(self, resources: Iterable[discovery_pb2.Resource]) -> list[tuple[str, Held]]:
+    def _part(self, resources: Sequence[bytes]) -> list[tuple[str, Held]]:
         upserts = []
-        for resource in resources:
-            name, wrapped = resource.name, resource.resource
-            value = wrapped.value
+        for received in unwrap(resources):
+            name, version, type_url, value, broken = received
             if (
-                not name
+                broken
+                or not name
                 or name in self.names
-                or wrapped.type_url != self.type_url
+                or type_url != self.type_url
                 or len(value) > RESOURCE_BYTES_MAX
             ):
-                self.rejected[name or "(no name)"] = str(self._fault(name, wrapped.type_url, len(value)))
+                self.rejected[name or "(no name)"] = str(self._fault(received))
                 continue
             self.names[name] = None
-            upserts.append((name, Held(resource.version, value)))
-        errors = list(_check(self.type, upserts))
+            upserts.append((name, Held(version, value)))
+        errors = _check(self.type, upserts)
+        if not any(errors):
+            return upserts
         for (name, _), error in zip(upserts, errors, strict=True):
             if error is not None:
                 self.rejected[name] = str(error)
         return [upsert for upsert, error in zip(upserts, errors, strict=True) if error is None]
 
-    def _fault(self, name: str, type_url: str, size: int) -> FieldError:
-        if not name:
+    def _fault(self, received: Received) -> FieldError:
+        if received.broken:
+            return FieldError("", received.broken)
+        if not received.name:
             return FieldError("name", "empty")
-        if name in self.names:
+        if received.name in self.names:
             return FieldError("name", "twice in one response")
-        if type_url != self.type_url:
-            return FieldError("resource.type_url", f"{type_url!r} in a response of {self.type_url!r}")
-        return FieldError("resource", f"{size} bytes, more than {RESOURCE_BYTES_MAX}")
+        if received.type_url != self.type_url:
+            return FieldError(
+                "resource.type_url", f"{received.type_url!r} in a response of {self.type_url!r}"
+            )
+        return FieldError("resource", f"{len(received.value)} bytes, more than {RESOURCE_BYTES_MAX}")
 
 
 class UnknownTypeError(Exception):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pykmesh.contracts import bulk
 from pykmesh.contracts.address import FieldError, Service, Workload, decode_address
-from pykmesh.contracts.bulk import decode_addresses
+from pykmesh.contracts.bulk import decode_addresses, names_of
 from pykmesh.proto.workload_pb2 import Address
 
 TEXT = st.text(max_size=5)
@@ -77,6 +77,10 @@ def one_by_one(data: list[bytes]) -> list[Service | Workload | str]:
     return found
 
 
+def name(found: Service | Workload | str) -> str:
+    return found if isinstance(found, str) else found.uid if isinstance(found, Workload) else found.name
+
+
 def together(data: list[bytes]) -> list[Service | Workload | str]:
     return [str(found) if isinstance(found, FieldError) else found for found in decode_addresses(data)]
 
@@ -89,6 +93,7 @@ def test_together_says_what_one_by_one_says(data: list[bytes]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bulk, "FEWEST", 0)
         assert together(data) == one_by_one(data)
+        assert list(map(str, names_of(data))) == list(map(name, one_by_one(data)))
 
 
 @pytest.mark.parametrize("bad", [b"", b"\xff", b"\x0a\x03\xa2\x01\x00", b"\x0a\x06\xa2\x01\x03p\xff\xfe"])

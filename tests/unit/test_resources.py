@@ -1,0 +1,40 @@
+"""Resources of a response, many at a time, are unwrapped exactly as one by one."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pykmesh.proto.discovery_pb2 import Resource
+from services.xds_client import resources
+from services.xds_client.resources import Received, unwrap
+
+TEXT = st.text(max_size=4)
+
+
+@st.composite
+def wrapped(draw: st.DrawFn) -> bytes:
+    """Resources, some with fields that are rare, some with bytes changed, cut off or repeated."""
+    found = Resource(name=draw(TEXT), version=draw(TEXT), aliases=draw(st.lists(TEXT, max_size=2)))
+    found.resource.type_url, found.resource.value = draw(TEXT), draw(st.binary(max_size=200))
+    data = found.SerializeToString()
+    at = draw(st.integers(0, len(data)))
+    damaged = (data[:at] + draw(st.binary(max_size=6)) + data[at:], data[:at], data + data)
+    return data if draw(st.booleans()) else draw(st.sampled_from(damaged))
+
+
+@settings(max_examples=300, database=None, deadline=None)
+@given(st.lists(wrapped(), max_size=8))
+def test_together_says_what_one_by_one_says(data: list[bytes]) -> None:
+    one_by_one = [found for value in data for found in unwrap([value])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resources, "FEWEST", 0)
+        assert unwrap(data) == one_by_one
+
+
+def test_a_broken_one_leaves_its_neighbours_alone() -> None:
+    good = [Resource(name=f"r-{number}").SerializeToString() for number in range(40)]
+    found = unwrap([*good[:7], b"\xff", *good[7:]])
+    assert found.pop(7).broken.startswith("not a Resource message")
+    assert found == [Received(f"r-{number}", "", "", b"") for number in range(40)]
