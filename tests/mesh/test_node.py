@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -68,6 +69,22 @@ def test_down_leaves_traffic_and_uninstall_leaves_nothing(node: Node) -> None:
     node.cli("uninstall")
     assert attached(client.cgroup) == 0
     assert not node.pin_dir.exists()
+    assert not node.run_dir.exists()
+
+
+def test_the_instance_may_stand_behind_the_command(node: Node) -> None:
+    place = ["--instance", node.name, "--run-dir", str(node.run_dir), "--pin-dir", str(node.pin_dir)]
+
+    def cli(*words: str) -> str:
+        command = [sys.executable, "-m", "pykmesh", *words, *place]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert result.returncode == 0, f"{words}: {result.stdout}{result.stderr}\n{node.logs()}"
+        return result.stdout
+
+    assert f"instance {node.name} is ready" in cli("up", "-d", "--free-ports", *node.options)
+    assert json.loads(cli("status", "-o", "json"))["instance"] == node.name == node.status()["instance"]
+    assert f"instance {node.name} is down" in cli("down")
+    cli("uninstall")
     assert not node.run_dir.exists()
 
 
