@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -98,9 +99,13 @@ _S = TypeVar("_S", bound=CommonSettings)
 
 
 def load(kind: type[_S], environment: Mapping[str, str] = os.environ) -> _S:
-    """Raises SettingsError for a file that cannot be read and for a value of the wrong kind."""
+    """Raises SettingsError for a file that cannot be read, a key of it that no process has, a wrong value.
+
+    Keys of other processes are passed over: one file may be for all.
+    """
     path = environment.get(SETTINGS_FILE_VARIABLE)
     in_file = _from_file(Path(path)) if path else {}
+    _check_names(in_file, NAMES.union(kind.__struct_fields__), f"settings file {path}")
     values: dict[str, Any] = {}
     for field in msgspec.structs.fields(kind):
         variable = ENVIRONMENT_PREFIX + field.name.upper()
@@ -131,6 +136,17 @@ def _from_file(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"settings file {path}: {error}") from error
+
+
+def _check_names(found: Iterable[str], known: Collection[str], where: str) -> None:
+    unknown = [f"{name}{_nearest(name, known)}" for name in found if name not in known]
+    if unknown:
+        raise SettingsError(f"{where}: there is no setting {', '.join(unknown)}")
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    matches = difflib.get_close_matches(name.lower(), sorted(known), n=1)
+    return f" (perhaps {matches[0]})" if matches else ""
 
 
 def _to_path(kind: type, value: Any) -> Any:

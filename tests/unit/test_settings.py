@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from pykmesh.contracts.settings import (
     load,
     to_environment,
 )
+from pykmesh.process import EXIT_SETTINGS
 
 KINDS = [XdsClientSettings, MapWriterSettings, LoaderSettings, TelemetrySettings]
 
@@ -97,6 +101,55 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, data: bytes | None)
         file.write_bytes(data)
     with pytest.raises(SettingsError, match=str(file)):
         load(LoaderSettings, {"PYKMESH_SETTINGS": str(file)})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("endpoint_max = 5", "there is no setting endpoint_max (perhaps endpoints_max)"),
+        ("Services_Max = 5", "there is no setting Services_Max (perhaps services_max)"),
+        ("xyzzy = 5", "there is no setting xyzzy"),
+        (
+            "pin_dirs = 'a'\n[bpf_loader]\nservices_max = 5",
+            "there is no setting pin_dirs (perhaps pin_dir), bpf_loader",
+        ),
+    ],
+)
+def test_a_key_that_no_process_has_is_named_with_the_file_and_the_nearest_that_there_is(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(text)
+    with pytest.raises(SettingsError) as error:
+        load(LoaderSettings, {"PYKMESH_SETTINGS": str(file)})
+    assert str(error.value) == f"settings file {file}: {said}"
+
+
+def test_a_variable_that_no_process_has_is_passed_over() -> None:
+    assert load(LoaderSettings, {"PYKMESH_ENDPOINT_MAX": "5"}) == LoaderSettings()
+
+
+def test_one_file_may_be_for_all_processes(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("services_max = 10\nin_flight_batches = 20\nmetrics_port = 30\n")
+    environment = {"PYKMESH_SETTINGS": str(file)}
+    for kind in KINDS:
+        load(kind, environment)
+    assert load(LoaderSettings, environment).services_max == 10
+    assert load(TelemetrySettings, environment).metrics_port == 30
+
+
+def test_a_process_ends_at_once_for_a_wrong_file_and_says_why(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("endpoint_max = 5")
+    ended = subprocess.run(
+        [sys.executable, "-m", "services.bpf_loader"],
+        env={**os.environ, "PYKMESH_SETTINGS": str(file)},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ended.returncode == EXIT_SETTINGS
+    said = f"bpf_loader: settings file {file}: there is no setting endpoint_max (perhaps endpoints_max)\n"
+    assert ended.stderr == said
 
 
 def test_no_two_processes_listen_on_the_same_port() -> None:
