@@ -160,6 +160,28 @@ def test_a_cgroup_with_another_instances_programs_is_refused_by_name(
         inner.rmdir()
 
 
+def test_a_map_that_keeps_its_size_is_told_with_the_way_out(node: Node) -> None:
+    def kept() -> list[tuple[str, str, str]]:
+        errors = node.status()["processes"]["bpf_loader"]["errors"]
+        assert all(e["event"] == "map_size_kept" and "pykmesh uninstall" in e["to_change"] for e in errors)
+        return [(e["map"], e["pinned"], e["wanted"]) for e in errors]
+
+    small = ("--set", "services_max=1000", "--set", "flows_bytes=100000")  # a ring's size is rounded up
+    large = ("--set", "services_max=2000", *small[2:])
+    for sizes, expected in ((small, []), (small, []), (large, [("services", "1000", "2000")])):
+        node.start(*sizes)
+        assert kept() == expected
+        log = (node.run_dir / "logs" / "bpf_loader.log").read_text()
+        assert log.count("map_size_kept") == len(expected)
+        node.cli("down")
+    node.start(*large)
+    assert "1: map_size_kept" in node.cli("status").stdout
+    node.cli("down")
+    node.cli("uninstall")
+    node.start(*large)
+    assert kept() == []
+
+
 def test_what_is_left_of_a_removed_cgroup_is_cleared(node: Node) -> None:
     client = node.network.add("client", 10)
     node.start()
