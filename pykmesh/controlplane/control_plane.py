@@ -17,12 +17,13 @@ import anyio.to_thread
 import msgspec
 import structlog
 
+from pykmesh.contracts.settings import ControlPlaneSettings
 from pykmesh.controlplane.allocate import Shortage, allocate
 from pykmesh.controlplane.folder import Content, Folder, Sight
 from pykmesh.controlplane.manifests import ConfigError, Located
 from pykmesh.controlplane.objects import ref_of
 from pykmesh.controlplane.server import Client, DeltaServer, Nack
-from pykmesh.controlplane.settings import AddressRanges, ControlPlaneSettings, MeshSettings
+from pykmesh.controlplane.settings import AddressRanges, MeshSettings
 from pykmesh.controlplane.snapshot import Snapshot
 from pykmesh.controlplane.translate import Cluster, translate
 from pykmesh.proto import workload_pb2 as wire
@@ -57,7 +58,7 @@ class ControlPlane:
 
     def __init__(self, settings: ControlPlaneSettings) -> None:
         self._settings = settings
-        self._mesh, self._ranges = settings.mesh, settings.ranges
+        self._mesh, self._ranges = MeshSettings.of(settings), AddressRanges.of(settings)
         self._folder = Folder(settings.config_dir)
         self._server = DeltaServer()
         self._content: Content | None = None

@@ -12,6 +12,7 @@ import pytest
 from pykmesh.contracts import settings
 from pykmesh.contracts.settings import (
     CommonSettings,
+    ControlPlaneSettings,
     LoaderSettings,
     MapWriterSettings,
     SettingsError,
@@ -22,7 +23,7 @@ from pykmesh.contracts.settings import (
 )
 from pykmesh.process import EXIT_SETTINGS
 
-KINDS = [XdsClientSettings, MapWriterSettings, LoaderSettings, TelemetrySettings]
+KINDS = [XdsClientSettings, MapWriterSettings, LoaderSettings, TelemetrySettings, ControlPlaneSettings]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -131,12 +132,13 @@ def test_a_variable_that_no_process_has_is_passed_over() -> None:
 
 def test_one_file_may_be_for_all_processes(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
-    file.write_text("services_max = 10\nin_flight_batches = 20\nmetrics_port = 30\n")
+    file.write_text("services_max = 10\nin_flight_batches = 20\nmetrics_port = 30\npoll_ms = 40\n")
     environment = {"PYKMESH_SETTINGS": str(file)}
     for kind in KINDS:
         load(kind, environment)
     assert load(LoaderSettings, environment).services_max == 10
     assert load(TelemetrySettings, environment).metrics_port == 30
+    assert load(ControlPlaneSettings, environment).poll_ms == 40
 
 
 def test_a_process_ends_at_once_for_a_wrong_file_and_says_why(tmp_path: Path) -> None:
@@ -155,4 +157,4 @@ def test_a_process_ends_at_once_for_a_wrong_file_and_says_why(tmp_path: Path) ->
 def test_no_two_processes_listen_on_the_same_port() -> None:
     ports = [kind().admin_port for kind in KINDS]
     assert len(set(ports)) == len(ports)
-    assert set(KINDS) == set(settings.SERVICES)
+    assert set(KINDS) == set(settings.PROCESSES)
