@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -91,16 +92,48 @@ class TelemetrySettings(CommonSettings, frozen=True, kw_only=True):
     observe_buffer: int = 4096
 
 
-SERVICES: Final = (XdsClientSettings, MapWriterSettings, LoaderSettings, TelemetrySettings)
-NAMES: Final = frozenset(name for kind in SERVICES for name in kind.__struct_fields__)
+class ControlPlaneSettings(CommonSettings, frozen=True, kw_only=True):
+    """Of the embedded one. `listen_port` 0 takes any free port."""
+
+    admin_port: int = 15215
+    config_dir: Path = Path("config")
+    listen_host: str = "127.0.0.1"
+    listen_port: int = 15010
+    cluster_id: str = "Kubernetes"
+    trust_domain: str = "cluster.local"
+    domain: str = "cluster.local"
+    service_cidr_v4: str = "10.96.0.0/16"
+    service_cidr_v6: str = "fd96::/112"
+    pod_cidr_v4: str = "10.244.0.0/16"
+    pod_cidr_v6: str = "fd44::/112"
+    poll_ms: int = 100
+    """How often the folder is looked at."""
+    debounce_ms: int = 20
+    """How long the folder must have been quiet before a change is read."""
+    dialect: str = "1.31"
+    """The release of istiod to speak like: 1.25 or 1.31."""
+
+
+PROCESSES: Final = (
+    XdsClientSettings,
+    MapWriterSettings,
+    LoaderSettings,
+    TelemetrySettings,
+    ControlPlaneSettings,
+)
+NAMES: Final = frozenset(name for kind in PROCESSES for name in kind.__struct_fields__)
 
 _S = TypeVar("_S", bound=CommonSettings)
 
 
 def load(kind: type[_S], environment: Mapping[str, str] = os.environ) -> _S:
-    """Raises SettingsError for a file that cannot be read and for a value of the wrong kind."""
+    """Raises SettingsError for a file that cannot be read, a key of it that no process has, a wrong value.
+
+    Keys of other processes are passed over: one file may be for all.
+    """
     path = environment.get(SETTINGS_FILE_VARIABLE)
     in_file = _from_file(Path(path)) if path else {}
+    _check_names(in_file, f"settings file {path}")
     values: dict[str, Any] = {}
     for field in msgspec.structs.fields(kind):
         variable = ENVIRONMENT_PREFIX + field.name.upper()
@@ -131,6 +164,17 @@ def _from_file(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"settings file {path}: {error}") from error
+
+
+def _check_names(found: Iterable[str], where: str) -> None:
+    unknown = [f"{name}{_nearest(name)}" for name in found if name not in NAMES]
+    if unknown:
+        raise SettingsError(f"{where}: there is no setting {', '.join(unknown)}")
+
+
+def _nearest(name: str) -> str:
+    matches = difflib.get_close_matches(name.lower(), sorted(NAMES), n=1)
+    return f" (perhaps {matches[0]})" if matches else ""
 
 
 def _to_path(kind: type, value: Any) -> Any:

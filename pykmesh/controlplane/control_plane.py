@@ -2,8 +2,9 @@
 
 Files are read and translated in a thread; the event loop only hands results over. Nothing that is in the
 folder ends it. Clients delete what a control plane does not name, so it begins to serve only with a folder
-that reads without errors: before that it does not listen, and clients keep what they have and try again.
-Once it serves it goes on: what can no longer be read counts as it last was, and is in `errors`.
+that has a YAML file and reads without errors: before that it does not listen, and clients keep what they
+have and try again. Once it serves it goes on: what can no longer be read counts as it last was, and is in
+`errors`; files that go are gone, the last one too.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import anyio.to_thread
 import msgspec
 import structlog
 
+from pykmesh.contracts.settings import ControlPlaneSettings
 from pykmesh.controlplane.allocate import Shortage, allocate
 from pykmesh.controlplane.folder import Content, Folder, Sight
 from pykmesh.controlplane.manifests import ConfigError, Located
 from pykmesh.controlplane.objects import ref_of
 from pykmesh.controlplane.server import Client, DeltaServer, Nack
-from pykmesh.controlplane.settings import AddressRanges, ControlPlaneSettings, MeshSettings
+from pykmesh.controlplane.settings import AddressRanges, MeshSettings
 from pykmesh.controlplane.snapshot import Snapshot
 from pykmesh.controlplane.translate import Cluster, translate
 from pykmesh.proto import workload_pb2 as wire
@@ -56,12 +58,12 @@ class ControlPlane:
 
     def __init__(self, settings: ControlPlaneSettings) -> None:
         self._settings = settings
-        self._mesh, self._ranges = settings.mesh, settings.ranges
+        self._mesh, self._ranges = MeshSettings.of(settings), AddressRanges.of(settings)
         self._folder = Folder(settings.config_dir)
         self._server = DeltaServer()
         self._content: Content | None = None
         self._whole = anyio.Event()
-        """Set by the first content in which no file is missing."""
+        """Set by the first content in which no file is missing, and that is of a file at all."""
         self._translation = Translation({}, ())
         self._started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._generation = 0
@@ -120,6 +122,8 @@ class ControlPlane:
 
     async def _read(self, sight: Sight, refused: Callable[[Sequence[ConfigError]], None]) -> None:
         content = await anyio.to_thread.run_sync(self._folder.read, sight)
+        if not (sight.files or content.refused or self._whole.is_set()):
+            content = self._nothing_yet()
         if content == self._content:
             return
         if content.refused and not self._whole.is_set():
@@ -129,6 +133,12 @@ class ControlPlane:
             return
         await self._publish(content)
         self._whole.set()
+
+    def _nothing_yet(self) -> Content:
+        """An empty folder at the start: a volume that is not mounted looks like that."""
+        why = f"No YAML file in {self._settings.config_dir} yet (for an empty mesh: one with a comment)"
+        errors = (ConfigError(".", 0, "", why),)
+        return Content(errors=errors, refused=errors)
 
     async def _publish(self, content: Content) -> None:
         begin = time.monotonic()

@@ -3,6 +3,9 @@
 A `Folder` is driven from outside (`look`, then `read`), by one thread at a time, and never raises: what goes
 wrong becomes an error in its content. A file that cannot be read keeps the objects it had when it last could;
 one that never could has none, and is told apart (`Content.refused`) from one that says nothing.
+
+Files that are removed are gone, all of them too. But when the folder itself went, and none or an empty one
+is in its place (a volume that was unmounted), nothing was removed: what was read still counts.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from pykmesh.controlplane.manifests import ConfigError, Located, Parsed, parse, 
 log = structlog.get_logger(__name__)
 
 _SUFFIXES = (".yaml", ".yml")
+_REPLACED = "Another folder, and empty: what was in the one before counts until there is a file"
 _RACY_NS = 50_000_000
 """A file written this short before it was read may change again unseen: file clocks tick coarsely."""
 
@@ -42,6 +46,8 @@ class Sight(msgspec.Struct, frozen=True):
     """By path below the folder."""
     unreadable: Mapping[str, str]
     """Folders that could not be listed and files that could not be looked at; "" is the folder itself."""
+    identity: tuple[int, int] | None
+    """Device and inode of the folder itself; None if it could not be looked at."""
 
 
 class Content(msgspec.Struct, frozen=True):
@@ -69,6 +75,8 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._files: dict[str, _File] = {}
+        self._identity: tuple[int, int] | None = None
+        """Of the folder that the files were in."""
         self._folder_errors: tuple[ConfigError, ...] = ()
         self._logged_errors: frozenset[ConfigError] = frozenset()
         self._ignored: frozenset[str] = frozenset()
@@ -78,7 +86,10 @@ class Folder:
         files: dict[str, Signature] = {}
         unreadable: dict[str, str] = {}
         _list(self._path, "", files, unreadable, set())
-        return Sight(files, unreadable)
+        identity = _identity(self._path)
+        if self._files and identity != self._identity and not (files or unreadable):
+            unreadable[""] = _REPLACED
+        return Sight(files, unreadable, identity)
 
     def has_changed(self, sight: Sight) -> bool:
         """Whether `read` may find something new."""
@@ -95,6 +106,8 @@ class Folder:
             if signature and (before is None or before.signature != signature):
                 self._files[name] = self._read_file(name, signature, before)
         self._folder_errors = _errors_of(sight)
+        if "" not in sight.unreadable:
+            self._identity = sight.identity
         return self._content()
 
     def _expected(self, sight: Sight) -> dict[str, Signature | None]:
@@ -175,6 +188,14 @@ def _list(
             _list(folder / entry.name, f"{prefix}{entry.name}/", files, unreadable, above | {identity})
         elif stat.S_ISREG(found.st_mode) and entry.name.endswith(_SUFFIXES):
             files[prefix + entry.name] = Signature(found.st_mtime_ns, found.st_size, found.st_ino)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _errors_of(sight: Sight) -> tuple[ConfigError, ...]:

@@ -6,7 +6,9 @@ A file is taken as a whole: with one error in it, none of its objects counts (th
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -25,6 +27,8 @@ _MERGE = "tag:yaml.org,2002:merge"
 _NO_OBJECT = "Expected an object with apiVersion, kind and metadata"
 _LONGEST_QUOTE = 60
 _TOO_DEEP = "Nested too deeply"
+_ALIASED_NODES_MAX = 100_000
+_TOO_MUCH = f"Aliases expand to more than {_ALIASED_NODES_MAX} values"
 
 
 class ConfigError(msgspec.Struct, frozen=True, order=True):
@@ -63,9 +67,12 @@ def parse(content: bytes, file: str) -> Parsed:
         documents = list(yaml.compose_all(content.decode(), _Loader))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         return Parsed(errors=(_syntax_error(error, content, file),))
-    reader = _Reader(file)
+    reader, expansion = _Reader(file), _Expansion()
     for document in documents:
         try:
+            if (too_large := expansion.add(document)) is not None:
+                reader.refuse(too_large, "", _TOO_MUCH)
+                break
             reader.read(document)
         except RecursionError:
             reader.refuse(document, "", _TOO_DEEP)
@@ -87,6 +94,37 @@ def without_duplicates(objects: Iterable[Located]) -> tuple[tuple[Located, ...],
     return tuple(first.values()), tuple(errors)
 
 
+class _Expansion:
+    """How many nodes a file comes to when each is read as often as aliases name it.
+
+    Aliases of aliases multiply: a few lines can stand for more than any machine can read.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: dict[yaml.Node, int] = {}
+        self._total = 0
+        self._too_large: yaml.Node | None = None
+
+    def add(self, document: yaml.Node) -> yaml.Node | None:
+        """Returns the first node, if any, for which aliases add more than they may. RecursionError."""
+        self._total += self._size(document)
+        self._check(document, self._total)
+        return self._too_large
+
+    def _size(self, node: yaml.Node) -> int:
+        size = self._sizes.get(node)
+        if size is None:
+            self._sizes[node] = 1  # for a node within itself, of which reading finds no end
+            size = self._sizes[node] = min(1 + sum(map(self._size, _children(node))), sys.maxsize)
+            self._check(node, size)
+        return size
+
+    def _check(self, node: yaml.Node, size: int) -> None:
+        written = len(self._sizes)
+        if self._too_large is None and size - written > max(_ALIASED_NODES_MAX, written):
+            self._too_large = node
+
+
 class _Reader:
     """Collects the objects and errors of one file."""
 
@@ -96,19 +134,23 @@ class _Reader:
         self.errors: list[ConfigError] = []
         self.ignored: set[str] = set()
 
-    def read(self, node: yaml.Node, prefix: str = "") -> None:
-        """Reads a document, or an item of a List (`prefix` is its path in the document)."""
-        if _is_null(node):
+    def read(self, document: yaml.Node) -> None:
+        """Raises RecursionError."""
+        if _is_null(document):
             return
-        if not isinstance(node, yaml.MappingNode):
-            self.refuse(node, prefix, _NO_OBJECT)
+        if not isinstance(document, yaml.MappingNode):
+            self.refuse(document, "", _NO_OBJECT)
             return
         try:
-            plain = _Constructor().construct_document(node)
+            plain = _Constructor().construct_document(document)
         except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or node.start_mark
-            self.errors.append(ConfigError(self._file, mark.line + 1, prefix, str(error.problem)))
+            mark = error.problem_mark or document.start_mark
+            self.errors.append(ConfigError(self._file, mark.line + 1, "", str(error.problem)))
             return
+        self._read_plain(document, plain, "")
+
+    def _read_plain(self, node: yaml.Node, plain: Any, prefix: str) -> None:
+        """A document in plain types, or an item of a List (`prefix` is its path in the document)."""
         if not isinstance(plain, dict):
             self.refuse(node, prefix, _NO_OBJECT)
             return
@@ -117,14 +159,15 @@ class _Reader:
             missing = "kind" if isinstance(api_version, str) else "apiVersion"
             self.refuse(node, f"{prefix}{missing}", "Expected a text here")
         elif kind.endswith("List") and isinstance(plain.get("items"), list):
-            self._read_items(node, prefix)
+            self._read_items(_child(node, "items"), plain["items"], prefix)
         else:
             self._read_object(node, prefix, plain, (api_version.rpartition("/")[0], kind))
 
-    def _read_items(self, node: yaml.MappingNode, prefix: str) -> None:
-        items = _child(node, "items")
-        for index, item in enumerate(items.value if items else ()):
-            self.read(item, f"{prefix}items[{index}].")
+    def _read_items(self, node: yaml.Node | None, items: list[Any], prefix: str) -> None:
+        nodes = node.value if isinstance(node, yaml.SequenceNode) else ()
+        for index, (item, plain) in enumerate(zip(nodes, items, strict=False)):
+            if plain is not None:
+                self._read_plain(item, plain, f"{prefix}items[{index}].")
 
     def _read_object(
         self, node: yaml.Node, prefix: str, plain: dict[str, Any], kind: tuple[str, str]
@@ -223,10 +266,19 @@ def _follow(node: yaml.Node, path: str) -> yaml.Node:
     return node
 
 
+def _children(node: yaml.Node) -> Iterator[yaml.Node]:
+    match node:
+        case yaml.MappingNode():
+            yield from chain.from_iterable(node.value)
+        case yaml.SequenceNode():
+            yield from node.value
+
+
 def _child(node: yaml.Node, name: str) -> yaml.Node | None:
+    """The last one of that name: what is merged in stands before what it gives way to."""
     if not isinstance(node, yaml.MappingNode):
         return None
-    return next((value for key, value in node.value if key.value == name), None)
+    return next((value for key, value in reversed(node.value) if key.value == name), None)
 
 
 def _is_null(node: yaml.Node | None) -> bool:

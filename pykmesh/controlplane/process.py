@@ -3,42 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from pykmesh.contracts.settings import CommonSettings
+from pykmesh.contracts.settings import ControlPlaneSettings
 from pykmesh.controlplane.control_plane import ControlPlane
 from pykmesh.controlplane.manifests import ConfigError
-from pykmesh.controlplane.settings import ControlPlaneSettings
 from pykmesh.process import Runtime, main
 from pykmesh.readiness import Readiness
 
 
-class ControlPlaneProcessSettings(CommonSettings, frozen=True, kw_only=True):
-    """`ControlPlaneSettings` says what each means."""
-
-    admin_port: int = 15215
-    config_dir: Path = Path("config")
-    listen_host: str = "127.0.0.1"
-    listen_port: int = 15010
-    cluster_id: str = "Kubernetes"
-    trust_domain: str = "cluster.local"
-    domain: str = "cluster.local"
-    service_cidr_v4: str = "10.96.0.0/16"
-    service_cidr_v6: str = "fd96::/112"
-    pod_cidr_v4: str = "10.244.0.0/16"
-    pod_cidr_v6: str = "fd44::/112"
-    poll_ms: int = 100
-    debounce_ms: int = 20
-
-
-async def run(runtime: Runtime[ControlPlaneProcessSettings]) -> None:
+async def run(runtime: Runtime[ControlPlaneSettings]) -> None:
     """Serves until cancelled; ready when it listens, which a folder that cannot be read puts off."""
     runtime.readiness.wait_for("listening")
-    names = {name for name in ControlPlaneSettings.__struct_fields__ if hasattr(runtime.settings, name)}
-    plane = ControlPlane(ControlPlaneSettings(**{name: getattr(runtime.settings, name) for name in names}))
+    plane = ControlPlane(runtime.settings)
     runtime.details = lambda: _details(plane)
     manifests = ManifestsTask(runtime.readiness)
 
@@ -76,4 +55,4 @@ def _details(plane: ControlPlane) -> dict[str, Any]:
 
 
 def start() -> None:
-    main("control_plane", ControlPlaneProcessSettings, run)
+    main("control_plane", ControlPlaneSettings, run)

@@ -1,12 +1,13 @@
-"""What can be set about the embedded control plane."""
+"""What the control plane's settings mean to the parts that need some of them."""
 
 from __future__ import annotations
 
 from ipaddress import ip_network
-from pathlib import Path
+from typing import Self
 
 import msgspec
 
+from pykmesh.contracts.settings import ControlPlaneSettings
 from pykmesh.controlplane.dialect import Dialect
 
 
@@ -18,6 +19,17 @@ class MeshSettings(msgspec.Struct, frozen=True, kw_only=True):
     network: str = ""
     domain: str = "cluster.local"
     dialect: Dialect = Dialect.V1_31
+
+    @classmethod
+    def of(cls, settings: ControlPlaneSettings) -> Self:
+        """Raises `ValueError` for an unknown dialect."""
+        return cls(
+            cluster_id=settings.cluster_id,
+            trust_domain=settings.trust_domain,
+            network=settings.network,
+            domain=settings.domain,
+            dialect=Dialect.named(settings.dialect),
+        )
 
 
 class AddressRanges(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,43 +51,11 @@ class AddressRanges(msgspec.Struct, frozen=True, kw_only=True):
             if text and ip_network(text).version != int(name[-1]):
                 raise ValueError(f"{name}: {text} is not of that family")
 
-
-class ControlPlaneSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of one control plane. `listen_port` 0 takes any free port."""
-
-    config_dir: Path
-    listen_host: str = "127.0.0.1"
-    listen_port: int = 15010
-    cluster_id: str = "Kubernetes"
-    trust_domain: str = "cluster.local"
-    network: str = ""
-    domain: str = "cluster.local"
-    service_cidr_v4: str = "10.96.0.0/16"
-    service_cidr_v6: str = "fd96::/112"
-    pod_cidr_v4: str = "10.244.0.0/16"
-    pod_cidr_v6: str = "fd44::/112"
-    poll_ms: int = 100
-    """How often the folder is looked at."""
-    debounce_ms: int = 20
-    """How long the folder must have been quiet before a change is read."""
-    dialect: str = "1.31"
-    """The release of istiod to speak like: see `Dialect.named`."""
-
-    @property
-    def mesh(self) -> MeshSettings:
-        return MeshSettings(
-            cluster_id=self.cluster_id,
-            trust_domain=self.trust_domain,
-            network=self.network,
-            domain=self.domain,
-            dialect=Dialect.named(self.dialect),
-        )
-
-    @property
-    def ranges(self) -> AddressRanges:
-        return AddressRanges(
-            service_v4=self.service_cidr_v4,
-            service_v6=self.service_cidr_v6,
-            pod_v4=self.pod_cidr_v4,
-            pod_v6=self.pod_cidr_v6,
+    @classmethod
+    def of(cls, settings: ControlPlaneSettings) -> Self:
+        return cls(
+            service_v4=settings.service_cidr_v4,
+            service_v6=settings.service_cidr_v6,
+            pod_v4=settings.pod_cidr_v4,
+            pod_v6=settings.pod_cidr_v6,
         )

@@ -49,10 +49,20 @@ def can_set_retval() -> bool:
     return libbpf.probe_helper(_SOCK_ADDR, _SET_RETVAL)
 
 
+class KeptSize(NamedTuple):
+    """A pinned map of another size than the one that is wanted: it is fixed when the map is made."""
+
+    map: str
+    pinned: int
+    wanted: int
+
+
 class Programs:
     """The loaded programs. Their maps are the pinned ones; made and pinned where there are none."""
 
     def __init__(self, map_dir: Path, sizes: Mapping[str, int], settings: ProgramSettings) -> None:
+        self.kept_sizes: list[KeptSize] = []
+        """Pinned maps whose size is not the one in `sizes`."""
         self._object = libbpf.BpfObject(str(OBJECT))
         try:
             for name in map_names():
@@ -67,10 +77,14 @@ class Programs:
 
     def _pin(self, map_dir: Path, name: str, wanted: int) -> None:
         path = map_dir / map_layout(name).pin
-        if path.exists():
-            with libbpf.closing(libbpf.obj_get(str(path))) as fd:
-                wanted = libbpf.map_info(fd)[3]
-        self._object.pin_map(name, str(path), wanted)
+        size = self._object.pin_map(name, str(path), wanted)
+        if not path.exists():
+            return
+        with libbpf.closing(libbpf.obj_get(str(path))) as fd:
+            pinned = libbpf.map_info(fd)[3]
+        self._object.pin_map(name, str(path), pinned)
+        if wanted and size != pinned:
+            self.kept_sizes.append(KeptSize(name, pinned, wanted))
 
     def _write_settings(self, settings: ProgramSettings) -> None:
         values = {

@@ -60,6 +60,8 @@ _L.bpf_object__find_program_by_name.argtypes = [c_void_p, c_char_p]
 _L.bpf_object__next_map.argtypes = [c_void_p, c_void_p]
 _L.bpf_map__set_pin_path.argtypes = [c_void_p, c_char_p]
 _L.bpf_map__set_max_entries.argtypes = [c_void_p, c_uint32]
+_L.bpf_map__max_entries.argtypes = [c_void_p]
+_L.bpf_map__max_entries.restype = c_uint32
 _L.libbpf_set_print(None)
 
 
@@ -94,12 +96,16 @@ class BpfObject:
             _L.bpf_object__find_map_by_name(self._handle, name.encode()), f"map {name} in {self.path}"
         )
 
-    def pin_map(self, name: str, path: str, max_entries: int) -> None:
-        """Before load: use the map pinned at `path`, or pin the new one there."""
+    def pin_map(self, name: str, path: str, max_entries: int) -> int:
+        """Before load: use the map pinned at `path`, or pin the new one there.
+
+        Returns the size that a new one would have: a ring's is rounded up.
+        """
         handle = self._map(name)
         _checked(_L.bpf_map__set_pin_path(handle, path.encode()), f"pin path of {name}")
         if max_entries:
             _checked(_L.bpf_map__set_max_entries(handle, max_entries), f"size of map {name}")
+        return int(_L.bpf_map__max_entries(handle))
 
     def write_rodata(self, data: bytes, offset: int) -> None:
         """Before load: overwrite bytes of the read-only settings."""

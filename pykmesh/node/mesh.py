@@ -8,13 +8,13 @@ import msgspec
 
 from pykmesh.contracts.settings import (
     CommonSettings,
+    ControlPlaneSettings,
     LoaderSettings,
     MapWriterSettings,
     TelemetrySettings,
     XdsClientSettings,
     to_environment,
 )
-from pykmesh.controlplane.process import ControlPlaneProcessSettings
 from pykmesh.node import broker
 from pykmesh.node.instance import Instance
 from pykmesh.node.supervisor import Spec, python
@@ -117,7 +117,7 @@ def _service(instance: Instance, options: Options, name: str) -> CommonSettings:
 
 
 def _control_plane(instance: Instance, options: Options) -> CommonSettings:
-    return ControlPlaneProcessSettings(
+    return ControlPlaneSettings(
         **_common(instance, options, "control_plane"),  # type: ignore[arg-type]
         config_dir=options.config_dir or Path(),
         listen_port=instance.ports.xds,

@@ -21,6 +21,7 @@ from services.bpf_loader.enrollment import Enrollment
 log = structlog.get_logger(__name__)
 
 SWEEP_INTERVAL_S = 5.0
+HOW_TO_RESIZE = "pykmesh uninstall (after down), then up: the pinned map stays as it was made until then"
 
 
 async def run(runtime: Runtime[LoaderSettings]) -> None:
@@ -33,6 +34,8 @@ async def run(runtime: Runtime[LoaderSettings]) -> None:
         log.info("bpffs_mounted", pin_dir=str(settings.pin_dir))
     held = pins.lock(settings.pin_dir)
     programs = await anyio.to_thread.run_sync(_load, settings)
+    for kept in programs.kept_sizes:
+        runtime.note_error("map_size_kept", **kept._asdict(), to_change=HOW_TO_RESIZE)
     enrollment = Enrollment(settings.pin_dir, root, settings.instance, settings.network, programs)
     turn = anyio.Lock()
     updated = await anyio.to_thread.run_sync(enrollment.adopt)

@@ -6,7 +6,6 @@ Reading never waits for the maps: answers do, in a task of their own and in the 
 from __future__ import annotations
 
 import gc
-import random
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -23,13 +22,13 @@ from pykmesh import metrics, tracing
 from pykmesh.contracts.settings import XdsClientSettings
 from pykmesh.process import Runtime
 from services.xds_client import connection, protocol
+from services.xds_client.pace import Pace
 from services.xds_client.pages import add_pages
 from services.xds_client.publisher import Publisher
 from services.xds_client.store import Store
 
 log = structlog.get_logger(__name__)
 
-BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.01, 15.0
 BULK_BYTES = 1 << 20
 ANSWERS_WAITING = 4096
 # Ends of a stream that are the server's ordinary business: age, restart, drain.
@@ -66,20 +65,16 @@ class XdsClient:
         self.counts = {"responses": 0, "acks": 0, "nacks": 0, "streams": 0, "bytes": 0}
         self.last_nack = ""
         self.last_response = 0.0
+        self._understood = False
+        """The present stream, or the last one, has brought a response that was understood."""
 
     async def run(self) -> None:
         """Runs until cancelled."""
-        backoff = BACKOFF_FIRST_S
+        pace = Pace()
         while True:
-            heard = self.counts["responses"]
+            self._understood = False
             ordinary = await self._converse()
-            if self.counts["responses"] > heard:
-                backoff = BACKOFF_FIRST_S
-                if ordinary:
-                    continue
-            # Not for secrets: the jitter keeps a fleet from coming back at once.
-            await anyio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311
-            backoff = min(backoff * 2, BACKOFF_MAX_S)
+            await anyio.sleep(pace.pause_s(understood=self._understood, ordinary=ordinary))
 
     async def _converse(self) -> bool:
         """One stream, from its first request to its end. True for an end that is no failure."""
@@ -147,6 +142,7 @@ class XdsClient:
             except protocol.UnknownTypeError:
                 rejected = {"type_url": f"{response.type_url!r} was not asked for"}
                 return Taken(response.type_url, response.nonce, self._store.seq, None, rejected)
+            self._understood = True
             bulk = len(data) >= BULK_BYTES
             if bulk:
                 gc.disable()

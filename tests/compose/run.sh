@@ -177,6 +177,7 @@ export PATH=$cache/engine/usr/sbin:$cache/engine/usr/bin:$PATH
 fetch_base || skip "no base image: $(tail -n 1 "$work/base.log")"
 export DOCKER_HOST=unix://$work/docker.sock DOCKER_CONFIG=$work/docker PYKMESH_CONFIG_DIR=$work/config
 mkdir "$work/docker" "$work/config"
+echo "# nothing yet" >"$work/config/empty.yaml" # an empty folder would be waited for
 echo "{\"cliPluginsExtraDirs\": [\"$cache/engine/usr/libexec/docker/cli-plugins\"]}" >"$work/docker/config.json"
 
 start_node machine >"$work/output" || skip "no engine runs here: $(tail -n 1 "$work/output")"

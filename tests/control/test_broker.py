@@ -9,8 +9,8 @@ import pytest
 
 from tests.control import kernel_view
 from tests.control.conftest import Whole
-from tests.control.resources import Resource, host, pod, service, uid
-from tests.control.scripted_ads import ADDRESS
+from tests.control.resources import Resource, host, pod, pod_message, service, uid
+from tests.control.scripted_ads import ADDRESS, resource
 
 pytestmark = [pytest.mark.anyio, pytest.mark.kernel, pytest.mark.usefixtures("one_event_loop")]
 
@@ -65,6 +65,31 @@ async def test_changes_made_while_there_is_no_broker_arrive_when_it_is_back(busy
     await _until_in_the_kernel(busy)
     endpoints = kernel_view.read(busy.node.maps_dir).services["10.96.0.1 80"].endpoints
     assert endpoints == {f"10.1.0.{n} 8080" for n in [*range(2, 20), 30]}
+
+
+def large(number: int, size: int) -> Resource:
+    """A pod behind the service, with an extension of `size` bytes."""
+    message = pod_message(f"m-{number}", f"10.1.0.{number}", services=["web"])
+    extension = message.workload.extensions.add(name="large")
+    extension.config.type_url, extension.config.value = "type.googleapis.com/shop.Large", bytes(size)
+    return resource(uid(f"m-{number}"), message.SerializeToString())
+
+
+async def test_resources_as_large_as_any_that_is_accepted_come_through_in_the_log_and_in_snapshots(
+    busy: Whole,
+) -> None:
+    numbers = range(20, 24)
+    for number, size in zip(numbers, (2 << 20, 2 << 20, 3 << 20, (4 << 20) - 500), strict=True):
+        assert (await busy.plane.push(large(number, size))).accepted
+    await _until_in_the_kernel(busy)
+    endpoints = kernel_view.read(busy.node.maps_dir).services["10.96.0.1 80"].endpoints
+    assert endpoints == {f"10.1.0.{n} 8080" for n in range(1, 24)}
+    await busy.node.kill("map_writer")
+    await busy.node.until_page(
+        "map_writer", lambda said: said["ready"] and said["workloads"] == 523, "in step by a snapshot"
+    )
+    for process in ("xds_client", "map_writer"):
+        assert (await busy.node.page(process))["errors"] == []
 
 
 @pytest.mark.parametrize("late_s", [0.0, 0.15, 0.3, 0.6])

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import anyio
 import grpc
 import pytest
 import trustme
 
 from pykmesh.node.mesh import Options
+from services.xds_client.pace import BUDGET
 from tests.control.conftest import Client
 from tests.control.mesh_node import CLIENT, running
 from tests.control.resources import host, pod, policy, service, uid
-from tests.control.scripted_ads import ADDRESS, AUTHORIZATION, serving
+from tests.control.scripted_ads import ADDRESS, AUTHORIZATION, Conversation, ScriptedAds, serving
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_event_loop")]
 
@@ -69,6 +72,39 @@ async def test_a_server_that_never_answers_is_asked_less_and_less_often(held: Cl
     await held.plane.stream.end()
     await held.plane.next_stream(number)
     assert (await held.plane.push(pod("web-2", "10.1.0.2"))).accepted
+
+
+async def _end_each_for(
+    time_s: float, plane: ScriptedAds, end: Callable[[Conversation], Awaitable[None]]
+) -> int:
+    """Ends each stream as soon as it is there; how many came."""
+    first = number = len(plane.streams)
+    await plane.stream.end()
+    with anyio.move_on_after(time_s):
+        while True:
+            stream = await plane.next_stream(number)
+            number += 1
+            await end(stream)
+    return len(plane.streams) - first
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE])
+async def test_a_server_that_ends_each_stream_at_once_is_not_asked_without_end(
+    held: Client, code: grpc.StatusCode
+) -> None:
+    streams = await _end_each_for(3.0, held.plane, lambda stream: stream.end(code))
+    assert BUDGET < streams < 40
+    if held.plane.stream.ending.done():
+        await held.plane.next_stream()
+    assert (await held.plane.push(pod("web-2", "10.1.0.2"))).accepted
+
+
+async def test_a_server_that_sends_garbage_is_asked_less_and_less_often(held: Client) -> None:
+    held.plane.answers_subscriptions = False
+    streams = await _end_each_for(3.0, held.plane, lambda stream: stream.write_bytes(b"\xff\xff\xff\xff"))
+    assert 5 < streams < 15  # 0.01 s, doubled: the tenth pause is 2.5 s at least
+    (error,) = (await held.node.page("xds_client"))["errors"]
+    assert error["event"] == "response_not_understood"
 
 
 async def test_what_went_while_it_was_away_is_removed_and_what_came_is_there(held: Client) -> None:

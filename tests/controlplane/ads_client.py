@@ -10,10 +10,10 @@ from typing import Any
 import anyio
 import grpc.aio
 
+from pykmesh.contracts.settings import ControlPlaneSettings
 from pykmesh.controlplane.control_plane import ControlPlane
 from pykmesh.controlplane.manifests import ConfigError
 from pykmesh.controlplane.server import ADDRESS_TYPE, METHOD, SERVICE
-from pykmesh.controlplane.settings import ControlPlaneSettings
 from pykmesh.proto.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status
 
 DEADLINE_S = 10.0

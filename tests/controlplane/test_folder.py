@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,7 @@ def test_a_broken_file_that_is_deleted_takes_its_objects_and_errors_along(tmp_pa
     assert _read(folder) == Content()
 
 
-def test_a_folder_that_is_gone_keeps_its_state_until_it_is_back(tmp_path: Path) -> None:
+def test_a_folder_that_is_gone_keeps_its_state_until_there_is_a_file_in_another(tmp_path: Path) -> None:
     path = tmp_path / "config"
     write(path / "sub" / "a.yaml", pod("a"))
     folder = Folder(path)
@@ -133,7 +134,46 @@ def test_a_folder_that_is_gone_keeps_its_state_until_it_is_back(tmp_path: Path) 
     assert _names(content) == ["a"]
     assert str(content.errors[0]) == ".:0: The folder cannot be listed: No such file or directory"
     path.mkdir()
+    assert folder.has_changed(folder.look())
+    content = _read(folder)
+    assert _names(content) == ["a"]
+    assert str(content.refused[0]).startswith(".:0: Another folder, and empty: ")
+    assert not folder.has_changed(folder.look())
+    write(path / "b.yaml", pod("b"))
+    assert folder.has_changed(folder.look())
+    content = _read(folder)
+    assert (_names(content), content.errors) == (["b"], ())
+    (path / "b.yaml").unlink()
     assert _read(folder) == Content()
+
+
+def test_a_folder_that_is_back_as_it_was_is_read_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "config"
+    write(path / "a.yaml", pod("a"))
+    folder = Folder(path)
+    _read(folder)
+    path.rename(tmp_path / "away")
+    _read(folder)
+    (tmp_path / "away" / "a.yaml").unlink()
+    (tmp_path / "away").rename(path)
+    assert _read(folder) == Content()
+
+
+@pytest.mark.kernel
+def test_a_volume_that_is_unmounted_takes_nothing_along(tmp_path: Path) -> None:
+    path = tmp_path / "config"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], check=True)
+    folder = Folder(path)
+    try:
+        write(path / "a.yaml", pod("a"))
+        assert _names(_read(folder)) == ["a"]
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+    assert list(path.iterdir()) == []
+    content = _read(folder)
+    assert _names(content) == ["a"]
+    assert len(content.refused) == 1
 
 
 def test_a_link_to_nothing_is_a_broken_file_and_not_one_that_is_gone(tmp_path: Path) -> None:

@@ -176,6 +176,80 @@ def test_what_is_nested_without_end_is_an_error_with_its_line(text: str) -> None
     assert str(error) == "f.yaml:1: Nested too deeply"
 
 
+def aliases_of_aliases(levels: int, width: int, innermost: str, around: str) -> str:
+    """A List with an item for each level, which has the one before `width` times in it."""
+    lines = ["apiVersion: v1", "kind: List", "items:", f"- &a0 {innermost}"]
+    for level in range(1, levels):
+        inner = ", ".join([f"*a{level - 1}"] * width)
+        lines.append(f"- &a{level} {around.replace('...', inner)}")
+    return "\n".join(lines) + "\n"
+
+
+A_POD = "{apiVersion: v1, kind: Pod, metadata: {name: a}}"
+A_LIST = "{apiVersion: v1, kind: List, items: [...]}"
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (aliases_of_aliases(9, 9, A_POD, A_LIST), 9),
+        (aliases_of_aliases(200, 9, A_POD, A_LIST), 9),
+        (aliases_of_aliases(30, 9, "{a: b}", "{<<: [...]}"), 9),
+        (aliases_of_aliases(30, 9, "[lol]", "[...]"), 9),
+        (aliases_of_aliases(30, 9, "{a: b}", "{metadata: {labels: [...]}}"), 9),
+        (f"{aliases_of_aliases(5, 7, A_POD, A_LIST)}---\n" * 100, 28),  # each of them is small enough
+    ],
+)
+def test_aliases_that_multiply_are_an_error_with_its_line_at_once(text: str, line: int) -> None:
+    (error,) = parse(text.encode(), "f.yaml").errors
+    assert str(error) == f"f.yaml:{line}: Aliases expand to more than 100000 values"
+
+
+def test_aliases_that_do_not_multiply_are_read() -> None:
+    labels = "labels: &labels {app: web, version: v1, tier: front}"
+    head = "apiVersion: v1\nkind: List\nitems:\n"
+    head += f"- {{apiVersion: v1, kind: Pod, metadata: {{name: p, {labels}}}}}\n"
+    pods = "".join(
+        f"- {{apiVersion: v1, kind: Pod, metadata: {{name: p-{n}, labels: *labels}}}}\n" for n in range(2000)
+    )
+    found = parse((head + pods).encode(), "f.yaml")
+    assert not found.errors
+    assert {str(located.object.labels) for located in found.objects} == {
+        "{'app': 'web', 'version': 'v1', 'tier': 'front'}"
+    }
+    assert [located.line for located in found.objects] == list(range(4, 2005))
+
+
+def test_what_is_large_without_aliases_is_read() -> None:
+    pods = f"{A_POD}\n---\n" * 12_000  # of ten values each
+    assert len(parse(pods.encode(), "f.yaml").objects) == 12_000
+
+
+@pytest.mark.timeout(20)
+def test_lists_in_lists_are_read_once_each() -> None:
+    found = parse(aliases_of_aliases(120, 1, A_POD, A_LIST).encode(), "f.yaml")
+    assert len(found.objects) == 120
+    assert not found.errors
+
+
+def test_items_of_a_list_give_way_to_those_written_over_the_merged_ones() -> None:
+    text = (
+        "apiVersion: v1\nkind: List\nitems:\n"
+        "- &base {apiVersion: v1, kind: List, items: [{apiVersion: v1, kind: Pod, metadata: {name: a}}]}\n"
+        "- <<: *base\n  items:\n  - {apiVersion: v1, kind: Pod, metadata: {name: b}}\n"
+        "  - {apiVersion: v1, kind: Pod, metadata: {name: c/d}}\n"
+    )
+    (error,) = parse(text.encode(), "f.yaml").errors
+    assert str(error).startswith("f.yaml:8: items[1].items[1].metadata.name: ")
+    found = parse(text.replace("c/d", "c").encode(), "f.yaml")
+    assert [(located.object.name, located.line) for located in found.objects] == [
+        ("a", 4),
+        ("b", 7),
+        ("c", 8),
+    ]
+
+
 def test_an_error_in_one_document_does_not_hide_those_of_the_next() -> None:
     text = f"{POD}x: !!int a\n---\n{POD}x: {'[' * 900}{']' * 900}\n---\n{POD}y: !!float b\n"
     assert [error.line for error in parse(text.encode(), "f.yaml").errors] == [4, 6, 14]

@@ -68,7 +68,8 @@ async def test_the_first_response_is_the_whole_mesh(folder: Path) -> None:
         assert seen.node_id.startswith("ztunnel~")
 
 
-async def test_an_empty_folder_is_answered_with_an_empty_response(tmp_path: Path) -> None:
+async def test_a_folder_that_says_nothing_is_answered_with_an_empty_response(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("")
     async with running(tmp_path) as (_, port), connected(port) as client:
         await client.subscribe()
         response = await client.receive()

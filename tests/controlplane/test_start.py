@@ -6,7 +6,9 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import anyio
 import pytest
+from structlog.testing import capture_logs
 
 from pykmesh.controlplane.manifests import ConfigError
 from pykmesh.controlplane.process import ManifestsTask
@@ -86,6 +88,73 @@ async def test_it_does_not_listen_until_the_folder_is_whole(
                 await client.receive()
                 assert client.held.keys() == {WEB, WEB_1, WEB_2} == run.plane.resources.keys()
             assert not run.plane.errors
+
+
+async def test_an_empty_folder_is_waited_for_and_a_file_that_says_nothing_is_an_empty_mesh(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / ".hidden.yaml").write_text("")
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "sub").mkdir()
+    with capture_logs() as logs:
+        async with begun(tmp_path) as run:
+            told = [f".:0: No YAML file in {tmp_path} yet (for an empty mesh: one with a comment)"]
+            assert await run.refusal() == told == [str(error) for error in run.plane.errors]
+            await anyio.sleep(0.1)  # ten looks at the folder
+            assert run.port is None
+            (tmp_path / "a.yaml").write_text("# nothing\n")
+            async with connected(await run.serving()) as client:
+                await client.subscribe({WEB: "1"})
+                assert (await client.receive()).removed_resources == [WEB]
+            assert not run.plane.errors
+    assert [entry["first"] for entry in logs if entry["event"] == "not_served"] == told
+
+
+async def test_an_empty_folder_and_then_a_broken_file_are_told_in_turn(tmp_path: Path) -> None:
+    async with begun(tmp_path) as run:
+        assert "No YAML file" in str(await run.refusal())
+        (tmp_path / "a.yaml").write_text("kind: [")
+        assert (await run.refusal())[0].startswith("a.yaml:2: Not YAML: ")
+        (tmp_path / "a.yaml").unlink()
+        assert "No YAML file" in str(await run.refusal())
+        assert run.port is None
+
+
+async def test_once_it_serves_the_last_file_may_go_like_any_other(folder: Path) -> None:
+    async with running(folder) as (plane, port), connected(port) as client:
+        await client.subscribe()
+        await client.receive()
+        for name in ("web", "more"):
+            (folder / f"{name}.yaml").unlink()
+        while client.held:
+            await client.receive()
+        assert not plane.resources
+        assert not plane.errors
+
+
+def replaced(folder: Path) -> None:
+    """By an empty one, in one step after another."""
+    empty = folder.with_name("empty")
+    empty.mkdir()
+    folder.rename(folder.with_name("away"))
+    empty.rename(folder)
+
+
+async def test_once_it_serves_a_folder_that_is_replaced_by_an_empty_one_takes_nothing_along(
+    folder: Path,
+) -> None:
+    async with running(folder, poll_ms=5) as (plane, port), connected(port) as client:
+        await client.subscribe()
+        await client.receive()
+        replaced(folder)
+        await anyio.sleep(0.2)  # many looks at the folder
+        assert [str(error) for error in plane.errors] == [
+            ".:0: Another folder, and empty: what was in the one before counts until there is a file"
+        ]
+        assert plane.resources.keys() == {WEB, WEB_1, WEB_2}
+        write(folder / "new.yaml", pod("web-2", podIP="10.244.1.2"))
+        while client.held.keys() != {WEB_2}:
+            await client.receive()
 
 
 async def test_a_client_of_the_run_before_loses_nothing_by_a_broken_file(folder: Path) -> None:

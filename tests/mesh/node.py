@@ -44,12 +44,16 @@ class Node:
         self.options = list(options) or ["--config-dir", str(self.config)]
         self.network = PodNetwork(self.name, find_root(), f"10.{100 + subnet}.0", f"fd{subnet:02x}:")
 
+    @property
+    def place(self) -> list[str]:
+        """What tells the command line which instance is meant."""
+        return ["--instance", self.name, "--run-dir", str(self.run_dir), "--pin-dir", str(self.pin_dir)]
+
     def cli(
         self, *words: str, check: bool = True, timeout_s: float = 60.0
     ) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "pykmesh", "--instance", self.name, "--run-dir", str(self.run_dir)]
         result = subprocess.run(
-            [*command, "--pin-dir", str(self.pin_dir), *words],
+            [sys.executable, "-m", "pykmesh", *self.place, *words],
             capture_output=True, text=True, timeout=timeout_s, check=False,
         )  # fmt: skip
         if check:
@@ -64,6 +68,9 @@ class Node:
         return "\n".join(f"--- {file.name}\n{file.read_text()[-3000:]}" for file in files)
 
     def start(self, *extra: str) -> None:
+        """A node whose folder is empty starts with an empty mesh."""
+        if not list(self.config.iterdir()):
+            self.write("empty", "# nothing yet\n")
         self.cli("up", "-d", "--free-ports", *self.options, *extra)
 
     @property
@@ -110,6 +117,11 @@ class Node:
         entries = self.json("get", "endpoints", "--from", "bpf")["endpoints"]
         wanted = [e for e in entries if e["service"] == service and port in (None, e["port"])]
         return {f"{e['endpoint']}:{e['endpoint_port']}" for e in wanted}
+
+    def raw_endpoints(self) -> set[str]:
+        """What the kernel holds for all services together, whether map_writer can name them or not."""
+        entries = self.json("get", "endpoints", "--from", "bpf")["endpoints"]
+        return {f"{e['endpoint']}:{e['endpoint_port']}" for e in entries}
 
     def until_endpoints(self, service: str, expected: set[str], port: int | None = None) -> None:
         until(lambda: self.endpoints(service, port) == expected, f"{service} to have {expected}")

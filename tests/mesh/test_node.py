@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -68,6 +69,22 @@ def test_down_leaves_traffic_and_uninstall_leaves_nothing(node: Node) -> None:
     node.cli("uninstall")
     assert attached(client.cgroup) == 0
     assert not node.pin_dir.exists()
+    assert not node.run_dir.exists()
+
+
+def test_the_instance_may_stand_behind_the_command(node: Node) -> None:
+    node.write("empty", "# nothing yet\n")
+
+    def cli(*words: str) -> str:
+        command = [sys.executable, "-m", "pykmesh", *words, *node.place]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert result.returncode == 0, f"{words}: {result.stdout}{result.stderr}\n{node.logs()}"
+        return result.stdout
+
+    assert f"instance {node.name} is ready" in cli("up", "-d", "--free-ports", *node.options)
+    assert json.loads(cli("status", "-o", "json"))["instance"] == node.name == node.status()["instance"]
+    assert f"instance {node.name} is down" in cli("down")
+    cli("uninstall")
     assert not node.run_dir.exists()
 
 
@@ -141,6 +158,28 @@ def test_a_cgroup_with_another_instances_programs_is_refused_by_name(
     finally:
         node.cli("unenroll", "--cgroup", str(first))
         inner.rmdir()
+
+
+def test_a_map_that_keeps_its_size_is_told_with_the_way_out(node: Node) -> None:
+    def kept() -> list[tuple[str, str, str]]:
+        errors = node.status()["processes"]["bpf_loader"]["errors"]
+        assert all(e["event"] == "map_size_kept" and "pykmesh uninstall" in e["to_change"] for e in errors)
+        return [(e["map"], e["pinned"], e["wanted"]) for e in errors]
+
+    small = ("--set", "services_max=1000", "--set", "flows_bytes=100000")  # a ring's size is rounded up
+    large = ("--set", "services_max=2000", *small[2:])
+    for sizes, expected in ((small, []), (small, []), (large, [("services", "1000", "2000")])):
+        node.start(*sizes)
+        assert kept() == expected
+        log = (node.run_dir / "logs" / "bpf_loader.log").read_text()
+        assert log.count("map_size_kept") == len(expected)
+        node.cli("down")
+    node.start(*large)
+    assert "1: map_size_kept" in node.cli("status").stdout
+    node.cli("down")
+    node.cli("uninstall")
+    node.start(*large)
+    assert kept() == []
 
 
 def test_what_is_left_of_a_removed_cgroup_is_cleared(node: Node) -> None:
@@ -225,8 +264,7 @@ def test_wrong_words_are_told(node: Node) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_in_the_foreground(node: Node, number: signal.Signals) -> None:
-    command = [sys.executable, "-m", "pykmesh", "--instance", node.name, "--run-dir", str(node.run_dir)]
-    command += ["--pin-dir", str(node.pin_dir), "up", "--free-ports", *node.options]
+    command = [sys.executable, "-m", "pykmesh", *node.place, "up", "--free-ports", *node.options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until((node.run_dir / "instance.json").exists, "begun")
     children = node.children()
@@ -247,6 +285,32 @@ def test_a_broken_file_is_told_and_keeps_what_was_good(node: Node) -> None:
     assert "web.yaml" in str(errors)
     assert "port" in str(errors)
     assert node.endpoints(host("web")) == {"10.101.0.20:8080"}
+
+
+def test_a_control_plane_that_comes_back_to_an_empty_folder_takes_nothing_from_the_kernel(node: Node) -> None:
+    good = text(service("web", VIP4, app="web", ports={80: 8080}), pod("web-1", "10.101.0.20", app="web"))
+    node.write("web", good)
+    node.start()
+    node.until_endpoints(host("web"), {"10.101.0.20:8080"})
+    node.cli("down")
+    (node.config / "web.yaml").unlink()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pykmesh", *node.place, "up", "--free-ports", *node.options],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        until((node.run_dir / "instance.json").exists, "begun")
+        until(lambda: f"No YAML file in {node.config} yet" in node.cli("status", check=False).stdout, "told")
+        until(lambda: node.status()["processes"]["map_writer"], "map_writer there")
+        assert node.raw_endpoints() == {"10.101.0.20:8080"}
+        node.write("web", good)
+        node.until_ready()
+        node.until_endpoints(host("web"), {"10.101.0.20:8080"})
+        (node.config / "web.yaml").unlink()  # on purpose: it runs
+        until(lambda: node.raw_endpoints() == set(), "gone")
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 def test_a_control_plane_that_comes_back_to_a_broken_file_takes_nothing_from_the_kernel(node: Node) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from pykmesh.contracts import settings
 from pykmesh.contracts.settings import (
     CommonSettings,
+    ControlPlaneSettings,
     LoaderSettings,
     MapWriterSettings,
     SettingsError,
@@ -17,8 +21,9 @@ from pykmesh.contracts.settings import (
     load,
     to_environment,
 )
+from pykmesh.process import EXIT_SETTINGS
 
-KINDS = [XdsClientSettings, MapWriterSettings, LoaderSettings, TelemetrySettings]
+KINDS = [XdsClientSettings, MapWriterSettings, LoaderSettings, TelemetrySettings, ControlPlaneSettings]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,7 +104,57 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, data: bytes | None)
         load(LoaderSettings, {"PYKMESH_SETTINGS": str(file)})
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("endpoint_max = 5", "there is no setting endpoint_max (perhaps endpoints_max)"),
+        ("Services_Max = 5", "there is no setting Services_Max (perhaps services_max)"),
+        ("xyzzy = 5", "there is no setting xyzzy"),
+        (
+            "pin_dirs = 'a'\n[bpf_loader]\nservices_max = 5",
+            "there is no setting pin_dirs (perhaps pin_dir), bpf_loader",
+        ),
+    ],
+)
+def test_a_key_that_no_process_has_is_named_with_the_file_and_the_nearest_that_there_is(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(text)
+    with pytest.raises(SettingsError) as error:
+        load(LoaderSettings, {"PYKMESH_SETTINGS": str(file)})
+    assert str(error.value) == f"settings file {file}: {said}"
+
+
+def test_a_variable_that_no_process_has_is_passed_over() -> None:
+    assert load(LoaderSettings, {"PYKMESH_ENDPOINT_MAX": "5"}) == LoaderSettings()
+
+
+def test_one_file_may_be_for_all_processes(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("services_max = 10\nin_flight_batches = 20\nmetrics_port = 30\npoll_ms = 40\n")
+    environment = {"PYKMESH_SETTINGS": str(file)}
+    for kind in KINDS:
+        load(kind, environment)
+    assert load(LoaderSettings, environment).services_max == 10
+    assert load(TelemetrySettings, environment).metrics_port == 30
+    assert load(ControlPlaneSettings, environment).poll_ms == 40
+
+
+def test_a_process_ends_at_once_for_a_wrong_file_and_says_why(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("endpoint_max = 5")
+    ended = subprocess.run(
+        [sys.executable, "-m", "services.bpf_loader"],
+        env={**os.environ, "PYKMESH_SETTINGS": str(file)},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ended.returncode == EXIT_SETTINGS
+    said = f"bpf_loader: settings file {file}: there is no setting endpoint_max (perhaps endpoints_max)\n"
+    assert ended.stderr == said
+
+
 def test_no_two_processes_listen_on_the_same_port() -> None:
     ports = [kind().admin_port for kind in KINDS]
     assert len(set(ports)) == len(ports)
-    assert set(KINDS) == set(settings.SERVICES)
+    assert set(KINDS) == set(settings.PROCESSES)
