@@ -93,6 +93,16 @@ class Instance:
         written: int = _REQUEST.unpack(context.raw)[-1]
         return written
 
+    def remake(self, name: str) -> None:
+        """A map goes and is made anew, as bpf_loader would; the emitter stays on the one that is gone."""
+        sizes = {}
+        for each in map_names():
+            if each != "sockets":
+                with PinnedMap(self.maps_dir, each) as pinned:
+                    sizes[each] = pinned.max_entries
+        (self.maps_dir / map_layout(name).pin).unlink()
+        _make(self.maps_dir, sizes)
+
     def lost(self) -> int:
         with PinnedMap(self.maps_dir, "counters") as counters:
             return counters.counter_sums()[Reason.RECORD_LOST]
@@ -104,8 +114,7 @@ def instance(directory: Path, emitter: Path, flows_bytes: int) -> Iterator[Insta
     pin_dir = directory / "bpf" / "test"
     pins.prepare(pin_dir)
     try:
-        settings = hooks.ProgramSettings("test", 0, hooks.can_set_retval(), has_telemetry=True)
-        hooks.Programs(pins.maps_dir(pin_dir), {**_SIZES, "flows": flows_bytes}, settings).close()
+        _make(pins.maps_dir(pin_dir), {**_SIZES, "flows": flows_bytes})
         loaded = _load(pins.maps_dir(pin_dir), emitter)
         try:
             yield Instance(pin_dir, loaded)
@@ -113,6 +122,11 @@ def instance(directory: Path, emitter: Path, flows_bytes: int) -> Iterator[Insta
             loaded.close()
     finally:
         subprocess.run(["umount", "--lazy", pin_dir], check=True, timeout=10)
+
+
+def _make(maps_dir: Path, sizes: dict[str, int]) -> None:
+    settings = hooks.ProgramSettings("test", 0, hooks.can_set_retval(), has_telemetry=True)
+    hooks.Programs(maps_dir, sizes, settings).close()
 
 
 def _load(maps_dir: Path, emitter: Path) -> libbpf.BpfObject:
