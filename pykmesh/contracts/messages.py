@@ -123,8 +123,17 @@ class ServiceName(_Message, frozen=True):
     port: int
 
 
+def service_name(service: str, port: int) -> ServiceName:
+    """Of a service that the control plane calls `namespace/hostname`."""
+    namespace, _, hostname = service.partition("/")
+    return ServiceName(hostname.split(".", 1)[0], namespace, hostname, port)
+
+
 class WorkloadName(_Message, frozen=True):
-    """What Istio's metrics say of a workload; "" where the control plane says nothing."""
+    """What Istio's metrics say of a workload; "" where the control plane says nothing.
+
+    `service` (`namespace/hostname`) is the first by name of those that it belongs to.
+    """
 
     uid: str
     name: str
@@ -137,6 +146,7 @@ class WorkloadName(_Message, frozen=True):
     cluster: str
     region: str
     zone: str
+    service: str = ""
 
 
 class ResolveReply(_Message, frozen=True):

@@ -33,11 +33,11 @@ class Names:
         port_id = self._planner().owner_of_list.get(number)
         if port_id is None:
             return None
-        namespace, hostname = port_id.service.split("/", 1)
-        return ServiceName(hostname.split(".", 1)[0], namespace, hostname, port_id.port)
+        return messages.service_name(port_id.service, port_id.port)
 
     def _workload(self, network: str, ip: Ip) -> WorkloadName | None:
-        pod = self._follower.mesh.pod_at(place_of(network, ip))
+        mesh = self._follower.mesh
+        pod = mesh.pod_at(place_of(network, ip))
         if pod is None:
             return None
         message = message_of(pod)
@@ -53,4 +53,5 @@ class Names:
             cluster=message.cluster_id or "Kubernetes",
             region=message.locality.region,
             zone=message.locality.zone,
+            service=min((name for name, _ in pod.services if name in mesh.services), default=""),
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from pykmesh.contracts.messages import ServiceName, WorkloadName
+from pykmesh.contracts.messages import ServiceName, WorkloadName, service_name
 from pykmesh.kernel.layout import Direction, Reason
 from pykmesh.kernel.records import Ip
 
@@ -67,6 +67,16 @@ def refusal_flags(reason: int) -> str:
     return DENIED if reason == Reason.POLICY_UNSUPPORTED else CONNECT_FAILED
 
 
+def guessed_service(direction: int, destination: WorkloadName | None) -> ServiceName | None:
+    """The service of a connection that names none: who accepts one sees not what the client asked for.
+
+    It is taken for one to the first of the destination's services, as Istio guesses it; port 0.
+    """
+    if destination is None or not destination.service or direction != Direction.INBOUND:
+        return None
+    return service_name(destination.service, 0)
+
+
 def labels(
     edge: Edge, source: WorkloadName | None, destination: WorkloadName | None, service: ServiceName | None
 ) -> Labels:
@@ -74,7 +84,7 @@ def labels(
     return (
         "source" if edge.direction == Direction.OUTBOUND else "destination",
         *_workload(source),
-        *_service(service),
+        *_service(service or guessed_service(edge.direction, destination)),
         *_workload(destination),
         "tcp",
         edge.flags,

@@ -45,6 +45,16 @@ def test_the_destination_reports_what_comes_in():
     assert named(IN, workload("client"), workload("web"), None)["reporter"] == "destination"
 
 
+def test_what_comes_in_is_taken_for_traffic_to_the_first_service_of_who_accepts_it():
+    web = workload("web", service="shop/web.shop.svc.cluster.local")
+    found = named(IN, workload("client"), web, None)
+    assert found["destination_service"] == "web.shop.svc.cluster.local"
+    assert (found["destination_service_name"], found["destination_service_namespace"]) == ("web", "shop")
+    assert named(IN, web, workload("client"), None)["destination_service"] == "unknown"
+    direct = Edge(ip(CLIENT), ip(SERVER), 0, Direction.OUTBOUND, "-")
+    assert named(direct, workload("client"), web, None)["destination_service"] == "unknown"
+
+
 def test_what_is_not_known_is_unknown():
     found = named(OUT, None, workload("web"), None)
     assert found["source_workload"] == found["destination_service"] == found["destination_zone"] == "unknown"
