@@ -107,7 +107,7 @@ class MapReport(_Message, frozen=True):
 
 
 class ResolveRequest(_Message, frozen=True):
-    """Ids of service ports, and (network, sixteen address bytes) of workloads."""
+    """Ids of service ports, and (network, sixteen address bytes) of workloads and services."""
 
     version: int
     services: list[int]
@@ -132,7 +132,8 @@ def service_name(service: str, port: int) -> ServiceName:
 class WorkloadName(_Message, frozen=True):
     """What Istio's metrics say of a workload; "" where the control plane says nothing.
 
-    `service` (`namespace/hostname`) is the first by name of those that it belongs to.
+    `service` (`namespace/hostname`) is the first by name of those that it belongs to. A service's own
+    address has a `service` alone: all else is "".
     """
 
     uid: str
@@ -147,6 +148,11 @@ class WorkloadName(_Message, frozen=True):
     region: str
     zone: str
     service: str = ""
+
+    @property
+    def is_service(self) -> bool:
+        """Not a workload's address but a service's own."""
+        return not self.uid
 
 
 class ResolveReply(_Message, frozen=True):

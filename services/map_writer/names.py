@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
+
+import msgspec
 
 from pykmesh.contracts import messages
 from pykmesh.contracts.messages import ContractError, ResolveReply, ResolveRequest, ServiceName, WorkloadName
@@ -10,6 +13,8 @@ from pykmesh.kernel.records import Ip
 from services.map_writer.follower import Follower
 from services.map_writer.mesh import message_of, place_of
 from services.map_writer.planner import Planner
+
+_NO_WORKLOAD: Final = WorkloadName(*[""] * 11)
 
 
 class Names:
@@ -36,10 +41,11 @@ class Names:
         return messages.service_name(port_id.service, port_id.port)
 
     def _workload(self, network: str, ip: Ip) -> WorkloadName | None:
-        mesh = self._follower.mesh
-        pod = mesh.pod_at(place_of(network, ip))
+        mesh, place = self._follower.mesh, place_of(network, ip)
+        pod = mesh.pod_at(place)
         if pod is None:
-            return None
+            owner = mesh.vip_owner(place)
+            return None if owner is None else msgspec.structs.replace(_NO_WORKLOAD, service=owner)
         message = message_of(pod)
         return WorkloadName(
             uid=message.uid,

@@ -67,14 +67,18 @@ def refusal_flags(reason: int) -> str:
     return DENIED if reason == Reason.POLICY_UNSUPPORTED else CONNECT_FAILED
 
 
-def guessed_service(direction: int, destination: WorkloadName | None) -> ServiceName | None:
-    """The service of a connection that names none: who accepts one sees not what the client asked for.
+def service_at(direction: int, destination: WorkloadName | None) -> ServiceName | None:
+    """The service of a connection that names none, by the address that it went to; port 0.
 
-    It is taken for one to the first of the destination's services, as Istio guesses it; port 0.
+    A service's own address (a port that it does not have, or traffic that is left alone) names it. Who
+    accepts a connection sees not what the client asked for: it is taken for one to the first of the
+    destination's services, as Istio guesses it.
     """
-    if destination is None or not destination.service or direction != Direction.INBOUND:
+    if destination is None or not destination.service:
         return None
-    return service_name(destination.service, 0)
+    if direction == Direction.INBOUND or destination.is_service:
+        return service_name(destination.service, 0)
+    return None
 
 
 def labels(
@@ -84,7 +88,7 @@ def labels(
     return (
         "source" if edge.direction == Direction.OUTBOUND else "destination",
         *_workload(source),
-        *_service(service or guessed_service(edge.direction, destination)),
+        *_service(service or service_at(edge.direction, destination)),
         *_workload(destination),
         "tcp",
         edge.flags,

@@ -8,7 +8,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.mesh.conftest import VIP4, Mesh
-from tests.mesh.node import until
+from tests.mesh.node import python, until
+
+REFUSED = """
+import socket
+s = socket.socket(socket.AF_INET, socket.{kind}); s.settimeout(1)
+print(s.connect_ex(({address!r}, {port})))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +42,22 @@ def test_who_accepts_a_connection_names_the_service_that_it_belongs_to(both_ends
     )
     assert found["destination_service"] == "web.shop.svc.cluster.local"
     assert (found["destination_service_name"], found["destination_service_namespace"]) == ("web", "shop")
+
+
+def test_a_port_that_the_service_does_not_have_is_refused_under_the_services_name(mesh: Mesh) -> None:
+    for port, kind in ((81, "SOCK_STREAM"), (82, "SOCK_DGRAM")):
+        python(mesh.client, REFUSED.format(kind=kind, address=VIP4, port=port))
+    refused = until(
+        lambda: series(
+            mesh,
+            "istio_tcp_connections_failed_total",
+            reporter="source",
+            source_workload="client",
+            response_flags="CONNECT",
+        ),
+        "a refusal counted",
+    )
+    assert {found["destination_service"] for found in refused} == {"web.shop.svc.cluster.local"}
+    told = mesh.node.cli("observe", "--verdict", "refused", "--last", "2").stdout
+    assert "-> web.shop:81  TCP refused no_port\n" in told
+    assert "-> web.shop:82  UDP refused no_port\n" in told

@@ -43,3 +43,12 @@ async def test_a_workload_of_no_service_and_an_address_of_nobody_have_none() -> 
     assert found is not None
     assert found.service == ""
     assert await named("10.1.0.2", pod("web-1", "10.1.0.1")) is None
+
+
+async def test_a_services_own_address_is_said_to_be_its_and_a_workloads_comes_before_it() -> None:
+    found = await named("10.96.0.1", service("web", "10.96.0.1"), service("api", "10.96.0.1"))
+    assert found == WorkloadName(*[""] * 11, service=host("api"))
+    assert found.is_service
+    both = await named("10.1.0.1", service("web", "10.1.0.1"), pod("web-1", "10.1.0.1"))
+    assert both is not None
+    assert (both.name, both.is_service) == ("web-1", False)
