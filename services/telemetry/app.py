@@ -80,9 +80,9 @@ class Telemetry:
 
     async def run(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         """Runs until cancelled; started once the counters' state is known."""
-        is_first = self._pins.ring.position == 0
-        self._opens = await anyio.to_thread.run_sync(lambda: Opens(self._pins.opens, is_first=is_first))
-        log.info("drain_started", lag_bytes=self._pins.ring.lag_bytes, is_first=is_first)
+        self._opens = await anyio.to_thread.run_sync(Opens, self._pins.opens)
+        self.drain.opens_since_ns = self._opens.since_ns
+        log.info("drain_started", lag_bytes=self._pins.ring.lag_bytes)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self.drain.run, self._settings.drain_interval_s)
             tasks.start_soon(self.names.run, NAMES_INTERVAL_S)

@@ -20,7 +20,7 @@ ROOT: Final = Path(__file__).parents[2]
 RECORDS, OPENS, DISCARDS, SHORT = range(4)
 TCP, UDP = 6, 17
 LOCAL: Final = bytes(10) + b"\xff\xff" + bytes([10, 0, 0, 1])
-_REQUEST: Final = struct.Struct("<QIIIIIIIIQQ")  # struct emit_request
+_REQUEST: Final = struct.Struct("<QIIIIIIIIQQQ")  # struct emit_request
 _SIZES: Final = {"services": 64, "endpoints": 64, "addresses": 64, "pods": 64, "opens": 1024, "datagrams": 64}
 
 
@@ -81,9 +81,13 @@ class Instance:
         established: bool = True,
         reason: int = 0,
         service: int = 0,
+        opened_ns: int = 0,
     ) -> int:
-        """Writes `count` records or opens; returns how many found room."""
-        fields = (pairs, kind, direction, protocol, established, reason, service, 0)
+        """Writes `count` records (of connections opened now, or at `opened_ns`) or opens.
+
+        Returns how many found room.
+        """
+        fields = (pairs, kind, direction, protocol, established, reason, service, opened_ns, 0)
         context = ctypes.create_string_buffer(_REQUEST.pack(self._next, count, mode, *fields), _REQUEST.size)
         options = _TestRunOptions(sz=ctypes.sizeof(_TestRunOptions))
         options.ctx_in, options.ctx_size_in = ctypes.addressof(context), _REQUEST.size

@@ -160,23 +160,26 @@ async def test_it_waits_for_pins_that_are_not_there_yet(tmp_path: Path):
         assert running.runtime.details() == {}
 
 
-async def test_a_restart_loses_no_record_and_counts_no_open_twice(
+async def test_a_restart_loses_no_record_and_what_closes_after_it_was_opened(
     small: Instance, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(ledger, "NAMES_WAIT_S", 0.1)
-    small.emit(10, mode=OPENS)
-    small.emit(10)
     async with telemetry(small.pin_dir, NOBODY) as first:
         await serving(first)
-        await first.metrics_with("istio_tcp_connections_opened_total", 10)
+        small.emit(30, mode=OPENS)
+        small.emit(10)
+        await first.metrics_with("istio_tcp_connections_opened_total", 30)
         await first.metrics_with("istio_tcp_connections_closed_total", 10)
     small.emit(20)
     async with telemetry(small.pin_dir, NOBODY) as second:
         await serving(second)
         found = await second.metrics_with("istio_tcp_connections_closed_total", 20)
-        assert sum(found["istio_tcp_connections_opened_total"].values()) == 0
+        assert found["istio_tcp_connections_opened_total"] == {("unknown", "unknown"): 20}
         small.emit(5, mode=OPENS)
-        await second.metrics_with("istio_tcp_connections_opened_total", 5)
+        await second.metrics_with("istio_tcp_connections_opened_total", 25)
+        small.emit(5)
+        found = await second.metrics_with("istio_tcp_connections_closed_total", 25)
+        assert found["istio_tcp_connections_opened_total"] == {("unknown", "unknown"): 25}
 
 
 @pytest.mark.parametrize("name", ["flows", "opens", "counters", "pods"])
