@@ -150,13 +150,15 @@ class Planner:
         self._leaving.clear()
         touched.services.update(self._refused_services)
         touched.places.update(self._refused_places)
+        touched.places.update(mesh.vip_places(self._refused_services))
         batches = _Batches()
         before = {name: self._claims.get(name, _NO_CLAIM) for name in touched.services}
         for name in touched.services:
             self._plan_service(mesh, name, batches)
         for name, claim in before.items():
             self._drop(name, claim, batches)
-        wanted = ((place, desired_address(mesh, place, self._rules)) for place in touched.places)
+        crowded = self._crowded()
+        wanted = ((place, desired_address(mesh, place, self._rules, crowded)) for place in touched.places)
         self._plan_addresses(mesh, wanted, batches)
         return batches.steps()
 
@@ -176,7 +178,7 @@ class Planner:
         for list_id in [list_id for list_id in self.held.lists if list_id not in self.owner_of_list]:
             self._shrink(list_id, 0, batches)
         stale = self.held.addresses.keys() - mesh.vip_owners.keys() - mesh.pod_owners.keys()
-        self._plan_addresses(mesh, desired_addresses(mesh, self._rules), batches)
+        self._plan_addresses(mesh, desired_addresses(mesh, self._rules, self._crowded()), batches)
         for key in stale:
             self._remove_address(key, batches)
         return batches.steps() + self._plan_refused(mesh)
@@ -191,7 +193,11 @@ class Planner:
         for list_id, values in wanted.lists.items():
             self._plan_list(list_id, values, wanted, batches, refused)
         for key, frontend in wanted.frontends.items():
-            self._plan_port(name, key, frontend, batches, refused)
+            if wanted.lists[frontend.list_id] and not self.held.lists.get(frontend.list_id):
+                nothing_fits = Frontend(frontend.list_id, Reason.NO_ROOM)
+                self._plan_port(name, key, nothing_fits, batches, refused)
+            else:
+                self._plan_port(name, key, frontend, batches, refused)
         _set_or_drop(self._refused_services, name, refused)
         if wanted is NOTHING:
             self._claims.pop(name, None)
@@ -296,6 +302,10 @@ class Planner:
         if self.held.addresses.pop(key, None) is not None:
             self._leaving["addresses"] += 1
             batches.remove(_DROP_ADDRESSES, "addresses", key)
+
+    def _crowded(self) -> set[str]:
+        """The services that miss a port in the maps."""
+        return {name for name, refused in self._refused_services.items() if name in refused}
 
     def _plan_addresses(
         self, mesh: Mesh, wanted: Iterable[tuple[Place, bytes | None]], batches: _Batches
