@@ -11,7 +11,10 @@
 
 #include "mesh_types.h"
 
-/* Writer: map_writer. Reader: connect, sendmsg. Full: the service is refused by name. */
+/*
+ * Writer: map_writer. Reader: connect, sendmsg. Full: the service is refused by name, and connections
+ * to its address by REASON_NO_ROOM.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -20,7 +23,10 @@ struct {
 	__type(value, struct service_value);
 } services SEC(".maps");
 
-/* Writer: map_writer. Reader: connect, sendmsg. Full: the endpoint is refused by name. */
+/*
+ * Writer: map_writer. Reader: connect, sendmsg. Full: the endpoint is refused by name, and connections
+ * to a service that has none here by REASON_NO_ROOM.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);

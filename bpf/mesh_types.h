@@ -179,6 +179,7 @@ enum reason {
 	REASON_RECORD_LOST,   /* not refused: the ring was full, a record is missing */
 	REASON_OPEN_LOST,     /* not refused: the open was not counted */
 	REASON_DATAGRAM_LOST, /* refused: no room to remember the way back */
+	REASON_NO_ROOM,	      /* refused: the maps have no room for a port of the service, or its endpoints */
 	REASON_COUNT,
 };
 

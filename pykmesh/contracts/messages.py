@@ -107,7 +107,7 @@ class MapReport(_Message, frozen=True):
 
 
 class ResolveRequest(_Message, frozen=True):
-    """Ids of service ports, and (network, sixteen address bytes) of workloads."""
+    """Ids of service ports, and (network, sixteen address bytes) of workloads and services."""
 
     version: int
     services: list[int]
@@ -123,8 +123,18 @@ class ServiceName(_Message, frozen=True):
     port: int
 
 
+def service_name(service: str, port: int) -> ServiceName:
+    """Of a service that the control plane calls `namespace/hostname`."""
+    namespace, _, hostname = service.partition("/")
+    return ServiceName(hostname.split(".", 1)[0], namespace, hostname, port)
+
+
 class WorkloadName(_Message, frozen=True):
-    """What Istio's metrics say of a workload; "" where the control plane says nothing."""
+    """What Istio's metrics say of a workload; "" where the control plane says nothing.
+
+    `service` (`namespace/hostname`) is the first by name of those that it belongs to. A service's own
+    address has a `service` alone: all else is "".
+    """
 
     uid: str
     name: str
@@ -137,6 +147,12 @@ class WorkloadName(_Message, frozen=True):
     cluster: str
     region: str
     zone: str
+    service: str = ""
+
+    @property
+    def is_service(self) -> bool:
+        """Not a workload's address but a service's own."""
+        return not self.uid
 
 
 class ResolveReply(_Message, frozen=True):

@@ -129,6 +129,7 @@ class Reason(IntEnum):
     RECORD_LOST = 9
     OPEN_LOST = 10
     DATAGRAM_LOST = 11
+    NO_ROOM = 12
 
     @property
     def label(self) -> str:

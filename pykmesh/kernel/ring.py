@@ -84,6 +84,10 @@ class RingReader:
     def lag_bytes(self) -> int:
         return int(self._producer[0]) - self.position
 
+    def is_current(self) -> bool:
+        """Whether the pin still names the ring that is open here."""
+        return self._pinned.is_current()
+
     def take(self, max_n: int) -> npt.NDArray[np.void]:
         """At most `max_n` records: a view of the ring, good until `advance`; empty when there is none."""
         while True:

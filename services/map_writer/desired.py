@@ -7,7 +7,7 @@ the IPv4 list: the connection then goes to a v4-mapped address.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -168,11 +168,17 @@ def target_port(workload: Workload, service: str, port: int, target: int) -> int
     return target
 
 
-def desired_address(mesh: Mesh, place: Place, rules: Rules) -> bytes | None:
-    """The entry that says what an address is: a service's before a workload's. None: nobody's."""
+def desired_address(mesh: Mesh, place: Place, rules: Rules, crowded: Container[str]) -> bytes | None:
+    """The entry that says what an address is: a service's before a workload's. None: nobody's.
+
+    `crowded`: the services that miss a port in the maps for want of room.
+    """
     owner = mesh.vip_owner(place)
     if owner is not None:
-        return _address_value(AddressKind.SERVICE, _address_verdict(mesh.services[owner]))
+        verdict = _address_verdict(mesh.services[owner])
+        if verdict is Reason.ROUTED and owner in crowded:
+            verdict = Reason.NO_ROOM
+        return _address_value(AddressKind.SERVICE, verdict)
     pod = mesh.pod_at(place)
     if pod is None:
         return None

@@ -170,6 +170,12 @@ class Mesh:
         """Every address of a service or workload, in the order in which they came; some may come twice."""
         return chain(self.vip_owners, self.pod_owners)
 
+    def vip_places(self, services: Iterable[str]) -> Iterator[Place]:
+        """The addresses of these services, of those that are there."""
+        for name in services:
+            if (service := self.services.get(name)) is not None:
+                yield from (place_of(*vip) for vip in service.vips)
+
     def owners(self, place: Place) -> tuple[str, ...]:
         """Every service and workload that has an address."""
         return _owners(self.vip_owners, place) + _owners(self.pod_owners, place)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
+
+import msgspec
 
 from pykmesh.contracts import messages
 from pykmesh.contracts.messages import ContractError, ResolveReply, ResolveRequest, ServiceName, WorkloadName
@@ -10,6 +13,8 @@ from pykmesh.kernel.records import Ip
 from services.map_writer.follower import Follower
 from services.map_writer.mesh import message_of, place_of
 from services.map_writer.planner import Planner
+
+_NO_WORKLOAD: Final = WorkloadName(*[""] * 11)
 
 
 class Names:
@@ -33,13 +38,14 @@ class Names:
         port_id = self._planner().owner_of_list.get(number)
         if port_id is None:
             return None
-        namespace, hostname = port_id.service.split("/", 1)
-        return ServiceName(hostname.split(".", 1)[0], namespace, hostname, port_id.port)
+        return messages.service_name(port_id.service, port_id.port)
 
     def _workload(self, network: str, ip: Ip) -> WorkloadName | None:
-        pod = self._follower.mesh.pod_at(place_of(network, ip))
+        mesh, place = self._follower.mesh, place_of(network, ip)
+        pod = mesh.pod_at(place)
         if pod is None:
-            return None
+            owner = mesh.vip_owner(place)
+            return None if owner is None else msgspec.structs.replace(_NO_WORKLOAD, service=owner)
         message = message_of(pod)
         return WorkloadName(
             uid=message.uid,
@@ -53,4 +59,5 @@ class Names:
             cluster=message.cluster_id or "Kubernetes",
             region=message.locality.region,
             zone=message.locality.zone,
+            service=min((name for name, _ in pod.services if name in mesh.services), default=""),
         )

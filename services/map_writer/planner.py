@@ -148,6 +148,7 @@ class Planner:
     def _plan_touched(self, mesh: Mesh, touched: Touched) -> list[Step]:
         self._leaving.clear()
         touched.add(self._refused_services, self._refused_places)
+        touched.add((), mesh.vip_places(self._refused_services))
         batches = _Batches()
         before = {name: self._claims.get(name, _NO_CLAIM) for name in touched.services}
         for name in touched.services:
@@ -188,7 +189,11 @@ class Planner:
         for list_id, values in wanted.lists.items():
             self._plan_list(list_id, values, wanted, batches, refused)
         for key, frontend in wanted.frontends.items():
-            self._plan_port(name, key, frontend, batches, refused)
+            if wanted.lists[frontend.list_id] and not self.held.lists.get(frontend.list_id):
+                nothing_fits = Frontend(frontend.list_id, Reason.NO_ROOM)
+                self._plan_port(name, key, nothing_fits, batches, refused)
+            else:
+                self._plan_port(name, key, frontend, batches, refused)
         _set_or_drop(self._refused_services, name, refused)
         if wanted is NOTHING:
             self._claims.pop(name, None)
@@ -301,9 +306,11 @@ class Planner:
 
     def _plan_addresses(self, mesh: Mesh, places: Iterable[Place], batches: _Batches) -> None:
         held, limit = self.held.addresses, self._limits.addresses
+        # The services that miss a port in the maps.
+        crowded = {name for name, refused in self._refused_services.items() if name in refused}
         new_keys, new_values = batches.of(_ADDRESSES, "addresses")
         for place in places:
-            value, current = desired_address(mesh, place, self._rules), held.get(place)
+            value, current = desired_address(mesh, place, self._rules, crowded), held.get(place)
             if value is None:
                 self._remove_address(place, batches)
             elif current is None and len(held) + self._leaving["addresses"] >= limit:

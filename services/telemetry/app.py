@@ -55,6 +55,11 @@ class Pins:
             self.filled = {name: opened.enter_context(PinnedMap(directory, name)) for name in FILLED}
             self.close = opened.pop_all().close
 
+    def are_current(self) -> bool:
+        """False when bpf_loader has made a map anew: the programs then write to another than is read here."""
+        others = (self.opens, self.counters, *self.filled.values())
+        return self.ring.is_current() and all(other.is_current() for other in others)
+
 
 class Telemetry:
     """The state of the process and its loops."""
@@ -75,14 +80,15 @@ class Telemetry:
 
     async def run(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         """Runs until cancelled; started once the counters' state is known."""
-        is_first = self._pins.ring.position == 0
-        self._opens = await anyio.to_thread.run_sync(lambda: Opens(self._pins.opens, is_first=is_first))
-        log.info("drain_started", lag_bytes=self._pins.ring.lag_bytes, is_first=is_first)
+        self._opens = await anyio.to_thread.run_sync(Opens, self._pins.opens)
+        self.drain.opens_since_ns = self._opens.since_ns
+        log.info("drain_started", lag_bytes=self._pins.ring.lag_bytes)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self.drain.run, self._settings.drain_interval_s)
             tasks.start_soon(self.names.run, NAMES_INTERVAL_S)
             tasks.start_soon(self._tick)
             tasks.start_soon(self._count_fill)
+            tasks.start_soon(self._watch_pins)
             task_status.started()
 
     async def _tick(self) -> None:
@@ -124,6 +130,13 @@ class Telemetry:
                 entries = await anyio.to_thread.run_sync(len, pinned)
                 self._fill[name] = MapFill(entries, pinned.max_entries)
             await anyio.sleep(max(FILL_INTERVAL_S, (time.monotonic() - started) * FILL_SHARE))
+
+    async def _watch_pins(self) -> None:
+        """Ends the process when its maps are no more the ones of the programs: the next one opens those."""
+        while True:
+            if not self._pins.are_current():
+                raise RuntimeError("a map was made anew by bpf_loader: starting again to read it")
+            await anyio.sleep(TICK_S)
 
     def snapshot(self) -> Snapshot:
         ring = self._pins.ring
@@ -167,10 +180,12 @@ async def run(runtime: Runtime[TelemetrySettings]) -> None:
     for task in ("pins", "bus"):
         runtime.readiness.wait_for(task)
     metrics = Admin()
-    async with anyio.create_task_group() as tasks:
-        port = await _listen(runtime, tasks, metrics)
-        opened = await _open_pins(runtime)
-        try:
+    with contextlib.ExitStack() as held:
+        # The pins are closed after the last task has ended: a thread may be reading them until then.
+        async with anyio.create_task_group() as tasks:
+            port = await _listen(runtime, tasks, metrics)
+            opened = await _open_pins(runtime)
+            held.callback(opened.close)
             telemetry = Telemetry(runtime, opened)
             await tasks.start(telemetry.run)
             for path in ("/metrics", "/stats/prometheus"):
@@ -179,8 +194,6 @@ async def run(runtime: Runtime[TelemetrySettings]) -> None:
             runtime.details = lambda: {"metrics_port": port, **telemetry.status()}
             telemetry.names.bus = await runtime.connect_bus()
             await anyio.sleep_forever()
-        finally:
-            opened.close()
 
 
 async def _listen(runtime: Runtime[TelemetrySettings], tasks: anyio.abc.TaskGroup, metrics: Admin) -> int:

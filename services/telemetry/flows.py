@@ -26,8 +26,9 @@ IPPROTO_TCP: Final = 6
 
 Records = npt.NDArray[np.void]
 
-# local, remote, service; then reason, kind, direction, protocol, established: the bits of one word.
-_KEY: Final = struct.Struct("<16s16sQHBBBB2x")
+# local, remote, service; then reason, kind, direction, protocol, established, and whether it was opened
+# before the counters of opens were looked at: the bits of one word.
+_KEY: Final = struct.Struct("<16s16sQHBBBBBx")
 _WORDS: Final = _KEY.size // 8
 _SPREAD: Final = np.random.default_rng().integers(1, 1 << 63, _WORDS, np.uint64) | np.uint64(1)
 
@@ -46,6 +47,8 @@ class Meaning(NamedTuple):
 
     edge: Edge | None
     established: bool
+    opened_before: bool
+    """The counters of opens do not tell of it: it counts as opened at its close."""
 
 
 def _address_words(records: Records, field: str) -> npt.NDArray[np.uint64]:
@@ -53,7 +56,7 @@ def _address_words(records: Records, field: str) -> npt.NDArray[np.uint64]:
     return np.ascontiguousarray(records[field]).view(np.uint64).reshape(-1, 2)
 
 
-def _keys(records: Records) -> npt.NDArray[np.uint64]:
+def _keys(records: Records, opens_since_ns: int) -> npt.NDArray[np.uint64]:
     keys = np.empty((len(records), _WORDS), np.uint64)
     keys[:, 0:2] = _address_words(records, "local")
     keys[:, 2:4] = _address_words(records, "remote")
@@ -62,14 +65,15 @@ def _keys(records: Records) -> npt.NDArray[np.uint64]:
     meta[:] = records["reason"]
     for shift, field in ((16, "kind"), (24, "direction"), (32, "protocol"), (40, "established")):
         meta |= records[field].astype(np.uint64) << np.uint64(shift)
+    meta |= (records["opened_ns"] < np.uint64(opens_since_ns)).astype(np.uint64) << np.uint64(48)
     return keys
 
 
-def group(records: Records) -> Iterator[Group]:
+def group(records: Records, opens_since_ns: int) -> Iterator[Group]:
     """Groups in no order; a key may come more than once (when the hash that sorts meets another's)."""
     if not len(records):
         return
-    keys = _keys(records)
+    keys = _keys(records, opens_since_ns)
     order = np.argsort(((keys ^ (keys >> np.uint64(32))) * _SPREAD).sum(axis=1))
     keys = keys[order]
     starts = np.flatnonzero(np.r_[True, (keys[1:] != keys[:-1]).any(axis=1)])
@@ -81,23 +85,25 @@ def group(records: Records) -> Iterator[Group]:
 
 
 def meaning(key: bytes) -> Meaning:
-    local, remote, service, reason, kind, direction, protocol, established = _KEY.unpack(key)
-    if protocol != IPPROTO_TCP:
-        return Meaning(None, bool(established))
-    flags = NO_FLAGS if established else CONNECT_FAILED
-    if kind == FlowKind.REFUSED:
-        flags = refusal_flags(reason)
-    return Meaning(Edge(Ip(local), Ip(remote), service, direction, flags), bool(established))
+    local, remote, service, reason, kind, direction, protocol, established, opened_before = _KEY.unpack(key)
+    edge = None
+    if protocol == IPPROTO_TCP:
+        flags = NO_FLAGS if established else CONNECT_FAILED
+        if kind == FlowKind.REFUSED:
+            flags = refusal_flags(reason)
+        edge = Edge(Ip(local), Ip(remote), service, direction, flags)
+    return Meaning(edge, bool(established), bool(opened_before))
 
 
-def amounts(edge: Edge, found: Group, *, established: bool) -> Amounts:
+def amounts(found: Group, known: Meaning) -> Amounts:
     """A client's socket sends the request and receives the response, a server's the other way round."""
-    if not established:
+    if not known.established:
         return Amounts(failed=found.records)
     request, response = found.sent_bytes, found.received_bytes
-    if edge.direction == Direction.INBOUND:
+    if known.edge is not None and known.edge.direction == Direction.INBOUND:
         request, response = response, request
-    return Amounts(closed=found.records, request_bytes=request, response_bytes=response)
+    opened = found.records if known.opened_before else 0
+    return Amounts(opened, found.records, request_bytes=request, response_bytes=response)
 
 
 class Drain:
@@ -108,6 +114,8 @@ class Drain:
         self._ledger = ledger
         self._publish = publish
         self._known: dict[bytes, Meaning] = {}
+        self.opens_since_ns = 0
+        """What opened before is not in the counters of opens (`opens.Opens`)."""
         self.drained = 0
         self.largest_turn = 0
 
@@ -121,7 +129,7 @@ class Drain:
         records = self.ring.take(max_n)
         if len(records):
             self._publish(records)
-            for found in group(records):
+            for found in group(records, self.opens_since_ns):
                 self._count(found)
             self.ring.advance(len(records))
             self.drained += len(records)
@@ -135,7 +143,7 @@ class Drain:
                 self._known.clear()
             known = self._known[found.key] = meaning(found.key)
         if known.edge is not None:
-            self._ledger.add(known.edge, amounts(known.edge, found, established=known.established))
+            self._ledger.add(known.edge, amounts(found, known))
 
     def status(self) -> dict[str, Any]:
         return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from pykmesh.contracts.messages import ServiceName, WorkloadName
+from pykmesh.contracts.messages import ServiceName, WorkloadName, service_name
 from pykmesh.kernel.layout import Direction, Reason
 from pykmesh.kernel.records import Ip
 
@@ -67,6 +67,20 @@ def refusal_flags(reason: int) -> str:
     return DENIED if reason == Reason.POLICY_UNSUPPORTED else CONNECT_FAILED
 
 
+def service_at(direction: int, destination: WorkloadName | None) -> ServiceName | None:
+    """The service of a connection that names none, by the address that it went to; port 0.
+
+    A service's own address (a port that it does not have, or traffic that is left alone) names it. Who
+    accepts a connection sees not what the client asked for: it is taken for one to the first of the
+    destination's services, as Istio guesses it.
+    """
+    if destination is None or not destination.service:
+        return None
+    if direction == Direction.INBOUND or destination.is_service:
+        return service_name(destination.service, 0)
+    return None
+
+
 def labels(
     edge: Edge, source: WorkloadName | None, destination: WorkloadName | None, service: ServiceName | None
 ) -> Labels:
@@ -74,7 +88,7 @@ def labels(
     return (
         "source" if edge.direction == Direction.OUTBOUND else "destination",
         *_workload(source),
-        *_service(service),
+        *_service(service or service_at(edge.direction, destination)),
         *_workload(destination),
         "tcp",
         edge.flags,

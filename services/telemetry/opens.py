@@ -3,8 +3,13 @@
 Owns the totals that were seen, and removes entries that rest, so that the map holds what is in use.
 
 The counters live longer than this process. A start takes what they hold as read by the process before
-it, which is an ordinary reset of a counter: what was opened while nobody looked is not counted. Only
-when the ring never had a reader is there no process before it, and everything is counted.
+it, which is an ordinary reset of a counter: a connection that was opened before counts as opened when its
+record is drained, at its close. So what is closed was opened, after any end of the process before, but
+- a scrape may show a close before its open: until the next look, and until the names of its ends are there
+- labels that change while a connection lasts (names that come late) count its close under the new ones
+- a series that rested for an hour is dropped with its opens (`ledger.SERIES_REST_S`), and closes begin anew
+- an open that found the map full is missing for good (`open_lost`)
+and what was under way to be opened during the first look may be counted as opened twice.
 """
 
 from __future__ import annotations
@@ -39,16 +44,16 @@ class Opened(NamedTuple):
 class Opens:
     """`read` blocks for as long as the map is large: for a thread, one at a time."""
 
-    def __init__(self, counters: Counters, clock: Clock = time.monotonic, *, is_first: bool) -> None:
-        """`is_first`: nobody has read these counters before."""
+    def __init__(self, counters: Counters, clock: Clock = time.monotonic) -> None:
         self._counters = counters
         self._clock = clock
         self._totals: dict[bytes, int] = {}
         self._changed: dict[bytes, float] = {}
         """When each entry last grew, the longest at rest first."""
         self.max_entries = counters.max_entries
-        if not is_first:
-            self._see(counters.sums())
+        self._see(counters.sums())
+        self.since_ns = time.monotonic_ns()
+        """CLOCK_MONOTONIC, the clock of the programs: what was opened before is not among what is read."""
 
     @property
     def entries(self) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pykmesh.contracts.flows import Flow, FlowService, Peer
-from pykmesh.contracts.messages import ServiceName, WorkloadName
+from pykmesh.contracts.messages import ServiceName, WorkloadName, service_name
 from pykmesh.kernel.layout import Direction, FlowKind, Reason, dtype
 from pykmesh.kernel.records import NO_IP, Ip, ip_to_text
 
@@ -69,7 +69,7 @@ def _flow(row: Any, service: ServiceNames, workload: WorkloadNames, wall_offset_
         direction="outbound" if is_outbound else "inbound",
         protocol=PROTOCOLS.get(row.protocol, str(row.protocol)),
         source=own if is_outbound else other,
-        service=_service(row, service),
+        service=_service(row, service) if row.service else _service_at(row, workload),
         destination=other if is_outbound else own,
         sent_bytes=sent if is_outbound else received,
         received_bytes=received if is_outbound else sent,
@@ -106,10 +106,17 @@ def _peer(ip: Ip, port: int, workload: WorkloadNames) -> Peer:
     )
 
 
-def _service(row: Any, service: ServiceNames) -> FlowService | None:
-    if not row.service:
-        return None
+def _service(row: Any, service: ServiceNames) -> FlowService:
     name = service(row.service)
     if name is None:
         return FlowService(name=ip_to_text(row.vip), namespace="", port=row.vip_port)
+    return FlowService(name=name.name, namespace=name.namespace, port=name.port)
+
+
+def _service_at(row: Any, workload: WorkloadNames) -> FlowService | None:
+    """The service whose own address was asked for, at a port that it does not serve."""
+    asked = workload(row.remote) if row.direction == Direction.OUTBOUND else None
+    if asked is None or not asked.is_service:
+        return None
+    name = service_name(asked.service, row.remote_port)
     return FlowService(name=name.name, namespace=name.namespace, port=name.port)

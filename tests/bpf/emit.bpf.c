@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
  * syscall: writes records and counts opens by the same helpers as the programs, without a network.
- * Run by BPF_PROG_TEST_RUN, on the maps that the test has pinned. Records are numbered in opened_ns.
+ * Run by BPF_PROG_TEST_RUN, on the maps that the test has pinned. Records are numbered in retransmits.
  */
 #include <linux/types.h>
 
@@ -25,7 +25,8 @@ struct emit_request {
 	__u32 established;
 	__u32 reason;
 	__u64 service;
-	__u64 written; /* out */
+	__u64 opened_ns; /* 0: now */
+	__u64 written;	 /* out */
 };
 
 static __always_inline struct ip emit_remote(const struct emit_request *request, __u64 number)
@@ -41,8 +42,9 @@ static __always_inline void emit_record(struct emit_request *request, __u64 numb
 
 	if (!record)
 		return;
-	record->opened_ns = number;
 	record->closed_ns = bpf_ktime_get_ns();
+	record->opened_ns = request->opened_ns ? request->opened_ns : record->closed_ns;
+	record->retransmits = number;
 	record->service = request->service;
 	record->sent_bytes = 10;
 	record->received_bytes = 1000;

@@ -20,7 +20,7 @@ ROOT: Final = Path(__file__).parents[2]
 RECORDS, OPENS, DISCARDS, SHORT = range(4)
 TCP, UDP = 6, 17
 LOCAL: Final = bytes(10) + b"\xff\xff" + bytes([10, 0, 0, 1])
-_REQUEST: Final = struct.Struct("<QIIIIIIIIQQ")  # struct emit_request
+_REQUEST: Final = struct.Struct("<QIIIIIIIIQQQ")  # struct emit_request
 _SIZES: Final = {"services": 64, "endpoints": 64, "addresses": 64, "pods": 64, "opens": 1024, "datagrams": 64}
 
 
@@ -81,9 +81,13 @@ class Instance:
         established: bool = True,
         reason: int = 0,
         service: int = 0,
+        opened_ns: int = 0,
     ) -> int:
-        """Writes `count` records or opens; returns how many found room."""
-        fields = (pairs, kind, direction, protocol, established, reason, service, 0)
+        """Writes `count` records (of connections opened now, or at `opened_ns`) or opens.
+
+        Returns how many found room.
+        """
+        fields = (pairs, kind, direction, protocol, established, reason, service, opened_ns, 0)
         context = ctypes.create_string_buffer(_REQUEST.pack(self._next, count, mode, *fields), _REQUEST.size)
         options = _TestRunOptions(sz=ctypes.sizeof(_TestRunOptions))
         options.ctx_in, options.ctx_size_in = ctypes.addressof(context), _REQUEST.size
@@ -92,6 +96,16 @@ class Instance:
         self._next += count
         written: int = _REQUEST.unpack(context.raw)[-1]
         return written
+
+    def remake(self, name: str) -> None:
+        """A map goes and is made anew, as bpf_loader would; the emitter stays on the one that is gone."""
+        sizes = {}
+        for each in map_names():
+            if each != "sockets":
+                with PinnedMap(self.maps_dir, each) as pinned:
+                    sizes[each] = pinned.max_entries
+        (self.maps_dir / map_layout(name).pin).unlink()
+        _make(self.maps_dir, sizes)
 
     def lost(self) -> int:
         with PinnedMap(self.maps_dir, "counters") as counters:
@@ -104,8 +118,7 @@ def instance(directory: Path, emitter: Path, flows_bytes: int) -> Iterator[Insta
     pin_dir = directory / "bpf" / "test"
     pins.prepare(pin_dir)
     try:
-        settings = hooks.ProgramSettings("test", 0, hooks.can_set_retval(), has_telemetry=True)
-        hooks.Programs(pins.maps_dir(pin_dir), {**_SIZES, "flows": flows_bytes}, settings).close()
+        _make(pins.maps_dir(pin_dir), {**_SIZES, "flows": flows_bytes})
         loaded = _load(pins.maps_dir(pin_dir), emitter)
         try:
             yield Instance(pin_dir, loaded)
@@ -113,6 +126,11 @@ def instance(directory: Path, emitter: Path, flows_bytes: int) -> Iterator[Insta
             loaded.close()
     finally:
         subprocess.run(["umount", "--lazy", pin_dir], check=True, timeout=10)
+
+
+def _make(maps_dir: Path, sizes: dict[str, int]) -> None:
+    settings = hooks.ProgramSettings("test", 0, hooks.can_set_retval(), has_telemetry=True)
+    hooks.Programs(maps_dir, sizes, settings).close()
 
 
 def _load(maps_dir: Path, emitter: Path) -> libbpf.BpfObject:

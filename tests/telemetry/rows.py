@@ -66,6 +66,11 @@ def workload(name: str, **fields: str) -> WorkloadName:
     return WorkloadName(**(values | fields))
 
 
+def service_address() -> WorkloadName:
+    """What is said of the address of WEB."""
+    return WorkloadName(*[""] * 11, service="shop/web.shop.svc.cluster.local")
+
+
 WEB = ServiceName("web", "shop", "web.shop.svc.cluster.local", 80)
 
 

@@ -14,6 +14,8 @@ from services.telemetry.labels import Edge
 from services.telemetry.ledger import Amounts
 from tests.telemetry.rows import CLIENT, SERVER, VIP, ip, numbered_ip, record, records
 
+SINCE = 1_000_000_000
+"""When `record` is opened: it counts as opened by the counters, and any before it at its close."""
 ROW = st.fixed_dictionaries(
     {
         "local": st.integers(0, 2).map(numbered_ip),
@@ -24,6 +26,7 @@ ROW = st.fixed_dictionaries(
         "direction": st.sampled_from([1, 2]),
         "protocol": st.sampled_from([6, 17]),
         "established": st.integers(0, 1),
+        "opened_ns": st.sampled_from([0, SINCE - 1, SINCE, 1 << 62]),
         "sent_bytes": st.integers(0, 1 << 40),
         "received_bytes": st.integers(0, 1 << 40),
     }
@@ -35,12 +38,12 @@ KEY = ("local", "remote", "service", "reason", "kind", "direction", "protocol", 
 def test_each_record_is_in_the_group_of_its_like_once(rows: list[dict]):
     expected: Counter = Counter()
     for row in rows:
-        expected[tuple(row[k] for k in KEY)] += np.array(
+        expected[*(row[k] for k in KEY), row["opened_ns"] < SINCE] += np.array(
             [1, row["sent_bytes"], row["received_bytes"]], object
         )
     found: Counter = Counter()
     batch = records(*(record(**row) for row in rows)) if rows else np.zeros(0, dtype("flow_record"))
-    for one in group(batch):
+    for one in group(batch, SINCE):
         found[one.key] += np.array(one[1:], object)
     assert sorted(map(tuple, found.values())) == sorted(map(tuple, expected.values()))
     for key, (_, *sums) in ((k, v) for k, v in found.items()):
@@ -51,10 +54,10 @@ def test_each_record_is_in_the_group_of_its_like_once(rows: list[dict]):
 
 
 def only(row: np.ndarray) -> tuple[Edge | None, Amounts | None]:
-    (found,) = group(row)
+    (found,) = group(row, SINCE)
     decoded = meaning(found.key)
     edge = decoded.edge
-    return edge, amounts(edge, found, established=decoded.established) if edge else None
+    return edge, amounts(found, decoded) if edge else None
 
 
 def test_a_client_sends_the_request_and_receives_the_response():
@@ -68,6 +71,13 @@ def test_a_server_receives_the_request_and_sends_the_response():
     edge, counted = only(row)
     assert (edge.source, edge.destination) == (ip(CLIENT), ip(SERVER))
     assert counted == Amounts(closed=1, request_bytes=83, response_bytes=1175)
+
+
+def test_what_the_counters_of_opens_do_not_tell_of_is_opened_when_it_closes():
+    _, counted = only(record(opened_ns=SINCE - 1))
+    assert counted == Amounts(opened=1, closed=1, request_bytes=83, response_bytes=1175)
+    _, counted = only(record(opened_ns=SINCE - 1, established=0, sent_bytes=0, received_bytes=0))
+    assert counted == Amounts(failed=1)
 
 
 def test_a_connection_that_was_never_established_failed_and_carried_nothing():

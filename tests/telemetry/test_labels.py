@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pykmesh.kernel.layout import Direction
 from services.telemetry.labels import LABELS, Edge, labels
-from tests.telemetry.rows import CLIENT, SERVER, WEB, ip, workload
+from tests.telemetry.rows import CLIENT, SERVER, VIP, WEB, ip, service_address, workload
 
 OUT = Edge(ip(CLIENT), ip(SERVER), 7, Direction.OUTBOUND, "-")
 IN = Edge(ip(SERVER), ip(CLIENT), 0, Direction.INBOUND, "-")
@@ -43,6 +43,28 @@ def test_the_source_reports_what_goes_out():
 
 def test_the_destination_reports_what_comes_in():
     assert named(IN, workload("client"), workload("web"), None)["reporter"] == "destination"
+
+
+def test_what_comes_in_is_taken_for_traffic_to_the_first_service_of_who_accepts_it():
+    web = workload("web", service="shop/web.shop.svc.cluster.local")
+    found = named(IN, workload("client"), web, None)
+    assert found["destination_service"] == "web.shop.svc.cluster.local"
+    assert (found["destination_service_name"], found["destination_service_namespace"]) == ("web", "shop")
+    assert named(IN, web, workload("client"), None)["destination_service"] == "unknown"
+    direct = Edge(ip(CLIENT), ip(SERVER), 0, Direction.OUTBOUND, "-")
+    assert named(direct, workload("client"), web, None)["destination_service"] == "unknown"
+
+
+def test_what_goes_to_a_services_own_address_names_the_service_and_no_workload():
+    refused = Edge(ip(CLIENT), ip(VIP), 0, Direction.OUTBOUND, "CONNECT")
+    found = named(refused, workload("client"), service_address(), None)
+    assert found["destination_service"] == "web.shop.svc.cluster.local"
+    ends = {name: value for name, value in found.items() if name.startswith("destination_")}
+    assert {name for name, value in ends.items() if value != "unknown"} == {
+        "destination_service",
+        "destination_service_name",
+        "destination_service_namespace",
+    }
 
 
 def test_what_is_not_known_is_unknown():

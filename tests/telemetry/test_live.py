@@ -18,7 +18,7 @@ from pykmesh.kernel.layout import Direction, FlowKind, Reason
 from services.telemetry import live as module
 from services.telemetry.live import Live, Tail
 from services.telemetry.names import Names
-from tests.telemetry.rows import CLIENT, SERVER, VIP, WEB, ip, record, records, workload
+from tests.telemetry.rows import CLIENT, SERVER, VIP, WEB, ip, record, records, service_address, workload
 
 pytestmark = pytest.mark.anyio
 
@@ -183,6 +183,15 @@ async def test_failures_and_refusals_say_why(live: Live):
         VIP,
         "",
     )
+
+
+async def test_a_refusal_without_a_service_port_names_the_service_by_its_address(live: Live, names: Names):
+    names.workloads.answer([ip(VIP)], [service_address()])
+    refused = {"kind": FlowKind.REFUSED, "established": 0, "remote": VIP, "vip": VIP, "local_port": 0}
+    live.publish(record(**refused, reason=Reason.NO_PORT, remote_port=81, vip_port=81))
+    (flow,) = await answer(live)
+    assert (flow.service.name, flow.service.namespace, flow.service.port) == ("web", "shop", 81)
+    assert (flow.destination.address, flow.destination.workload) == (VIP, "")
 
 
 async def test_what_nobody_counts_or_knows_is_null_or_empty(live: Live):

@@ -43,7 +43,7 @@ def read(opens: Opens) -> dict[bytes, int]:
 
 def test_only_the_growth_is_read():
     kernel, clock = Kernel(), Clock()
-    opens = Opens(kernel, clock, is_first=True)
+    opens = Opens(kernel, clock)
     kernel.open(b"a", 3)
     assert read(opens) == {b"a": 3}
     assert read(opens) == {}
@@ -55,20 +55,14 @@ def test_only_the_growth_is_read():
 def test_what_the_counters_hold_at_a_restart_was_read_by_the_process_before():
     kernel, clock = Kernel(), Clock()
     kernel.open(b"a", 3)
-    opens = Opens(kernel, clock, is_first=False)
+    opens = Opens(kernel, clock)
     kernel.open(b"a")
     assert read(opens) == {b"a": 1}
 
 
-def test_the_first_reader_ever_counts_all():
-    kernel = Kernel()
-    kernel.open(b"a", 3)
-    assert read(Opens(kernel, Clock(), is_first=True)) == {b"a": 3}
-
-
 def test_an_entry_that_rests_for_five_minutes_is_removed_and_counts_on_when_it_is_made_anew():
     kernel, clock = Kernel(), Clock()
-    opens = Opens(kernel, clock, is_first=True)
+    opens = Opens(kernel, clock)
     kernel.open(b"old")
     read(opens)
     clock.now += REST_S - 1
@@ -84,7 +78,7 @@ def test_an_entry_that_rests_for_five_minutes_is_removed_and_counts_on_when_it_i
 
 def test_what_is_counted_between_reading_and_removing_is_not_lost():
     kernel, clock = Kernel(), Clock()
-    opens = Opens(kernel, clock, is_first=True)
+    opens = Opens(kernel, clock)
     kernel.open(b"a", 5)
     read(opens)
     clock.now += REST_S + 1
@@ -95,7 +89,7 @@ def test_what_is_counted_between_reading_and_removing_is_not_lost():
 
 def test_in_a_crowded_map_entries_rest_for_less_long():
     kernel, clock = Kernel(max_entries=4), Clock()
-    opens = Opens(kernel, clock, is_first=True)
+    opens = Opens(kernel, clock)
     for key in (b"a", b"b", b"c", b"d"):
         kernel.open(key)
     read(opens)
@@ -115,7 +109,7 @@ STEP = st.one_of(
 @given(st.lists(STEP, max_size=60), st.sampled_from([3, 1000]))
 def test_each_open_is_read_exactly_once(steps: list[tuple], max_entries: int):
     kernel, clock = Kernel(max_entries), Clock()
-    opens = Opens(kernel, clock, is_first=True)
+    opens = Opens(kernel, clock)
     made = counted = 0
 
     def race(key: bytes) -> None:
@@ -139,10 +133,10 @@ def test_each_open_is_read_exactly_once(steps: list[tuple], max_entries: int):
 
 
 def test_the_kernels_counters_are_summed_over_processors_and_taken_out_in_one_step(small: Instance):
-    small.emit(30, mode=OPENS, pairs=3, service=7)
     with PinnedMap(small.maps_dir, "opens") as counters:
         clock = Clock()
-        opens = Opens(counters, clock, is_first=True)
+        opens = Opens(counters, clock)
+        small.emit(30, mode=OPENS, pairs=3, service=7)
         key = OPEN_KEY.pack(LOCAL, remote(0), 7, 1, TCP)
         assert read(opens)[key] == 10
         small.emit(3, mode=OPENS, pairs=3, service=7)

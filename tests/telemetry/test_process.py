@@ -16,6 +16,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 from prometheus_client.parser import text_string_to_metric_families
 
 from pykmesh.contracts.settings import TelemetrySettings
+from pykmesh.kernel import maps
 from pykmesh.kernel.layout import FlowKind
 from pykmesh.process import Runtime
 from services.telemetry import app, ledger, live
@@ -159,23 +160,50 @@ async def test_it_waits_for_pins_that_are_not_there_yet(tmp_path: Path):
         assert running.runtime.details() == {}
 
 
-async def test_a_restart_loses_no_record_and_counts_no_open_twice(
+async def test_a_restart_loses_no_record_and_what_closes_after_it_was_opened(
     small: Instance, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(ledger, "NAMES_WAIT_S", 0.1)
-    small.emit(10, mode=OPENS)
-    small.emit(10)
     async with telemetry(small.pin_dir, NOBODY) as first:
         await serving(first)
-        await first.metrics_with("istio_tcp_connections_opened_total", 10)
+        small.emit(30, mode=OPENS)
+        small.emit(10)
+        await first.metrics_with("istio_tcp_connections_opened_total", 30)
         await first.metrics_with("istio_tcp_connections_closed_total", 10)
     small.emit(20)
     async with telemetry(small.pin_dir, NOBODY) as second:
         await serving(second)
         found = await second.metrics_with("istio_tcp_connections_closed_total", 20)
-        assert sum(found["istio_tcp_connections_opened_total"].values()) == 0
+        assert found["istio_tcp_connections_opened_total"] == {("unknown", "unknown"): 20}
         small.emit(5, mode=OPENS)
-        await second.metrics_with("istio_tcp_connections_opened_total", 5)
+        await second.metrics_with("istio_tcp_connections_opened_total", 25)
+        small.emit(5)
+        found = await second.metrics_with("istio_tcp_connections_closed_total", 25)
+        assert found["istio_tcp_connections_opened_total"] == {("unknown", "unknown"): 25}
+
+
+@pytest.mark.parametrize("name", ["flows", "opens", "counters", "pods"])
+async def test_a_map_that_is_made_anew_ends_it_and_the_next_one_reads_that_map(small: Instance, name: str):
+    with pytest.RaisesGroup(pytest.RaisesExc(RuntimeError, match="made anew"), flatten_subgroups=True):
+        async with telemetry(small.pin_dir, NOBODY) as running:
+            await serving(running)
+            small.remake(name)
+            with anyio.fail_after(5):
+                await anyio.sleep_forever()
+    async with telemetry(small.pin_dir, NOBODY) as again:
+        await serving(again)
+
+
+async def test_it_may_end_at_any_moment_while_its_maps_are_read(
+    small: Instance, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(app, "TICK_S", 0)
+    monkeypatch.setattr(maps, "READ_CHUNK", 8)
+    small.emit(1000, mode=OPENS, pairs=1000)
+    for number in range(20):
+        async with telemetry(small.pin_dir, NOBODY) as running:
+            await serving(running)
+            await anyio.sleep(number / 1000)
 
 
 async def test_what_did_not_fit_the_ring_is_shown_as_lost(small: Instance):

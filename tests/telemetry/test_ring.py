@@ -18,7 +18,7 @@ def take_all(ring: RingReader, step: int = 100) -> list[int]:
     numbers: list[int] = []
     while len(records := ring.take(step)):
         assert len(records) <= step
-        numbers += records["opened_ns"].tolist()
+        numbers += records["retransmits"].tolist()
         ring.advance(len(records))
     return numbers
 
@@ -54,7 +54,7 @@ def test_a_reader_that_ends_leaves_what_it_did_not_finish_to_the_next(small: Ins
     small.emit(100)
     with RingReader(small.maps_dir) as first:
         assert first.position == 0
-        assert first.take(60)["opened_ns"][-1] == 59
+        assert first.take(60)["retransmits"][-1] == 59
         first.advance(40)
     small.emit(50)
     with RingReader(small.maps_dir) as second:

@@ -25,7 +25,7 @@ from pykmesh.contracts.messages import (
     WorkloadName,
 )
 
-NAMES = ("uid", "name", "ns", "wl", "sa", "td", "cn", "cr", "cl", "re", "zo")
+NAMES = ("uid", "name", "ns", "wl", "sa", "td", "cn", "cr", "cl", "re", "zo", "se")
 GOLDEN: list[tuple[Message, str]] = [
     (
         ConfigBatch(
@@ -68,7 +68,7 @@ GOLDEN: list[tuple[Message, str]] = [
     ),
     (
         ResolveReply(VERSION, [], [WorkloadName(*NAMES)]),
-        "93 01 90 919b a3756964 a46e616d65" + "".join(f"a2{name.encode().hex()}" for name in NAMES[2:]),
+        "93 01 90 919c a3756964 a46e616d65" + "".join(f"a2{name.encode().hex()}" for name in NAMES[2:]),
     ),
 ]
 KINDS = [ConfigBatch, SnapshotRequest, SnapshotPage, MapReport, ResolveRequest, ResolveReply]
@@ -97,6 +97,12 @@ def test_the_subjects_and_types_are_what_they_always_were() -> None:
 def test_a_later_contract_may_add_fields_at_the_end(message: Message, _: str) -> None:
     fields = [*msgspec.structs.astuple(message), "new", {"more": 1}]
     assert messages.decode(type(message), msgspec.msgpack.encode(fields)) == message
+
+
+def test_a_workload_without_the_field_that_was_added_is_still_read() -> None:
+    before = [VERSION, [], [list(NAMES[:-1])]]
+    found = messages.decode(ResolveReply, msgspec.msgpack.encode(before))
+    assert found.addresses == [WorkloadName(*NAMES[:-1], service="")]
 
 
 @pytest.mark.parametrize(("message", "_"), GOLDEN, ids=lambda value: type(value).__name__)

@@ -8,13 +8,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pykmesh.contracts.address import Families, Mode, Service
-from pykmesh.kernel.records import ENDPOINT_KEY
+from pykmesh.kernel.layout import AddressKind, Reason
+from pykmesh.kernel.records import ENDPOINT_KEY, ip_from_text
 from services.map_writer.desired import Rules
 from services.map_writer.mesh import Mesh, Touched
 from services.map_writer.planner import Held, Limits, Planner
 from tests.unit import mesh_model as model
 from tests.unit.mesh_model import Change, Maps, Plain, responses
 
+NO_ROOM = (AddressKind.SERVICE, Reason.NO_ROOM)
 ROOMY = Limits(1000, 1000, 1000)
 EXAMPLES = settings(
     max_examples=150, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -158,16 +160,34 @@ def test_limits_are_kept_at_every_step_and_what_does_not_fit_is_named(
             }
             assert world.planner.refused.keys() <= world.mesh.services.keys() | world.mesh.workloads.keys()
             _assert_only_less(said, wanted)
+            _assert_closed(world, said, wanted)
         else:
             assert said == wanted
 
 
 def _assert_only_less(said: Plain, wanted: Plain) -> None:
     """What is there is right; some of it may be missing."""
-    assert said["addresses"].items() <= wanted["addresses"].items()
+    for key, found in said["addresses"].items():
+        assert found in (wanted["addresses"][key], NO_ROOM)
     for key, (verdict, *endpoints) in said["services"].items():
-        assert wanted["services"][key][0] == verdict
-        assert set(endpoints) <= set(wanted["services"][key][1:])
+        right, *all_of_them = wanted["services"][key]
+        assert set(endpoints) <= set(all_of_them)
+        assert verdict == (Reason.NO_ROOM if all_of_them and not endpoints else right)
+
+
+def _assert_closed(world: World, said: Plain, wanted: Plain) -> None:
+    """An address of which a port is missing refuses for want of room, unless it is to be left alone.
+
+    It is one of a service that is refused by name.
+    """
+    left_alone = (AddressKind.SERVICE, Reason.PASSTHROUGH)
+    for key in wanted["services"].keys() - said["services"].keys():
+        assert said["addresses"].get(f"False {key.split()[0]}", NO_ROOM) in (NO_ROOM, left_alone)
+    for key, found in said["addresses"].items():
+        if found == NO_ROOM:
+            owner = model.owner(world.mesh, ip_from_text(key.split()[1]))
+            assert owner is not None
+            assert owner.name in world.planner.refused
 
 
 @EXAMPLES

@@ -1,0 +1,54 @@
+"""Names as map_writer answers them: of the mesh as it is at that moment."""
+
+from __future__ import annotations
+
+import pytest
+
+from pykmesh.contracts import messages
+from pykmesh.contracts.address import decode_address
+from pykmesh.contracts.messages import VERSION, ResolveReply, ResolveRequest, WorkloadName
+from pykmesh.kernel.records import ip_from_text
+from services.map_writer.desired import Rules
+from services.map_writer.follower import Follower
+from services.map_writer.mesh import Touched
+from services.map_writer.names import Names
+from services.map_writer.planner import Held, Limits, Planner
+from tests.control.resources import Resource, host, pod, service
+
+pytestmark = pytest.mark.anyio
+
+
+async def named(address: str, *resources: Resource) -> WorkloadName | None:
+    """What is said of an address in a mesh of these."""
+    follower = Follower()
+    for found in resources:
+        follower.mesh.put(found.name, decode_address(found.resource.value), Touched())
+    planner = Planner(Held(), Limits(10, 10, 10), Rules())
+    request = ResolveRequest(VERSION, [], [("", ip_from_text(address))])
+    answer = await Names(follower, lambda: planner).answer(messages.encode(request))
+    (name,) = messages.decode(ResolveReply, answer).addresses
+    return name
+
+
+async def test_a_workload_has_the_first_by_name_of_the_services_that_there_are() -> None:
+    web = pod("web-1", "10.1.0.1", services=["web", "shop", "api"])
+    services = [service(name, f"10.96.0.{number}") for number, name in enumerate(("web", "shop"))]
+    found = await named("10.1.0.1", web, *services)
+    assert found is not None
+    assert (found.name, found.service) == ("web-1", host("shop"))
+
+
+async def test_a_workload_of_no_service_and_an_address_of_nobody_have_none() -> None:
+    found = await named("10.1.0.1", pod("web-1", "10.1.0.1"))
+    assert found is not None
+    assert found.service == ""
+    assert await named("10.1.0.2", pod("web-1", "10.1.0.1")) is None
+
+
+async def test_a_services_own_address_is_said_to_be_its_and_a_workloads_comes_before_it() -> None:
+    found = await named("10.96.0.1", service("web", "10.96.0.1"), service("api", "10.96.0.1"))
+    assert found == WorkloadName(*[""] * 11, service=host("api"))
+    assert found.is_service
+    both = await named("10.1.0.1", service("web", "10.1.0.1"), pod("web-1", "10.1.0.1"))
+    assert both is not None
+    assert (both.name, both.is_service) == ("web-1", False)
