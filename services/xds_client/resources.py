@@ -39,12 +39,14 @@ def _unwrap(data: bytes) -> Received:
 
 
 def _by_columns(resources: Sequence[bytes]) -> list[Received] | None:
-    """None where any of them is odd, or has a field twice, or a name that is no text."""
+    """None where any of them is odd, or has a field twice, or a text that is none, or may have one."""
     buffer = Buffer(resources)
     outer = buffer.fields(buffer.spans)
     wrapped = outer.spans(Resource.RESOURCE_FIELD_NUMBER)
     inner = buffer.fields(wrapped)
-    if outer.odd.any() or inner.odd.any() or (outer.repeated(Resource.RESOURCE_FIELD_NUMBER)[0] > 1).any():
+    wrappings, _ = outer.repeated(Resource.RESOURCE_FIELD_NUMBER)
+    aliases, _ = outer.repeated(Resource.ALIASES_FIELD_NUMBER)
+    if outer.odd.any() or inner.odd.any() or (wrappings > 1).any() or aliases.any():
         return None
     columns: tuple[Iterable[bytes], ...] = (
         buffer.parts(outer.spans(Resource.NAME_FIELD_NUMBER)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pykmesh.proto.discovery_pb2 import Resource
@@ -26,6 +26,7 @@ def wrapped(draw: st.DrawFn) -> bytes:
 
 @settings(max_examples=300, database=None, deadline=None)
 @given(st.lists(wrapped(), max_size=8))
+@example([b'\n\x010\x12\x03\n\x010"\x02\x00\xc2\x80"\x00'])
 def test_together_says_what_one_by_one_says(data: list[bytes]) -> None:
     one_by_one = [found for value in data for found in unwrap([value])]
     with pytest.MonkeyPatch.context() as patch:
