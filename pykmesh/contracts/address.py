@@ -138,7 +138,7 @@ def _workload(message: workload_pb2.WorkloadOutline, raw: bytes) -> Workload:
         tuple([service_ports[entry] for entry in message.services]),
         status == 0,
         network_mode == 1,
-        bool(message.waypoint),
+        message.HasField("waypoint"),
         tunnel == 1,
         message.capacity.value if message.HasField("capacity") else 1,
         tuple(policies) if policies else (),
@@ -159,29 +159,52 @@ service_ports: Final = Remembered(_service_ports)
 """What a workload says of a service: all pods of a service say the same. Raises FieldError."""
 
 
-def _service(message: workload_pb2.Service) -> Service:
-    if not message.namespace or not message.hostname:
-        raise FieldError("service.namespace" if not message.namespace else "service.hostname", "empty")
-    balancing = message.load_balancing
-    try:
-        families, mode = Families(message.ip_families), Mode(balancing.mode)
-    except ValueError as error:
-        field = "ip_families" if message.ip_families > Families.DUAL else "load_balancing.mode"
-        raise FieldError(f"service.{field}", str(error)) from error
-    if balancing.health_policy not in (0, 1):
-        raise FieldError("service.load_balancing.health_policy", f"{balancing.health_policy} is unknown")
+def _service(message: workload_pb2.ServiceOutline) -> Service:
+    namespace, hostname, families = message.namespace, message.hostname, message.ip_families
+    if not namespace or not hostname:
+        raise FieldError("service.namespace" if not namespace else "service.hostname", "empty")
+    if families > Families.DUAL:
+        raise FieldError("service.ip_families", f"{families} is not a valid Families")
+    mode, scopes, allows_unhealthy = _load_balancing[message.load_balancing]
     return Service(
-        name=f"{message.namespace}/{message.hostname}",
-        hostname=message.hostname,
+        name=f"{namespace}/{hostname}",
+        hostname=hostname,
         vips=tuple([vip for a in message.addresses if (vip := _vip(a)) is not None]),
-        ports=_ports("service.ports", message.ports),
-        families=families,
+        ports=tuple(dict(map(_port.__getitem__, message.ports)).items()),
+        families=_FAMILIES[families],
         mode=mode,
-        scopes=tuple(balancing.routing_preference),
-        allows_unhealthy=balancing.health_policy == 1,
+        scopes=scopes,
+        allows_unhealthy=allows_unhealthy,
         has_waypoint=message.HasField("waypoint") or bool(message.weighted_waypoints),
         canonical=message.canonical,
     )
+
+
+def _decode_load_balancing(data: bytes) -> tuple[Mode, tuple[int, ...], bool]:
+    try:
+        message = workload_pb2.LoadBalancing.FromString(data)
+    except DecodeError as error:
+        raise FieldError("service.load_balancing", f"not a LoadBalancing message: {error}") from error
+    try:
+        mode = Mode(message.mode)
+    except ValueError as error:
+        raise FieldError("service.load_balancing.mode", str(error)) from error
+    if message.health_policy not in (0, 1):
+        raise FieldError("service.load_balancing.health_policy", f"{message.health_policy} is unknown")
+    return mode, tuple(message.routing_preference), message.health_policy == 1
+
+
+def _decode_port(data: bytes) -> tuple[int, int]:
+    try:
+        message = workload_pb2.Port.FromString(data)
+    except DecodeError as error:
+        raise FieldError("service.ports", f"not a Port message: {error}") from error
+    return _pair("service.ports", message)
+
+
+_FAMILIES: Final = tuple(Families)
+_load_balancing: Final = Remembered(_decode_load_balancing)
+_port: Final = Remembered(_decode_port)
 
 
 def _vip(message: workload_pb2.NetworkAddress) -> tuple[str, Ip] | None:
@@ -214,14 +237,15 @@ def _ip(field: str, address: bytes) -> Ip:
 
 def _ports(field: str, ports: Iterable[workload_pb2.Port]) -> tuple[tuple[int, int], ...]:
     """Pairs of service and target port; of a service port that comes twice (TCP and UDP) the last."""
-    found: dict[int, int] = {}
-    for port in ports:
-        if not 0 < port.service_port <= PORT_MAX:
-            raise FieldError(f"{field}.service_port", f"{port.service_port} is no port")
-        if port.target_port > PORT_MAX:
-            raise FieldError(f"{field}.target_port", f"{port.target_port} is no port")
-        found[port.service_port] = port.target_port
-    return tuple(found.items())
+    return tuple(dict(_pair(field, port) for port in ports).items())
+
+
+def _pair(field: str, port: workload_pb2.Port) -> tuple[int, int]:
+    if not 0 < port.service_port <= PORT_MAX:
+        raise FieldError(f"{field}.service_port", f"{port.service_port} is no port")
+    if port.target_port > PORT_MAX:
+        raise FieldError(f"{field}.target_port", f"{port.target_port} is no port")
+    return port.service_port, port.target_port
 
 
 def decode_policy(name: str, value: bytes) -> Policy:

@@ -86,7 +86,7 @@ def _name(value: bytes) -> str:
 
 def _workloads(buffer: Buffer, fields: Fields, raws: Iterable[bytes]) -> list[Workload]:
     """As `decode_address` reads them, but for its checks. Raises what the texts in them raise."""
-    waypoint = fields.spans(Of.WAYPOINT_FIELD_NUMBER)
+    waypoints, _ = fields.repeated(Of.WAYPOINT_FIELD_NUMBER)
     address_counts, addresses = fields.repeated(Of.ADDRESSES_FIELD_NUMBER)
     service_counts, services = fields.repeated(Of.SERVICES_FIELD_NUMBER)
     policy_counts, policies = fields.repeated(Of.AUTHORIZATION_POLICIES_FIELD_NUMBER)
@@ -99,7 +99,7 @@ def _workloads(buffer: Buffer, fields: Fields, raws: Iterable[bytes]) -> list[Wo
             grouped(service_counts, map(service_ports.__getitem__, buffer.parts(services))),
             (fields.numbers(Of.STATUS_FIELD_NUMBER) == 0).tolist(),
             (fields.numbers(Of.NETWORK_MODE_FIELD_NUMBER) == 1).tolist(),
-            (waypoint.end > waypoint.start).tolist(),
+            (waypoints > 0).tolist(),
             (fields.numbers(Of.TUNNEL_PROTOCOL_FIELD_NUMBER) == 1).tolist(),
             repeat(1),
             grouped(policy_counts, map(bytes.decode, buffer.parts(policies))),

@@ -672,8 +672,8 @@ Global___Extension: _TypeAlias = Extension  # noqa: Y015
 
 @_typing.final
 class AddressOutline(_message.Message):
-    """Address again, as far as it decides traffic: a full sync reads a hundred thousand of these. What a
-    workload says of a service stays bytes: all pods of a service say the same, so it is decoded once.
+    """Address again, as far as it decides traffic: a full sync reads a hundred thousand of these. What many
+    of them say alike (ports, load balancing) stays bytes, which are decoded once.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -683,12 +683,12 @@ class AddressOutline(_message.Message):
     @_builtins.property
     def workload(self) -> Global___WorkloadOutline: ...
     @_builtins.property
-    def service(self) -> Global___Service: ...
+    def service(self) -> Global___ServiceOutline: ...
     def __init__(
         self,
         *,
         workload: Global___WorkloadOutline | None = ...,
-        service: Global___Service | None = ...,
+        service: Global___ServiceOutline | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["service", b"service", "type", b"type", "workload", b"workload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -737,7 +737,7 @@ class WorkloadOutline(_message.Message):
         addresses: _abc.Iterable[_builtins.bytes] | None = ...,
         network: _builtins.str = ...,
         tunnel_protocol: _builtins.int = ...,
-        waypoint: _builtins.bytes = ...,
+        waypoint: _builtins.bytes | None = ...,
         authorization_policies: _abc.Iterable[_builtins.str] | None = ...,
         status: _builtins.int = ...,
         uid: _builtins.str = ...,
@@ -745,13 +745,63 @@ class WorkloadOutline(_message.Message):
         network_mode: _builtins.int = ...,
         capacity: _wrappers_pb2.UInt32Value | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_waypoint", b"_waypoint", "capacity", b"capacity", "waypoint", b"waypoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "authorization_policies", b"authorization_policies", "capacity", b"capacity", "namespace", b"namespace", "network", b"network", "network_mode", b"network_mode", "services", b"services", "status", b"status", "tunnel_protocol", b"tunnel_protocol", "uid", b"uid", "waypoint", b"waypoint"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_waypoint", b"_waypoint", "addresses", b"addresses", "authorization_policies", b"authorization_policies", "capacity", b"capacity", "namespace", b"namespace", "network", b"network", "network_mode", b"network_mode", "services", b"services", "status", b"status", "tunnel_protocol", b"tunnel_protocol", "uid", b"uid", "waypoint", b"waypoint"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__waypoint: _TypeAlias = _typing.Literal["waypoint"]  # noqa: Y015
+    _WhichOneofArgType__waypoint: _TypeAlias = _typing.Literal["_waypoint", b"_waypoint"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__waypoint) -> _WhichOneofReturnType__waypoint | None: ...
 
 Global___WorkloadOutline: _TypeAlias = WorkloadOutline  # noqa: Y015
+
+@_typing.final
+class ServiceOutline(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    HOSTNAME_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    PORTS_FIELD_NUMBER: _builtins.int
+    WAYPOINT_FIELD_NUMBER: _builtins.int
+    LOAD_BALANCING_FIELD_NUMBER: _builtins.int
+    IP_FAMILIES_FIELD_NUMBER: _builtins.int
+    CANONICAL_FIELD_NUMBER: _builtins.int
+    WEIGHTED_WAYPOINTS_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    hostname: _builtins.str
+    waypoint: _builtins.bytes
+    load_balancing: _builtins.bytes
+    ip_families: _builtins.int
+    canonical: _builtins.bool
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedCompositeFieldContainer[Global___NetworkAddress]: ...
+    @_builtins.property
+    def ports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    @_builtins.property
+    def weighted_waypoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        hostname: _builtins.str = ...,
+        addresses: _abc.Iterable[Global___NetworkAddress] | None = ...,
+        ports: _abc.Iterable[_builtins.bytes] | None = ...,
+        waypoint: _builtins.bytes | None = ...,
+        load_balancing: _builtins.bytes = ...,
+        ip_families: _builtins.int = ...,
+        canonical: _builtins.bool = ...,
+        weighted_waypoints: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_waypoint", b"_waypoint", "waypoint", b"waypoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_waypoint", b"_waypoint", "addresses", b"addresses", "canonical", b"canonical", "hostname", b"hostname", "ip_families", b"ip_families", "load_balancing", b"load_balancing", "namespace", b"namespace", "ports", b"ports", "waypoint", b"waypoint", "weighted_waypoints", b"weighted_waypoints"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__waypoint: _TypeAlias = _typing.Literal["waypoint"]  # noqa: Y015
+    _WhichOneofArgType__waypoint: _TypeAlias = _typing.Literal["_waypoint", b"_waypoint"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__waypoint) -> _WhichOneofReturnType__waypoint | None: ...
+
+Global___ServiceOutline: _TypeAlias = ServiceOutline  # noqa: Y015
 
 @_typing.final
 class ServicePorts(_message.Message):

@@ -16,7 +16,7 @@ from pykmesh.contracts.address import FieldError, decode_policy
 from pykmesh.contracts.bulk import names_of
 from pykmesh.contracts.messages import TYPE_URLS, ResourceType
 from pykmesh.proto import discovery_pb2
-from services.xds_client.resources import Received, unwrap
+from services.xds_client.resources import Unwrapped, unwrap
 from services.xds_client.store import Held, Store
 
 INVALID_ARGUMENT: Final = 3
@@ -28,12 +28,14 @@ Request = discovery_pb2.DeltaDiscoveryRequest
 Response = discovery_pb2.DeltaDiscoveryResponseOutline
 
 
-def _check(kind: ResourceType, upserts: Sequence[tuple[str, Held]]) -> list[FieldError | None]:
+def _check(kind: ResourceType, names: list[str], values: list[bytes]) -> list[FieldError | None]:
     """What is wrong with each: also a message of another name, which its removal would never find."""
     if kind is ResourceType.AUTHORIZATION:
-        return [_check_policy(name, held.value) for name, held in upserts]
-    owners = names_of([held.value for _, held in upserts])
-    return [None if own == name else _misnamed(own) for (name, _), own in zip(upserts, owners, strict=True)]
+        return list(map(_check_policy, names, values))
+    owners = names_of(values)
+    if owners == names:
+        return [None] * len(names)
+    return [None if own == name else _misnamed(own) for name, own in zip(names, owners, strict=True)]
 
 
 def _misnamed(own: str | FieldError) -> FieldError:
@@ -74,40 +76,50 @@ class Reading:
             yield self._part(resources[first : first + PART_RESOURCES])
 
     def _part(self, resources: Sequence[bytes]) -> list[tuple[str, Held]]:
-        upserts = []
-        for received in unwrap(resources):
-            name, version, type_url, value, broken = received
-            if (
-                broken
-                or not name
-                or name in self.names
-                or type_url != self.type_url
-                or len(value) > RESOURCE_BYTES_MAX
-            ):
-                self.rejected[name or "(no name)"] = str(self._fault(received))
-                continue
-            self.names[name] = None
-            upserts.append((name, Held(version, value)))
-        errors = _check(self.type, upserts)
-        if not any(errors):
+        found = unwrap(resources)
+        names, values = found.names, found.values
+        faults = self._faults(found)
+        errors = _check(self.type, names, values)
+        self.names.update(dict.fromkeys(names))
+        upserts = list(zip(names, map(Held, found.versions, values), strict=True))
+        if not faults and not any(errors):
             return upserts
-        for (name, _), error in zip(upserts, errors, strict=True):
-            if error is not None:
-                self.rejected[name] = str(error)
-        return [upsert for upsert, error in zip(upserts, errors, strict=True) if error is None]
+        good = []
+        for index, (upsert, error) in enumerate(zip(upserts, errors, strict=True)):
+            fault = faults.get(index) or error
+            if fault is None:
+                good.append(upsert)
+            else:
+                self.rejected[upsert[0] or "(no name)"] = str(fault)
+        return good
 
-    def _fault(self, received: Received) -> FieldError:
-        if received.broken:
-            return FieldError("", received.broken)
-        if not received.name:
-            return FieldError("name", "empty")
-        if received.name in self.names:
-            return FieldError("name", "twice in one response")
-        if received.type_url != self.type_url:
-            return FieldError(
-                "resource.type_url", f"{received.type_url!r} in a response of {self.type_url!r}"
-            )
-        return FieldError("resource", f"{len(received.value)} bytes, more than {RESOURCE_BYTES_MAX}")
+    def _faults(self, found: Unwrapped) -> dict[int, FieldError]:
+        """What is wrong with the wrapping, by index."""
+        names, urls, values = found.names, found.type_urls, found.values
+        if (
+            not found.broken
+            and all(names)
+            and len(set(names)) == len(names)
+            and self.names.keys().isdisjoint(names)
+            and set(urls) <= {self.type_url}
+            and max(map(len, values), default=0) <= RESOURCE_BYTES_MAX
+        ):
+            return {}
+        faults: dict[int, FieldError] = {}
+        seen = set(self.names)
+        for index, (name, url, value) in enumerate(zip(names, urls, values, strict=True)):
+            if index in found.broken:
+                faults[index] = FieldError("", found.broken[index])
+            elif not name:
+                faults[index] = FieldError("name", "empty")
+            elif name in seen:
+                faults[index] = FieldError("name", "twice in one response")
+            elif url != self.type_url:
+                faults[index] = FieldError("resource.type_url", f"{url!r} in a response of {self.type_url!r}")
+            elif len(value) > RESOURCE_BYTES_MAX:
+                faults[index] = FieldError("resource", f"{len(value)} bytes, more than {RESOURCE_BYTES_MAX}")
+            seen.add(name)
+        return faults
 
 
 class UnknownTypeError(Exception):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
@@ -14,47 +14,54 @@ from pykmesh.proto.discovery_pb2 import Resource
 _ANY_TYPE_URL, _ANY_VALUE = 1, 2
 
 
-class Received(NamedTuple):
-    """A resource as the control plane wrapped it; `broken` says why it cannot be unwrapped."""
+class Unwrapped(NamedTuple):
+    """What the control plane wrapped, column by column; `broken` says why the one at an index is none."""
 
-    name: str
-    version: str
-    type_url: str
-    value: bytes
-    broken: str = ""
+    names: list[str]
+    versions: list[str]
+    type_urls: list[str]
+    values: list[bytes]
+    broken: dict[int, str]
 
 
-def unwrap(resources: Sequence[bytes]) -> list[Received]:
+def unwrap(resources: Sequence[bytes]) -> Unwrapped:
     """In their order."""
     found = _by_columns(resources) if len(resources) >= FEWEST else None
-    return [_unwrap(data) for data in resources] if found is None else found
+    return _one_by_one(resources) if found is None else found
 
 
-def _unwrap(data: bytes) -> Received:
-    try:
-        resource = Resource.FromString(data)
-    except DecodeError as error:
-        return Received("", "", "", b"", f"not a Resource message: {error}")
-    return Received(resource.name, resource.version, resource.resource.type_url, resource.resource.value)
+def _one_by_one(resources: Sequence[bytes]) -> Unwrapped:
+    found = Unwrapped([], [], [], [], {})
+    for index, data in enumerate(resources):
+        resource = Resource()
+        try:
+            resource.ParseFromString(data)
+        except DecodeError as error:
+            found.broken[index] = f"not a Resource message: {error}"
+            resource.Clear()
+        found.names.append(resource.name)
+        found.versions.append(resource.version)
+        found.type_urls.append(resource.resource.type_url)
+        found.values.append(resource.resource.value)
+    return found
 
 
-def _by_columns(resources: Sequence[bytes]) -> list[Received] | None:
+def _by_columns(resources: Sequence[bytes]) -> Unwrapped | None:
     """None where any of them is odd, or has a field twice, or a text that is none, or may have one."""
     buffer = Buffer(resources)
     outer = buffer.fields(buffer.spans)
-    wrapped = outer.spans(Resource.RESOURCE_FIELD_NUMBER)
-    inner = buffer.fields(wrapped)
+    inner = buffer.fields(outer.spans(Resource.RESOURCE_FIELD_NUMBER))
     wrappings, _ = outer.repeated(Resource.RESOURCE_FIELD_NUMBER)
     aliases, _ = outer.repeated(Resource.ALIASES_FIELD_NUMBER)
     if outer.odd.any() or inner.odd.any() or (wrappings > 1).any() or aliases.any():
         return None
-    columns: tuple[Iterable[bytes], ...] = (
-        buffer.parts(outer.spans(Resource.NAME_FIELD_NUMBER)),
-        buffer.parts(outer.spans(Resource.VERSION_FIELD_NUMBER)),
-        buffer.parts(inner.spans(_ANY_TYPE_URL)),
-    )
     try:
-        names, versions, urls = (map(bytes.decode, column) for column in columns)
-        return list(map(Received, names, versions, urls, buffer.parts(inner.spans(_ANY_VALUE))))
+        return Unwrapped(
+            list(map(bytes.decode, buffer.parts(outer.spans(Resource.NAME_FIELD_NUMBER)))),
+            list(map(bytes.decode, buffer.parts(outer.spans(Resource.VERSION_FIELD_NUMBER)))),
+            list(map(bytes.decode, buffer.parts(inner.spans(_ANY_TYPE_URL)))),
+            list(buffer.parts(inner.spans(_ANY_VALUE))),
+            {},
+        )
     except UnicodeDecodeError:
         return None
