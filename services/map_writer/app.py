@@ -6,13 +6,17 @@ so that answers and heartbeats go on meanwhile.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import structlog
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
@@ -38,7 +42,7 @@ from services.map_writer.desired import Rules
 from services.map_writer.follower import Change, Follower, GapError
 from services.map_writer.names import Names
 from services.map_writer.pages import add_pages
-from services.map_writer.planner import Planner, Step, entries
+from services.map_writer.planner import Planner, Step
 from services.map_writer.writer import Maps
 
 log = structlog.get_logger(__name__)
@@ -68,6 +72,7 @@ class MapWriter:
         self._applied = ("", 0)
         self.last_write: dict[str, Any] = {}
         self.last_sync = 0.0
+        self._writer = ThreadPoolExecutor(1, "maps")
         self._lost = True
         """The log cannot be followed: a snapshot is needed."""
         self._send: MemoryObjectSendStream[Item]
@@ -153,52 +158,58 @@ class MapWriter:
         return messages.decode(SnapshotPage, data)
 
     async def _write(self, change: Change, headers: Headers) -> None:
-        started = time.perf_counter()
         with tracing.tracer.start_as_current_span(
             "map_writer apply", context=tracing.parent(headers)
         ) as span:
-            steps = self._plan(change)
-            planned = time.perf_counter()
-            await self._apply(steps)
-            counted = entries(steps, self.maps.key_bytes)
-            self.last_write = {
-                "entries": dict(counted),
-                "plan_ms": round((planned - started) * 1e3, 3),
-                "write_ms": round((time.perf_counter() - planned) * 1e3, 3),
-                "time": time.time(),
-            }
-            span.set_attributes({f"pykmesh.entries.{name}": number for name, number in counted.items()})
+            started = time.perf_counter()
+            written = await self._apply(change)
+            took_ms = round((time.perf_counter() - started) * 1e3, 3)
+            self.last_write = {"entries": dict(written), "took_ms": took_ms, "time": time.time()}
+            span.set_attributes({f"pykmesh.entries.{name}": number for name, number in written.items()})
         self._applied = (self.follower.epoch, self.follower.received_seq)
+        if change.sweep or written.total() > MANY_ENTRIES:
+            gc.freeze()
         gc.enable()
         if change.sweep:
             self.last_sync = time.time()
-            gc.freeze()
             self._runtime.readiness.done("control plane")
             log.info("maps_synced", epoch=self.follower.epoch, **self.last_write)
-        elif sum(counted.values()) > MANY_ENTRIES:
-            gc.freeze()
+        elif written.total() > MANY_ENTRIES:
             log.info("maps_written", **self.last_write)
         await self.report()
 
-    def _plan(self, change: Change) -> list[Step]:
-        if change.sweep:
-            return self.planner.sweep(self.follower.mesh)
-        return self.planner.plan(self.follower.mesh, change.touched)
+    async def _apply(self, change: Change) -> Counter[str]:
+        """Returns how many entries of each map were written or removed.
 
-    async def _apply(self, steps: list[Step]) -> None:
-        """A write that fails leaves other maps than the planner thinks: they are read and swept anew."""
+        A write that fails leaves other maps than the planner thinks: they are read and swept anew.
+        """
+        mesh = self.follower.mesh
         try:
-            await self._apply_once(steps)
+            if change.sweep:
+                return await self._take(self.planner.sweep(mesh))
+            return await self._take(self.planner.plan(mesh, change.touched))
         except (MapFullError, libbpf.KernelError) as error:
             self._runtime.note_error("map_write_failed", error=error, effect="maps are read again")
             await self._read_maps()
-            await self._apply_once(self.planner.sweep(self.follower.mesh))
+            return await self._take(self.planner.sweep(mesh))
 
-    async def _apply_once(self, steps: list[Step]) -> None:
-        if sum(len(step.keys) for step in steps) < SMALL_BYTES:
-            self.maps.apply(steps)
-        else:
-            await anyio.to_thread.run_sync(self.maps.apply, steps)
+    async def _take(self, steps: Iterator[Step]) -> Counter[str]:
+        """A large step is written in a thread while the next one is planned; one at a time, in order."""
+        written: Counter[str] = Counter()
+        writing: Future[None] | None = None
+        for step in steps:
+            if writing is not None:
+                await asyncio.wrap_future(writing)
+                writing = None
+            if len(step.keys) < SMALL_BYTES:
+                self.maps.apply(step)
+            else:
+                writing = self._writer.submit(self.maps.apply, step)
+                await anyio.lowlevel.checkpoint()
+            written[step.map] += len(step.keys) // self.maps.key_bytes[step.map]
+        if writing is not None:
+            await asyncio.wrap_future(writing)
+        return written
 
     async def report(self) -> None:
         """A report that is lost is made up for by the next one."""

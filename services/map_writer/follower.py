@@ -102,7 +102,7 @@ class Follower:
         """Addresses of several batches are decoded together."""
         waiting, self._waiting = self._waiting, []
         found = decode_addresses([resource.value for resource in waiting])
-        self.mesh.put_all(_understood(waiting, found), self._touched)
+        self.mesh.put_all(list(_understood(waiting, found)), self._touched)
 
     async def resync(self, fetch: FetchPage) -> Change | None:
         """Takes a whole snapshot. What was published since is offered afterwards, in order."""

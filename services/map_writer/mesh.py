@@ -14,7 +14,7 @@ from typing import NewType, TypeVar
 
 from google.protobuf.message import DecodeError
 
-from pykmesh.contracts.address import Policy, Service, Workload
+from pykmesh.contracts.address import Policy, Service, ServicePorts, Workload
 from pykmesh.kernel.records import ADDRESS_KEY, NO_IP, Ip, network_id
 from pykmesh.proto.workload_pb2 import Address
 from pykmesh.proto.workload_pb2 import Workload as WorkloadMessage
@@ -88,33 +88,55 @@ class Mesh:
             self.services[name] = resource
             self._link_service(name, resource, touched)
 
-    def put_all(self, resources: Iterable[tuple[str, Service | Workload]], touched: Touched) -> None:
-        """`put` for many. Ordinary new workloads, of which a first response is full, take few steps."""
-        workloads, services = self.workloads, self.services
-        members, pod_owners = self.members, self.pod_owners
-        touched_services, touched_places = touched.services, touched.places
+    def put_all(self, resources: list[tuple[str, Service | Workload]], touched: Touched) -> None:
+        """`put` for many. Ordinary new workloads, of which a first response is full, go in together."""
+        if len({name for name, _ in resources}) < len(resources):
+            for name, resource in resources:
+                self.put(name, resource, touched)
+            return
+        known, services = self.workloads, self.services
+        new: list[Workload] = []
         for name, resource in resources:
             if (
-                not isinstance(resource, Workload)
-                or resource.host_network
-                or resource.policies
-                or name in workloads
-                or name in services
+                isinstance(resource, Workload)
+                and not resource.host_network
+                and not resource.policies
+                and name not in known
+                and name not in services
             ):
+                new.append(resource)
+            else:
                 self.put(name, resource, touched)
-                continue
-            uid = resource.uid  # the name, and one object of it instead of two
-            workloads[uid] = resource
-            self._without_policies[resource.namespace] += 1
-            for service, _ in resource.services:
-                members[service][uid] = None
-                touched_services[service] = None
-            rest = _rest_of_key(resource.network)
-            for ip in resource.addresses:
-                place = Place(ip + rest)
-                touched_places[place] = None
-                if pod_owners.setdefault(place, uid) is not uid:
-                    _own(pod_owners, place, uid)
+        self._link_new(new, touched)
+
+    def _link_new(self, workloads: list[Workload], touched: Touched) -> None:
+        """What `_link_workload` does, for workloads without policies that are in no index yet."""
+        self.workloads.update({workload.uid: workload for workload in workloads})
+        self._without_policies.update([workload.namespace for workload in workloads])
+        entries: tuple[ServicePorts, ...] = ()
+        lists: list[dict[str, None]] = []
+        for workload in workloads:
+            uid = workload.uid
+            if workload.services != entries:
+                entries = workload.services
+                lists = [self.members[service] for service, _ in entries]
+                touched.services.update(dict.fromkeys([service for service, _ in entries]))
+            for members in lists:
+                members[uid] = None
+        places = {
+            Place(ip + _rest_of_key(workload.network)): workload.uid
+            for workload in workloads
+            for ip in workload.addresses
+        }
+        touched.places.update(dict.fromkeys(places))
+        if len(places) == sum([len(workload.addresses) for workload in workloads]) and (
+            self.pod_owners.keys().isdisjoint(places)
+        ):
+            self.pod_owners.update(places)
+            return
+        for workload in workloads:
+            for ip in workload.addresses:
+                _own(self.pod_owners, Place(ip + _rest_of_key(workload.network)), workload.uid)
 
     def _link_workload(self, name: str, workload: Workload, touched: Touched) -> None:
         self._count_policies(workload, 1)

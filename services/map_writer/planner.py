@@ -2,6 +2,7 @@
 
 Pure. Every step leaves the maps in a state that is right for the connections made meanwhile:
 
+0. endpoints of lists that nothing names yet
 1. lists that shrink: holes are filled with their last endpoints, then their length is lowered
 2. lists that change or grow: endpoints are overwritten or appended, then their length is raised
 3. new service ports appear when their list is complete, then the addresses that they stand on
@@ -15,8 +16,8 @@ follows in steps after these.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Final, NamedTuple, TypeVar
 
 from pykmesh.kernel.layout import Reason
 from pykmesh.kernel.records import ENDPOINT_KEY, SERVICE_VALUE
@@ -99,15 +100,18 @@ class _Batches:
     def remove(self, rank: int, name: str, key: bytes) -> None:
         self.of(rank, name)[0].append(key)
 
-    def steps(self) -> list[Step]:
-        return [
-            Step(name, b"".join(keys), b"".join(values))
-            for (_, name), (keys, values) in sorted(self.entries.items(), key=lambda item: item[0][0])
-            if keys
-        ]
+    def steps(self, last: int) -> Iterator[Step]:
+        """What was collected for the ranks up to `last`, in order; it is then no more here."""
+        for rank, name in sorted(key for key in self.entries if key[0] <= last):
+            keys, values = self.entries.pop((rank, name))
+            if keys:
+                yield Step(name, b"".join(keys), b"".join(values))
 
 
-_FILL, _LOWER, _ENDPOINTS, _RAISE, _ADDRESSES, _DROP_PORTS, _DROP_ENDPOINTS, _DROP_ADDRESSES = range(8)
+STEP_ENTRIES: Final = 8192
+"""Entries of a step that need not wait for others: it is written while what follows is planned."""
+_UNNAMED, _FILL, _LOWER, _ENDPOINTS, _RAISE, _ADDRESSES = range(6)
+_DROP_PORTS, _DROP_ENDPOINTS, _DROP_ADDRESSES = range(6, 9)
 
 
 class Planner:
@@ -133,32 +137,34 @@ class Planner:
             found |= refusals
         return found
 
-    def plan(self, mesh: Mesh, touched: Touched) -> list[Step]:
-        """The writes for what was touched, and for what was refused before and may have room now."""
+    def plan(self, mesh: Mesh, touched: Touched) -> Iterator[Step]:
+        """The writes for what was touched, and for what was refused before and may have room now.
+
+        Planned while they are taken: the mesh must not change before the last one is.
+        """
         if touched.policies and self._rules.refuse_unenforced_policy:
             touched.add(mesh.services, mesh.places())
-        return self._plan_touched(mesh, touched) + self._plan_refused(mesh)
+        yield from self._plan_touched(mesh, touched)
+        yield from self._plan_refused(mesh)
 
-    def _plan_refused(self, mesh: Mesh) -> list[Step]:
+    def _plan_refused(self, mesh: Mesh) -> Iterator[Step]:
         """The writes for what did not fit, when the steps before have made room."""
-        if not self._leaving or not (self._refused_services or self._refused_places):
-            return []
-        return self._plan_touched(mesh, Touched())
+        if self._leaving and (self._refused_services or self._refused_places):
+            yield from self._plan_touched(mesh, Touched())
 
-    def _plan_touched(self, mesh: Mesh, touched: Touched) -> list[Step]:
+    def _plan_touched(self, mesh: Mesh, touched: Touched) -> Iterator[Step]:
         self._leaving.clear()
         touched.add(self._refused_services, self._refused_places)
         touched.add((), mesh.vip_places(self._refused_services))
         batches = _Batches()
         before = {name: self._claims.get(name, _NO_CLAIM) for name in touched.services}
-        for name in touched.services:
-            self._plan_service(mesh, name, batches)
+        yield from self._plan_services(mesh, touched.services, batches)
         for name, claim in before.items():
             self._drop(name, claim, batches)
-        self._plan_addresses(mesh, touched.places, batches)
-        return batches.steps()
+        yield from self._plan_addresses(mesh, touched.places, batches)
+        yield from batches.steps(_DROP_ADDRESSES)
 
-    def sweep(self, mesh: Mesh) -> list[Step]:
+    def sweep(self, mesh: Mesh) -> Iterator[Step]:
         """The writes that make the maps say this mesh and nothing else: mark, then delete the rest."""
         self._leaving.clear()
         self._claims.clear()
@@ -167,17 +173,23 @@ class Planner:
         self._refused_services.clear()
         self._refused_places.clear()
         batches = _Batches()
-        for name in mesh.services:
-            self._plan_service(mesh, name, batches)
+        yield from self._plan_services(mesh, mesh.services, batches)
         for key in [key for key in self.held.services if key not in self._owner_of_key]:
             self._remove_port(key, batches)
         for list_id in [list_id for list_id in self.held.lists if list_id not in self.owner_of_list]:
             self._shrink(list_id, 0, batches)
         stale = self.held.addresses.keys() - mesh.vip_owners.keys() - mesh.pod_owners.keys()
-        self._plan_addresses(mesh, mesh.places(), batches)
+        yield from self._plan_addresses(mesh, mesh.places(), batches)
         for key in stale:
             self._remove_address(key, batches)
-        return batches.steps() + self._plan_refused(mesh)
+        yield from batches.steps(_DROP_ADDRESSES)
+        yield from self._plan_refused(mesh)
+
+    def _plan_services(self, mesh: Mesh, names: Iterable[str], batches: _Batches) -> Iterator[Step]:
+        for name in names:
+            self._plan_service(mesh, name, batches)
+            if len(batches.of(_UNNAMED, "endpoints")[0]) >= STEP_ENTRIES:
+                yield from batches.steps(_UNNAMED)
 
     def _plan_service(self, mesh: Mesh, name: str, batches: _Batches) -> None:
         wanted, refused = desired_service(mesh, name, self._rules), dict[str, str]()
@@ -228,8 +240,8 @@ class Planner:
         for value in appended[room:]:
             refused[wanted[value]] = f"map endpoints is full ({self._limits.endpoints} entries)"
         del appended[room:]
-        keys, values = batches.of(_ENDPOINTS, "endpoints")
         first = len(slots)
+        keys, values = batches.of(_ENDPOINTS if first else _UNNAMED, "endpoints")
         keys.extend([ENDPOINT_KEY.pack(list_id, slot) for slot in range(first, first + len(appended))])
         values.extend(appended)
         slots.extend(appended)
@@ -304,11 +316,12 @@ class Planner:
             self._leaving["addresses"] += 1
             batches.remove(_DROP_ADDRESSES, "addresses", key)
 
-    def _plan_addresses(self, mesh: Mesh, places: Iterable[Place], batches: _Batches) -> None:
+    def _plan_addresses(self, mesh: Mesh, places: Iterable[Place], batches: _Batches) -> Iterator[Step]:
+        yield from batches.steps(_RAISE)
         held, limit = self.held.addresses, self._limits.addresses
+        keys, values = batches.of(_ADDRESSES, "addresses")
         # The services that miss a port in the maps.
         crowded = {name for name, refused in self._refused_services.items() if name in refused}
-        new_keys, new_values = batches.of(_ADDRESSES, "addresses")
         for place in places:
             value, current = desired_address(mesh, place, self._rules, crowded), held.get(place)
             if value is None:
@@ -320,8 +333,11 @@ class Planner:
                 continue
             elif current != value:
                 held[place] = value
-                new_keys.append(place)
-                new_values.append(value)
+                keys.append(place)
+                values.append(value)
+                if len(keys) >= STEP_ENTRIES:
+                    yield from batches.steps(_ADDRESSES)
+                    keys, values = batches.of(_ADDRESSES, "addresses")
             if self._refused_places:
                 self._refused_places.pop(place, None)
 
@@ -331,11 +347,3 @@ def _set_or_drop(index: dict[_K, dict[str, str]], key: _K, refused: dict[str, st
         index[key] = refused
     else:
         index.pop(key, None)
-
-
-def entries(steps: list[Step], key_bytes: dict[str, int]) -> Counter[str]:
-    """How many entries of each map the steps write or remove, for spans and logs."""
-    counted: Counter[str] = Counter()
-    for step in steps:
-        counted[step.map] += len(step.keys) // key_bytes[step.map]
-    return counted

@@ -45,14 +45,13 @@ class Maps:
             held.add_endpoint(list_id, slot, value)
         return held
 
-    def apply(self, steps: list[Step]) -> None:
-        """Blocks. MapFullError or KernelError leaves later steps undone: read the maps again."""
-        for step in steps:
-            target = self._maps[step.map]
-            if step.values:
-                target.write(step.keys, step.values)
-            else:
-                target.erase(step.keys)
+    def apply(self, step: Step) -> None:
+        """Blocks. After a MapFullError or KernelError no step may follow: read the maps again."""
+        target = self._maps[step.map]
+        if step.values:
+            target.write(step.keys, step.values)
+        else:
+            target.erase(step.keys)
 
     def are_current(self) -> bool:
         """False when bpf_loader has made a map anew: the programs then read another than is written here."""

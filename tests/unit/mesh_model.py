@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -123,12 +123,12 @@ class Maps:
         self.limits = limits
         self.maps: dict[str, dict[bytes, bytes]] = {name: {} for name in KEY_BYTES}
 
-    def apply(self, steps: list[Step], *, checked: bool = True) -> None:
+    def apply(self, steps: Iterable[Step], *, checked: bool = True) -> None:
         for _ in self.writes(steps):
             if checked:
                 self.assert_safe()
 
-    def writes(self, steps: list[Step]) -> Iterator[None]:
+    def writes(self, steps: Iterable[Step]) -> Iterator[None]:
         """Applies one entry after another."""
         for step in steps:
             size, value_size = KEY_BYTES[step.map], VALUE_BYTES[step.map]

@@ -69,7 +69,7 @@ def test_what_stays_is_reachable_at_every_step_and_nobody_else_ever_is(script: l
     for response in script:
         touched = Touched()
         model.put(world.mesh, response, touched)
-        steps = world.planner.plan(world.mesh, touched)
+        steps = list(world.planner.plan(world.mesh, touched))
         before, done = world.maps.reachable(), copy.deepcopy(world.maps)
         done.apply(steps)
         after, members = done.reachable(), done.members()
@@ -109,7 +109,7 @@ def test_a_sweep_over_another_meshs_maps_is_safe_and_leaves_this_mesh_alone(
         model.put(new.mesh, response, Touched())
     new.maps.apply(new.planner.sweep(new.mesh))
     assert new.maps.plain() == model.expected(new.mesh)
-    assert new.planner.sweep(new.mesh) == []
+    assert list(new.planner.sweep(new.mesh)) == []
 
 
 @EXAMPLES
@@ -141,8 +141,8 @@ def test_a_mesh_that_does_not_change_plans_nothing(script: list[list[Change]]) -
         world.take(response)
     again = Touched()
     again.add(world.mesh.services, world.mesh.places())
-    assert world.planner.plan(world.mesh, again) == []
-    assert world.planner.sweep(world.mesh) == []
+    assert list(world.planner.plan(world.mesh, again)) == []
+    assert list(world.planner.sweep(world.mesh)) == []
 
 
 @EXAMPLES
