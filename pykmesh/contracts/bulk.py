@@ -1,17 +1,19 @@
 """Many addresses decoded together: what `decode_address` says of each, several times as fast.
 
-Ordinary workloads are read from columns (`pykmesh.contracts.wire`); services, and whatever is rare or
-wrong, go through `decode_address` one by one, which knows what to say of them.
+Usual workloads are read from columns (`pykmesh.contracts.wire`); services, and whatever is rare or
+wrong, go through `decode_address` one by one, which knows what to say of them. Ordinary workloads, of
+which a large mesh is full, need no object each: they come in groups that differ in names and addresses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import compress, repeat
 from sys import intern
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from pykmesh.contracts.address import (
     FieldError,
@@ -22,8 +24,8 @@ from pykmesh.contracts.address import (
     network_name,
     service_ports,
 )
-from pykmesh.contracts.wire import Bools, Buffer, Fields, Spans, grouped
-from pykmesh.kernel.records import V4_PREFIX
+from pykmesh.contracts.wire import Bools, Buffer, Fields, Spans, grouped, rows
+from pykmesh.kernel.records import IP_BYTES, V4_PREFIX
 from pykmesh.proto.workload_pb2 import AddressOutline
 from pykmesh.proto.workload_pb2 import WorkloadOutline as Of
 
@@ -48,12 +50,108 @@ def names_of(values: Sequence[bytes]) -> list[str | FieldError]:
     return _mixed(values, _uids, _name)
 
 
+class Group(NamedTuple):
+    """Workloads as `is_ordinary` has them, with all that they have in common."""
+
+    service: str
+    ports: tuple[tuple[int, int], ...]
+    network: str
+    namespace: str
+    uids: list[str]
+    raws: list[bytes]
+    addresses: bytes
+    """Of one family, sixteen bytes each."""
+
+
+def is_ordinary(workload: Workload) -> bool:
+    """Healthy, one address, one service, and nothing else that decides anything."""
+    return (
+        workload.healthy
+        and len(workload.addresses) == len(workload.services) == workload.capacity == 1
+        and not (workload.host_network or workload.has_waypoint or workload.policies)
+    )
+
+
+class Ordinary:
+    """Collects ordinary workloads, many at a time, and groups them in the end."""
+
+    def __init__(self) -> None:
+        self.uids: list[str] = []
+        self.raws: list[bytes] = []
+        self._kinds: list[tuple[bytes, bytes, bytes, int]] = []
+        self._addresses: list[npt.NDArray[np.uint8]] = []
+
+    def __len__(self) -> int:
+        return len(self.uids)
+
+    def take(self, values: Sequence[bytes]) -> list[bool]:
+        """Which of the values it took; the others are for `decode_addresses`."""
+        buffer = Buffer(values)
+        outer = buffer.fields(buffer.spans)
+        plain = outer.only(AddressOutline.WORKLOAD_FIELD_NUMBER)
+        fields = buffer.fields(outer.spans(AddressOutline.WORKLOAD_FIELD_NUMBER).where(plain))
+        ordinary = _ordinary(fields)
+        taken = np.zeros(len(values), np.bool_)
+        taken[plain] = ordinary
+        uid, address, entry, network, namespace = (
+            fields.spans(number).where(ordinary)
+            for number in (
+                Of.UID_FIELD_NUMBER,
+                Of.ADDRESSES_FIELD_NUMBER,
+                Of.SERVICES_FIELD_NUMBER,
+                Of.NETWORK_FIELD_NUMBER,
+                Of.NAMESPACE_FIELD_NUMBER,
+            )
+        )
+        try:
+            uids = list(map(bytes.decode, buffer.parts(uid)))
+        except UnicodeDecodeError:
+            return [False] * len(values)
+        texts = map(buffer.parts, (entry, network, namespace))
+        self._kinds += zip(*texts, (address.end - address.start).tolist(), strict=True)
+        self.uids += uids
+        self.raws += compress(values, taken)
+        self._addresses.append(buffer.padded(address, V4_PREFIX + bytes(4)))
+        return taken.tolist()
+
+    def groups(self) -> Iterator[Group]:
+        """Raises FieldError or ValueError when what a group has in common cannot be used."""
+        numbers: dict[tuple[bytes, bytes, bytes, int], int] = {}
+        kinds = np.fromiter((numbers.setdefault(k, len(numbers)) for k in self._kinds), np.int64, len(self))
+        order = np.argsort(kinds, kind="stable")
+        uids = list(map(self.uids.__getitem__, order.tolist()))
+        raws = list(map(self.raws.__getitem__, order.tolist()))
+        addresses = np.concatenate(self._addresses)[order].tobytes() if self._addresses else b""
+        start = 0
+        for (entry, network, namespace, _), count in zip(numbers, np.bincount(kinds).tolist(), strict=True):
+            end = start + count
+            yield Group(
+                *service_ports[entry],
+                _networks[network],
+                _names[namespace],
+                uids[start:end],
+                raws[start:end],
+                addresses[start * IP_BYTES : end * IP_BYTES],
+            )
+            start = end
+
+
+def _ordinary(fields: Fields) -> Bools:
+    ones = (Of.ADDRESSES_FIELD_NUMBER, Of.SERVICES_FIELD_NUMBER)
+    nones = (Of.WAYPOINT_FIELD_NUMBER, Of.AUTHORIZATION_POLICIES_FIELD_NUMBER)
+    found: Bools = _usual(fields) & (fields.numbers(Of.STATUS_FIELD_NUMBER) == 0)
+    found &= fields.numbers(Of.NETWORK_MODE_FIELD_NUMBER) == 0
+    for number, wanted in (*((one, 1) for one in ones), *((none, 0) for none in nones)):
+        found &= fields.repeated(number)[0] == wanted
+    return found
+
+
 def _mixed(
     values: Sequence[bytes],
     many: Callable[[Buffer, Fields, Iterable[bytes]], Sequence[_T]],
     one: Callable[[bytes], _T],
 ) -> list[_T | FieldError]:
-    """Ordinary workloads by `many`, everything else by `one`."""
+    """Usual workloads by `many`, everything else by `one`."""
     if len(values) < FEWEST:
         return [_or_error(one, value) for value in values]
     buffer = Buffer(values)
@@ -65,9 +163,9 @@ def _mixed(
     except (ValueError, FieldError):
         return [_or_error(one, value) for value in values]
     plain[plain] = usual = _usual(fields)
-    ordinary = compress(found, usual)
+    usual_ones = compress(found, usual)
     return [
-        next(ordinary) if is_plain else _or_error(one, value)
+        next(usual_ones) if is_plain else _or_error(one, value)
         for value, is_plain in zip(values, plain.tolist(), strict=True)
     ]
 
@@ -95,7 +193,7 @@ def _workloads(buffer: Buffer, fields: Fields, raws: Iterable[bytes]) -> list[Wo
             Workload,
             map(bytes.decode, buffer.parts(fields.spans(Of.UID_FIELD_NUMBER))),
             map(_networks.__getitem__, buffer.parts(fields.spans(Of.NETWORK_FIELD_NUMBER))),
-            grouped(address_counts, buffer.padded(addresses, V4_PREFIX + bytes(4))),
+            grouped(address_counts, rows(buffer.padded(addresses, V4_PREFIX + bytes(4)))),
             grouped(service_counts, map(service_ports.__getitem__, buffer.parts(services))),
             (fields.numbers(Of.STATUS_FIELD_NUMBER) == 0).tolist(),
             (fields.numbers(Of.NETWORK_MODE_FIELD_NUMBER) == 1).tolist(),

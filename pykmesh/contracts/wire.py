@@ -62,10 +62,12 @@ class Buffer:
             after = np.where(delimited, at + value, at)
             other = ~(delimited | ((tag & 7) == _VARINT))
             bad = long_tag | long_value | other | (after > end) | (tag < 1 << 3)
+            value = np.where(delimited, at, value)
             if bad.any():
                 odd[rows[bad]] = True
-                end = np.where(bad, 0, end)
-            found.append((rows, tag, np.where(delimited, at, value), after))
+                good = ~bad
+                rows, tag, value, after, end = rows[good], tag[good], value[good], after[good], end[good]
+            found.append((rows, tag, value, after))
             at = after
         columns = zip(*found, strict=True) if found else ()
         return Fields(odd, *map(np.concatenate, columns)) if found else Fields(odd, *_NONE)
@@ -74,15 +76,15 @@ class Buffer:
         """What is at each span."""
         return map(self.bytes.__getitem__, map(slice, spans.start.tolist(), spans.end.tolist()))
 
-    def padded(self, spans: Spans, prefix: bytes) -> list[bytes]:
-        """The last bytes at each span, with as much of `prefix` before them as makes its length."""
+    def padded(self, spans: Spans, prefix: bytes) -> npt.NDArray[np.uint8]:
+        """A row for each span: its last bytes, with as much of `prefix` before them as fills the row."""
         width = len(prefix)
-        rows = np.empty((len(spans.start), width), np.uint8)
-        rows[:] = np.frombuffer(prefix, np.uint8)
-        for size in np.unique(np.minimum(spans.end - spans.start, width)).tolist():
-            which = np.flatnonzero(np.minimum(spans.end - spans.start, width) == size)
-            rows[which, width - size :] = self._array[spans.end[which, None] + np.arange(-size, 0)]
-        found: list[bytes] = rows.view(f"V{width}").ravel().tolist()
+        found = np.empty((len(spans.start), width), np.uint8)
+        found[:] = np.frombuffer(prefix, np.uint8)
+        sizes = np.minimum(spans.end - spans.start, width)
+        for size in np.unique(sizes).tolist():
+            which = np.flatnonzero(sizes == size)
+            found[which, width - size :] = self._array[spans.end[which, None] + np.arange(-size, 0)]
         return found
 
     def _varint(self, at: Ints) -> tuple[Ints, Ints, Bools]:
@@ -141,6 +143,12 @@ class Fields:
         found[self._rows[self._tags != (field << 3 | _BYTES)]] = False
         found[self.odd] = False
         return found
+
+
+def rows(array: npt.NDArray[np.uint8]) -> list[bytes]:
+    """Each row of bytes as an object."""
+    found: list[bytes] = array.view(f"V{array.shape[1]}").ravel().tolist()
+    return found
 
 
 def grouped(counts: Ints, items: Iterable[_T]) -> Iterator[tuple[_T, ...]]:

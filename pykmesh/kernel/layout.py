@@ -93,6 +93,12 @@ def codec(structure: str, *names: str) -> struct.Struct:
     return struct.Struct("".join([*parts, f"{size - at}x"]))
 
 
+def offset(structure: str, name: str) -> int:
+    """Where a field begins."""
+    _, fields = _fields(structure)
+    return int(next(field["offset"] for field in fields if field["name"] == name))
+
+
 @functools.cache
 def dtype(structure: str) -> np.dtype[np.void]:
     """The structure for arrays; ports come as numbers, addresses as sixteen raw bytes."""

@@ -7,18 +7,20 @@ import ipaddress
 from functools import lru_cache
 from typing import Final, NewType
 
-from pykmesh.kernel.layout import codec
+from pykmesh.kernel.layout import codec, offset
 
 Ip = NewType("Ip", bytes)
 """Sixteen bytes, IPv4 as ::ffff:a.b.c.d."""
 
 V4_PREFIX: Final = bytes(10) + b"\xff\xff"
-NO_IP: Final = Ip(bytes(16))
+IP_BYTES: Final = 16
+NO_IP: Final = Ip(bytes(IP_BYTES))
 
 SERVICE_KEY: Final = codec("service_key", "address", "network", "port")
 SERVICE_VALUE: Final = codec("service_value", "id", "endpoints", "verdict")
 ENDPOINT_KEY: Final = codec("endpoint_key", "service", "slot")
 ENDPOINT_VALUE: Final = codec("endpoint_value", "service", "address", "port")
+ENDPOINT_ADDRESS: Final = offset("endpoint_value", "address")
 ADDRESS_KEY: Final = codec("address_key", "address", "network")
 ADDRESS_VALUE: Final = codec("address_value", "kind", "verdict")
 POD_KEY: Final = codec("pod_key", "netns_cookie")

@@ -7,15 +7,19 @@ the IPv4 list: the connection then goes to a v4-mapped address.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
-from functools import cache
+from collections.abc import Callable, Container, Iterator
+from functools import cache, partial
 from typing import NamedTuple
 
 from pykmesh.contracts.address import Families, Mode, Service, ServicePorts, Workload
+from pykmesh.contracts.bulk import Group
 from pykmesh.kernel.layout import AddressKind, Reason
 from pykmesh.kernel.records import (
     ADDRESS_VALUE,
+    ENDPOINT_ADDRESS,
     ENDPOINT_VALUE,
+    IP_BYTES,
+    NO_IP,
     SERVICE_KEY,
     Ip,
     is_v4,
@@ -54,6 +58,10 @@ class DesiredService(NamedTuple):
 
 
 NOTHING = DesiredService({}, {}, {})
+Lists = tuple[dict[bytes, str], dict[bytes, str]]
+"""Endpoint values of IPv4 and of IPv6, each with the workload that it comes from."""
+EndpointsOf = Callable[[int, int, int, int], Lists]
+"""From a port, its target port and the ids of its two lists."""
 
 
 _NO_PORT = port_bytes(0)
@@ -76,11 +84,11 @@ def desired_service(mesh: Mesh, name: str, rules: Rules) -> DesiredService:
         return NOTHING
     found = DesiredService({}, {}, {})
     verdict = _verdict(service)
-    usable = list(_usable(mesh, service, rules)) if verdict is Reason.ROUTED else []
-    if verdict is Reason.ROUTED and not usable:
+    endpoints = _endpoints(mesh, service, rules) if verdict is Reason.ROUTED else _nothing
+    if verdict is Reason.ROUTED and endpoints is _nothing:
         verdict = _verdict_without_endpoints(mesh, service, rules)
     for port, target in service.ports:
-        _add_port(found, service, port, vips, verdict, usable, target)
+        _add_port(found, service, port, target, vips, verdict, endpoints)
     return found
 
 
@@ -88,14 +96,14 @@ def _add_port(
     found: DesiredService,
     service: Service,
     port: int,
+    target: int,
     vips: list[tuple[str, Ip]],
     verdict: Reason,
-    usable: list[Workload],
-    target: int,
+    endpoints: EndpointsOf,
 ) -> None:
     port4, port6 = PortId(service.name, port, 4), PortId(service.name, port, 6)
     id4, id6 = port4.id, port6.id
-    list4, list6 = _lists(service, usable, port, target, id4, id6)
+    list4, list6 = endpoints(port, target, id4, id6)
     for network, ip in vips:
         is_4 = is_v4(ip) or (bool(list4) and not list6)
         list_id = id4 if is_4 else id6
@@ -122,9 +130,20 @@ def _verdict_without_endpoints(mesh: Mesh, service: Service, rules: Rules) -> Re
     return Reason.ROUTED
 
 
-def _lists(
-    service: Service, usable: list[Workload], port: int, target: int, id4: int, id6: int
-) -> tuple[dict[bytes, str], dict[bytes, str]]:
+def _endpoints(mesh: Mesh, service: Service, rules: Rules) -> EndpointsOf:
+    """What makes the lists of a port of this service."""
+    group = mesh.ordinary_members.get(service.name)
+    if group is not None and not rules.refuse_unenforced_policy:
+        return partial(_lists_of_group, service, group) if group.network == rules.network else _nothing
+    usable = list(_usable(mesh, service, rules))
+    return partial(_lists, service, usable) if usable else _nothing
+
+
+def _nothing(_port: int, _target: int, _id4: int, _id6: int) -> Lists:
+    return {}, {}
+
+
+def _lists(service: Service, usable: list[Workload], port: int, target: int, id4: int, id6: int) -> Lists:
     """Endpoints of both families; each value with the workload that it comes from."""
     list4: dict[bytes, str] = {}
     list6: dict[bytes, str] = {}
@@ -135,7 +154,7 @@ def _lists(
     for workload in usable:
         if workload.services != last:
             last = workload.services
-            port_field = port_bytes(target_port(workload, name, port, target))
+            port_field = port_bytes(target_port(last, name, port, target))
         if port_field == _NO_PORT:
             continue
         for ip in workload.addresses:
@@ -145,6 +164,19 @@ def _lists(
             elif not skips6:
                 list6[pack(id6, ip, port_field)] = workload.uid
     return list4, list6
+
+
+def _lists_of_group(service: Service, group: Group, port: int, target: int, id4: int, id6: int) -> Lists:
+    """The same of members that are one group: their values differ in the address alone."""
+    port_field = port_bytes(target_port(((group.service, group.ports),), service.name, port, target))
+    ips, is_4 = group.addresses, is_v4(group.addresses[:IP_BYTES])
+    if port_field == _NO_PORT or service.families is (Families.V6 if is_4 else Families.V4):
+        return {}, {}
+    value = ENDPOINT_VALUE.pack(id4 if is_4 else id6, NO_IP, port_field)
+    head, tail = value[:ENDPOINT_ADDRESS], value[ENDPOINT_ADDRESS + IP_BYTES :]
+    values = [head + ips[at : at + IP_BYTES] + tail for at in range(0, len(ips), IP_BYTES)]
+    found = dict(zip(values, group.uids, strict=True))
+    return (found, {}) if is_4 else ({}, found)
 
 
 def _usable(mesh: Mesh, service: Service, rules: Rules) -> Iterator[Workload]:
@@ -158,9 +190,9 @@ def _usable(mesh: Mesh, service: Service, rules: Rules) -> Iterator[Workload]:
         yield workload
 
 
-def target_port(workload: Workload, service: str, port: int, target: int) -> int:
-    """The workload's own port for a service port, else the service's; 0: it has none (xds.md 3.2)."""
-    for name, ports in workload.services:
+def target_port(services: tuple[ServicePorts, ...], service: str, port: int, target: int) -> int:
+    """A workload's own port for a service port, else the service's; 0: it has none (xds.md 3.2)."""
+    for name, ports in services:
         if name == service:
             for service_port, own in ports:
                 if service_port == port:
@@ -173,6 +205,8 @@ def desired_address(mesh: Mesh, place: Place, rules: Rules, crowded: Container[s
 
     `crowded`: the services that miss a port in the maps for want of room.
     """
+    if not rules.refuse_unenforced_policy and mesh.is_plainly_a_pods(place):
+        return _PLAIN_WORKLOAD
     owner = mesh.vip_owner(place)
     if owner is not None:
         verdict = _address_verdict(mesh.services[owner])

@@ -6,13 +6,13 @@ are not all in `mesh`, and a mesh is only swept into the maps when xds_client ca
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 import structlog
 
-from pykmesh.contracts.address import FieldError, Service, Workload, decode_policy
-from pykmesh.contracts.bulk import MANY, decode_addresses
+from pykmesh.contracts.address import FieldError, decode_policy
+from pykmesh.contracts.bulk import MANY, Ordinary, decode_addresses
 from pykmesh.contracts.messages import ConfigBatch, Resource, ResourceType, SnapshotPage
 from services.map_writer.mesh import Mesh, Touched
 
@@ -40,6 +40,7 @@ class Follower:
         self.resyncs = 0
         self._touched = Touched()
         self._waiting: list[Resource] = []
+        self._ordinary = Ordinary()
 
     def offer(self, batch: ConfigBatch) -> Change | None:
         """Takes the next batch. Returns what to write when it completes a response.
@@ -62,11 +63,11 @@ class Follower:
         return self._complete(batch.synced) if batch.complete else None
 
     def _begin(self, epoch: str) -> None:
-        self.mesh, self._touched, self._waiting = Mesh(), Touched(), []
+        self.mesh, self._touched, self._waiting, self._ordinary = Mesh(), Touched(), [], Ordinary()
         self.epoch, self.received_seq, self.synced = epoch, 0, False
 
     def _complete(self, synced: bool) -> Change | None:
-        self._put_waiting()
+        self._put_everything()
         touched, self._touched = self._touched, Touched()
         if self.synced:
             return Change(sweep=False, touched=touched)
@@ -78,7 +79,7 @@ class Follower:
     def _take(self, batch: ConfigBatch) -> None:
         if batch.type is ResourceType.ADDRESS:
             if batch.removed:
-                self._put_waiting()
+                self._put_everything()
             for name in batch.removed:
                 self.mesh.remove(name, self._touched)
         else:
@@ -99,10 +100,27 @@ class Follower:
                 _not_understood(resource.name, error)
 
     def _put_waiting(self) -> None:
-        """Addresses of several batches are decoded together."""
+        """Addresses of several batches are decoded together; ordinary workloads wait for all of theirs."""
         waiting, self._waiting = self._waiting, []
-        found = decode_addresses([resource.value for resource in waiting])
-        self.mesh.put_all(list(_understood(waiting, found)), self._touched)
+        if len(waiting) >= MANY:
+            taken = self._ordinary.take([resource.value for resource in waiting])
+            waiting = [resource for resource, gone in zip(waiting, taken, strict=True) if not gone]
+        self._put_each([resource.name for resource in waiting], [resource.value for resource in waiting])
+
+    def _put_each(self, names: list[str], values: list[bytes]) -> None:
+        for name, address in zip(names, decode_addresses(values), strict=True):
+            if isinstance(address, FieldError):
+                _not_understood(name, address)
+            else:
+                self.mesh.put(name, address, self._touched)
+
+    def _put_everything(self) -> None:
+        self._put_waiting()
+        ordinary, self._ordinary = self._ordinary, Ordinary()
+        try:
+            self.mesh.put_ordinary(ordinary.groups(), self._touched)
+        except (FieldError, ValueError):
+            self._put_each(ordinary.uids, ordinary.raws)
 
     async def resync(self, fetch: FetchPage) -> Change | None:
         """Takes a whole snapshot. What was published since is offered afterwards, in order."""
@@ -119,16 +137,6 @@ class Follower:
                 raise GapError(f"epoch {page.epoch} in a snapshot of {epoch}")
         self.received_seq = seq
         return self._complete(synced)
-
-
-def _understood(
-    resources: list[Resource], found: list[Service | Workload | FieldError]
-) -> Iterator[tuple[str, Service | Workload]]:
-    for resource, address in zip(resources, found, strict=True):
-        if isinstance(address, FieldError):
-            _not_understood(resource.name, address)
-        else:
-            yield resource.name, address
 
 
 def _not_understood(name: str, error: FieldError) -> None:

@@ -10,12 +10,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import chain
-from typing import NewType, TypeVar
+from typing import NewType, TypeVar, cast
 
 from google.protobuf.message import DecodeError
 
-from pykmesh.contracts.address import Policy, Service, ServicePorts, Workload
-from pykmesh.kernel.records import ADDRESS_KEY, NO_IP, Ip, network_id
+from pykmesh.contracts.address import Policy, Service, Workload, decode_address
+from pykmesh.contracts.bulk import Group
+from pykmesh.kernel.records import ADDRESS_KEY, IP_BYTES, NO_IP, Ip, network_id
 from pykmesh.proto.workload_pb2 import Address
 from pykmesh.proto.workload_pb2 import Workload as WorkloadMessage
 
@@ -56,7 +57,10 @@ class Mesh:
 
     def __init__(self) -> None:
         self.services: dict[str, Service] = {}
-        self.workloads: dict[str, Workload] = {}
+        self.workloads: dict[str, Workload | bytes] = {}
+        """One that is still bytes is ordinary (`is_ordinary`): it is decoded when more of it is asked."""
+        self.ordinary_members: dict[str, Group] = {}
+        """Of a service all of whose members came as one group, and are that still."""
         self.policies: dict[str, Policy] = {}
         self.members: defaultdict[str, dict[str, None]] = defaultdict(dict)
         self.vip_owners: dict[Place, Owners] = {}
@@ -66,8 +70,9 @@ class Mesh:
 
     def remove(self, name: str, touched: Touched) -> None:
         """A name that is not there is no error: the control plane removes what it never sent."""
-        if (workload := self.workloads.pop(name, None)) is not None:
-            self._unlink_workload(name, workload, touched)
+        if name in self.workloads:
+            self._unlink_workload(name, self.workload(name), touched)
+            del self.workloads[name]
         elif (service := self.services.pop(name, None)) is not None:
             self._unlink_service(name, service, touched)
 
@@ -75,7 +80,7 @@ class Mesh:
         """Adds or replaces; a name may change from workload to service."""
         if isinstance(resource, Workload):
             before = self.workloads.get(name)
-            if before is not None and before.raw == resource.raw:
+            if before is not None and _raw(before) == resource.raw:
                 return
             if before is not None or name in self.services:
                 self.remove(name, touched)
@@ -88,59 +93,51 @@ class Mesh:
             self.services[name] = resource
             self._link_service(name, resource, touched)
 
-    def put_all(self, resources: list[tuple[str, Service | Workload]], touched: Touched) -> None:
-        """`put` for many. Ordinary new workloads, of which a first response is full, go in together."""
-        if len({name for name, _ in resources}) < len(resources):
-            for name, resource in resources:
-                self.put(name, resource, touched)
-            return
-        known, services = self.workloads, self.services
-        new: list[Workload] = []
-        for name, resource in resources:
-            if (
-                isinstance(resource, Workload)
-                and not resource.host_network
-                and not resource.policies
-                and name not in known
-                and name not in services
+    def put_ordinary(self, groups: Iterable[Group], touched: Touched) -> None:
+        """`put` for ordinary workloads, none of which comes twice."""
+        for group in groups:
+            if not self.workloads.keys().isdisjoint(group.uids) or not self.services.keys().isdisjoint(
+                group.uids
             ):
-                new.append(resource)
+                for uid, raw in zip(group.uids, group.raws, strict=True):
+                    self.put(uid, _decode(raw), touched)
+                continue
+            self.workloads.update(zip(group.uids, group.raws, strict=True))
+            self._without_policies[group.namespace] += len(group.uids)
+            if group.service in self.members:
+                self.ordinary_members.pop(group.service, None)
             else:
-                self.put(name, resource, touched)
-        self._link_new(new, touched)
+                self.ordinary_members[group.service] = group
+            self.members[group.service].update(dict.fromkeys(group.uids))
+            touched.services[group.service] = None
+            self._own_all(group, touched)
 
-    def _link_new(self, workloads: list[Workload], touched: Touched) -> None:
-        """What `_link_workload` does, for workloads without policies that are in no index yet."""
-        self.workloads.update({workload.uid: workload for workload in workloads})
-        self._without_policies.update([workload.namespace for workload in workloads])
-        entries: tuple[ServicePorts, ...] = ()
-        lists: list[dict[str, None]] = []
-        for workload in workloads:
-            uid = workload.uid
-            if workload.services != entries:
-                entries = workload.services
-                lists = [self.members[service] for service, _ in entries]
-                touched.services.update(dict.fromkeys([service for service, _ in entries]))
-            for members in lists:
-                members[uid] = None
-        places = {
-            Place(ip + _rest_of_key(workload.network)): workload.uid
-            for workload in workloads
-            for ip in workload.addresses
-        }
+    def _own_all(self, group: Group, touched: Touched) -> None:
+        rest, ips = _rest_of_key(group.network), group.addresses
+        places = [Place(ips[at : at + IP_BYTES] + rest) for at in range(0, len(ips), IP_BYTES)]
         touched.places.update(dict.fromkeys(places))
-        if len(places) == sum([len(workload.addresses) for workload in workloads]) and (
-            self.pod_owners.keys().isdisjoint(places)
-        ):
-            self.pod_owners.update(places)
+        owned = dict(zip(places, group.uids, strict=True))
+        if len(owned) == len(places) and self.pod_owners.keys().isdisjoint(owned):
+            self.pod_owners.update(owned)
             return
-        for workload in workloads:
-            for ip in workload.addresses:
-                _own(self.pod_owners, Place(ip + _rest_of_key(workload.network)), workload.uid)
+        for place, uid in zip(places, group.uids, strict=True):
+            _own(self.pod_owners, place, uid)
+
+    def workload(self, name: str) -> Workload:
+        """KeyError when it is not there."""
+        found = self.workloads[name]
+        if isinstance(found, bytes):
+            found = self.workloads[name] = _decode(found)
+        return found
+
+    def all_workloads(self) -> Iterator[Workload]:
+        """Decoded for this once."""
+        return (_decode(w) if isinstance(w, bytes) else w for w in self.workloads.values())
 
     def _link_workload(self, name: str, workload: Workload, touched: Touched) -> None:
         self._count_policies(workload, 1)
         for service, _ in workload.services:
+            self.ordinary_members.pop(service, None)
             self.members[service][name] = None
             touched.services[service] = None
         if not workload.host_network:
@@ -152,6 +149,7 @@ class Mesh:
     def _unlink_workload(self, name: str, workload: Workload, touched: Touched) -> None:
         self._count_policies(workload, -1)
         for service, _ in workload.services:
+            self.ordinary_members.pop(service, None)
             _drop(self.members, service, name)
             touched.services[service] = None
         if not workload.host_network:
@@ -215,12 +213,21 @@ class Mesh:
         if owners is None:
             return None
         if isinstance(owners, str):
-            return self.workloads[owners]
-        found = (self.workloads[name] for name in owners)
+            return self.workload(owners)
+        found = (self.workload(name) for name in owners)
         return min(found, key=lambda w: ("//Pod/" not in w.uid, not w.prefers_hbone, w.uid))
 
+    def is_plainly_a_pods(self, place: Place) -> bool:
+        """Whether the address is one ordinary workload's and nobody else's: nothing needs decoding."""
+        owner = self.pod_owners.get(place)
+        return (
+            isinstance(owner, str)
+            and isinstance(self.workloads[owner], bytes)
+            and place not in self.vip_owners
+        )
+
     def members_of(self, service: str) -> Iterable[Workload]:
-        return (self.workloads[name] for name in self.members.get(service, ()))
+        return (self.workload(name) for name in self.members.get(service, ()))
 
     def unenforced(self) -> int:
         """How many workloads have policies, none of which is enforced yet."""
@@ -244,6 +251,15 @@ class Mesh:
             self._named_policies += step
         else:
             self._without_policies[workload.namespace] += step
+
+
+def _raw(workload: Workload | bytes) -> bytes:
+    return workload if isinstance(workload, bytes) else workload.raw
+
+
+def _decode(raw: bytes) -> Workload:
+    """Of an ordinary workload: it was read before."""
+    return cast("Workload", decode_address(raw))
 
 
 def message_of(workload: Workload) -> WorkloadMessage:

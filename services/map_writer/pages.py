@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pykmesh.admin import Admin
+from pykmesh.contracts.address import Workload
 from pykmesh.kernel.records import ENDPOINT_VALUE, ip_to_text, port_number
 from services.map_writer.follower import Follower
 from services.map_writer.mesh import message_of
@@ -16,7 +17,7 @@ def add_pages(admin: Admin, follower: Follower, planner: Callable[[], Planner]) 
     admin.page(
         "/services", lambda: [_service(follower, planner(), name) for name in sorted(follower.mesh.services)]
     )
-    admin.page("/workloads", lambda: [_workload(follower, name) for name in sorted(follower.mesh.workloads)])
+    admin.page("/workloads", lambda: _workloads(follower))
     admin.page("/endpoints", lambda: _endpoints(planner()))
     admin.page("/ids", lambda: {str(k): [*v] for k, v in planner().owner_of_list.items()})
 
@@ -32,11 +33,15 @@ def _service(follower: Follower, planner: Planner, name: str) -> dict[str, Any]:
     }
 
 
-def _workload(follower: Follower, uid: str) -> dict[str, Any]:
-    workload = follower.mesh.workloads[uid]
+def _workloads(follower: Follower) -> list[dict[str, Any]]:
+    found = sorted(follower.mesh.all_workloads(), key=lambda workload: workload.uid)
+    return [_workload(follower, workload) for workload in found]
+
+
+def _workload(follower: Follower, workload: Workload) -> dict[str, Any]:
     message = message_of(workload)
     return {
-        "uid": uid,
+        "uid": workload.uid,
         "name": message.name,
         "namespace": message.namespace,
         "network": workload.network,

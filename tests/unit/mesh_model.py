@@ -242,7 +242,7 @@ def _text(ip: Ip) -> str:
 
 def _endpoints(mesh: Mesh, service: Service, port: int, target: int) -> list[str]:
     found = []
-    for workload in mesh.workloads.values():
+    for workload in mesh.all_workloads():
         membership = dict(workload.services).get(service.name)
         usable = workload.healthy or service.allows_unhealthy
         if membership is None or not usable or not workload.capacity or workload.network:
@@ -258,7 +258,7 @@ def _endpoints(mesh: Mesh, service: Service, port: int, target: int) -> list[str
 
 def _expected_addresses(mesh: Mesh) -> dict[str, tuple[object, ...]]:
     found: dict[str, tuple[object, ...]] = {}
-    for workload in sorted(mesh.workloads.values(), key=lambda w: (not w.prefers_hbone, w.uid)):
+    for workload in sorted(mesh.all_workloads(), key=lambda w: (not w.prefers_hbone, w.uid)):
         for ip in () if workload.host_network else workload.addresses:
             verdict = Reason.WAYPOINT_UNSUPPORTED if workload.has_waypoint else Reason.ROUTED
             found.setdefault(f"{bool(workload.network)} {_text(ip)}", (AddressKind.WORKLOAD, verdict))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import compress
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pykmesh.contracts import bulk
 from pykmesh.contracts.address import FieldError, Service, Workload, decode_address
-from pykmesh.contracts.bulk import decode_addresses, names_of
+from pykmesh.contracts.bulk import Group, Ordinary, decode_addresses, is_ordinary, names_of
+from pykmesh.kernel.records import Ip
 from pykmesh.proto.workload_pb2 import Address
 
 TEXT = st.text(max_size=5)
@@ -94,6 +97,45 @@ def test_together_says_what_one_by_one_says(data: list[bytes]) -> None:
         patch.setattr(bulk, "FEWEST", 0)
         assert together(data) == one_by_one(data)
         assert list(map(str, names_of(data))) == list(map(name, one_by_one(data)))
+
+
+@settings(max_examples=300, database=None, deadline=None)
+@given(st.lists(values(), max_size=12), st.integers(0, 12))
+def test_groups_say_of_ordinary_workloads_what_is_decoded_of_each(data: list[bytes], first: int) -> None:
+    ordinary = Ordinary()
+    parts = [part for part in (data[:first], data[first:]) if part]
+    taken = [value for part in parts for value in compress(part, ordinary.take(part))]
+    wanted = [found for found in map(decoded, data) if isinstance(found, Workload) and is_ordinary(found)]
+    try:
+        groups = list(ordinary.groups())
+    except (FieldError, ValueError):
+        assert any(isinstance(decoded(value), FieldError) for value in taken)
+        return
+    assert sorted(map(str, members(groups))) == sorted(map(str, wanted))
+
+
+def members(groups: list[Group]) -> Iterator[Workload]:
+    """Each member, put together again; the rest is as its message says."""
+    for group in groups:
+        ips = [group.addresses[at : at + 16] for at in range(0, len(group.addresses), 16)]
+        for uid, ip, raw in zip(group.uids, ips, group.raws, strict=True):
+            found = decode_address(raw)
+            assert isinstance(found, Workload)
+            yield msgspec.structs.replace(
+                found,
+                uid=uid,
+                network=group.network,
+                namespace=group.namespace,
+                addresses=(Ip(ip),),
+                services=((group.service, group.ports),),
+            )
+
+
+def decoded(value: bytes) -> Service | Workload | FieldError:
+    try:
+        return decode_address(value)
+    except FieldError as error:
+        return error
 
 
 @pytest.mark.parametrize("bad", [b"", b"\xff", b"\x0a\x03\xa2\x01\x00", b"\x0a\x06\xa2\x01\x03p\xff\xfe"])

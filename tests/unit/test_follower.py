@@ -11,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pykmesh.contracts.address import Service, Workload, decode_address, decode_policy
+from pykmesh.contracts.bulk import MANY
 from pykmesh.contracts.messages import VERSION, ConfigBatch, Resource, ResourceType, SnapshotPage
+from services.map_writer import follower as followers
 from services.map_writer.desired import Rules
 from services.map_writer.follower import Change, Follower, GapError
+from services.map_writer.mesh import Mesh, Touched
 from services.map_writer.planner import Held as HeldMaps
 from services.map_writer.planner import Limits, Planner
 from services.xds_client import store as stores
@@ -132,11 +135,17 @@ def run(coroutine: Coroutine[Any, Any, Change | None]) -> Change | None:
 EVENTS = st.lists(st.tuples(st.sampled_from("rrrrddddlupsh"), st.integers(0, 10_000)), max_size=40)
 
 
-@settings(max_examples=200, database=None, deadline=None)
-@given(EVENTS, st.lists(st.integers(0, 10_000), max_size=3))
+@settings(max_examples=300, database=None, deadline=None)
+@given(EVENTS, st.lists(st.integers(0, 10_000), max_size=3), st.sampled_from([1, 3, MANY]))
 def test_any_interleaving_of_batches_losses_repetitions_restarts_and_snapshots_converges(
-    events: list[tuple[str, int]], between_pages: list[int]
+    events: list[tuple[str, int]], between_pages: list[int], many: int
 ) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(followers, "MANY", many)
+        _converges(events, between_pages)
+
+
+def _converges(events: list[tuple[str, int]], between_pages: list[int]) -> None:
     world = World()
     for what, seed in events:
         match what:
@@ -167,12 +176,17 @@ def _assert_same(world: World) -> None:
     mesh, held = world.follower.mesh, world.store.held
     wanted = {name: decode_address(found.value) for name, found in held[ResourceType.ADDRESS].items()}
     assert mesh.services == {name: found for name, found in wanted.items() if isinstance(found, Service)}
-    assert mesh.workloads == {name: found for name, found in wanted.items() if isinstance(found, Workload)}
+    assert {w.uid: w for w in mesh.all_workloads()} == {
+        name: found for name, found in wanted.items() if isinstance(found, Workload)
+    }
     assert mesh.policies == {
         name: decode_policy(name, found.value) for name, found in held[ResourceType.AUTHORIZATION].items()
     }
+    one_by_one = Mesh()
+    for name, found in wanted.items():
+        one_by_one.put(name, found, Touched())
     fresh = mesh_model.Maps(ROOMY)
-    fresh.apply(Planner(HeldMaps(), ROOMY, Rules()).sweep(mesh))
+    fresh.apply(Planner(HeldMaps(), ROOMY, Rules()).sweep(one_by_one))
     assert world.maps.plain() == fresh.plain()
 
 
