@@ -7,6 +7,7 @@ import ipaddress
 from collections.abc import Iterator
 
 from pykmesh.contracts.messages import TYPE_URLS, ResourceType
+from pykmesh.kernel.records import SERVICE_KEY, ip_from_wire, port_bytes
 from pykmesh.proto import discovery_pb2, workload_pb2
 
 ADDRESS_URL = TYPE_URLS[ResourceType.ADDRESS]
@@ -40,6 +41,12 @@ def service(number: int) -> discovery_pb2.Resource:
     found.ports.add(service_port=80, target_port=8080, app_protocol=1)
     found.ip_families, found.canonical = 1, True
     return _resource(service_name(number), address)
+
+
+def service_key(number: int) -> bytes:
+    """Of its port in the kernel's map."""
+    ip = ip_from_wire((_VIP_BASE + number).to_bytes(4, "big"))
+    return SERVICE_KEY.pack(ip, 0, port_bytes(80))
 
 
 def workload(service: int, pod: int, address: int, *, healthy: bool = True) -> discovery_pb2.Resource:

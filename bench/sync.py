@@ -4,8 +4,9 @@
 
 sync: the response handed to gRPC until the control plane reads the answer, which waits for the last
 map write; the processes are warm and hold nothing before. floor: parsing the same response and each
-address in it, in one process of the same run. push: one change, sent to answered, which is a little
-later than its effect. Memory: Pss of all processes, the maps' own, and what was resident at the most.
+address in it, in one process of the same run. push: one change, from sent to seen in the kernel's map
+(looked at each 50 us), and to answered. Memory: Pss of all processes, the maps' own, and what was
+resident at the most.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench import meshes
+from pykmesh.kernel import pins
+from pykmesh.kernel.maps import PinnedMap
 from tests.mesh.node import Node
+
+POLL_S = 50e-6
 
 
 class ControlPlane:
@@ -29,6 +35,7 @@ class ControlPlane:
             [sys.executable, "-m", "bench.control_plane", str(services), str(pods)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
+        self.last_sent = 0.0
         started = self.read()
         self.port, self.bytes, self.floor_ms = started["port"], started["bytes"], started["floor_ms"]
 
@@ -43,6 +50,7 @@ class ControlPlane:
             found = self.read()
             if found.get("nonce") == nonce:
                 assert not found["error"], found["error"]
+                self.last_sent = float(found["sent"])
                 return float(found["acked"] - found["sent"]) * 1e3
 
     def tell(self, **command: object) -> None:
@@ -118,7 +126,8 @@ def measure(services: int, pods: int, pushes: int, rate: float) -> dict[str, Any
                 "maps_mib": round(sum(writer["map_memory_bytes"].values()) / 2**20, 1),
             }  # fmt: skip
             found["total_mib"] = round(sum(found["pss_mib"].values()) + found["maps_mib"], 1)
-            found["push"] = _pushes(plane, pushes)
+            with PinnedMap(pins.maps_dir(node.pin_dir), "services") as held:
+                found["push"] = _pushes(plane, held, pushes)
             before, started = cpu_s(list(children)), time.monotonic()
             found["replace"] = _replacements(plane, pushes, rate)
             found["replace"]["cpu_percent"] = round(
@@ -130,14 +139,24 @@ def measure(services: int, pods: int, pushes: int, rate: float) -> dict[str, Any
             plane.end()
 
 
-def _pushes(plane: ControlPlane, count: int) -> dict[str, float]:
+def _pushes(plane: ControlPlane, held: PinnedMap, count: int) -> dict[str, Any]:
     """One change at a time, half of them removals from a list, half additions."""
-    taken: dict[bool, list[float]] = {True: [], False: []}
+    seen: dict[bool, list[float]] = {True: [], False: []}
+    answered: dict[bool, list[float]] = {True: [], False: []}
     for number in range(count):
-        healthy = bool(number % 2)
+        healthy, key = bool(number % 2), meshes.service_key(number // 2)
+        before = held.get(key)
         plane.tell(health=number // 2, healthy=healthy)
-        taken[healthy].append(plane.until_acked(f"push-{number + 1}"))
-    return {"addition": spread(taken[True]), "removal": spread(taken[False])}  # type: ignore[dict-item]
+        while held.get(key) == before:
+            time.sleep(POLL_S)
+        now = time.monotonic()
+        took_ms = plane.until_acked(f"push-{number + 1}")
+        answered[healthy].append(took_ms)
+        seen[healthy].append((now - plane.last_sent) * 1e3)
+    return {
+        "addition": spread(seen[True]), "removal": spread(seen[False]),
+        "answered": spread(answered[True] + answered[False]),
+    }  # fmt: skip
 
 
 def _replacements(plane: ControlPlane, count: int, rate: float) -> dict[str, Any]:
