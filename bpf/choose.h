@@ -42,7 +42,7 @@ static __always_inline enum reason unserved_verdict(const struct ip *address, __
 }
 
 /* True when the slot held an endpoint of this service for the whole time that it was read. */
-static __always_inline bool read_endpoint(__u64 service, __u32 slot, struct destination *endpoint)
+static __always_inline bool read_endpoint(__u64 service, __u32 slot, struct endpoint_value *endpoint)
 {
 	struct endpoint_key key = { .service = service, .slot = slot };
 	struct endpoint_value *value = bpf_map_lookup_elem(&endpoints, &key);
@@ -51,8 +51,37 @@ static __always_inline bool read_endpoint(__u64 service, __u32 slot, struct dest
 		return false;
 	endpoint->address = value->address;
 	endpoint->port = value->port;
+	endpoint->other = value->other;
+	endpoint->share = value->share;
 	barrier();
 	return *(volatile __u64 *)&value->service == service;
+}
+
+/* Draws a slot, in proportion to the weights. False when the list changed meanwhile. */
+static __always_inline bool draw_endpoint(__u64 service, __u32 count, struct choice *choice)
+{
+	struct endpoint_value drawn;
+
+	choice->slot = bpf_get_prandom_u32() % count;
+	if (!read_endpoint(service, choice->slot, &drawn))
+		return false;
+	if (drawn.share && bpf_get_prandom_u32() >= drawn.share) {
+		choice->slot = drawn.other;
+		if (!read_endpoint(service, choice->slot, &drawn))
+			return false;
+	}
+	choice->endpoint.address = drawn.address;
+	choice->endpoint.port = drawn.port;
+	return true;
+}
+
+/* Whether a slot still holds the endpoint that a socket went to before. */
+static __always_inline bool holds(__u64 service, __u32 slot, const struct destination *kept)
+{
+	struct endpoint_value held;
+
+	return read_endpoint(service, slot, &held) && ip_equal(&held.address, &kept->address) &&
+	       held.port == kept->port;
 }
 
 /*
@@ -81,15 +110,13 @@ static __always_inline enum reason choose(const struct destination *to, __u32 ne
 		if (!endpoints_count)
 			return REASON_NO_ENDPOINT;
 		if (preferred >= 0 && preferred < endpoints_count &&
-		    read_endpoint(choice->service, preferred, &choice->endpoint) &&
-		    ip_equal(&choice->endpoint.address, &kept.address) &&
-		    choice->endpoint.port == kept.port) {
+		    holds(choice->service, preferred, &kept)) {
 			choice->slot = preferred;
+			choice->endpoint = kept;
 			choice->rewrite = true;
 			return REASON_ROUTED;
 		}
-		choice->slot = bpf_get_prandom_u32() % endpoints_count;
-		if (read_endpoint(choice->service, choice->slot, &choice->endpoint)) {
+		if (draw_endpoint(choice->service, endpoints_count, choice)) {
 			choice->rewrite = true;
 			return REASON_ROUTED;
 		}

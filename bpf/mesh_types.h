@@ -44,14 +44,18 @@ struct endpoint_key {
 /*
  * `service` repeats the key: a hash element may be reused for another key while a program still
  * reads it, and the program refuses what does not carry the id that it looked for.
+ *
+ * Of endpoints with different weights each slot gives way to another one (Vose's alias method): of
+ * 2^32 connections that draw the slot, `share` stay and the others go to slot `other`. 0: all stay.
  */
 struct endpoint_value {
 	__u64 service;
 	struct ip address;
 	__be16 port;
 	__u16 pad;
-	__u32 pad2;
-	__u8 reserved[16];
+	__u32 other;
+	__u32 share;
+	__u8 reserved[12];
 };
 
 struct address_key {

@@ -191,6 +191,9 @@ def _decode_load_balancing(data: bytes) -> tuple[Mode, tuple[int, ...], bool]:
         raise FieldError("service.load_balancing.mode", str(error)) from error
     if message.health_policy not in (0, 1):
         raise FieldError("service.load_balancing.health_policy", f"{message.health_policy} is unknown")
+    for scope in message.routing_preference:
+        if scope not in _SCOPES:
+            raise FieldError("service.load_balancing.routing_preference", f"scope {scope} is unknown")
     return mode, tuple(message.routing_preference), message.health_policy == 1
 
 
@@ -203,6 +206,8 @@ def _decode_port(data: bytes) -> tuple[int, int]:
 
 
 _FAMILIES: Final = tuple(Families)
+_SCOPES: Final = range(1, 7)
+"""istio.workload.LoadBalancing.Scope, without the unspecified one: it cannot be compared."""
 _load_balancing: Final = Remembered(_decode_load_balancing)
 _port: Final = Remembered(_decode_port)
 
@@ -246,6 +251,17 @@ def _pair(field: str, port: workload_pb2.Port) -> tuple[int, int]:
     if port.target_port > PORT_MAX:
         raise FieldError(f"{field}.target_port", f"{port.target_port} is no port")
     return port.service_port, port.target_port
+
+
+def workload_message(raw: bytes) -> workload_pb2.Workload:
+    """All that the control plane said of a workload; nothing where that cannot be read.
+
+    What decides traffic was checked when it came; the rest is only read here.
+    """
+    try:
+        return workload_pb2.Address.FromString(raw).workload
+    except DecodeError:
+        return workload_pb2.Workload()
 
 
 def decode_policy(name: str, value: bytes) -> Policy:

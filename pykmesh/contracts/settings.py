@@ -65,6 +65,10 @@ class XdsClientSettings(CommonSettings, frozen=True, kw_only=True):
 class MapWriterSettings(CommonSettings, frozen=True, kw_only=True):
     admin_port: int = 15211
     node_name: str = ""
+    """The Kubernetes node; empty: the host's name."""
+    cluster_id: str = "Kubernetes"
+    locality: str = ""
+    """Where this node is, region/zone/subzone; empty: as the control plane says of the node's workloads."""
     refuse_unenforced_policy: bool = False
     """Refuse connections to workloads with policies until those are enforced."""
 

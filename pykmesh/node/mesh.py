@@ -105,6 +105,7 @@ def _service(instance: Instance, options: Options, name: str) -> CommonSettings:
         return MapWriterSettings(
             **common,  # type: ignore[arg-type]
             node_name=options.node_name,
+            cluster_id=options.cluster_id,
             refuse_unenforced_policy=options.refuse_unenforced_policy,
         )
     if name == "telemetry":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -33,13 +34,14 @@ from pykmesh.contracts.messages import (
     SnapshotRequest,
     Subject,
 )
-from pykmesh.contracts.settings import MapWriterSettings
+from pykmesh.contracts.settings import MapWriterSettings, SettingsError
 from pykmesh.kernel import libbpf
 from pykmesh.kernel.layout import check_enums
 from pykmesh.kernel.maps import MapFullError, PinError
 from pykmesh.process import Runtime
 from services.map_writer.desired import Rules
 from services.map_writer.follower import Change, Follower, GapError
+from services.map_writer.locality import Locality
 from services.map_writer.names import Names
 from services.map_writer.pages import add_pages
 from services.map_writer.planner import Planner, Step
@@ -66,7 +68,7 @@ class MapWriter:
         self._runtime = runtime
         self._bus = bus
         self.maps = maps
-        self.follower = Follower()
+        self.follower = Follower(_here(settings))
         self._rules = Rules(settings.network, settings.refuse_unenforced_policy)
         self.planner: Planner
         self._applied = ("", 0)
@@ -230,6 +232,7 @@ class MapWriter:
             "resyncs": self.follower.resyncs,
             "services": len(mesh.services),
             "workloads": len(mesh.workloads),
+            "locality": mesh.here._asdict(),
             "policies": len(mesh.policies),
             "policy_not_enforced": mesh.unenforced(),
             "maps": {
@@ -261,6 +264,16 @@ class MapWriter:
             "Workloads with policies, which are not enforced.",
             mesh.unenforced(),
         )
+
+
+def _here(settings: MapWriterSettings) -> Locality:
+    """SettingsError for a locality that is none."""
+    parts = settings.locality.split("/") if settings.locality else []
+    if len(parts) > 3:
+        raise SettingsError(f"locality is {settings.locality!r}: region/zone/subzone")
+    region, zone, subzone = [*parts, "", "", ""][:3]
+    node = settings.node_name or socket.gethostname()
+    return Locality(region, zone, subzone, node, settings.cluster_id, settings.network)
 
 
 SMALL_BYTES = 4096

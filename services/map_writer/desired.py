@@ -27,6 +27,7 @@ from pykmesh.kernel.records import (
     port_bytes,
     stable_id,
 )
+from services.map_writer.locality import is_ranked, near
 from services.map_writer.mesh import Mesh, Place, place_of
 
 
@@ -50,14 +51,18 @@ class Frontend(NamedTuple):
 
 
 class DesiredService(NamedTuple):
-    """`lists` maps list ids to endpoint values (each with the workload it comes from)."""
+    """`lists` maps list ids to endpoint values (each with the workload it comes from).
+
+    `weights` has all values when they differ in weight, and is empty otherwise.
+    """
 
     frontends: dict[bytes, Frontend]
     lists: dict[int, dict[bytes, str]]
     ports: dict[int, PortId]
+    weights: dict[bytes, int]
 
 
-NOTHING = DesiredService({}, {}, {})
+NOTHING = DesiredService({}, {}, {}, {})
 Lists = tuple[dict[bytes, str], dict[bytes, str]]
 """Endpoint values of IPv4 and of IPv6, each with the workload that it comes from."""
 EndpointsOf = Callable[[int, int, int, int], Lists]
@@ -82,9 +87,9 @@ def desired_service(mesh: Mesh, name: str, rules: Rules) -> DesiredService:
     vips = [vip for vip in service.vips if mesh.vip_owner(place_of(*vip)) == name]
     if not vips:
         return NOTHING
-    found = DesiredService({}, {}, {})
+    found = DesiredService({}, {}, {}, {})
     verdict = _verdict(service)
-    endpoints = _endpoints(mesh, service, rules) if verdict is Reason.ROUTED else _nothing
+    endpoints = _endpoints(mesh, service, rules, found.weights) if verdict is Reason.ROUTED else _nothing
     if verdict is Reason.ROUTED and endpoints is _nothing:
         verdict = _verdict_without_endpoints(mesh, service, rules)
     for port, target in service.ports:
@@ -130,20 +135,31 @@ def _verdict_without_endpoints(mesh: Mesh, service: Service, rules: Rules) -> Re
     return Reason.ROUTED
 
 
-def _endpoints(mesh: Mesh, service: Service, rules: Rules) -> EndpointsOf:
-    """What makes the lists of a port of this service."""
+def _endpoints(mesh: Mesh, service: Service, rules: Rules, weights: dict[bytes, int]) -> EndpointsOf:
+    """What makes the lists of a port of this service, and fills in the weights where they differ."""
     group = mesh.ordinary_members.get(service.name)
-    if group is not None and not rules.refuse_unenforced_policy:
+    if group is not None and not rules.refuse_unenforced_policy and not is_ranked(service):
         return partial(_lists_of_group, service, group) if group.network == rules.network else _nothing
-    usable = list(_usable(mesh, service, rules))
-    return partial(_lists, service, usable) if usable else _nothing
+    usable = near(service, list(_usable(mesh, service, rules)), mesh.here)
+    if not usable:
+        return _nothing
+    differ = any(workload.capacity != usable[0].capacity for workload in usable)
+    return partial(_lists, service, usable, weights if differ else None)
 
 
 def _nothing(_port: int, _target: int, _id4: int, _id6: int) -> Lists:
     return {}, {}
 
 
-def _lists(service: Service, usable: list[Workload], port: int, target: int, id4: int, id6: int) -> Lists:
+def _lists(
+    service: Service,
+    usable: list[Workload],
+    weights: dict[bytes, int] | None,
+    port: int,
+    target: int,
+    id4: int,
+    id6: int,
+) -> Lists:
     """Endpoints of both families; each value with the workload that it comes from."""
     list4: dict[bytes, str] = {}
     list6: dict[bytes, str] = {}
@@ -158,11 +174,13 @@ def _lists(service: Service, usable: list[Workload], port: int, target: int, id4
         if port_field == _NO_PORT:
             continue
         for ip in workload.addresses:
-            if is_v4(ip):
-                if not skips4:
-                    list4[pack(id4, ip, port_field)] = workload.uid
-            elif not skips6:
-                list6[pack(id6, ip, port_field)] = workload.uid
+            if skips4 if is_v4(ip) else skips6:
+                continue
+            found, list_id = (list4, id4) if is_v4(ip) else (list6, id6)
+            value = pack(list_id, ip, port_field)
+            found[value] = workload.uid
+            if weights is not None:
+                weights[value] = weights.get(value, 0) + workload.capacity
     return list4, list6
 
 

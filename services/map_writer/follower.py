@@ -14,6 +14,7 @@ import structlog
 from pykmesh.contracts.address import FieldError, decode_policy
 from pykmesh.contracts.bulk import MANY, Ordinary, decode_addresses
 from pykmesh.contracts.messages import ConfigBatch, Resource, ResourceType, SnapshotPage
+from services.map_writer.locality import NOWHERE, Locality
 from services.map_writer.mesh import Mesh, Touched
 
 log = structlog.get_logger(__name__)
@@ -31,8 +32,9 @@ class Change(NamedTuple):
 class Follower:
     """`offer` takes each batch; `resync` starts anew from a snapshot."""
 
-    def __init__(self) -> None:
-        self.mesh = Mesh()
+    def __init__(self, here: Locality = NOWHERE) -> None:
+        self._here = here
+        self.mesh = Mesh(here)
         self.epoch = ""
         self.received_seq = 0
         self.synced = False
@@ -63,7 +65,8 @@ class Follower:
         return self._complete(batch.synced) if batch.complete else None
 
     def _begin(self, epoch: str) -> None:
-        self.mesh, self._touched, self._waiting, self._ordinary = Mesh(), Touched(), [], Ordinary()
+        self.mesh, self._touched = Mesh(self._here), Touched()
+        self._waiting, self._ordinary = [], Ordinary()
         self.epoch, self.received_seq, self.synced = epoch, 0, False
 
     def _complete(self, synced: bool) -> Change | None:

@@ -12,13 +12,11 @@ from functools import cache
 from itertools import chain
 from typing import NewType, TypeVar, cast
 
-from google.protobuf.message import DecodeError
-
 from pykmesh.contracts.address import Policy, Service, Workload, decode_address
 from pykmesh.contracts.bulk import Group
 from pykmesh.kernel.records import ADDRESS_KEY, IP_BYTES, NO_IP, Ip, network_id
-from pykmesh.proto.workload_pb2 import Address
 from pykmesh.proto.workload_pb2 import Workload as WorkloadMessage
+from services.map_writer.locality import NOWHERE, Locality, is_ranked, locality
 
 _K = TypeVar("_K")
 Place = NewType("Place", bytes)
@@ -55,7 +53,12 @@ class Touched:
 class Mesh:
     """Resources by name, with the indexes that planning needs."""
 
-    def __init__(self) -> None:
+    def __init__(self, here: Locality = NOWHERE) -> None:
+        """`here`: where this node is. With a node and no region it is what workloads of the node say."""
+        self.here = here
+        self._on_this_node = b"" if here.region else WorkloadMessage(node=here.node).SerializeToString()
+        self.ranked: dict[str, None] = {}
+        """Services that prefer near endpoints."""
         self.services: dict[str, Service] = {}
         self.workloads: dict[str, Workload | bytes] = {}
         """One that is still bytes is ordinary (`is_ordinary`): it is decoded when more of it is asked."""
@@ -85,6 +88,7 @@ class Mesh:
             if before is not None or name in self.services:
                 self.remove(name, touched)
             self.workloads[name] = resource
+            self._learn_where(resource.raw, touched)
             self._link_workload(name, resource, touched)
         else:
             if self.services.get(name) == resource:
@@ -103,6 +107,8 @@ class Mesh:
                     self.put(uid, _decode(raw), touched)
                 continue
             self.workloads.update(zip(group.uids, group.raws, strict=True))
+            for raw in group.raws:
+                self._learn_where(raw, touched)
             self._without_policies[group.namespace] += len(group.uids)
             if group.service in self.members:
                 self.ordinary_members.pop(group.service, None)
@@ -122,6 +128,15 @@ class Mesh:
             return
         for place, uid in zip(places, group.uids, strict=True):
             _own(self.pod_owners, place, uid)
+
+    def _learn_where(self, raw: bytes, touched: Touched) -> None:
+        """A workload of this node says where the node is; the last one that does counts."""
+        if not self._on_this_node or self._on_this_node not in raw:
+            return
+        found = locality(raw)
+        if found.node == self.here.node and found.region and found != self.here:
+            self.here = found
+            touched.add(self.ranked, ())
 
     def workload(self, name: str) -> Workload:
         """KeyError when it is not there."""
@@ -160,6 +175,8 @@ class Mesh:
 
     def _link_service(self, name: str, service: Service, touched: Touched) -> None:
         touched.services[name] = None
+        if is_ranked(service):
+            self.ranked[name] = None
         for network, ip in service.vips:
             place = place_of(network, ip)
             self._touch_rivals(place, touched)
@@ -168,6 +185,7 @@ class Mesh:
 
     def _unlink_service(self, name: str, service: Service, touched: Touched) -> None:
         touched.services[name] = None
+        self.ranked.pop(name, None)
         for network, ip in service.vips:
             place = place_of(network, ip)
             _disown(self.vip_owners, place, name)
@@ -260,17 +278,6 @@ def _raw(workload: Workload | bytes) -> bytes:
 def _decode(raw: bytes) -> Workload:
     """Of an ordinary workload: it was read before."""
     return cast("Workload", decode_address(raw))
-
-
-def message_of(workload: Workload) -> WorkloadMessage:
-    """All that the control plane said of a workload; nothing where that cannot be read.
-
-    What decides traffic was checked when it came; the rest is only read here.
-    """
-    try:
-        return Address.FromString(workload.raw).workload
-    except DecodeError:
-        return WorkloadMessage()
 
 
 def _drop(index: defaultdict[_K, dict[str, None]], key: _K, name: str) -> None:

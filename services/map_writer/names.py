@@ -8,10 +8,11 @@ from typing import Final
 import msgspec
 
 from pykmesh.contracts import messages
+from pykmesh.contracts.address import workload_message
 from pykmesh.contracts.messages import ContractError, ResolveReply, ResolveRequest, ServiceName, WorkloadName
 from pykmesh.kernel.records import Ip
 from services.map_writer.follower import Follower
-from services.map_writer.mesh import message_of, place_of
+from services.map_writer.mesh import place_of
 from services.map_writer.planner import Planner
 
 _NO_WORKLOAD: Final = WorkloadName(*[""] * 11)
@@ -46,7 +47,7 @@ class Names:
         if pod is None:
             owner = mesh.vip_owner(place)
             return None if owner is None else msgspec.structs.replace(_NO_WORKLOAD, service=owner)
-        message = message_of(pod)
+        message = workload_message(pod.raw)
         return WorkloadName(
             uid=message.uid,
             name=message.name,

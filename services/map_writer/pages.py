@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from pykmesh.admin import Admin
-from pykmesh.contracts.address import Workload
+from pykmesh.contracts.address import Workload, workload_message
 from pykmesh.kernel.records import ENDPOINT_VALUE, ip_to_text, port_number
 from services.map_writer.follower import Follower
-from services.map_writer.mesh import message_of
 from services.map_writer.planner import Planner
 
 
@@ -39,7 +38,7 @@ def _workloads(follower: Follower) -> list[dict[str, Any]]:
 
 
 def _workload(follower: Follower, workload: Workload) -> dict[str, Any]:
-    message = message_of(workload)
+    message = workload_message(workload.raw)
     return {
         "uid": workload.uid,
         "name": message.name,

@@ -3,7 +3,7 @@
 Pure. Every step leaves the maps in a state that is right for the connections made meanwhile:
 
 0. endpoints of lists that nothing names yet
-1. lists that shrink: holes are filled with their last endpoints, then their length is lowered
+1. lists that shrink: free slots take what is new and what lies last, then their length is lowered
 2. lists that change or grow: endpoints are overwritten or appended, then their length is raised
 3. new service ports appear when their list is complete, then the addresses that they stand on
 4. what nothing names any more is deleted
@@ -31,6 +31,7 @@ from services.map_writer.desired import (
     desired_service,
 )
 from services.map_writer.mesh import Mesh, Place, Touched
+from services.map_writer.slots import arrange, plain, weighed
 
 _K = TypeVar("_K")
 
@@ -66,6 +67,8 @@ class Held:
         self.services: dict[bytes, bytes] = {}
         self.lists: dict[int, list[bytes]] = {}
         self.addresses: dict[bytes, bytes] = {}
+        self.weighed: set[int] = set()
+        """The lists whose endpoints differ in weight."""
         self.endpoints = 0
         """Slots in all lists: one that is a hole counts until the list is planned."""
 
@@ -77,6 +80,8 @@ class Held:
             slots.extend([b""] * missing)
             self.endpoints += missing
         slots[slot] = value
+        if value != plain(value):
+            self.weighed.add(list_id)
 
 
 class _Batches:
@@ -177,7 +182,7 @@ class Planner:
         for key in [key for key in self.held.services if key not in self._owner_of_key]:
             self._remove_port(key, batches)
         for list_id in [list_id for list_id in self.held.lists if list_id not in self.owner_of_list]:
-            self._shrink(list_id, 0, batches)
+            self._drop_list(list_id, batches)
         stale = self.held.addresses.keys() - mesh.vip_owners.keys() - mesh.pod_owners.keys()
         yield from self._plan_addresses(mesh, mesh.places(), batches)
         for key in stale:
@@ -220,64 +225,62 @@ class Planner:
         batches: _Batches,
         refused: dict[str, str],
     ) -> None:
-        slots = self.held.lists.setdefault(list_id, [])
-        present = set(slots)
-        added = [value for value in wanted if value not in present] if slots else list(wanted)
-        seen: set[bytes] = set()
-        free: list[int] = []
-        for slot, value in enumerate(slots):
-            if value not in wanted or value in seen:
-                free.append(slot)
-            seen.add(value)
-        replaced = min(len(free), len(added))
-        for slot, value in zip(free[:replaced], added[:replaced], strict=True):
-            slots[slot] = value
-            batches.put(_ENDPOINTS, "endpoints", ENDPOINT_KEY.pack(list_id, slot), value)
-        if len(free) > replaced:
-            self._close_gaps(list_id, free[replaced:], service, batches)
-        appended = added[replaced:]
-        room = max(0, self._limits.endpoints - self.held.endpoints - self._leaving["endpoints"])
-        for value in appended[room:]:
+        held = self.held
+        before = held.lists.get(list_id, [])
+        known = list(map(plain, before)) if list_id in held.weighed else before
+        after = arrange(known, wanted)
+        grown = max(0, self._limits.endpoints - held.endpoints - self._leaving["endpoints"])
+        room = len(before) + grown
+        for value in after[room:]:
             refused[wanted[value]] = f"map endpoints is full ({self._limits.endpoints} entries)"
-        del appended[room:]
-        first = len(slots)
-        keys, values = batches.of(_ENDPOINTS if first else _UNNAMED, "endpoints")
-        keys.extend([ENDPOINT_KEY.pack(list_id, slot) for slot in range(first, first + len(appended))])
-        values.extend(appended)
-        slots.extend(appended)
-        self.held.endpoints += len(appended)
+        del after[room:]
+        if service.weights and after:
+            after = weighed(after, service.weights)
+            held.weighed.add(list_id)
+        else:
+            held.weighed.discard(list_id)
+        self._write_list(list_id, before, after, batches)
+        if len(after) < len(before):
+            self._lower(list_id, len(after), service, batches)
+            self._drop_slots(list_id, before, len(after), batches)
+        held.endpoints += max(0, len(after) - len(before))
+        held.lists[list_id] = after
+        if not after:
+            del held.lists[list_id]
 
-    def _close_gaps(self, list_id: int, free: list[int], service: DesiredService, batches: _Batches) -> None:
-        """Moves the last endpoints into free slots, lowers the length, and only then deletes the tail."""
-        slots = self.held.lists[list_id]
-        length = len(slots) - len(free)
-        vacated = set(free)
-        movers = (slot for slot in range(length, len(slots)) if slot not in vacated)
-        for slot in free:
-            if slot < length:
-                slots[slot] = slots[next(movers)]
-                batches.put(_FILL, "endpoints", ENDPOINT_KEY.pack(list_id, slot), slots[slot])
+    def _write_list(self, list_id: int, before: list[bytes], after: list[bytes], batches: _Batches) -> None:
+        """What is appended comes first: a slot may name it."""
+        rank = _UNNAMED if not before else _FILL if len(after) < len(before) else _ENDPOINTS
+        keys, values = batches.of(rank, "endpoints")
+        first = len(before)
+        keys.extend([ENDPOINT_KEY.pack(list_id, slot) for slot in range(first, len(after))])
+        values.extend(after[first:])
+        for slot, (old, new) in enumerate(zip(before, after, strict=False)):
+            if old != new:
+                keys.append(ENDPOINT_KEY.pack(list_id, slot))
+                values.append(new)
+
+    def _lower(self, list_id: int, length: int, service: DesiredService, batches: _Batches) -> None:
         for key, frontend in service.frontends.items():
             if frontend.list_id == list_id and self._names_list(key, list_id):
                 value = SERVICE_VALUE.pack(list_id, length, frontend.verdict)
                 self.held.services[key] = value
                 batches.put(_LOWER, "services", key, value)
-        self._shrink(list_id, length, batches)
 
     def _names_list(self, key: bytes, list_id: int) -> bool:
         """False for an address that was another service's: it comes to the list when that is whole."""
         current = self.held.services.get(key)
         return current is not None and SERVICE_VALUE.unpack(current)[0] == list_id
 
-    def _shrink(self, list_id: int, length: int, batches: _Batches) -> None:
-        slots = self.held.lists[list_id]
+    def _drop_slots(self, list_id: int, slots: list[bytes], length: int, batches: _Batches) -> None:
         for slot in range(length, len(slots)):
             batches.remove(_DROP_ENDPOINTS, "endpoints", ENDPOINT_KEY.pack(list_id, slot))
         self.held.endpoints -= len(slots) - length
         self._leaving["endpoints"] += len(slots) - length
-        del slots[length:]
-        if not slots:
-            del self.held.lists[list_id]
+
+    def _drop_list(self, list_id: int, batches: _Batches) -> None:
+        self._drop_slots(list_id, self.held.lists.pop(list_id), 0, batches)
+        self.held.weighed.discard(list_id)
 
     def _plan_port(
         self, name: str, key: bytes, frontend: Frontend, batches: _Batches, refused: dict[str, str]
@@ -304,7 +307,7 @@ class Planner:
         for list_id in before.lists - now.lists:
             self.owner_of_list.pop(list_id, None)
             if list_id in self.held.lists:
-                self._shrink(list_id, 0, batches)
+                self._drop_list(list_id, batches)
 
     def _remove_port(self, key: bytes, batches: _Batches) -> None:
         if self.held.services.pop(key, None) is not None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import ipaddress
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import msgspec
 from hypothesis import strategies as st
 
-from pykmesh.contracts.address import Families, Mode, Policy, Service, Workload
+from pykmesh.contracts.address import Families, Mode, Policy, Service, Workload, workload_message
 from pykmesh.kernel.layout import AddressKind, Reason
 from pykmesh.kernel.records import (
     ADDRESS_KEY,
     ADDRESS_VALUE,
     ENDPOINT_KEY,
+    ENDPOINT_SHARE,
     ENDPOINT_VALUE,
     SERVICE_KEY,
     SERVICE_VALUE,
@@ -25,6 +28,8 @@ from pykmesh.kernel.records import (
     ip_to_text,
     port_number,
 )
+from pykmesh.proto.workload_pb2 import Address
+from services.map_writer.locality import Locality
 from services.map_writer.mesh import Mesh, Touched
 from services.map_writer.planner import Limits, Step
 
@@ -39,6 +44,8 @@ UIDS = [f"C//Pod/shop/p{number}" for number in range(6)]
 VIPS = [ip_from_text(text) for text in ("10.96.0.1", "10.96.0.2", "fd96::1", "fd96::2")]
 POD_IPS = [ip_from_text(text) for text in ("10.1.0.1", "10.1.0.2", "10.1.0.3", "fd01::1", "fd01::2")]
 PORTS = (80, 443)
+HERE = Locality(node="here")
+"""Where that is, workloads on the node say."""
 
 
 Plain = dict[str, dict[str, tuple[object, ...]]]
@@ -69,8 +76,8 @@ def _service(draw: random.Random) -> Service:
         vips=tuple(("", ip) for ip in draw.sample(VIPS, draw.randrange(4))),
         ports=tuple(ports.items()),
         families=draw.choice([Families.AUTOMATIC, *Families]),
-        mode=draw.choice([Mode.UNSPECIFIED, Mode.UNSPECIFIED, Mode.FAILOVER, Mode.PASSTHROUGH]),
-        scopes=(),
+        mode=draw.choice([Mode.UNSPECIFIED, Mode.UNSPECIFIED, Mode.FAILOVER, Mode.STRICT, Mode.PASSTHROUGH]),
+        scopes=draw.choice([(), (), (1,), (1, 2)]),
         allows_unhealthy=draw.random() < 0.5,
         has_waypoint=draw.random() < 0.2,
         canonical=draw.random() < 0.5,
@@ -91,13 +98,20 @@ def _workload(draw: random.Random) -> Workload:
         host_network=draw.random() < 0.3,
         has_waypoint=draw.random() < 0.3,
         prefers_hbone=draw.random() < 0.5,
-        capacity=int(draw.random() < 0.8),
+        capacity=draw.choice([0, 1, 1, 1, 2, 7]),
         policies=(),
         namespace="shop",
         raw=b"",
     )
-    # The mesh tells one message from another by its bytes.
-    return msgspec.structs.replace(found, raw=repr(found).encode())
+    # The mesh tells one message from another by its bytes, and reads where it runs from them.
+    message = Address()
+    message.workload.uid, message.workload.name = found.uid, repr(found)
+    message.workload.locality.region, message.workload.locality.zone = (
+        draw.choice(["r", "s"]),
+        draw.choice("yz"),
+    )
+    message.workload.node = draw.choice(["here", "there"])
+    return msgspec.structs.replace(found, raw=message.SerializeToString())
 
 
 def responses() -> st.SearchStrategy[list[list[Change]]]:
@@ -150,6 +164,10 @@ class Maps:
                 found = self.maps["endpoints"].get(ENDPOINT_KEY.pack(list_id, slot))
                 assert found is not None, f"{list_id:x} counts slot {slot}, which is not there"
                 assert ENDPOINT_VALUE.unpack(found)[0] == list_id
+                other = self.maps["endpoints"].get(
+                    ENDPOINT_KEY.pack(list_id, ENDPOINT_SHARE.unpack(found)[0])
+                )
+                assert other is not None, f"slot {slot} of {list_id:x} gives way to one that is not there"
 
     def reachable(self) -> dict[bytes, set[str]]:
         """The endpoints that a connection may get, by the entry of `services`."""
@@ -183,7 +201,7 @@ class Maps:
             list_id, count, verdict = SERVICE_VALUE.unpack(value)
             keys = [ENDPOINT_KEY.pack(list_id, slot) for slot in range(count)]
             counted.update(keys)
-            shown = sorted(_shown(self.maps["endpoints"][key]) for key in keys)
+            shown = _shares(keys, self.maps["endpoints"])
             services[f"{ip_to_text(ip)} {port_number(port)}"] = (Reason(verdict), *shown)
         assert full or self.maps["endpoints"].keys() == counted, "endpoints that nothing counts"
         return {"services": services, "addresses": self.addresses()}
@@ -195,6 +213,18 @@ class Maps:
             kind, verdict = ADDRESS_VALUE.unpack(value)
             found[f"{bool(network)} {ip_to_text(ip)}"] = (AddressKind(kind), Reason(verdict))
         return found
+
+
+def _shares(keys: list[bytes], endpoints: dict[bytes, bytes]) -> list[str]:
+    """Each endpoint of a list with how often of a thousand times the programs draw it."""
+    found: Counter[str] = Counter()
+    for key in keys:
+        other, stays = ENDPOINT_SHARE.unpack(endpoints[key])
+        own = stays / 2**32 if stays else 1.0
+        found[_shown(endpoints[key])] += own / len(keys)
+        if stays:
+            found[_shown(endpoints[keys[other]])] += (1 - own) / len(keys)
+    return sorted(f"{shown} {share * 1000:.0f}" for shown, share in found.items())
 
 
 def _shown(value: bytes) -> str:
@@ -224,11 +254,21 @@ def _expected_services(mesh: Mesh) -> dict[str, tuple[object, ...]]:
             elif service.mode is Mode.PASSTHROUGH:
                 verdict = Reason.PASSTHROUGH
             all_of_them = _endpoints(mesh, service, port, target) if verdict is Reason.ROUTED else []
-            wanted = [e for e in all_of_them if is_v6(e) == is_v6(_text(ip))]
+            wanted = [e for e in all_of_them if is_v6(e[0]) == is_v6(_text(ip))]
             if is_v6(_text(ip)) and not wanted:
-                wanted = [e for e in all_of_them if not is_v6(e)]
-            found[f"{_text(ip)} {port}"] = (verdict, *sorted(set(wanted)))
+                wanted = [e for e in all_of_them if not is_v6(e[0])]
+            found[f"{_text(ip)} {port}"] = (verdict, *_expected_shares(wanted))
     return found
+
+
+def _expected_shares(wanted: list[tuple[str, int]]) -> list[str]:
+    """By weight; where all weigh the same one that comes twice counts once."""
+    weights: Counter[str] = Counter()
+    for endpoint, weight in wanted:
+        weights[endpoint] += weight
+    if not weights.total():
+        weights = Counter(dict.fromkeys(weights, 1))
+    return sorted(f"{e} {weight / weights.total() * 1000:.0f}" for e, weight in weights.items())
 
 
 def is_v6(text: str) -> bool:
@@ -240,20 +280,37 @@ def _text(ip: Ip) -> str:
     return str(ipaddress.ip_address(bytes(packed)))
 
 
-def _endpoints(mesh: Mesh, service: Service, port: int, target: int) -> list[str]:
+def _endpoints(mesh: Mesh, service: Service, port: int, target: int) -> list[tuple[str, int]]:
+    """Endpoints of those workloads that are near enough, and weights: 0 when all weigh the same."""
+    usable = [
+        workload
+        for workload in mesh.all_workloads()
+        if service.name in dict(workload.services)
+        and (workload.healthy or service.allows_unhealthy)
+        and workload.capacity
+        and not workload.network
+    ]
+    best = max((_matches(service, w, mesh.here) for w in usable), default=0)
+    if service.mode is Mode.STRICT:
+        best = len(service.scopes)
+    ranked = service.scopes and service.mode in (Mode.STRICT, Mode.FAILOVER)
+    near = [w for w in usable if not ranked or _matches(service, w, mesh.here) == best]
     found = []
-    for workload in mesh.all_workloads():
-        membership = dict(workload.services).get(service.name)
-        usable = workload.healthy or service.allows_unhealthy
-        if membership is None or not usable or not workload.capacity or workload.network:
-            continue
-        own = dict(membership).get(port) or target
+    for workload in near:
+        own = dict(dict(workload.services)[service.name]).get(port) or target
         for ip in workload.addresses if own else ():
             text = _text(ip)
             family = Families.V6 if is_v6(text) else Families.V4
             if service.families in (Families.AUTOMATIC, Families.DUAL, family):
-                found.append(f"{text} {own}")
-    return found
+                found.append((f"{text} {own}", workload.capacity))
+    differ = len({w.capacity for w in near}) > 1
+    return found if differ else [(endpoint, 0) for endpoint, _ in found]
+
+
+def _matches(service: Service, workload: Workload, here: Locality) -> int:
+    where = workload_message(workload.raw).locality
+    pairs = {1: (where.region, here.region), 2: (where.zone, here.zone)}
+    return len(list(takewhile(lambda scope: pairs[scope][0] == pairs[scope][1], service.scopes)))
 
 
 def _expected_addresses(mesh: Mesh) -> dict[str, tuple[object, ...]]:

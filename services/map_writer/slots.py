@@ -1,0 +1,69 @@
+"""How the endpoints of a list lie in its slots, and what weights make of them. Pure.
+
+A value's first part says who the endpoint is; how it is weighed follows. Unweighed values end in zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from pykmesh.kernel.records import ENDPOINT_OTHER, ENDPOINT_SHARE
+
+_WHOLE = 1 << 32
+
+
+def arrange(before: Sequence[bytes], wanted: Mapping[bytes, object]) -> list[bytes]:
+    """The wanted values in slots: those that are there stay where they are, as far as that can be.
+
+    Slots that become free take what is new, then what lies last.
+    """
+    if not before:
+        return list(wanted)
+    after, seen = list(before), set[bytes]()
+    free: list[int] = []
+    for slot, value in enumerate(before):
+        if value in wanted and value not in seen:
+            seen.add(value)
+        else:
+            free.append(slot)
+    added = [value for value in wanted if value not in seen]
+    for slot, value in zip(free, added, strict=False):
+        after[slot] = value
+    after += added[len(free) :]
+    for slot in reversed(free[len(added) :]):
+        last = after.pop()
+        if slot < len(after):
+            after[slot] = last
+    return after
+
+
+def plain(value: bytes) -> bytes:
+    """A value without its weighing."""
+    return value[:ENDPOINT_OTHER] + bytes(len(value) - ENDPOINT_OTHER)
+
+
+def weighed(values: Sequence[bytes], weights: Mapping[bytes, int]) -> list[bytes]:
+    """Plain values with what makes each be drawn in proportion to its weight (above zero)."""
+    shares = share(weights[value] for value in values)
+    return [
+        value[:ENDPOINT_OTHER] + ENDPOINT_SHARE.pack(other, stays)[ENDPOINT_OTHER:]
+        for value, (other, stays) in zip(values, shares, strict=True)
+    ]
+
+
+def share(weights: Iterable[int]) -> list[tuple[int, int]]:
+    """Vose's alias method: for each slot the other one, and how many of 2^32 draws stay (0: all)."""
+    found = list(weights)
+    total, count = sum(found), len(found)
+    # Of `total` draws of a slot, how many are left to it: at first as many as it has weight for all slots.
+    left = [weight * count for weight in found]
+    shares = [(0, 0)] * count
+    poor = [slot for slot in range(count) if left[slot] < total]
+    rich = [slot for slot in range(count) if left[slot] >= total]
+    while poor and rich:
+        slot, other = poor.pop(), rich[-1]
+        shares[slot] = (other, max(1, left[slot] * _WHOLE // total))
+        left[other] -= total - left[slot]
+        if left[other] < total:
+            poor.append(rich.pop())
+    return shares

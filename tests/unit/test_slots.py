@@ -1,0 +1,39 @@
+"""Slots of a list, and the shares that make weights of them."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from services.map_writer.slots import arrange, share
+
+VALUES = st.lists(st.integers(0, 9).map(lambda n: bytes([n])), max_size=10)
+
+
+@settings(max_examples=500, database=None)
+@given(VALUES, VALUES)
+def test_slots_hold_what_is_wanted_once_and_move_only_what_must(
+    before: list[bytes], wanted: list[bytes]
+) -> None:
+    after = arrange(before, dict.fromkeys(wanted))
+    assert sorted(after) == sorted(set(wanted))
+    first = {value: slot for slot, value in reversed(list(enumerate(before)))}
+    stays = [value for value in set(wanted) & set(before) if first[value] < len(after)]
+    assert all(after[first[value]] == value for value in stays)
+
+
+@settings(max_examples=500, database=None)
+@given(st.lists(st.integers(1, 2**32 - 1), min_size=1, max_size=40))
+@example([2**32 - 1, 1])
+@example([1] * 40)
+def test_every_slot_is_drawn_by_its_weight(weights: list[int]) -> None:
+    shares = share(weights)
+    drawn = [Fraction(0)] * len(weights)
+    for slot, (other, stays) in enumerate(shares):
+        own = Fraction(stays, 2**32) if stays else Fraction(1)
+        drawn[slot] += own
+        drawn[other] += 1 - own
+    for got, weight in zip(drawn, weights, strict=True):
+        assert abs(got / len(weights) - Fraction(weight, sum(weights))) < Fraction(1, 2**31)
