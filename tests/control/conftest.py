@@ -7,6 +7,7 @@ import pytest
 
 from pykmesh.node.mesh import Options
 from tests.control.mesh_node import CLIENT, MeshNode, running
+from tests.control.recordings import HERE, LOCALITY
 from tests.control.scripted_ads import ScriptedAds, serving
 
 
@@ -36,6 +37,10 @@ async def client(tmp_path_factory: pytest.TempPathFactory, one_event_loop: None)
 @pytest.fixture
 async def mesh(tmp_path_factory: pytest.TempPathFactory, one_event_loop: None) -> AsyncIterator[Whole]:
     async with serving() as plane:
-        options = Options(xds_address=f"127.0.0.1:{plane.port}")
+        options = Options(
+            xds_address=f"127.0.0.1:{plane.port}",
+            node_name=HERE["NODE"],
+            settings={"PYKMESH_LOCALITY": LOCALITY},
+        )
         async with running(tmp_path_factory.mktemp("mesh"), options) as node:
             yield Whole(plane, node)

@@ -1,7 +1,7 @@
 """Recordings of real istiods: what they sent, and what the kernel must then say, read from `expect.json`.
 
 The reading here knows the recording's own terms only. Not compared, for the data plane does not do
-it yet: ranges among VIPs, and which of several endpoints is preferred (mode and scopes).
+it yet: ranges among VIPs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ class Message(NamedTuple):
     stream: int
     type_url: str
     data: bytes
+
+
+HERE = {"REGION": "eu", "ZONE": "eu-1", "NODE": "node-a", "CLUSTER": "Kubernetes"}
+"""Where the node is that the recordings are played to: in their cluster it has this name and place."""
+LOCALITY = f"{HERE['REGION']}/{HERE['ZONE']}"
 
 
 class Step(NamedTuple):
@@ -69,6 +74,29 @@ def view(state: Plain) -> View:
     return View(services, addresses)
 
 
+def _near(state: Plain, service: Plain) -> list[Plain]:
+    """The endpoints that are near enough for a client on this node (xds.md 3.3)."""
+    usable = [endpoint for endpoint in service["endpoints"] if _is_usable(state, endpoint)]
+    scopes = (service.get("load_balancing") or {}).get("routing_preference", [])
+    if _mode(service) not in ("STRICT", "FAILOVER") or not scopes:
+        return usable
+    ranks = [_rank(scopes, state["workloads"][endpoint["uid"]]) for endpoint in usable]
+    best = len(scopes) if _mode(service) == "STRICT" else max(ranks, default=0)
+    return [endpoint for endpoint, rank in zip(usable, ranks, strict=True) if rank == best]
+
+
+def _is_usable(state: Plain, endpoint: Plain) -> bool:
+    workload = state["workloads"][endpoint["uid"]]
+    return bool(endpoint["usable"] and not workload["network"] and workload.get("capacity", 1))
+
+
+def _rank(scopes: list[str], workload: Plain) -> int:
+    there = {scope.upper(): text for scope, text in (workload["locality"] or {}).items()}
+    there |= {"NODE": workload["node"], "CLUSTER": workload["cluster_id"], "NETWORK": workload["network"]}
+    matches = itertools.takewhile(lambda scope: (there.get(scope) or "") == HERE.get(scope, ""), scopes)
+    return len(list(matches))
+
+
 def _mode(service: Plain) -> str:
     return str((service.get("load_balancing") or {}).get("mode", ""))
 
@@ -83,9 +111,8 @@ def _entry(state: Plain, service: Plain, address: str, port: int) -> Entry:
     if _mode(service) == "PASSTHROUGH":
         return Entry("passthrough")
     found: dict[bool, set[str]] = {False: set(), True: set()}
-    for endpoint in service["endpoints"]:
-        workload, target = state["workloads"][endpoint["uid"]], endpoint["ports"].get(str(port))
-        if endpoint["usable"] and target and not workload["network"] and workload.get("capacity", 1):
+    for endpoint in _near(state, service):
+        if target := endpoint["ports"].get(str(port)):
             for own in endpoint["addresses"]:
                 found[":" in own].add(f"{own} {target}")
     only = {"IPV4_ONLY": False, "IPV6_ONLY": True}.get(service["ip_families"])

@@ -40,7 +40,8 @@ async def test_after_each_step_the_maps_say_what_istiod_said(
 
 async def test_a_mesh_that_the_command_line_started_says_the_same(tmp_path: Path) -> None:
     async with serving() as plane:
-        node = Node(tmp_path, "--xds-address", f"127.0.0.1:{plane.port}")
+        place = ["--node-name", recordings.HERE["NODE"], "--set", f"locality={recordings.LOCALITY}"]
+        node = Node(tmp_path, "--xds-address", f"127.0.0.1:{plane.port}", *place)
         try:
             await anyio.to_thread.run_sync(node.start)
             port = node.instance.ports.xds_client
