@@ -2,7 +2,7 @@
 /*
  * The decision: what becomes of a connection or datagram to (address, port).
  *
- * Reads `pods`, `services`, `endpoints`, `addresses`. A service that is known is routed or refused,
+ * Reads `pods`, `services`, `endpoints`, `addresses`, `ranges`. A service that is known is routed or refused,
  * never let through to its own address (fail closed). An address that is not known is left alone.
  */
 #pragma once
@@ -27,6 +27,27 @@ struct choice {
 static __always_inline __u32 client_network(const struct pod_value *pod)
 {
 	return pod ? pod->network : node_network;
+}
+
+/*
+ * Looks for the address in the ranges of services, and makes the key that of the range. An address
+ * that is a service's by itself comes before a range, a workload's after it (as ztunnel has it).
+ */
+static __always_inline bool widen(struct service_key *key)
+{
+	struct range_key range = { .prefix_bits = 160, .network = key->network, .address = key->address };
+	struct address_key exact = { .address = key->address, .network = key->network };
+	struct range_value *found = bpf_map_lookup_elem(&ranges, &range);
+	struct address_value *known;
+
+	if (!found)
+		return false;
+	known = bpf_map_lookup_elem(&addresses, &exact);
+	if (known && known->kind == ADDRESS_SERVICE)
+		return false;
+	key->address = found->address;
+	key->network = found->network;
+	return true;
 }
 
 static __always_inline enum reason unserved_verdict(const struct ip *address, __u32 network)
@@ -101,8 +122,10 @@ static __always_inline enum reason choose(const struct destination *to, __u32 ne
 #pragma unroll
 	for (attempt = 0; attempt < CHOOSE_ATTEMPTS; attempt++) {
 		service = bpf_map_lookup_elem(&services, &key);
+		if (!service && widen(&key))
+			service = bpf_map_lookup_elem(&services, &key);
 		if (!service)
-			return unserved_verdict(&to->address, network);
+			return unserved_verdict(&key.address, key.network);
 		choice->service = service->id;
 		if (service->verdict != REASON_ROUTED)
 			return service->verdict;

@@ -44,6 +44,15 @@ struct {
 	__type(value, struct address_value);
 } addresses SEC(".maps");
 
+/* Writer: map_writer. Reader: connect, sendmsg, after a miss in `services`. Full: refused by name. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 16384);
+	__type(key, struct range_key);
+	__type(value, struct range_value);
+} ranges SEC(".maps");
+
 /* Writer: bpf_loader. Reader: connect, sendmsg, telemetry. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

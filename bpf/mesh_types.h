@@ -77,6 +77,21 @@ struct address_value {
 	__u8 reserved[16];
 };
 
+/* A range of addresses that is one service's, in the order in which a trie compares: longest prefix. */
+struct range_key {
+	__u32 prefix_bits; /* of the network and the address together: 32 to 160 */
+	__u32 network;
+	struct ip address;
+};
+
+/* Where `services` and `addresses` say what a range is: its first address, in a network of its own. */
+struct range_value {
+	struct ip address;
+	__u32 network;
+	__u32 pad;
+	__u8 reserved[8];
+};
+
 /* Who a client is: a socket has no source address yet in connect(), but its namespace has a cookie. */
 struct pod_key {
 	__u64 netns_cookie;
@@ -193,6 +208,8 @@ _Static_assert(sizeof(struct endpoint_key) == 16, "endpoint_key");
 _Static_assert(sizeof(struct endpoint_value) == 48, "endpoint_value");
 _Static_assert(sizeof(struct address_key) == 24, "address_key");
 _Static_assert(sizeof(struct address_value) == 24, "address_value");
+_Static_assert(sizeof(struct range_key) == 24, "range_key");
+_Static_assert(sizeof(struct range_value) == 32, "range_value");
 _Static_assert(sizeof(struct pod_value) == 64, "pod_value");
 _Static_assert(sizeof(struct datagram_key) == 32, "datagram_key");
 _Static_assert(sizeof(struct datagram_value) == 32, "datagram_value");

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from enum import IntEnum
 from sys import intern
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 from google.protobuf.message import DecodeError
@@ -65,12 +65,26 @@ class Families(IntEnum):
     DUAL = 3
 
 
+class Range(NamedTuple):
+    """Addresses that are a service's together: the first one, and how many of its 128 bits count."""
+
+    network: str
+    ip: Ip
+    bits: int
+
+    @property
+    def own_network(self) -> str:
+        """The network in which the maps hold it: no name of a real one has such a character."""
+        return f"{self.network}\0{self.bits}"
+
+
 class Service(msgspec.Struct, frozen=True, gc=False):
     """A service, as far as it decides traffic. `ports` maps service port to target port, 0 by name."""
 
     name: str
     hostname: str
     vips: tuple[tuple[str, Ip], ...]
+    ranges: tuple[Range, ...]
     ports: tuple[tuple[int, int], ...]
     families: Families
     mode: Mode
@@ -78,6 +92,11 @@ class Service(msgspec.Struct, frozen=True, gc=False):
     allows_unhealthy: bool
     has_waypoint: bool
     canonical: bool
+
+    @property
+    def places(self) -> tuple[tuple[str, Ip], ...]:
+        """Where the maps hold it: its addresses, and its ranges as one address each."""
+        return self.vips + tuple([(found.own_network, found.ip) for found in self.ranges])
 
 
 class Workload(msgspec.Struct, frozen=True, gc=False):
@@ -166,10 +185,12 @@ def _service(message: workload_pb2.ServiceOutline) -> Service:
     if families > Families.DUAL:
         raise FieldError("service.ip_families", f"{families} is not a valid Families")
     mode, scopes, allows_unhealthy = _load_balancing[message.load_balancing]
+    vips = list(map(_vip, message.addresses))
     return Service(
         name=f"{namespace}/{hostname}",
         hostname=hostname,
-        vips=tuple([vip for a in message.addresses if (vip := _vip(a)) is not None]),
+        vips=tuple([vip for vip in vips if not isinstance(vip, Range)]),
+        ranges=tuple([vip for vip in vips if isinstance(vip, Range)]),
         ports=tuple(dict(map(_port.__getitem__, message.ports)).items()),
         families=_FAMILIES[families],
         mode=mode,
@@ -212,16 +233,21 @@ _load_balancing: Final = Remembered(_decode_load_balancing)
 _port: Final = Remembered(_decode_port)
 
 
-def _vip(message: workload_pb2.NetworkAddress) -> tuple[str, Ip] | None:
-    """A single address. A range is not held yet: its addresses are then no service's."""
+def _vip(message: workload_pb2.NetworkAddress) -> tuple[str, Ip] | Range:
     ip = _ip("service.addresses", message.address)
+    network = network_name("service.addresses.network", message.network)
+    if not message.HasField("length"):
+        return network, ip
     bits = _V4_BITS if len(message.address) == _V4_BITS // 8 else _V6_BITS
-    if message.HasField("length"):
-        if message.length > bits:
-            raise FieldError("service.addresses.length", f"{message.length} of {bits} bits")
-        if message.length < bits:
-            return None
-    return network_name("service.addresses.network", message.network), ip
+    if message.length > bits:
+        raise FieldError("service.addresses.length", f"{message.length} of {bits} bits")
+    if message.length == bits:
+        return network, ip
+    counted = _V6_BITS - bits + message.length
+    first = int.from_bytes(ip, "big") >> (_V6_BITS - counted) << (_V6_BITS - counted)
+    found = Range(network, Ip(first.to_bytes(_V6_BITS // 8, "big")), counted)
+    network_name("service.addresses", found.own_network)
+    return found
 
 
 def network_name(field: str, name: str) -> str:

@@ -81,6 +81,7 @@ class LoaderSettings(CommonSettings, frozen=True, kw_only=True):
     services_max: int = 131_072
     endpoints_max: int = 524_288
     addresses_max: int = 524_288
+    ranges_max: int = 16_384
     pods_max: int = 4_096
     opens_max: int = 131_072
     datagrams_max: int = 65_536

@@ -26,6 +26,8 @@ ENDPOINT_OTHER: Final = offset("endpoint_value", "other")
 ENDPOINT_ADDRESS: Final = offset("endpoint_value", "address")
 ADDRESS_KEY: Final = codec("address_key", "address", "network")
 ADDRESS_VALUE: Final = codec("address_value", "kind", "verdict")
+RANGE_KEY: Final = codec("range_key", "prefix_bits", "network", "address")
+RANGE_VALUE: Final = codec("range_value", "address", "network")
 POD_KEY: Final = codec("pod_key", "netns_cookie")
 POD_VALUE: Final = codec("pod_value", "address4", "address6", "network", "cgroup_id")
 OPEN_KEY: Final = codec("open_key", "local", "remote", "service", "direction", "protocol")
@@ -52,6 +54,11 @@ def ip_to_text(ip: bytes) -> str:
 
 def is_v4(ip: bytes) -> bool:
     return ip[:12] == V4_PREFIX
+
+
+def range_to_text(ip: bytes, bits: int) -> str:
+    """`bits` of the sixteen bytes, as people count them: of an IPv4 range those of four."""
+    return f"{ip_to_text(ip)}/{bits - 96 if is_v4(ip) and bits >= 96 else bits}"
 
 
 def port_bytes(port: int) -> bytes:

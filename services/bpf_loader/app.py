@@ -57,6 +57,7 @@ def _load(settings: LoaderSettings) -> Programs:
         "services": settings.services_max,
         "endpoints": settings.endpoints_max,
         "addresses": settings.addresses_max,
+        "ranges": settings.ranges_max,
         "pods": settings.pods_max,
         "opens": settings.opens_max,
         "datagrams": settings.datagrams_max,

@@ -239,6 +239,7 @@ class MapWriter:
                 "services": [len(held.services), self.maps.limits.services],
                 "endpoints": [held.endpoints, self.maps.limits.endpoints],
                 "addresses": [len(held.addresses), self.maps.limits.addresses],
+                "ranges": [len(held.ranges), self.maps.limits.ranges],
             },
             "map_memory_bytes": self.maps.memory_bytes(),
             "refused": self.planner.refused,
@@ -252,6 +253,7 @@ class MapWriter:
             "services": len(held.services),
             "endpoints": held.endpoints,
             "addresses": len(held.addresses),
+            "ranges": len(held.ranges),
         }
         yield metrics.by_label("mesh_map_entries", "Entries of a map.", "map", sizes)
         yield metrics.by_label("mesh_map_max_entries", "Room in a map.", "map", limits._asdict())

@@ -84,7 +84,7 @@ def desired_service(mesh: Mesh, name: str, rules: Rules) -> DesiredService:
     service = mesh.services.get(name)
     if service is None:
         return NOTHING
-    vips = [vip for vip in service.vips if mesh.vip_owner(place_of(*vip)) == name]
+    vips = [vip for vip in service.places if mesh.vip_owner(place_of(*vip)) == name]
     if not vips:
         return NOTHING
     found = DesiredService({}, {}, {}, {})

@@ -10,14 +10,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import chain
-from typing import NewType, TypeVar, cast
+from typing import Final, NewType, TypeVar, cast
 
 from pykmesh.contracts.address import Policy, Service, Workload, decode_address
 from pykmesh.contracts.bulk import Group
-from pykmesh.kernel.records import ADDRESS_KEY, IP_BYTES, NO_IP, Ip, network_id
+from pykmesh.kernel.records import ADDRESS_KEY, IP_BYTES, NO_IP, RANGE_KEY, Ip, network_id
 from pykmesh.proto.workload_pb2 import Workload as WorkloadMessage
 from services.map_writer.locality import NOWHERE, Locality, is_ranked, locality
 
+RANGE_NETWORK_BITS: Final = 32
 _K = TypeVar("_K")
 Place = NewType("Place", bytes)
 """A network and an address, as the key of the map `addresses`."""
@@ -177,16 +178,24 @@ class Mesh:
         touched.services[name] = None
         if is_ranked(service):
             self.ranked[name] = None
-        for network, ip in service.vips:
+        for network, ip in service.places:
             place = place_of(network, ip)
             self._touch_rivals(place, touched)
             _own(self.vip_owners, place, name)
             touched.places[place] = None
 
+    def range_of(self, place: Place) -> bytes | None:
+        """The key of the range that a place stands for, of a service that is there."""
+        owner = self.vip_owner(place)
+        for found in self.services[owner].ranges if owner is not None else ():
+            if place_of(found.own_network, found.ip) == place:
+                return RANGE_KEY.pack(RANGE_NETWORK_BITS + found.bits, network_id(found.network), found.ip)
+        return None
+
     def _unlink_service(self, name: str, service: Service, touched: Touched) -> None:
         touched.services[name] = None
         self.ranked.pop(name, None)
-        for network, ip in service.vips:
+        for network, ip in service.places:
             place = place_of(network, ip)
             _disown(self.vip_owners, place, name)
             self._touch_rivals(place, touched)
@@ -212,7 +221,7 @@ class Mesh:
         """The addresses of these services, of those that are there."""
         for name in services:
             if (service := self.services.get(name)) is not None:
-                yield from (place_of(*vip) for vip in service.vips)
+                yield from (place_of(*vip) for vip in service.places)
 
     def owners(self, place: Place) -> tuple[str, ...]:
         """Every service and workload that has an address."""

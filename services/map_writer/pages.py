@@ -7,7 +7,7 @@ from typing import Any
 
 from pykmesh.admin import Admin
 from pykmesh.contracts.address import Workload, workload_message
-from pykmesh.kernel.records import ENDPOINT_VALUE, ip_to_text, port_number
+from pykmesh.kernel.records import ENDPOINT_VALUE, ip_to_text, port_number, range_to_text
 from services.map_writer.follower import Follower
 from services.map_writer.planner import Planner
 
@@ -25,7 +25,8 @@ def _service(follower: Follower, planner: Planner, name: str) -> dict[str, Any]:
     service = follower.mesh.services[name]
     return {
         "name": name,
-        "vips": [f"{network}/{ip_to_text(ip)}" for network, ip in service.vips],
+        "vips": [f"{network}/{ip_to_text(ip)}" for network, ip in service.vips]
+        + [f"{found.network}/{range_to_text(found.ip, found.bits)}" for found in service.ranges],
         "ports": {str(port): target for port, target in service.ports},
         "endpoints": len(follower.mesh.members.get(name, ())),
         "refused": "waypoint_unsupported" if service.has_waypoint else planner.refused.get(name, ""),

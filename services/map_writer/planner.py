@@ -5,7 +5,8 @@ Pure. Every step leaves the maps in a state that is right for the connections ma
 0. endpoints of lists that nothing names yet
 1. lists that shrink: free slots take what is new and what lies last, then their length is lowered
 2. lists that change or grow: endpoints are overwritten or appended, then their length is raised
-3. new service ports appear when their list is complete, then the addresses that they stand on
+3. new service ports appear when their list is complete, then the addresses that they stand on, then
+   the ranges that lead there
 4. what nothing names any more is deleted
 
 so a removed endpoint is out before its address serves another workload, and nothing is deleted
@@ -20,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple, TypeVar
 
 from pykmesh.kernel.layout import Reason
-from pykmesh.kernel.records import ENDPOINT_KEY, SERVICE_VALUE
+from pykmesh.kernel.records import ADDRESS_KEY, ENDPOINT_KEY, RANGE_VALUE, SERVICE_VALUE
 from services.map_writer.desired import (
     NOTHING,
     DesiredService,
@@ -48,6 +49,7 @@ class Limits(NamedTuple):
     services: int
     endpoints: int
     addresses: int
+    ranges: int = 16_384
 
 
 class Claim(NamedTuple):
@@ -67,6 +69,8 @@ class Held:
         self.services: dict[bytes, bytes] = {}
         self.lists: dict[int, list[bytes]] = {}
         self.addresses: dict[bytes, bytes] = {}
+        self.ranges: dict[bytes, bytes] = {}
+        """Keys of `ranges` by the place that stands for each."""
         self.weighed: set[int] = set()
         """The lists whose endpoints differ in weight."""
         self.endpoints = 0
@@ -115,8 +119,8 @@ class _Batches:
 
 STEP_ENTRIES: Final = 8192
 """Entries of a step that need not wait for others: it is written while what follows is planned."""
-_UNNAMED, _FILL, _LOWER, _ENDPOINTS, _RAISE, _ADDRESSES = range(6)
-_DROP_PORTS, _DROP_ENDPOINTS, _DROP_ADDRESSES = range(6, 9)
+_UNNAMED, _FILL, _LOWER, _ENDPOINTS, _RAISE, _ADDRESSES, _RANGES = range(7)
+_DROP_RANGES, _DROP_PORTS, _DROP_ENDPOINTS, _DROP_ADDRESSES = range(7, 11)
 
 
 class Planner:
@@ -187,6 +191,8 @@ class Planner:
         yield from self._plan_addresses(mesh, mesh.places(), batches)
         for key in stale:
             self._remove_address(key, batches)
+        for place in self.held.ranges.keys() - mesh.vip_owners.keys():
+            self._remove_range(place, batches)
         yield from batches.steps(_DROP_ADDRESSES)
         yield from self._plan_refused(mesh)
 
@@ -343,6 +349,28 @@ class Planner:
                     keys, values = batches.of(_ADDRESSES, "addresses")
             if self._refused_places:
                 self._refused_places.pop(place, None)
+            if place in mesh.vip_owners or place in self.held.ranges:
+                self._plan_range(mesh, place, batches)
+
+    def _plan_range(self, mesh: Mesh, place: Place, batches: _Batches) -> None:
+        """A range is looked up when what stands for it is there, and no more before that goes."""
+        key, current = mesh.range_of(place), self.held.ranges.get(place)
+        if key is None:
+            self._remove_range(place, batches)
+        elif current is None and len(self.held.ranges) + self._leaving["ranges"] >= self._limits.ranges:
+            self._refused_places[place] = dict.fromkeys(
+                mesh.owners(place), f"map ranges is full ({self._limits.ranges} entries)"
+            )
+        elif current is None:
+            self.held.ranges[place] = key
+            ip, network = ADDRESS_KEY.unpack(place)
+            batches.put(_RANGES, "ranges", key, RANGE_VALUE.pack(ip, network))
+
+    def _remove_range(self, place: bytes, batches: _Batches) -> None:
+        key = self.held.ranges.pop(place, None)
+        if key is not None:
+            self._leaving["ranges"] += 1
+            batches.remove(_DROP_RANGES, "ranges", key)
 
 
 def _set_or_drop(index: dict[_K, dict[str, str]], key: _K, refused: dict[str, str]) -> None:

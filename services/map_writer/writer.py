@@ -9,10 +9,10 @@ from typing import Final
 
 from pykmesh.kernel import pins
 from pykmesh.kernel.maps import PinError, PinnedMap
-from pykmesh.kernel.records import ENDPOINT_KEY
+from pykmesh.kernel.records import ADDRESS_KEY, ENDPOINT_KEY, RANGE_VALUE
 from services.map_writer.planner import Held, Limits, Step
 
-NAMES: Final = ("services", "endpoints", "addresses")
+NAMES: Final = ("services", "endpoints", "addresses", "ranges")
 
 
 class Maps:
@@ -40,6 +40,8 @@ class Maps:
         held = Held()
         held.services.update(self._maps["services"].items())
         held.addresses.update(self._maps["addresses"].items())
+        for key, value in self._maps["ranges"].items():
+            held.ranges[ADDRESS_KEY.pack(*RANGE_VALUE.unpack(value))] = key
         for key, value in self._maps["endpoints"].items():
             list_id, slot = ENDPOINT_KEY.unpack(key)
             held.add_endpoint(list_id, slot, value)

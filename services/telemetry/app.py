@@ -40,7 +40,7 @@ NAMES_INTERVAL_S: Final = 0.02
 FILL_INTERVAL_S: Final = 30.0
 FILL_SHARE: Final = 100
 """Counting a map's entries may take one in so many parts of the time."""
-FILLED: Final = ("services", "endpoints", "addresses", "pods", "datagrams")
+FILLED: Final = ("services", "endpoints", "addresses", "ranges", "pods", "datagrams")
 
 
 class Pins:

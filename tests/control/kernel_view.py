@@ -15,10 +15,13 @@ from pykmesh.kernel.records import (
     ADDRESS_VALUE,
     ENDPOINT_KEY,
     ENDPOINT_VALUE,
+    RANGE_KEY,
+    RANGE_VALUE,
     SERVICE_KEY,
     SERVICE_VALUE,
     ip_to_text,
     port_number,
+    range_to_text,
 )
 
 
@@ -49,7 +52,7 @@ Raw = dict[str, dict[bytes, bytes]]
 def read_raw(maps_dir: Path) -> Raw:
     """Services first: what they count was there when they were read, unless it went meanwhile."""
     found: Raw = {}
-    for name in ("services", "endpoints", "addresses"):
+    for name in ("ranges", "services", "endpoints", "addresses"):
         with PinnedMap(maps_dir, name) as pinned:
             found[name] = dict(pinned.items())
     return found
@@ -61,6 +64,7 @@ def read(maps_dir: Path, network: int = 0) -> View:
 
 
 def view(raw: Raw, network: int = 0) -> View:
+    ranges = dict(_range(key, value) for key, value in raw["ranges"].items())
     slots = {ENDPOINT_KEY.unpack(key): value for key, value in raw["endpoints"].items()}
     services: dict[str, Entry] = {}
     counted: set[tuple[int, int]] = set()
@@ -70,12 +74,19 @@ def view(raw: Raw, network: int = 0) -> View:
         endpoints = [_endpoint(list_id, slots[list_id, slot]) for slot in range(count)]
         assert len(set(endpoints)) == count, f"{ip_to_text(ip)}: an endpoint twice in {endpoints}"
         counted |= {(list_id, slot) for slot in range(count)}
-        if number == network:
+        if number == network or (ip, number) in ranges:
             entry = Entry(Reason(verdict).label, frozenset(endpoints))
-            services[f"{ip_to_text(ip)} {port_number(port)}"] = entry
+            shown = ranges.get((ip, number), ip_to_text(ip))
+            services[f"{shown} {port_number(port)}"] = entry
     left_over = slots.keys() - counted
     assert not left_over, f"endpoints that nothing counts: {left_over}"
-    return View(services, _addresses(raw["addresses"], network))
+    return View(services, _addresses(raw["addresses"], network, ranges))
+
+
+def _range(key: bytes, value: bytes) -> tuple[tuple[bytes, int], str]:
+    """What stands for a range in the other maps, and the range as text."""
+    bits, _, ip = RANGE_KEY.unpack(key)
+    return RANGE_VALUE.unpack(value), range_to_text(ip, bits - 32)
 
 
 def _endpoint(list_id: int, value: bytes) -> str:
@@ -84,13 +95,17 @@ def _endpoint(list_id: int, value: bytes) -> str:
     return f"{ip_to_text(ip)} {port_number(port)}"
 
 
-def _addresses(raw: dict[bytes, bytes], network: int) -> dict[str, Address]:
+def _addresses(
+    raw: dict[bytes, bytes], network: int, ranges: dict[tuple[bytes, int], str]
+) -> dict[str, Address]:
     found = {}
     for key, value in raw.items():
         ip, number = ADDRESS_KEY.unpack(key)
-        if number == network:
+        if number == network or (ip, number) in ranges:
             kind, verdict = ADDRESS_VALUE.unpack(value)
-            found[ip_to_text(ip)] = Address(AddressKind(kind).name.lower(), Reason(verdict).label)
+            found[ranges.get((ip, number), ip_to_text(ip))] = Address(
+                AddressKind(kind).name.lower(), Reason(verdict).label
+            )
     return found
 
 

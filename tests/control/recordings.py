@@ -1,7 +1,6 @@
 """Recordings of real istiods: what they sent, and what the kernel must then say, read from `expect.json`.
 
-The reading here knows the recording's own terms only. Not compared, for the data plane does not do
-it yet: ranges among VIPs.
+The reading here knows the recording's own terms only.
 """
 
 from __future__ import annotations
@@ -63,8 +62,9 @@ def view(state: Plain) -> View:
     for service in state["services"].values():
         for vip in service["vips"]:
             network, address, *length = vip.split("/")
-            if not network and (not length or length[0] == ("128" if ":" in address else "32")):
-                owners.setdefault(address, []).append(service)
+            if not network:
+                whole = not length or length[0] == ("128" if ":" in address else "32")
+                owners.setdefault(address if whole else f"{address}/{length[0]}", []).append(service)
     services, addresses = {}, _workloads(state)
     for address, (service,) in owners.items():  # in no recording has a VIP two owners
         passes = _mode(service) == "PASSTHROUGH" and not _has_waypoint(service)

@@ -26,6 +26,11 @@ for _ in range({rounds}):
     for s in sockets: s.close()
 print(json.dumps(found))
 """
+REFUSED = """
+import socket
+try: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(({address!r}, 81))
+except OSError as error: print(type(error).__name__)
+"""
 # The chi-square statistic that one run in a hundred million exceeds, by degrees of freedom.
 UNLIKELY = {1: 33, 2: 37, 3: 40, 4: 43}
 
@@ -90,6 +95,32 @@ def test_a_service_of_its_node_alone_is_refused_where_it_has_no_endpoint(pair: t
         draw(client, "10.96.7.7", rounds=1)
 
 
+def test_an_address_of_a_range_is_the_services_that_has_the_longest(pair: tuple[Node, Pod]) -> None:
+    node, client = pair
+    ranges = {"240.20.0.0/16": "10.9.5.1", "240.20.5.0/24": "10.9.5.2", "240.20.5.9": "10.9.5.3"}
+    entries = [
+        entry({"address": endpoint}, name=f"range-{n}", address=address)
+        for n, (address, endpoint) in enumerate(ranges.items())
+    ]
+    node.write("choice", text(*entries))
+    for n, endpoint in enumerate(ranges.values()):
+        node.until_endpoints(f"shop/range-{n}.example", {f"{endpoint}:80"})
+    for address, endpoint in {
+        "240.20.7.1": "10.9.5.1",
+        "240.20.5.8": "10.9.5.2",
+        "240.20.5.9": "10.9.5.3",
+    }.items():
+        assert draw(client, address, rounds=1) == {endpoint: 500}
+    assert draw(client, "240.21.0.1", rounds=1) == {"240.21.0.1": 500}
+    assert python(client, REFUSED.format(address="240.20.5.8")) == "ConnectionRefusedError"
+    node.write("choice", text(entries[0]))
+    node.until_endpoints("shop/range-1.example", set())
+    assert draw(client, "240.20.5.9", rounds=1) == {"10.9.5.1": 500}
+    node.write("choice", text(entry({"address": "10.9.5.1"})))
+    node.until_endpoints("shop/range-0.example", set())
+    assert draw(client, "240.20.5.9", rounds=1) == {"240.20.5.9": 500}
+
+
 def test_the_status_says_where_the_node_is(pair: tuple[Node, Pod]) -> None:
     node, _ = pair
     said = until(lambda: node.status()["processes"]["map_writer"]["locality"], "a locality")
@@ -111,14 +142,19 @@ def assert_drawn(client: Pod, weights: dict[str, int], rounds: int) -> None:
     assert chi_square <= UNLIKELY.get(len(weights) - 1, 0), f"{found}, not about {expected}"
 
 
-def entry(*endpoints: dict[str, Any], annotations: dict[str, str] | None = None) -> Object:
+def entry(
+    *endpoints: dict[str, Any],
+    annotations: dict[str, str] | None = None,
+    name: str = "choice",
+    address: str = VIP,
+) -> Object:
     return {
         "apiVersion": "networking.istio.io/v1",
         "kind": "ServiceEntry",
-        "metadata": {"name": "choice", "namespace": "shop", "annotations": annotations or {}},
+        "metadata": {"name": name, "namespace": "shop", "annotations": annotations or {}},
         "spec": {
-            "hosts": ["choice.example"],
-            "addresses": [VIP],
+            "hosts": [f"{name}.example"],
+            "addresses": [address],
             "ports": [{"number": 80, "name": "udp", "protocol": "TCP"}],
             "resolution": "STATIC",
             "endpoints": list(endpoints),

@@ -21,7 +21,15 @@ RECORDS, OPENS, DISCARDS, SHORT = range(4)
 TCP, UDP = 6, 17
 LOCAL: Final = bytes(10) + b"\xff\xff" + bytes([10, 0, 0, 1])
 _REQUEST: Final = struct.Struct("<QIIIIIIIIQQQ")  # struct emit_request
-_SIZES: Final = {"services": 64, "endpoints": 64, "addresses": 64, "pods": 64, "opens": 1024, "datagrams": 64}
+_SIZES: Final = {
+    "services": 64,
+    "endpoints": 64,
+    "addresses": 64,
+    "ranges": 64,
+    "pods": 64,
+    "opens": 1024,
+    "datagrams": 64,
+}
 
 
 def remote(number: int) -> bytes:

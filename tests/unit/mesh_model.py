@@ -20,6 +20,8 @@ from pykmesh.kernel.records import (
     ENDPOINT_KEY,
     ENDPOINT_SHARE,
     ENDPOINT_VALUE,
+    RANGE_KEY,
+    RANGE_VALUE,
     SERVICE_KEY,
     SERVICE_VALUE,
     Ip,
@@ -33,11 +35,17 @@ from services.map_writer.locality import Locality
 from services.map_writer.mesh import Mesh, Touched
 from services.map_writer.planner import Limits, Step
 
-KEY_BYTES = {"services": SERVICE_KEY.size, "endpoints": ENDPOINT_KEY.size, "addresses": ADDRESS_KEY.size}
+KEY_BYTES = {
+    "services": SERVICE_KEY.size,
+    "endpoints": ENDPOINT_KEY.size,
+    "addresses": ADDRESS_KEY.size,
+    "ranges": RANGE_KEY.size,
+}
 VALUE_BYTES = {
     "services": SERVICE_VALUE.size,
     "endpoints": ENDPOINT_VALUE.size,
     "addresses": ADDRESS_VALUE.size,
+    "ranges": RANGE_VALUE.size,
 }
 NAMES = [f"shop/{letter}.shop" for letter in "abcd"]
 UIDS = [f"C//Pod/shop/p{number}" for number in range(6)]
@@ -74,6 +82,7 @@ def _service(draw: random.Random) -> Service:
         name=draw.choice(NAMES),
         hostname="host",
         vips=tuple(("", ip) for ip in draw.sample(VIPS, draw.randrange(4))),
+        ranges=(),
         ports=tuple(ports.items()),
         families=draw.choice([Families.AUTOMATIC, *Families]),
         mode=draw.choice([Mode.UNSPECIFIED, Mode.UNSPECIFIED, Mode.FAILOVER, Mode.STRICT, Mode.PASSTHROUGH]),
@@ -157,6 +166,10 @@ class Maps:
                 yield
 
     def assert_safe(self) -> None:
+        for value in self.maps["ranges"].values():
+            assert ADDRESS_KEY.pack(*RANGE_VALUE.unpack(value)) in self.maps["addresses"], (
+                "a range of nothing"
+            )
         for value in self.maps["services"].values():
             list_id, count, verdict = SERVICE_VALUE.unpack(value)
             assert verdict == Reason.ROUTED or count == 0

@@ -16,6 +16,7 @@ from pykmesh.contracts.address import (
     FieldError,
     Mode,
     Policy,
+    Range,
     Service,
     Workload,
     decode_address,
@@ -33,6 +34,7 @@ DEFAULT_SERVICE = Service(
     name="shop/web.shop",
     hostname="web.shop",
     vips=(),
+    ranges=(),
     ports=(),
     families=Families.AUTOMATIC,
     mode=Mode.UNSPECIFIED,
@@ -73,9 +75,9 @@ SERVICES: dict[str, tuple[Fields, Fields]] = {
         {"addresses": [{"address": V4, "length": 32}, {"address": V6, "length": 128}]},
         {"vips": (("", IP4), ("", IP6))},
     ),
-    "ranges, which are not held yet": (
-        {"addresses": [{"address": V4, "length": 24}, {"address": V6, "length": 0}]},
-        {"vips": ()},
+    "ranges, which begin where they begin": (
+        {"addresses": [{"address": V4, "length": 24}, {"network": "east", "address": V6, "length": 0}]},
+        {"ranges": (Range("", ip_from_text("10.0.0.0"), 120), Range("east", ip_from_text("::"), 0))},
     ),
     "an IPv4 address written as IPv6": (
         {"addresses": [{"address": ipaddress.ip_address("::ffff:10.0.0.1")}]},

