@@ -23,10 +23,66 @@ struct choice {
 
 /* Endpoints are read without a lock: a list that shrinks meanwhile is read again this often. */
 #define CHOOSE_ATTEMPTS 4
+/* An element that is reused while it is read is looked for again this often. */
+#define READ_ATTEMPTS 2
+/* In a list of more endpoints a datagram socket is not followed when its endpoint gets another slot. */
+#define KEEP_SLOTS 64
 
 static __always_inline __u32 client_network(const struct pod_value *pod)
 {
 	return pod ? pod->network : node_network;
+}
+
+/*
+ * What an address is, copied; false when it is unknown. One that changes meanwhile is read again; one
+ * that does so each time is taken for a service's, whose ports are then looked for again.
+ */
+static __always_inline bool read_address(const struct address_key *key, struct address_value *found)
+{
+	int attempt;
+
+#pragma unroll
+	for (attempt = 0; attempt < READ_ATTEMPTS; attempt++) {
+		struct address_value *value = bpf_map_lookup_elem(&addresses, key);
+
+		if (!value)
+			return false;
+		found->kind = value->kind;
+		found->verdict = value->verdict;
+		barrier();
+		found->address = value->address;
+		found->network = value->network;
+		if (ip_equal(&found->address, &key->address) && found->network == key->network)
+			return true;
+	}
+	found->kind = ADDRESS_SERVICE;
+	found->verdict = REASON_ROUTED;
+	return true;
+}
+
+/* A port of a service, copied; false when there is none. One that changes meanwhile is read again. */
+static __always_inline bool read_service(const struct service_key *key, struct service_value *found)
+{
+	int attempt;
+
+#pragma unroll
+	for (attempt = 0; attempt < READ_ATTEMPTS; attempt++) {
+		struct service_value *value = bpf_map_lookup_elem(&services, key);
+
+		if (!value)
+			return false;
+		found->id = value->id;
+		found->endpoints = value->endpoints;
+		found->verdict = value->verdict;
+		barrier();
+		found->address = value->address;
+		found->network = value->network;
+		found->port = value->port;
+		if (ip_equal(&found->address, &key->address) && found->network == key->network &&
+		    found->port == key->port)
+			return true;
+	}
+	return false;
 }
 
 /*
@@ -38,28 +94,25 @@ static __always_inline bool widen(struct service_key *key)
 	struct range_key range = { .prefix_bits = 160, .network = key->network, .address = key->address };
 	struct address_key exact = { .address = key->address, .network = key->network };
 	struct range_value *found = bpf_map_lookup_elem(&ranges, &range);
-	struct address_value *known;
+	struct address_value known = {};
 
-	if (!found)
-		return false;
-	known = bpf_map_lookup_elem(&addresses, &exact);
-	if (known && known->kind == ADDRESS_SERVICE)
+	if (!found || (read_address(&exact, &known) && known.kind == ADDRESS_SERVICE))
 		return false;
 	key->address = found->address;
 	key->network = found->network;
 	return true;
 }
 
-static __always_inline enum reason unserved_verdict(const struct ip *address, __u32 network)
+static __always_inline enum reason unserved_verdict(const struct service_key *key)
 {
-	struct address_key key = { .address = *address, .network = network };
-	struct address_value *known = bpf_map_lookup_elem(&addresses, &key);
+	struct address_key address = { .address = key->address, .network = key->network };
+	struct address_value known = {};
 
-	if (!known)
+	if (!read_address(&address, &known))
 		return REASON_ROUTED;
-	if (known->kind == ADDRESS_SERVICE && known->verdict == REASON_ROUTED)
+	if (known.kind == ADDRESS_SERVICE && known.verdict == REASON_ROUTED)
 		return REASON_NO_PORT;
-	return known->verdict;
+	return known.verdict;
 }
 
 /* True when the slot held an endpoint of this service for the whole time that it was read. */
@@ -96,7 +149,6 @@ static __always_inline bool draw_endpoint(__u64 service, __u32 count, struct cho
 	return true;
 }
 
-/* Whether a slot still holds the endpoint that a socket went to before. */
 static __always_inline bool holds(__u64 service, __u32 slot, const struct destination *kept)
 {
 	struct endpoint_value held;
@@ -105,41 +157,55 @@ static __always_inline bool holds(__u64 service, __u32 slot, const struct destin
 	       held.port == kept->port;
 }
 
+/* Finds the endpoint that a socket went to before: in its slot, or where a change of the list put it. */
+static __always_inline bool find_kept(const struct service_value *service, __s64 slot, struct choice *choice)
+{
+	struct destination kept = choice->endpoint;
+	__u32 other;
+
+	if (slot < 0)
+		return false;
+	choice->slot = slot;
+	if (choice->slot < service->endpoints && holds(service->id, choice->slot, &kept))
+		return true;
+	for (other = 0; other < KEEP_SLOTS && other < service->endpoints; other++) {
+		if (!holds(service->id, other, &kept))
+			continue;
+		choice->slot = other;
+		return true;
+	}
+	return false;
+}
+
 /*
- * `preferred` is a slot to keep when it still holds `choice->endpoint` (datagrams of one socket),
+ * `preferred` is a slot to keep when the list still has `choice->endpoint` (datagrams of one socket),
  * or -1. Returns REASON_ROUTED, REASON_PASSTHROUGH, or why it is refused.
  */
 static __always_inline enum reason choose(const struct destination *to, __u32 network, __s64 preferred,
 					  struct choice *choice)
 {
 	struct service_key key = { .address = to->address, .network = network, .port = to->port };
-	struct destination kept = choice->endpoint;
-	struct service_value *service;
-	__u32 endpoints_count;
+	struct service_value service = {};
+	enum reason verdict;
 	int attempt;
 
 	choice->rewrite = false;
 #pragma unroll
 	for (attempt = 0; attempt < CHOOSE_ATTEMPTS; attempt++) {
-		service = bpf_map_lookup_elem(&services, &key);
-		if (!service && widen(&key))
-			service = bpf_map_lookup_elem(&services, &key);
-		if (!service)
-			return unserved_verdict(&key.address, key.network);
-		choice->service = service->id;
-		if (service->verdict != REASON_ROUTED)
-			return service->verdict;
-		endpoints_count = service->endpoints;
-		if (!endpoints_count)
-			return REASON_NO_ENDPOINT;
-		if (preferred >= 0 && preferred < endpoints_count &&
-		    holds(choice->service, preferred, &kept)) {
-			choice->slot = preferred;
-			choice->endpoint = kept;
-			choice->rewrite = true;
-			return REASON_ROUTED;
+		if (!read_service(&key, &service) && !(widen(&key) && read_service(&key, &service))) {
+			verdict = unserved_verdict(&key);
+			/* An update may hide an entry for a moment: a service's port is looked for again. */
+			if (verdict == REASON_NO_PORT && attempt < CHOOSE_ATTEMPTS - 1)
+				continue;
+			return verdict;
 		}
-		if (draw_endpoint(choice->service, endpoints_count, choice)) {
+		choice->service = service.id;
+		if (service.verdict != REASON_ROUTED)
+			return service.verdict;
+		if (!service.endpoints)
+			return REASON_NO_ENDPOINT;
+		if ((!attempt && find_kept(&service, preferred, choice)) ||
+		    draw_endpoint(service.id, service.endpoints, choice)) {
 			choice->rewrite = true;
 			return REASON_ROUTED;
 		}

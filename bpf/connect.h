@@ -100,7 +100,7 @@ int pykmesh_conn4(struct bpf_sock_addr *ctx)
 	if (!is_served(ctx))
 		return ALLOW;
 	reason = decide_connect(ctx, &to, &choice);
-	if (reason != REASON_ROUTED && reason != REASON_PASSTHROUGH)
+	if (is_refusal(reason))
 		return refuse(reason);
 	if (!choice.rewrite) {
 		forget(ctx);
@@ -116,18 +116,14 @@ int pykmesh_conn4(struct bpf_sock_addr *ctx)
 SEC("cgroup/connect6")
 int pykmesh_conn6(struct bpf_sock_addr *ctx)
 {
-	struct destination to = { .port = ctx->user_port };
+	struct destination to = { .address = ip_from_v6(ctx), .port = ctx->user_port };
 	struct choice choice = {};
 	enum reason reason;
 
 	if (!is_served(ctx))
 		return ALLOW;
-	to.address.word[0] = ctx->user_ip6[0];
-	to.address.word[1] = ctx->user_ip6[1];
-	to.address.word[2] = ctx->user_ip6[2];
-	to.address.word[3] = ctx->user_ip6[3];
 	reason = decide_connect(ctx, &to, &choice);
-	if (reason != REASON_ROUTED && reason != REASON_PASSTHROUGH)
+	if (is_refusal(reason))
 		return refuse(reason);
 	if (!choice.rewrite) {
 		forget(ctx);
@@ -135,10 +131,7 @@ int pykmesh_conn6(struct bpf_sock_addr *ctx)
 	}
 	count(REASON_ROUTED);
 	remember(ctx, &to, &choice);
-	ctx->user_ip6[0] = choice.endpoint.address.word[0];
-	ctx->user_ip6[1] = choice.endpoint.address.word[1];
-	ctx->user_ip6[2] = choice.endpoint.address.word[2];
-	ctx->user_ip6[3] = choice.endpoint.address.word[3];
+	set_v6(ctx, &choice.endpoint.address);
 	ctx->user_port = choice.endpoint.port;
 	return ALLOW;
 }

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
  * cgroup/sendmsg4, sendmsg6, recvmsg4, recvmsg6: unconnected UDP. Each (socket, service) keeps its
- * endpoint for as long as the endpoint is usable, and the answers come from the service's address.
+ * endpoint for as long as the endpoint is usable (in a list of more than KEEP_SLOTS as long as it
+ * stays in its slot, too), and the answers come from the service's address.
  * An AF_INET6 socket that sends to a v4-mapped address comes by sendmsg4 and recvmsg6.
  *
  * Writes `datagrams`, `sockets`, `counters`, `flows` (refusals), `opens`.
@@ -92,10 +93,15 @@ static __always_inline enum reason decide_datagram(struct bpf_sock_addr *ctx, co
 		bpf_map_delete_elem(&datagrams, &key);
 		return reason;
 	}
+	/* The kernel sends no v4-mapped datagram for an IPv6 destination (net/ipv6/udp.c). */
+	if (reason == REASON_ROUTED && ip_is_v4(&to->address) != ip_is_v4(&choice->endpoint.address))
+		reason = REASON_FAMILY;
 	if (reason == REASON_ROUTED) {
 		bool same = ip_equal(&before.address, &choice->endpoint.address) &&
 			    before.port == choice->endpoint.port;
 
+		if (same && kept)
+			kept->slot = choice->slot;
 		if (same && leads_back(cookie, to, choice))
 			return reason;
 		if (keep_way(cookie, to, choice)) {
@@ -106,7 +112,7 @@ static __always_inline enum reason decide_datagram(struct bpf_sock_addr *ctx, co
 		}
 		reason = REASON_DATAGRAM_LOST;
 	}
-	if (reason != REASON_ROUTED && reason != REASON_PASSTHROUGH)
+	if (is_refusal(reason))
 		record_refusal(to, pod, choice->service, IPPROTO_UDP, reason);
 	return reason;
 }
@@ -132,28 +138,18 @@ int pykmesh_send4(struct bpf_sock_addr *ctx)
 SEC("cgroup/sendmsg6")
 int pykmesh_send6(struct bpf_sock_addr *ctx)
 {
-	struct destination to = { .port = ctx->user_port };
+	struct destination to = { .address = ip_from_v6(ctx), .port = ctx->user_port };
 	struct choice choice = {};
 	enum reason reason;
 
-	to.address.word[0] = ctx->user_ip6[0];
-	to.address.word[1] = ctx->user_ip6[1];
-	to.address.word[2] = ctx->user_ip6[2];
-	to.address.word[3] = ctx->user_ip6[3];
 	reason = decide_datagram(ctx, &to, &choice);
 	if (reason == REASON_PASSTHROUGH)
 		return ALLOW;
-	/* The kernel sends no v4-mapped datagram for an IPv6 destination (net/ipv6/udp.c). */
-	if (reason == REASON_ROUTED && choice.rewrite && ip_is_v4(&choice.endpoint.address))
-		reason = REASON_FAMILY;
 	if (reason != REASON_ROUTED)
 		return refuse(reason);
 	if (!choice.rewrite)
 		return ALLOW;
-	ctx->user_ip6[0] = choice.endpoint.address.word[0];
-	ctx->user_ip6[1] = choice.endpoint.address.word[1];
-	ctx->user_ip6[2] = choice.endpoint.address.word[2];
-	ctx->user_ip6[3] = choice.endpoint.address.word[3];
+	set_v6(ctx, &choice.endpoint.address);
 	ctx->user_port = choice.endpoint.port;
 	return ALLOW;
 }
@@ -173,17 +169,10 @@ int pykmesh_recv4(struct bpf_sock_addr *ctx)
 SEC("cgroup/recvmsg6")
 int pykmesh_recv6(struct bpf_sock_addr *ctx)
 {
-	struct destination from = { .port = ctx->user_port };
+	struct destination from = { .address = ip_from_v6(ctx), .port = ctx->user_port };
 
-	from.address.word[0] = ctx->user_ip6[0];
-	from.address.word[1] = ctx->user_ip6[1];
-	from.address.word[2] = ctx->user_ip6[2];
-	from.address.word[3] = ctx->user_ip6[3];
 	if (restore_source(ctx, &from)) {
-		ctx->user_ip6[0] = from.address.word[0];
-		ctx->user_ip6[1] = from.address.word[1];
-		ctx->user_ip6[2] = from.address.word[2];
-		ctx->user_ip6[3] = from.address.word[3];
+		set_v6(ctx, &from.address);
 		ctx->user_port = from.port;
 	}
 	return ALLOW;

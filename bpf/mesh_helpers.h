@@ -37,6 +37,25 @@ static __always_inline struct ip ip_from_v4(__be32 address)
 	return (struct ip){ .word = { 0, 0, bpf_htonl(0xffff), address } };
 }
 
+static __always_inline struct ip ip_from_v6(const struct bpf_sock_addr *ctx)
+{
+	return (struct ip){ .word = { ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2],
+				      ctx->user_ip6[3] } };
+}
+
+static __always_inline void set_v6(struct bpf_sock_addr *ctx, const struct ip *address)
+{
+	ctx->user_ip6[0] = address->word[0];
+	ctx->user_ip6[1] = address->word[1];
+	ctx->user_ip6[2] = address->word[2];
+	ctx->user_ip6[3] = address->word[3];
+}
+
+static __always_inline bool is_refusal(enum reason reason)
+{
+	return reason != REASON_ROUTED && reason != REASON_PASSTHROUGH;
+}
+
 static __always_inline bool ip_is_v4(const struct ip *address)
 {
 	return !address->word[0] && !address->word[1] && address->word[2] == bpf_htonl(0xffff);

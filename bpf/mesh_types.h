@@ -26,13 +26,21 @@ struct service_key {
 /*
  * One port of one service, as seen by one address family. Changed by one update, so a connection
  * sees the list of endpoints before the change or after it.
+ *
+ * It begins with its key: an element of a hash may be reused for another key while a program still
+ * reads it (kernel 6.1 and later, at once), values are copied from their beginning on, and what is
+ * read last is the beginning. A program that finds another key there looks again.
  */
 struct service_value {
+	struct ip address;
+	__u32 network;
+	__be16 port;
+	__u16 pad;
 	__u64 id;	 /* service port id: hash of (service, port, family) */
 	__u32 endpoints; /* slots 0..endpoints-1 of `endpoints` may be chosen */
 	__u16 verdict;	 /* enum reason: REASON_ROUTED, REASON_PASSTHROUGH, or why it is refused */
-	__u16 pad;
-	__u8 reserved[16];
+	__u16 pad2;
+	__u8 reserved[8];
 };
 
 struct endpoint_key {
@@ -42,8 +50,7 @@ struct endpoint_key {
 };
 
 /*
- * `service` repeats the key: a hash element may be reused for another key while a program still
- * reads it, and the program refuses what does not carry the id that it looked for.
+ * `service` repeats the key, for the same reason. Slots of one list may be taken for one another.
  *
  * Of endpoints with different weights each slot gives way to another one (Vose's alias method): of
  * 2^32 connections that draw the slot, `share` stay and the others go to slot `other`. 0: all stay.
@@ -69,12 +76,15 @@ enum address_kind {
 	ADDRESS_WORKLOAD = 2,
 };
 
-/* What an address is, consulted when (address, port) is no service port. */
+/* What an address is, consulted when (address, port) is no service port. Begins with its key. */
 struct address_value {
+	struct ip address;
+	__u32 network;
+	__u32 pad;
 	__u16 kind;    /* enum address_kind */
 	__u16 verdict; /* enum reason, for connections to the address itself */
-	__u32 pad;
-	__u8 reserved[16];
+	__u32 pad2;
+	__u8 reserved[8];
 };
 
 /* A range of addresses that is one service's, in the order in which a trie compares: longest prefix. */
@@ -203,11 +213,11 @@ enum reason {
 };
 
 _Static_assert(sizeof(struct service_key) == 24, "service_key");
-_Static_assert(sizeof(struct service_value) == 32, "service_value");
+_Static_assert(sizeof(struct service_value) == 48, "service_value");
 _Static_assert(sizeof(struct endpoint_key) == 16, "endpoint_key");
 _Static_assert(sizeof(struct endpoint_value) == 48, "endpoint_value");
 _Static_assert(sizeof(struct address_key) == 24, "address_key");
-_Static_assert(sizeof(struct address_value) == 24, "address_value");
+_Static_assert(sizeof(struct address_value) == 40, "address_value");
 _Static_assert(sizeof(struct range_key) == 24, "range_key");
 _Static_assert(sizeof(struct range_value) == 32, "range_value");
 _Static_assert(sizeof(struct pod_value) == 64, "pod_value");

@@ -34,19 +34,12 @@ int pykmesh_peer4(struct bpf_sock_addr *ctx)
 SEC("cgroup/getpeername6")
 int pykmesh_peer6(struct bpf_sock_addr *ctx)
 {
-	struct destination peer = { .port = ctx->user_port };
+	struct destination peer = { .address = ip_from_v6(ctx), .port = ctx->user_port };
 	struct socket_state *state;
 
-	peer.address.word[0] = ctx->user_ip6[0];
-	peer.address.word[1] = ctx->user_ip6[1];
-	peer.address.word[2] = ctx->user_ip6[2];
-	peer.address.word[3] = ctx->user_ip6[3];
 	state = state_by_peer(ctx, &peer);
 	if (state) {
-		ctx->user_ip6[0] = state->vip.word[0];
-		ctx->user_ip6[1] = state->vip.word[1];
-		ctx->user_ip6[2] = state->vip.word[2];
-		ctx->user_ip6[3] = state->vip.word[3];
+		set_v6(ctx, &state->vip);
 		ctx->user_port = state->vip_port;
 	}
 	return ALLOW;

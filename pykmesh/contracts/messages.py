@@ -78,7 +78,7 @@ class SnapshotRequest(_Message, frozen=True):
 
 
 class SnapshotPage(_Message, frozen=True):
-    """The state at `seq` or later: batches after `seq` are applied on top, in order.
+    """The state at `seq`: batches after it are applied on top, in order.
 
     One that is not `synced` is not whole: the first complete batch that is makes it so.
     """

@@ -15,6 +15,7 @@ from pykmesh.contracts.address import Families, Mode, Service, ServicePorts, Wor
 from pykmesh.contracts.bulk import Group
 from pykmesh.kernel.layout import AddressKind, Reason
 from pykmesh.kernel.records import (
+    ADDRESS_KEY,
     ADDRESS_VALUE,
     ENDPOINT_ADDRESS,
     ENDPOINT_VALUE,
@@ -219,9 +220,10 @@ def target_port(services: tuple[ServicePorts, ...], service: str, port: int, tar
 
 
 def desired_address(mesh: Mesh, place: Place, rules: Rules, crowded: Container[str]) -> bytes | None:
-    """The entry that says what an address is: a service's before a workload's. None: nobody's.
+    """What an address is, without the key that the entry begins with. None: nobody's.
 
-    `crowded`: the services that miss a port in the maps for want of room.
+    It is a service's before it is a workload's. `crowded`: the services that miss a port in the maps
+    for want of room.
     """
     if not rules.refuse_unenforced_policy and mesh.is_plainly_a_pods(place):
         return _PLAIN_WORKLOAD
@@ -243,7 +245,7 @@ def desired_address(mesh: Mesh, place: Place, rules: Rules, crowded: Container[s
 
 @cache
 def _address_value(kind: AddressKind, verdict: Reason) -> bytes:
-    return ADDRESS_VALUE.pack(kind, verdict)
+    return ADDRESS_VALUE.pack(kind, verdict)[ADDRESS_KEY.size :]
 
 
 _PLAIN_WORKLOAD = _address_value(AddressKind.WORKLOAD, Reason.ROUTED)

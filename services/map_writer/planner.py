@@ -69,12 +69,19 @@ class Held:
         self.services: dict[bytes, bytes] = {}
         self.lists: dict[int, list[bytes]] = {}
         self.addresses: dict[bytes, bytes] = {}
+        """Without the key that each value begins with: nearly all say the same."""
+        self._rests: dict[bytes, bytes] = {}
         self.ranges: dict[bytes, bytes] = {}
         """Keys of `ranges` by the place that stands for each."""
         self.weighed: set[int] = set()
         """The lists whose endpoints differ in weight."""
         self.endpoints = 0
         """Slots in all lists: one that is a hole counts until the list is planned."""
+
+    def add_address(self, key: bytes, value: bytes) -> None:
+        """From reading the map. One that does not begin with its key is written anew."""
+        rest = value[len(key) :] if value.startswith(key) else b""
+        self.addresses[key] = self._rests.setdefault(rest, rest)
 
     def add_endpoint(self, list_id: int, slot: int, value: bytes) -> None:
         """From reading the map; slots may come in any order, and have holes after a crash."""
@@ -269,7 +276,7 @@ class Planner:
     def _lower(self, list_id: int, length: int, service: DesiredService, batches: _Batches) -> None:
         for key, frontend in service.frontends.items():
             if frontend.list_id == list_id and self._names_list(key, list_id):
-                value = SERVICE_VALUE.pack(list_id, length, frontend.verdict)
+                value = _service_value(key, list_id, length, frontend.verdict)
                 self.held.services[key] = value
                 batches.put(_LOWER, "services", key, value)
 
@@ -292,7 +299,7 @@ class Planner:
         self, name: str, key: bytes, frontend: Frontend, batches: _Batches, refused: dict[str, str]
     ) -> None:
         length = len(self.held.lists.get(frontend.list_id, ()))
-        value = SERVICE_VALUE.pack(frontend.list_id, length, frontend.verdict)
+        value = _service_value(key, frontend.list_id, length, frontend.verdict)
         self._owner_of_key[key] = name
         current = self.held.services.get(key)
         if current == value:
@@ -343,7 +350,7 @@ class Planner:
             elif current != value:
                 held[place] = value
                 keys.append(place)
-                values.append(value)
+                values.append(place + value)
                 if len(keys) >= STEP_ENTRIES:
                     yield from batches.steps(_ADDRESSES)
                     keys, values = batches.of(_ADDRESSES, "addresses")
@@ -371,6 +378,11 @@ class Planner:
         if key is not None:
             self._leaving["ranges"] += 1
             batches.remove(_DROP_RANGES, "ranges", key)
+
+
+def _service_value(key: bytes, list_id: int, length: int, verdict: Reason) -> bytes:
+    """A value begins with its key."""
+    return key + SERVICE_VALUE.pack(list_id, length, verdict)[len(key) :]
 
 
 def _set_or_drop(index: dict[_K, dict[str, str]], key: _K, refused: dict[str, str]) -> None:

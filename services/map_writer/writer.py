@@ -39,7 +39,8 @@ class Maps:
         """Blocks for as long as the maps are large: for a thread."""
         held = Held()
         held.services.update(self._maps["services"].items())
-        held.addresses.update(self._maps["addresses"].items())
+        for key, value in self._maps["addresses"].items():
+            held.add_address(key, value)
         for key, value in self._maps["ranges"].items():
             held.ranges[ADDRESS_KEY.pack(*RANGE_VALUE.unpack(value))] = key
         for key, value in self._maps["endpoints"].items():

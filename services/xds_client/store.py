@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import msgspec
 
@@ -32,7 +33,7 @@ class Store:
         self.in_response = False
         """Part of a response is stored and its last batch not numbered: a snapshot is not whole."""
         self.held: dict[ResourceType, dict[str, Held]] = {kind: {} for kind in ResourceType}
-        self._snapshots: dict[str, list[tuple[ResourceType, list[str]]]] = {}
+        self._snapshots: dict[str, _Snapshot] = {}
 
     @property
     def synced(self) -> bool:
@@ -76,43 +77,50 @@ class Store:
         )
 
     def snapshot(self, cursor: str) -> SnapshotPage | None:
-        """A page of everything. None for a cursor that is not known any more: the reader starts again.
+        """A page of everything as it was when the first page was asked for, at its `seq`.
 
-        A cursor is `<snapshot>.<page>`; the names of a snapshot are fixed at its first page, their
-        contents are those of the moment.
+        None for a cursor that is not known any more: the reader starts again. A cursor is
+        `<snapshot>.<page>`.
         """
         if not cursor:
             cursor = f"{self._open_snapshot()}.0"
         name, _, number = cursor.partition(".")
         found = self._snapshots.get(name)
-        if found is None or not number.isdigit() or int(number) >= len(found):
+        if found is None or not number.isdigit() or int(number) >= len(found.pages):
             return None
         index = int(number)
-        kind, names = found[index]
-        held = self.held[kind]
-        last = index + 1 == len(found)
+        kind, resources = found.pages[index]
+        last = index + 1 == len(found.pages)
         if last:
             del self._snapshots[name]
         return SnapshotPage(
             version=VERSION,
             epoch=self.epoch,
-            seq=self.seq,
-            synced=self.synced and not self.in_response,
+            seq=found.seq,
+            synced=found.synced,
             type=kind,
-            resources=[Resource(name, held[name].value) for name in names if name in held],
+            resources=[Resource(name, held.value) for name, held in resources],
             next_cursor="" if last else f"{name}.{index + 1}",
         )
 
     def _open_snapshot(self) -> str:
-        found: list[tuple[ResourceType, list[str]]] = []
+        """What is held never changes, it is replaced: the snapshot names what there is now."""
+        found = _Snapshot(self.seq, self.synced and not self.in_response, [])
         for kind, held in self.held.items():
             sized = ((name, len(name) + len(resource.value)) for name, resource in held.items())
-            found += [(kind, names) for names in pages(sized)]
+            for names in pages(sized):
+                found.pages.append((kind, [(name, held[name]) for name in names]))
         name = secrets.token_hex(4)
         self._snapshots[name] = found
         while len(self._snapshots) > SNAPSHOTS_KEPT:
             del self._snapshots[next(iter(self._snapshots))]
         return name
+
+
+class _Snapshot(NamedTuple):
+    seq: int
+    synced: bool
+    pages: list[tuple[ResourceType, list[tuple[str, Held]]]]
 
 
 def pages(sized: Iterable[tuple[str, int]]) -> Iterator[list[str]]:

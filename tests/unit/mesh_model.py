@@ -170,6 +170,8 @@ class Maps:
             assert ADDRESS_KEY.pack(*RANGE_VALUE.unpack(value)) in self.maps["addresses"], (
                 "a range of nothing"
             )
+        for key, value in (*self.maps["services"].items(), *self.maps["addresses"].items()):
+            assert value.startswith(key), "programs would take it for another's"
         for value in self.maps["services"].values():
             list_id, count, verdict = SERVICE_VALUE.unpack(value)
             assert verdict == Reason.ROUTED or count == 0

@@ -288,7 +288,7 @@ def test_a_finished_snapshot_is_forgotten_and_old_ones_make_room_for_new(
     assert store.snapshot(last) is None, "read to its end"
 
 
-def test_what_goes_while_a_snapshot_is_read_is_not_on_its_later_pages(
+def test_what_changes_while_a_snapshot_is_read_is_in_the_batches_after_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stores, "BATCH_BYTES", 1)
@@ -300,10 +300,11 @@ def test_what_goes_while_a_snapshot_is_read_is_not_on_its_later_pages(
     store.put(ResourceType.ADDRESS, [("c", Held("v2", b"new")), ("d", Held("v", b"x"))])
     second = store.snapshot(first.next_cursor)
     assert second is not None
-    assert second.resources == []
+    assert second.resources == [Resource("b", b"x")]
     third = store.snapshot(second.next_cursor)
     assert third is not None
-    assert third.resources == [Resource("c", b"new")]
+    assert third.resources == [Resource("c", b"x")]
+    assert {page.seq for page in (first, second, third)} == {0}
 
 
 def test_only_what_differs_is_published_and_only_what_was_held_is_removed() -> None:

@@ -81,7 +81,7 @@ def test_arrays_of_a_structure_have_its_offsets(structure: str) -> None:
     ("codec", "values", "encoded"),
     [
         ("SERVICE_KEY", (bytes(range(16)), 0x01020304, b"\x1f\x90"), COUNTING + "04030201 1f90 0000"),
-        ("SERVICE_VALUE", (1, 2, 3), "0100000000000000 02000000 0300 0000" + "00" * 16),
+        ("SERVICE_VALUE", (1, 2, 3), "00" * 24 + "0100000000000000 02000000 0300 0000" + "00" * 8),
         ("ENDPOINT_KEY", (1, 2), "0100000000000000 02000000 00000000"),
         (
             "ENDPOINT_VALUE",
@@ -89,7 +89,7 @@ def test_arrays_of_a_structure_have_its_offsets(structure: str) -> None:
             "0100000000000000" + COUNTING + "0050 0000 00000000" + "00" * 16,
         ),
         ("ADDRESS_KEY", (bytes(range(16)), 5), COUNTING + "05000000 00000000"),
-        ("ADDRESS_VALUE", (1, 4), "0100 0400 00000000" + "00" * 16),
+        ("ADDRESS_VALUE", (1, 4), "00" * 24 + "0100 0400 00000000" + "00" * 8),
     ],
 )
 def test_keys_and_values_have_these_bytes(codec: str, values: tuple[Any, ...], encoded: str) -> None:

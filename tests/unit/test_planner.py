@@ -50,7 +50,8 @@ def held(maps: Maps) -> Held:
     """What map_writer reads from the maps at its start."""
     found = Held()
     found.services.update(maps.maps["services"])
-    found.addresses.update(maps.maps["addresses"])
+    for key, value in maps.maps["addresses"].items():
+        found.add_address(key, value)
     for key, value in maps.maps["ranges"].items():
         found.ranges[ADDRESS_KEY.pack(*RANGE_VALUE.unpack(value))] = key
     for key, value in maps.maps["endpoints"].items():
