@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 
 import pytest
 
@@ -108,6 +110,56 @@ for _ in range(20):
     s.sendto(b"x", ({VIP4!r}, 9090)); found.add(s.recv(100).split()[0])
 print(len(found))"""
     assert python(mesh.client, code) == "1"
+
+
+STAY = """
+import socket
+sockets = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(40)]
+def ask():
+    found = {{}}
+    for n, s in enumerate(sockets):
+        s.settimeout(0.2); s.sendto(b"x", ({address!r}, 7))
+    for n, s in enumerate(sockets):
+        try: found[n] = s.recv(100).split()[0]
+        except TimeoutError: pass
+    return found
+before = ask()
+print("asked", flush=True)
+input()
+after = ask()
+print(len(before) > 9, len(set(before.values())), [n for n in before if before[n] != after.get(n)])
+"""
+
+
+def test_datagram_sockets_keep_their_endpoints_when_another_one_goes(mesh: Mesh) -> None:
+    address, silent = "10.96.0.32", pod("a-silent-one", "10.9.9.9", app="stay")
+    staying = [pod(f"stay-{n}", str(w.address4), app="stay") for n, w in enumerate(mesh.web)]
+    kept = service("stay", address, app="stay", ports={7: 9090})
+    endpoints = {f"{w.address4}:9090" for w in mesh.web}
+    mesh.node.write("stay", text(kept, silent, *staying))
+    mesh.node.until_endpoints(host("stay"), endpoints | {"10.9.9.9:9090"})
+    client = mesh.client.spawn(
+        sys.executable, "-c", STAY.format(address=address),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert client.stdout is not None
+    assert client.stdout.readline() == "asked\n"
+    mesh.node.write("stay", text(kept, *staying))
+    mesh.node.until_endpoints(host("stay"), endpoints)
+    assert client.communicate("\n", timeout=30)[0] == "True 2 []\n"
+
+
+def test_a_datagram_of_a_family_that_no_endpoint_has_is_refused_and_shown_so(mesh: Mesh) -> None:
+    four = pod("four", str(mesh.web[0].address4), app="four")
+    mesh.node.write(
+        "four", text(service("four", "10.96.0.33", "fd96::33", app="four", ports={7: 9090}), four)
+    )
+    mesh.node.until_endpoints(host("four"), {f"{mesh.web[0].address4}:9090"})
+    code = "import socket\ns = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)\n"
+    code += "try: s.sendto(b'x', ('fd96::33', 7))\nexcept OSError as e: print(e.errno)"
+    assert python(mesh.client, code) == str(errno.ECONNREFUSED)
+    told = mesh.node.cli("observe", "--verdict", "refused", "--last", "1").stdout
+    assert "-> four.shop:7  UDP refused family" in told
 
 
 def test_a_datagram_socket_may_speak_with_two_services(mesh: Mesh) -> None:
