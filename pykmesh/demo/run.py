@@ -32,6 +32,7 @@ from pykmesh.node.run import fetch
 
 INSTANCE: Final = "demo"
 PROCESSES: Final = ("xds_client", "map_writer", "bpf_loader", "telemetry", "control_plane", "nats")
+INTERRUPT_AGAIN_S: Final = 0.5
 EFFECT_DEADLINE_S: Final = 10.0
 FLOWS_SHOWN: Final = 6
 STEADY_S: Final = 0.6
@@ -351,16 +352,23 @@ def _until(what: Callable[[], bool]) -> bool:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM ends the demo as Ctrl-C does; cleaning up is not interrupted again."""
+    """SIGTERM ends the demo as Ctrl-C does; cleaning up is not interrupted again.
+
+    Python ignores what is raised in some places, such as the callbacks of a fork: then it comes again.
+    """
 
     def stop(*_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, INTERRUPT_AGAIN_S)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    before = [signal.signal(number, stop) for number in signals]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
 
 
 def run(instance: Instance, *, keep: bool, as_json: bool) -> int:

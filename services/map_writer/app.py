@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import anyio.lowlevel
@@ -50,6 +50,7 @@ from services.map_writer.writer import Maps
 log = structlog.get_logger(__name__)
 
 INBOX_BATCHES = 4096
+INBOX_BYTES = 64 * 1024 * 1024
 REPORT_INTERVAL_S = 1.0
 REPORT_EVERY_BATCHES = 16
 MANY_ENTRIES = 10_000
@@ -57,7 +58,13 @@ RETRY_S = 0.2
 REFUSED_NAMED = 20_000
 """Names in a report, at most: about 3 MB. More do not fit only where the maps are far too small."""
 
-Item = tuple[ConfigBatch, Headers]
+
+class Item(NamedTuple):
+    """A batch that waits, and how large it was."""
+
+    batch: ConfigBatch
+    headers: Headers
+    size: int
 
 
 class MapWriter:
@@ -77,6 +84,7 @@ class MapWriter:
         self._writer = ThreadPoolExecutor(1, "maps")
         self._lost = True
         """The log cannot be followed: a snapshot is needed."""
+        self._inbox_bytes = 0
         self._send: MemoryObjectSendStream[Item]
         self._inbox: MemoryObjectReceiveStream[Item]
         self._send, self._inbox = anyio.create_memory_object_stream[Item](INBOX_BATCHES)
@@ -94,10 +102,15 @@ class MapWriter:
         except ContractError as error:
             self._runtime.note_error("batch_not_understood", error=error)
             return
+        if self._inbox_bytes + len(data) > INBOX_BYTES:
+            log.warning("inbox_full", bytes=INBOX_BYTES, effect="resync")
+            return
         try:
-            self._send.send_nowait((batch, headers))
+            self._send.send_nowait(Item(batch, headers, len(data)))
         except anyio.WouldBlock:
             log.warning("inbox_full", batches=INBOX_BATCHES, effect="resync")
+        else:
+            self._inbox_bytes += len(data)
 
     async def open(self) -> None:
         """Reads what the maps hold: before anything else."""
@@ -109,7 +122,8 @@ class MapWriter:
         while True:
             if self._lost:
                 await self._resync()
-            batch, headers = await self._inbox.receive()
+            batch, headers, size = await self._inbox.receive()
+            self._inbox_bytes -= size
             if not (batch.complete or batch.is_heartbeat):
                 gc.disable()  # a large response: until it is written
             try:
@@ -172,8 +186,8 @@ class MapWriter:
         if change.sweep or written.total() > MANY_ENTRIES:
             gc.freeze()
         gc.enable()
+        self.last_sync = time.time()
         if change.sweep:
-            self.last_sync = time.time()
             self._runtime.readiness.done("control plane")
             log.info("maps_synced", epoch=self.follower.epoch, **self.last_write)
         elif written.total() > MANY_ENTRIES:

@@ -1,7 +1,7 @@
 """Follows xds_client's log: batches in sequence, and a snapshot whenever the sequence breaks.
 
-Pure but for the two calls that it is given. Invariant: `applied` never names a batch whose changes
-are not all in `mesh`, and a mesh is only swept into the maps when xds_client called it complete.
+Pure but for the call that it is given. A mesh is only swept into the maps when xds_client called it
+complete.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from pykmesh.admin import Admin
-from pykmesh.contracts.address import Workload, workload_message
+from pykmesh.contracts.address import Service, Workload, workload_message
 from pykmesh.kernel.records import ENDPOINT_VALUE, ip_to_text, port_number, range_to_text
 from services.map_writer.follower import Follower
+from services.map_writer.mesh import place_of
 from services.map_writer.planner import Planner
 
 
@@ -29,8 +30,18 @@ def _service(follower: Follower, planner: Planner, name: str) -> dict[str, Any]:
         + [f"{found.network}/{range_to_text(found.ip, found.bits)}" for found in service.ranges],
         "ports": {str(port): target for port, target in service.ports},
         "endpoints": len(follower.mesh.members.get(name, ())),
-        "refused": "waypoint_unsupported" if service.has_waypoint else planner.refused.get(name, ""),
+        "refused": ", ".join(_refusals(follower, planner, service)),
     }
+
+
+def _refusals(follower: Follower, planner: Planner, service: Service) -> list[str]:
+    """Why connections to a service, or to a part of it, do not get there."""
+    found = ["waypoint_unsupported"] if service.has_waypoint else planner.refusals_of(service.name)
+    for network, ip in service.places:
+        owner = follower.mesh.vip_owner(place_of(network, ip))
+        if owner != service.name:
+            found.append(f"{ip_to_text(ip)} is that of {owner}")
+    return found
 
 
 def _workloads(follower: Follower) -> list[dict[str, Any]]:

@@ -150,8 +150,13 @@ class Planner:
         """What does not fit and which limit was met, by resource name."""
         found: dict[str, str] = {}
         for refusals in (*self._refused_services.values(), *self._refused_places.values()):
-            found |= refusals
+            for name, why in refusals.items():
+                found[name] = f"{found[name]}, {why}" if name in found and why not in found[name] else why
         return found
+
+    def refusals_of(self, service: str) -> list[str]:
+        """What of a service does not fit: of its ports or its endpoints."""
+        return sorted(set(self._refused_services.get(service, {}).values()))
 
     def plan(self, mesh: Mesh, touched: Touched) -> Iterator[Step]:
         """The writes for what was touched, and for what was refused before and may have room now.

@@ -244,6 +244,17 @@ def test_an_address_reused_in_one_push_serves_its_new_owner_only(mesh: Mesh) -> 
     )
 
 
+def test_a_service_whose_address_is_anothers_says_so(mesh: Mesh) -> None:
+    first, second = (
+        service(name, "10.96.0.55", app="web", ports={80: 8080}) for name in ("double-a", "double-b")
+    )
+    mesh.node.write("double", text(first, second))
+    mesh.node.until_endpoints(host("double-a"), {f"{w.address4}:8080" for w in mesh.web})
+    said = {e["name"]: e["refused"] for e in mesh.node.json("get", "services", "--from", "state")["services"]}
+    assert said[host("double-a")] == ""
+    assert said[host("double-b")] == f"10.96.0.55 is that of {host('double-a')}"
+
+
 def test_an_unhealthy_endpoint_gets_nothing(mesh: Mesh) -> None:
     first, second = (str(w.address4) for w in mesh.web)
     mesh.node.write(
