@@ -50,7 +50,8 @@ from services.map_writer.writer import Maps
 log = structlog.get_logger(__name__)
 
 INBOX_BATCHES = 4096
-INBOX_BYTES = 64 * 1024 * 1024
+INBOX_BYTES = 320 * 1024 * 1024
+"""A little more than xds_client lets be under way: 64 batches of a resource of 4 MiB each."""
 REPORT_INTERVAL_S = 1.0
 REPORT_EVERY_BATCHES = 16
 MANY_ENTRIES = 10_000
