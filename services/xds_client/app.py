@@ -67,6 +67,10 @@ class XdsClient:
         self.last_response = 0.0
         self._understood = False
         """The present stream, or the last one, has brought a response that was understood."""
+        self._exhausted = False
+        """A request was too large for the server, and none was understood since."""
+        self._whole: set[str] = set()
+        """Types of which the present stream's next response is the whole state."""
 
     async def run(self) -> None:
         """Runs until cancelled."""
@@ -95,6 +99,7 @@ class XdsClient:
             )
         except grpc.aio.AioRpcError as error:
             code, detail = error.code(), error.details()
+            self._exhausted |= code is grpc.StatusCode.RESOURCE_EXHAUSTED
             if code in _ORDINARY or any(word in (detail or "").lower() for word in _ORDINARY_DETAILS):
                 log.info("stream_ended", code=code.name, detail=detail)
                 return True
@@ -105,7 +110,7 @@ class XdsClient:
 
     async def _follow(self, stream: connection.Stream) -> bool:
         sender, answers = anyio.create_memory_object_stream[Taken](ANSWERS_WAITING)
-        for request in protocol.first_requests(connection.node(self._settings), self._store):
+        for request in self._first_requests():
             if not stream.done():
                 await stream.write(request)
         try:
@@ -117,6 +122,15 @@ class XdsClient:
             raise group.exceptions[0] from None
         log.info("stream_ended", code="OK")
         return True
+
+    def _first_requests(self) -> list[protocol.Request]:
+        bytes_max = 0 if self._exhausted else self._settings.max_request_bytes
+        node = connection.node(self._settings)
+        requests = list(protocol.first_requests(node, self._store, bytes_max))
+        self._whole = protocol.types_unnamed(requests, self._store)
+        if self._whole:
+            log.info("stream_opened_without_versions", types=sorted(self._whole))
+        return requests
 
     async def _read(self, stream: connection.Stream, sender: MemoryObjectSendStream[Taken]) -> None:
         while True:
@@ -138,11 +152,12 @@ class XdsClient:
             response = await self._parse(data)
             self.control_plane = response.control_plane.identifier or self.control_plane
             try:
-                reading = protocol.Reading(response)
+                reading = protocol.Reading(response, is_whole=response.type_url in self._whole)
             except protocol.UnknownTypeError:
                 rejected = {"type_url": f"{response.type_url!r} was not asked for"}
                 return Taken(response.type_url, response.nonce, self._store.seq, None, rejected)
-            self._understood = True
+            self._understood, self._exhausted = True, False
+            self._whole.discard(response.type_url)
             bulk = len(data) >= BULK_BYTES
             if bulk:
                 gc.disable()
