@@ -39,7 +39,8 @@ def fetch(port: int, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> Any:
         raise OSError(f"127.0.0.1:{port}{path}: {error!r}") from error
     finally:
         connection.close()
-    if response.status not in (http.HTTPStatus.OK, http.HTTPStatus.SERVICE_UNAVAILABLE):
+    not_ready = path == "/readyz" and response.status == http.HTTPStatus.SERVICE_UNAVAILABLE
+    if response.status != http.HTTPStatus.OK and not not_ready:
         why = found.get("error") if isinstance(found, dict) else None
         raise OSError(f"127.0.0.1:{port}{path}: HTTP status {response.status}: {why or found}")
     return found
