@@ -62,11 +62,15 @@ class XdsClient:
         self._publisher = publisher
         self.connected = False
         self.control_plane = ""
-        self.counts = {"responses": 0, "acks": 0, "nacks": 0, "streams": 0, "bytes": 0}
+        self.counts = {
+            "responses": 0, "acks": 0, "unconfirmed_acks": 0, "nacks": 0, "streams": 0, "bytes": 0,
+        }  # fmt: skip
         self.last_nack = ""
         self.last_response = 0.0
         self._understood = False
         """The present stream, or the last one, has brought a response that was understood."""
+        self._confirmed = True
+        """The last ACK was given for what the maps hold."""
         self._exhausted = False
         """A request was too large for the server, and none was understood since."""
         self._whole: set[str] = set()
@@ -178,7 +182,7 @@ class XdsClient:
 
     async def _answer(self, stream: connection.Stream, answers: MemoryObjectReceiveStream[Taken]) -> None:
         async for taken in answers:
-            await self._publisher.until_applied(taken.seq, self._settings.report_deadline_s)
+            applied = await self._publisher.until_applied(taken.seq, self._settings.report_deadline_s)
             if stream.done():
                 return  # the reader, which may be busy with a response still, is told why
             rejected = taken.rejected | self._refused_by_node(taken.reading)
@@ -190,8 +194,17 @@ class XdsClient:
                     "resources_rejected", count=len(rejected), detail=self.last_nack[:500]
                 )
             else:
-                self.counts["acks"] += 1
+                self._count_ack(confirmed=applied)
             await stream.write(request)
+
+    def _count_ack(self, *, confirmed: bool) -> None:
+        """One that is not confirmed was given because map_writer is late, or away."""
+        self.counts["acks"] += 1
+        if not confirmed:
+            self.counts["unconfirmed_acks"] += 1
+            if self._confirmed:
+                log.info("acks_unconfirmed", not_in_kernel=self._publisher.not_in_kernel)
+        self._confirmed = confirmed
 
     def _refused_by_node(self, reading: protocol.Reading | None) -> dict[str, str]:
         """What of a response does not fit the maps; its versions are forgotten, so that it comes again."""
@@ -211,6 +224,11 @@ class XdsClient:
         )
         yield metrics.by_label("mesh_xds_resources", "Accepted resources.", "type", held)
         yield metrics.counter("mesh_xds_push", "Responses of the control plane.", self.counts["responses"])
+        yield metrics.counter(
+            "mesh_xds_unconfirmed_acks",
+            "ACKs given before the maps held what they accept: map_writer was late, or away.",
+            self.counts["unconfirmed_acks"],
+        )
         yield metrics.counter("mesh_xds_nack", "Responses answered with a NACK.", self.counts["nacks"])
         yield metrics.counter("mesh_xds_streams", "Streams opened.", self.counts["streams"])
 
