@@ -118,6 +118,7 @@ class Exposition(Collector):
         yield GaugeMetricFamily("mesh_ring_size_bytes", "Size of the ring.", value=snapshot.ring_bytes)
 
     def _fill(self) -> Iterator[Metric]:
+        """Of the configuration's maps map_writer says the same, under the same names."""
         entries = GaugeMetricFamily("mesh_map_entries", "Entries, counted now and then.", labels=("map",))
         limits = GaugeMetricFamily("mesh_map_max_entries", "How many entries fit.", labels=("map",))
         for name, fill in self._snapshot.maps.items():
