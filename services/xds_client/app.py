@@ -75,6 +75,8 @@ class XdsClient:
         """A request was too large for the server, and none was understood since."""
         self._whole: set[str] = set()
         """Types of which the present stream's next response is the whole state."""
+        self._begun: set[str] = set()
+        """Types of which the present stream has brought a response."""
 
     async def run(self) -> None:
         """Runs until cancelled."""
@@ -131,7 +133,7 @@ class XdsClient:
         bytes_max = 0 if self._exhausted else self._settings.max_request_bytes
         node = connection.node(self._settings)
         requests = list(protocol.first_requests(node, self._store, bytes_max))
-        self._whole = protocol.types_unnamed(requests, self._store)
+        self._whole, self._begun = protocol.types_unnamed(requests, self._store), set()
         if self._whole:
             log.info("stream_opened_without_versions", types=sorted(self._whole))
         return requests
@@ -169,8 +171,9 @@ class XdsClient:
                 seq = await self._publisher.publish(reading)
             finally:
                 gc.enable()
-            if bulk:
-                gc.freeze()
+            if bulk and response.type_url not in self._begun:
+                _freeze()
+            self._begun.add(response.type_url)
             return Taken(reading.type_url, reading.nonce, seq, reading, reading.rejected)
 
     @staticmethod
@@ -248,6 +251,16 @@ class XdsClient:
             "not_in_kernel": self._publisher.not_in_kernel,
             "refused_by_node": self._publisher.refused,
         }
+
+
+def _freeze() -> None:
+    """What is alive now is not looked at again; cycles that were, and died since, are collected before.
+
+    Less than 0.1 s with a hundred thousand resources, which are themselves none of the collector's business.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 async def run(runtime: Runtime[XdsClientSettings]) -> None:
