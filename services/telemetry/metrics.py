@@ -108,7 +108,11 @@ class Exposition(Collector):
 
     def _own(self) -> Iterator[Metric]:
         snapshot = self._snapshot
-        yield CounterMetricFamily("mesh_flows_drained", "Records read from the ring.", value=snapshot.drained)
+        yield CounterMetricFamily(
+            "mesh_flows_drained",
+            "Records read from the ring, TCP and UDP: one for each socket and for each refusal.",
+            value=snapshot.drained,
+        )
         yield CounterMetricFamily(
             "mesh_series_folded",
             "Times that traffic was counted without names because there were too many series.",
