@@ -30,6 +30,7 @@ log = structlog.get_logger(__name__)
 EXIT_SETTINGS = 2
 ERRORS_KEPT = 20
 GC_THRESHOLDS = (50_000, 20, 100)
+BUS = "bus"
 _S = TypeVar("_S", bound=CommonSettings)
 
 
@@ -55,6 +56,12 @@ class Runtime(Generic[_S]):
         log.error(what, **data)
         self.errors.append({"time": time.time(), **entry})
 
+    @property
+    def waits_for(self) -> list[str]:
+        """What is still awaited; the broker also when it went: who cannot hear it does not follow."""
+        away = self.bus is not None and not self.bus.connected
+        return [*self.readiness.pending, *([BUS] if away else [])]
+
     def status(self) -> dict[str, Any]:
         """Version, readiness, errors and what the app adds: the shape of `pykmesh status -o json`."""
         return {
@@ -63,8 +70,8 @@ class Runtime(Generic[_S]):
             "version": __version__,
             "pid": os.getpid(),
             "started": self.started,
-            "ready": self.readiness.ready,
-            "waits_for": self.readiness.pending,
+            "ready": not self.waits_for,
+            "waits_for": self.waits_for,
             "bus": None if self.bus is None else self.bus.connected,
             "errors": list(self.errors),
             **self.details(),
@@ -72,14 +79,14 @@ class Runtime(Generic[_S]):
 
     async def connect_bus(self) -> bus.NatsBus:
         """Waits for the broker; the status says so meanwhile."""
-        self.readiness.wait_for("bus")
+        self.readiness.wait_for(BUS)
         self.bus = await bus.connect(
             self.settings.nats_url,
             self.name,
             self.settings.nats_password_file,
             lambda error: self.note_error("bus_error", error=error),
         )
-        self.readiness.done("bus")
+        self.readiness.done(BUS)
         return self.bus
 
 
@@ -143,8 +150,8 @@ async def _start_admin(runtime: Runtime[_S], tasks: anyio.abc.TaskGroup) -> None
     settings, admin = runtime.settings, runtime.admin
 
     async def readyz(_: Query) -> Page:
-        ready = runtime.readiness.ready
-        return as_json({"ready": ready, "waits_for": runtime.readiness.pending}, 200 if ready else 503)
+        waits_for = runtime.waits_for
+        return as_json({"ready": not waits_for, "waits_for": waits_for}, 503 if waits_for else 200)
 
     admin.page("/livez", lambda: {"alive": True})
     admin.route("/readyz", readyz)

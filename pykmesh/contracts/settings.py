@@ -54,6 +54,8 @@ class XdsClientSettings(CommonSettings, frozen=True, kw_only=True):
     service_account: str = ""
     cluster_id: str = "Kubernetes"
     max_message_bytes: int = 1 << 30
+    max_request_bytes: int = 7 << 19
+    """A request that would be larger does not name what is held: istiod takes 4 MiB."""
     report_deadline_s: float = 5.0
     """How long the answer to the control plane waits for map_writer's report."""
     map_writer_grace_s: float = 3.0

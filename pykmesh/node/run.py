@@ -26,15 +26,24 @@ POLL_S: Final = 0.05
 
 
 def fetch(port: int, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> Any:
-    """The JSON of a process's administrative page. OSError when nothing answers."""
+    """The JSON of a process's administrative page. OSError when nothing answers, or the page cannot be had.
+
+    `/readyz` of a process that is not ready is a page like any other.
+    """
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
     try:
         connection.request("GET", path)
-        return json.loads(connection.getresponse().read())
+        response = connection.getresponse()
+        found = json.loads(response.read())
     except (http.client.HTTPException, json.JSONDecodeError) as error:
         raise OSError(f"127.0.0.1:{port}{path}: {error!r}") from error
     finally:
         connection.close()
+    not_ready = path == "/readyz" and response.status == http.HTTPStatus.SERVICE_UNAVAILABLE
+    if response.status != http.HTTPStatus.OK and not not_ready:
+        why = found.get("error") if isinstance(found, dict) else None
+        raise OSError(f"127.0.0.1:{port}{path}: HTTP status {response.status}: {why or found}")
+    return found
 
 
 def find(instance: Instance) -> Instance | None:

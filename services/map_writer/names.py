@@ -49,7 +49,7 @@ class Names:
             return None if owner is None else msgspec.structs.replace(_NO_WORKLOAD, service=owner)
         message = workload_message(pod.raw)
         return WorkloadName(
-            uid=message.uid,
+            uid=pod.uid,
             name=message.name,
             namespace=message.namespace,
             workload=message.workload_name,

@@ -108,7 +108,11 @@ class Exposition(Collector):
 
     def _own(self) -> Iterator[Metric]:
         snapshot = self._snapshot
-        yield CounterMetricFamily("mesh_flows_drained", "Records read from the ring.", value=snapshot.drained)
+        yield CounterMetricFamily(
+            "mesh_flows_drained",
+            "Records read from the ring, TCP and UDP: one for each socket and for each refusal.",
+            value=snapshot.drained,
+        )
         yield CounterMetricFamily(
             "mesh_series_folded",
             "Times that traffic was counted without names because there were too many series.",
@@ -118,6 +122,7 @@ class Exposition(Collector):
         yield GaugeMetricFamily("mesh_ring_size_bytes", "Size of the ring.", value=snapshot.ring_bytes)
 
     def _fill(self) -> Iterator[Metric]:
+        """Of the configuration's maps map_writer says the same, under the same names."""
         entries = GaugeMetricFamily("mesh_map_entries", "Entries, counted now and then.", labels=("map",))
         limits = GaugeMetricFamily("mesh_map_max_entries", "How many entries fit.", labels=("map",))
         for name, fill in self._snapshot.maps.items():

@@ -10,6 +10,9 @@ record is drained, at its close. So what is closed was opened, after any end of 
 - a series that rested for an hour is dropped with its opens (`ledger.SERIES_REST_S`), and closes begin anew
 - an open that found the map full is missing for good (`open_lost`)
 and what was under way to be opened during the first look may be counted as opened twice.
+
+All of this is of TCP. A datagram socket is opened once for each endpoint that it talks to and closed once:
+of UDP, which is in none of Istio's metrics, more may be opened than ever closes.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from pathlib import Path
 from typing import Any, Final
@@ -87,17 +88,22 @@ def open_stream(channel: grpc.aio.Channel, settings: XdsClientSettings) -> Strea
 
 def _check_secrecy(settings: XdsClientSettings) -> None:
     """CredentialsError when the token would leave the node in plaintext."""
-    host = settings.xds_address.rpartition(":")[0].strip("[]")
-    if (
-        settings.xds_root_cert is None
-        and host != "localhost"
-        and not host.startswith("127.")
-        and host != "::1"
-    ):
+    if settings.xds_root_cert is None and not _is_this_host(settings.xds_address):
         raise CredentialsError(
             f"the token of {settings.xds_token_file} would go to {settings.xds_address} in plaintext: "
             f"give the root certificate (--xds-root-cert)"
         )
+
+
+def _is_this_host(address: str) -> bool:
+    """Whether what is sent to `host:port` stays here. A name says so only by being localhost."""
+    host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _read(path: Path, what: str) -> bytes:

@@ -1,15 +1,19 @@
-"""What `pykmesh get --from xds` reads: the accepted resources, decoded as they were sent."""
+"""What `pykmesh get --from xds` reads: the accepted resources, decoded as they were sent.
+
+Accepting checks what decides traffic. A resource whose other parts cannot be read is shown with an `error`.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import DecodeError
 
 from pykmesh.admin import Admin
 from pykmesh.contracts.messages import ResourceType
 from pykmesh.kernel.records import ip_from_wire, ip_to_text
-from pykmesh.proto.workload_pb2 import Address
+from pykmesh.proto.workload_pb2 import Address, AddressOutline
 from services.xds_client.store import Store
 
 
@@ -21,20 +25,35 @@ def add_pages(admin: Admin, store: Store) -> None:
 def _of_kind(store: Store, kind: str) -> list[dict[str, Any]]:
     found = []
     for name, held in sorted(store.held[ResourceType.ADDRESS].items()):
-        message = Address.FromString(held.value)
-        if message.WhichOneof("type") == kind:
-            found.append({"resource": name, "version": held.version, **_readable(message)})
+        of_kind, shown = _decoded(held.value)
+        if of_kind == kind:
+            found.append({"resource": name, "version": held.version, **shown})
     return found
+
+
+def _decoded(value: bytes) -> tuple[str | None, dict[str, Any]]:
+    """The kind of a resource, and what is shown of it."""
+    try:
+        message = Address.FromString(value)
+    except DecodeError as error:
+        outline = AddressOutline.FromString(value)
+        return outline.WhichOneof("type"), _outlined(outline, f"not an Address message: {error}")
+    return message.WhichOneof("type"), _readable(message)
 
 
 def _readable(message: Address) -> dict[str, Any]:
     """The message as JSON has it, with addresses as people write them."""
+    part = message.workload if message.WhichOneof("type") == "workload" else message.service
+    return MessageToDict(part, preserving_proto_field_name=True) | {"addresses": _addresses(message)}
+
+
+def _outlined(outline: AddressOutline, error: str) -> dict[str, Any]:
+    """As far as it can be read."""
+    part = outline.workload if outline.WhichOneof("type") == "workload" else outline.service
+    return {"namespace": part.namespace, "addresses": _addresses(outline), "error": error}
+
+
+def _addresses(message: Address | AddressOutline) -> list[str]:
     if message.WhichOneof("type") == "workload":
-        found = MessageToDict(message.workload, preserving_proto_field_name=True)
-        found["addresses"] = [ip_to_text(ip_from_wire(a)) for a in message.workload.addresses]
-        return found
-    found = MessageToDict(message.service, preserving_proto_field_name=True)
-    found["addresses"] = [
-        f"{a.network}/{ip_to_text(ip_from_wire(a.address))}" for a in message.service.addresses
-    ]
-    return found
+        return [ip_to_text(ip_from_wire(address)) for address in message.workload.addresses]
+    return [f"{a.network}/{ip_to_text(ip_from_wire(a.address))}" for a in message.service.addresses]

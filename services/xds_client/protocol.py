@@ -1,13 +1,13 @@
 """Delta ADS as a client must speak it. Pure: messages in, messages out.
 
 Rules: one ACK or NACK for each response, with its nonce and nothing else; subscriptions in requests
-of their own; the versions of all that is held on a new stream; a type's first response counts even
-when it is empty (envoy xds_protocol, and what istiod insists on).
+of their own; the versions of all that is held on a new stream, where they fit a request; a type's first
+response counts even when it is empty (envoy xds_protocol, and what istiod insists on).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from google.protobuf.message import DecodeError
@@ -56,14 +56,18 @@ class Reading:
     A bad resource is rejected by name and leaves its neighbours alone.
     """
 
-    def __init__(self, response: Response) -> None:
-        """Raises UnknownTypeError; the response is then to be answered with a NACK for its own type."""
+    def __init__(self, response: Response, *, is_whole: bool = False) -> None:
+        """`is_whole`: the response is all that there is of its type, and names nothing that is gone.
+
+        Raises UnknownTypeError; the response is then to be answered with a NACK for its own type.
+        """
         kind = _TYPES.get(response.type_url)
         if kind is None:
             raise UnknownTypeError(response.type_url)
         self.type = kind
         self.type_url = response.type_url
         self.nonce = response.nonce
+        self.is_whole = is_whole
         self.removed = list(response.removed_resources)
         self.names: dict[str, None] = {}
         self.rejected: dict[str, str] = {}
@@ -74,6 +78,15 @@ class Reading:
         resources, self._resources = self._resources, []
         for first in range(0, len(resources), PART_RESOURCES):
             yield self._part(resources[first : first + PART_RESOURCES])
+
+    def absent(self, held: Iterable[str]) -> list[str]:
+        """What is held, and not in a whole response, which has been read to its end.
+
+        What was rejected is not gone. Nothing is while a resource has no name: it may be any of them.
+        """
+        if not self.is_whole or "" in self.names:
+            return []
+        return [name for name in held if name not in self.names]
 
     def _part(self, resources: Sequence[bytes]) -> list[tuple[str, Held]]:
         found = unwrap(resources)
@@ -126,13 +139,28 @@ class UnknownTypeError(Exception):
     """A response of a type that was not asked for; the argument is the type."""
 
 
-def first_requests(node: discovery_pb2.Node, store: Store) -> Iterator[Request]:
-    """What opens a stream: each type, with the versions of what is held; the node is in the first."""
+def first_requests(node: discovery_pb2.Node, store: Store, bytes_max: int) -> Iterator[Request]:
+    """What opens a stream: each type, with the versions of what is held; the node is in the first.
+
+    A request that would be larger than `bytes_max` names no versions. The control plane then sends the
+    type's whole state, but not what is gone of it.
+    """
     for kind, url in TYPE_URLS.items():
         request = Request(type_url=url, initial_resource_versions=store.versions(kind))
         if kind is ResourceType.ADDRESS:
             request.node.CopyFrom(node)
+        if request.ByteSize() > bytes_max:
+            request.initial_resource_versions.clear()
         yield request
+
+
+def types_unnamed(requests: Iterable[Request], store: Store) -> set[str]:
+    """Types of which something is held that their first request does not name."""
+    return {
+        request.type_url
+        for request in requests
+        if store.held[_TYPES[request.type_url]] and not request.initial_resource_versions
+    }
 
 
 def answer(type_url: str, nonce: str, rejected: dict[str, str]) -> Request:

@@ -20,6 +20,7 @@ from pykmesh.contracts.messages import (
     ContractError,
     MapReport,
     Resource,
+    ResourceType,
     SnapshotRequest,
     Subject,
 )
@@ -119,9 +120,7 @@ class Publisher:
 
     async def _publish(self, reading: Reading, headers: Headers) -> int:
         store, kind, first = self._store, reading.type, self._store.seq
-        *early, removed = pages((name, len(name)) for name in store.remove(kind, reading.removed))
-        for names in early:
-            await self._send(store.batch(kind, names, [], complete=False), headers)
+        removed = await self._remove(kind, reading.removed, headers)
         waiting: list[Resource] = []
         count = size = 0
         for part in reading.parts():
@@ -134,12 +133,20 @@ class Publisher:
                     await self._send(store.batch(kind, removed, waiting, complete=False), headers)
                     await self._keep_pace(store.seq)
                     removed, waiting, size = [], [], 0
+        removed += await self._remove(kind, reading.absent(store.held[kind]), headers)
         was_synced = store.synced
         store.answered.add(kind)
         store.in_response = False
         if removed or waiting or store.seq != first or was_synced != store.synced:
             await self._send(store.batch(kind, removed, waiting, complete=True), headers)
         return count
+
+    async def _remove(self, kind: ResourceType, names: list[str], headers: Headers) -> list[str]:
+        """Returns the names that go with the next batch; where they are many, the others are published."""
+        *early, last = pages((name, len(name)) for name in self._store.remove(kind, names))
+        for page in early:
+            await self._send(self._store.batch(kind, page, [], complete=False), headers)
+        return last
 
     async def _send(self, batch: ConfigBatch, headers: Headers) -> None:
         try:

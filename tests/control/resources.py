@@ -57,6 +57,12 @@ def pod(name: str, *addresses: str, services: Sequence[str] = (), healthy: bool 
     return resource(uid(name), message.SerializeToString(deterministic=True))
 
 
+def broken_locality(name: str, *addresses: str) -> Resource:
+    """A pod with a locality that is none, which decides no traffic."""
+    value = pod_message(name, *addresses).workload.SerializeToString() + b"\xc2\x01\x01\xff"
+    return resource(uid(name), b"\x0a" + _varint(len(value)) + value)
+
+
 def policy(name: str, namespace: str = "shop", padding: int = 0) -> Resource:
     message = authorization_pb2.Authorization(
         name=name, namespace=namespace, scope=authorization_pb2.WORKLOAD_SELECTOR

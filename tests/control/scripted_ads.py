@@ -26,6 +26,8 @@ AUTHORIZATION = "type.googleapis.com/istio.security.Authorization"
 TYPES = (ADDRESS, AUTHORIZATION)
 SERVICE, METHOD = "envoy.service.discovery.v3.AggregatedDiscoveryService", "DeltaAggregatedResources"
 DEADLINE_S = 20.0
+RECEIVE_BYTES_MAX = 4 << 20
+"""The largest request that istiod takes."""
 NOT_HELD = "map "
 """How the reason begins when a node has no room for a resource: it is kept, without its version."""
 
@@ -174,6 +176,9 @@ class ScriptedAds:
         self._unsure: set[str] = set()
         self.violations: list[str] = []
         self.answers_subscriptions = True
+        self.receive_bytes_max = RECEIVE_BYTES_MAX
+        self.may_name_nothing = False
+        """The client may hold more than it can name: then it must find out by itself what is gone."""
         self.streams: list[Conversation] = []
         self.unknown: list[Request] = []
         self.port = 0
@@ -185,7 +190,11 @@ class ScriptedAds:
     async def start(self, credentials: grpc.ServerCredentials | None = None) -> None:
         self._credentials = credentials or self._credentials
         self._server = grpc.aio.server(
-            options=[("grpc.max_send_message_length", -1), ("grpc.so_reuseport", 0)]
+            options=[
+                ("grpc.max_send_message_length", -1),
+                ("grpc.max_receive_message_length", self.receive_bytes_max),
+                ("grpc.so_reuseport", 0),
+            ]
         )
         handler: Any = grpc.stream_stream_rpc_method_handler(
             self._serve, request_deserializer=Request.FromString
@@ -280,7 +289,7 @@ class ScriptedAds:
             for name in (said.keys() | believed.keys()) - self._unsure
             if said.get(name) != believed.get(name)
         }
-        if wrong:
+        if wrong and (said or not self.may_name_nothing):
             self.complain(f"versions named, and those that were accepted: {wrong}")
         self.believed[request.type_url] = said
         self._unsure -= said.keys() | believed.keys()

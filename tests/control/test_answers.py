@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import base64
 
+import anyio.to_thread
 import pytest
+from google.protobuf.message import DecodeError
 
+from pykmesh.cli import get_sources
 from pykmesh.proto import authorization_pb2, workload_pb2
 from tests.control.conftest import Client
 from tests.control.resources import (
     Resource,
+    broken_locality,
     host,
     pod,
     pod_message,
@@ -154,6 +158,22 @@ async def test_a_bad_resource_is_rejected_by_name_and_field_and_its_neighbours_a
         held = await client.node.held()
         assert {before.name, after.name} <= held, what
         assert name not in held, what
+
+
+async def test_what_decides_no_traffic_and_cannot_be_read_spoils_no_page(client: Client) -> None:
+    broken = broken_locality("odd", "10.1.0.1")
+    with pytest.raises(DecodeError):
+        workload_pb2.Address.FromString(broken.resource.value)
+    assert (await client.plane.push(broken, service("web", "10.96.0.1"), pod("a", "10.1.0.2"))).accepted
+    (web,) = await client.node.page("xds_client", "/services")
+    assert web["resource"] == WEB
+    good, odd = await client.node.page("xds_client", "/workloads")
+    assert (good["name"], good["addresses"]) == ("a", ["10.1.0.2"])
+    assert (odd["resource"], odd["addresses"]) == (uid("odd"), ["10.1.0.1"])
+    assert odd["error"].startswith("not an Address message: ")
+    assert "error" not in good
+    shown = await anyio.to_thread.run_sync(get_sources.read, client.node.instance, "workloads", "xds")
+    assert len(get_sources.rows("workloads", shown)[1]) == 2
 
 
 async def test_the_old_copy_of_a_rejected_resource_is_kept_with_its_version(client: Client) -> None:

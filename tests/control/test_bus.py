@@ -14,8 +14,10 @@ import pytest
 from pykmesh import bus
 from pykmesh.bus import BusUnavailableError, Headers, NatsBus
 from pykmesh.contracts.messages import Subject
+from pykmesh.contracts.settings import CommonSettings
 from pykmesh.node.broker import MAX_PAYLOAD_BYTES
 from pykmesh.node.mesh import Options
+from pykmesh.process import Runtime
 from tests.control.mesh_node import MeshNode, running, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_event_loop")]
@@ -126,3 +128,21 @@ async def test_without_a_broker_nothing_is_kept_and_with_one_again_subscriptions
         await until("the broker", lambda: wired.client.connected and wired.writer.connected)
         await _until_subscribed(wired, heard)
     assert all(data != b"dropped" for data, _ in heard)
+
+
+async def test_a_process_that_has_lost_the_broker_is_not_ready_until_it_is_back(wired: Wired) -> None:
+    found = wired.node.instance
+    settings = CommonSettings(
+        nats_url=f"nats://127.0.0.1:{found.ports.nats}", nats_password_file=found.secret("xds_client")
+    )
+    runtime = Runtime("xds_client", settings)
+    connection = await runtime.connect_bus()
+    try:
+        assert runtime.status()["ready"]
+        os.kill(wired.node.supervisor.pids["nats"], signal.SIGKILL)
+        await until("the loss", lambda: runtime.waits_for == ["bus"])
+        assert not runtime.status()["ready"]
+        await until("the broker", lambda: runtime.waits_for == [])
+        assert runtime.status()["ready"]
+    finally:
+        await connection.close()

@@ -13,10 +13,19 @@ import trustme
 
 from pykmesh.node.mesh import Options
 from services.xds_client.pace import BUDGET
+from tests.control import kernel_view
 from tests.control.conftest import Client
+from tests.control.kernel_view import Entry
 from tests.control.mesh_node import CLIENT, running
 from tests.control.resources import host, pod, policy, service, uid
-from tests.control.scripted_ads import ADDRESS, AUTHORIZATION, Conversation, ScriptedAds, serving
+from tests.control.scripted_ads import (
+    ADDRESS,
+    AUTHORIZATION,
+    RECEIVE_BYTES_MAX,
+    Conversation,
+    ScriptedAds,
+    serving,
+)
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_event_loop")]
 
@@ -117,6 +126,85 @@ async def test_what_went_while_it_was_away_is_removed_and_what_came_is_there(hel
     assert (await held.plane.push()).accepted  # answered after what came first
     assert await held.node.held() == {host("web"), uid("web-2")}
     assert held.plane.believed[ADDRESS].keys() == {host("web"), uid("web-2")}
+
+
+@pytest.mark.kernel
+async def test_more_than_a_request_takes_is_not_named_and_what_went_meanwhile_is_found_out(
+    tmp_path: Path,
+) -> None:
+    """To the maps, where what stays is not touched."""
+    async with serving() as plane:
+        limit = {"PYKMESH_MAX_REQUEST_BYTES": "3000"}
+        options = Options(xds_address=f"127.0.0.1:{plane.port}", settings=limit)
+        async with running(tmp_path, options) as node:
+            pods = [pod(f"p-{n}", f"10.1.0.{n}", services=["web"]) for n in range(1, 101)]
+            services = [service("web", "10.96.0.1"), service("old", "10.96.0.2")]
+            assert (await plane.push(*services, *pods)).accepted
+            assert (await plane.push(policy("p"), type_url=AUTHORIZATION)).accepted
+            before, seq = kernel_view.read(node.maps_dir), (await node.page("xds_client"))["seq"]
+            resyncs = (await node.page("map_writer"))["resyncs"]
+            gone = {host("old"), *(item.name for item in pods[90:])}
+            for name in gone:
+                del plane.state[ADDRESS][name]
+            plane.may_name_nothing = True
+            number = len(plane.streams)
+            await plane.stream.end()
+            stream = await plane.next_stream(number)
+            assert dict(stream.first[ADDRESS].initial_resource_versions) == {}
+            assert stream.first[AUTHORIZATION].initial_resource_versions.keys() == {"shop/p"}
+            assert (await plane.push()).accepted
+
+            assert await node.held() == {host("web"), *(item.name for item in pods[:90])}
+            view = kernel_view.read(node.maps_dir)
+            endpoints = frozenset(f"10.1.0.{n} 8080" for n in range(1, 91))
+            assert view.services == {"10.96.0.1 80": Entry("routed", endpoints)}
+            lost = {"10.96.0.2", *(f"10.1.0.{n}" for n in range(91, 101))}
+            assert before.addresses.keys() - view.addresses.keys() == lost
+            status = await node.page("xds_client")
+            assert status["seq"] == seq + 1, "one batch, of removals"
+            assert status["resources"] == {"address": 91, "authorization": 1}
+            assert (await node.page("map_writer"))["resyncs"] == resyncs
+
+            assert (await plane.push(pod("p-1", "10.1.0.1"))).accepted, "only the first response is whole"
+            assert len(await node.held()) == 91
+
+
+async def test_what_is_more_than_istiod_takes_in_a_request_does_not_keep_it_away(held: Client) -> None:
+    padding = "x" * 200
+    pods = [pod(f"{padding}-{n}", f"10.2.{n // 250}.{n % 250}") for n in range(20_000)]
+    assert (await held.plane.push(*pods, deadline_s=60)).accepted
+    named = sum(len(item.name) + len(item.version) for item in pods)
+    assert named > RECEIVE_BYTES_MAX
+    held.plane.may_name_nothing = True
+    held.plane.state[ADDRESS].clear()
+    number = len(held.plane.streams)
+    await held.plane.stream.end()
+    await held.plane.next_stream(number)
+    assert (await held.plane.push()).accepted
+    assert await held.node.held() == set()
+    assert (await held.node.page("xds_client"))["errors"] == []
+
+
+async def test_a_server_that_finds_a_request_too_large_gets_it_without_versions(held: Client) -> None:
+    pods = [pod(f"p-{n}", f"10.2.{n // 250}.{n % 250}") for n in range(8_000)]
+    assert (await held.plane.push(*pods)).accepted
+    held.plane.may_name_nothing = True
+    for gone in (uid("p-7"), uid("p-9")):
+        await held.plane.stop()
+        del held.plane.state[ADDRESS][gone]
+        held.plane.receive_bytes_max = 50_000
+        number = len(held.plane.streams)
+        await held.plane.start()
+        stream = await held.plane.next_stream(number)
+        assert dict(stream.first[ADDRESS].initial_resource_versions) == {}
+        assert (await held.plane.push()).accepted
+        assert gone not in await held.node.held()
+    held.plane.receive_bytes_max = RECEIVE_BYTES_MAX
+    await held.plane.stop()
+    number = len(held.plane.streams)
+    await held.plane.start()
+    stream = await held.plane.next_stream(number)
+    assert len(stream.first[ADDRESS].initial_resource_versions) == 8_000
 
 
 async def test_everything_is_kept_while_no_server_is_there(held: Client) -> None:

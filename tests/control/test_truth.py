@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import signal
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from pykmesh.node.mesh import Options
 from tests.control import kernel_view
 from tests.control.conftest import Whole
 from tests.control.kernel_view import Address, Entry
-from tests.control.mesh_node import running, until
+from tests.control.mesh_node import MeshNode, running, until
 from tests.control.resources import host, pod, policy, service, uid
 from tests.control.scripted_ads import ADDRESS, AUTHORIZATION, serving
 
@@ -108,11 +111,29 @@ async def _until_view(node: Any, holds: Any) -> None:
     await until("maps as they should be", lambda: holds(kernel_view.read(node.maps_dir)))
 
 
+async def _unconfirmed_acks(node: MeshNode) -> float:
+    """As Prometheus is told."""
+    text = await anyio.to_thread.run_sync(_scraped, node.instance.ports.xds_client)
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    (found,) = [sample for sample in samples if sample.name == "mesh_xds_unconfirmed_acks_total"]
+    return found.value
+
+
+def _scraped(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        return bytes(answer.read()).decode()
+
+
+def _said_unconfirmed(node: MeshNode) -> int:
+    return (node.instance.run_dir / "logs" / "xds_client.log").read_text().count("acks_unconfirmed")
+
+
 async def test_while_map_writer_is_stopped_answers_come_after_its_absence_and_status_tells_what_is_missing(
     mesh: Whole,
 ) -> None:
     assert (await mesh.plane.push(service("web", "10.96.0.1"))).accepted
     before = kernel_view.read(mesh.node.maps_dir)
+    earlier, said = await mesh.node.page("xds_client"), _said_unconfirmed(mesh.node)
     mesh.node.signal("map_writer", signal.SIGSTOP)
     try:
         started = time.monotonic()
@@ -122,12 +143,17 @@ async def test_while_map_writer_is_stopped_answers_come_after_its_absence_and_st
         status = await mesh.node.page("xds_client")
         assert status["map_writer"] == "away"
         assert status["not_in_kernel"] == 2
+        assert status["unconfirmed_acks"] == earlier["unconfirmed_acks"] + 2
+        assert await _unconfirmed_acks(mesh.node) == status["unconfirmed_acks"]
+        assert _said_unconfirmed(mesh.node) == said + 1, "the first of a series"
         assert kernel_view.read(mesh.node.maps_dir) == before
     finally:
         mesh.node.signal("map_writer", signal.SIGCONT)
     await mesh.node.until_page("xds_client", lambda said: said["not_in_kernel"] == 0, "followed again")
     view = kernel_view.read(mesh.node.maps_dir)
     assert view.services["10.96.0.1 80"].endpoints == {"10.1.0.1 8080", "10.1.0.2 8080"}
+    assert (await mesh.plane.push(pod("p-3", "10.1.0.3"))).accepted
+    assert (await mesh.node.page("xds_client"))["unconfirmed_acks"] == status["unconfirmed_acks"]
 
 
 async def test_a_killed_map_writer_catches_up_and_the_maps_never_lose_anything(mesh: Whole) -> None:

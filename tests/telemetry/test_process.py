@@ -14,6 +14,7 @@ import pytest
 from anyio.abc import Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from pykmesh.contracts.settings import TelemetrySettings
 from pykmesh.kernel import maps
@@ -54,15 +55,18 @@ class Running:
 
     async def metrics(self, path: str = "/metrics") -> dict[str, dict[tuple[str, str], float]]:
         """Sums by metric and (source workload, destination service)."""
+        found: dict[str, dict[tuple[str, str], float]] = {}
+        for sample in await self.samples(path):
+            key = sample.labels.get("source_workload", ""), sample.labels.get("destination_service", "")
+            sums = found.setdefault(sample.name, {})
+            sums[key] = sums.get(key, 0) + sample.value
+        return found
+
+    async def samples(self, path: str = "/metrics") -> list[Sample]:
         status, body = await self.get(path, self.runtime.details()["metrics_port"])
         assert status == 200
-        found: dict[str, dict[tuple[str, str], float]] = {}
-        for family in text_string_to_metric_families(body.decode()):
-            for sample in family.samples:
-                key = sample.labels.get("source_workload", ""), sample.labels.get("destination_service", "")
-                sums = found.setdefault(sample.name, {})
-                sums[key] = sums.get(key, 0) + sample.value
-        return found
+        families = text_string_to_metric_families(body.decode())
+        return [sample for family in families for sample in family.samples]
 
     async def metrics_with(self, name: str, value: float) -> dict[str, dict[tuple[str, str], float]]:
         with anyio.fail_after(20):
@@ -134,6 +138,16 @@ async def test_without_a_broker_it_drains_and_serves_and_calls_nobody_by_name(
         small.emit(4, service=7)
         found = await running.metrics_with("istio_tcp_connections_closed_total", 4)
         assert found["istio_tcp_connections_closed_total"] == {("unknown", "unknown"): 4}
+
+
+async def test_how_full_is_told_of_the_maps_that_nobody_else_tells_of(small: Instance):
+    own = {"opens", "pods", "datagrams"}
+    async with telemetry(small.pin_dir, NOBODY) as running:
+        await serving(running)
+        await until("all counted", lambda: running.runtime.details()["maps"].keys() == own - {"opens"})
+        found = await running.samples()
+        for name in ("mesh_map_entries", "mesh_map_max_entries"):
+            assert {sample.labels["map"] for sample in found if sample.name == name} == own
 
 
 async def test_names_that_come_back_hold_for_what_is_counted_from_then_on(

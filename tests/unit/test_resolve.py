@@ -13,7 +13,7 @@ from services.map_writer.follower import Follower
 from services.map_writer.mesh import Touched
 from services.map_writer.names import Names
 from services.map_writer.planner import Held, Limits, Planner
-from tests.control.resources import Resource, host, pod, service
+from tests.control.resources import Resource, broken_locality, host, pod, service, uid
 
 pytestmark = pytest.mark.anyio
 
@@ -52,3 +52,9 @@ async def test_a_services_own_address_is_said_to_be_its_and_a_workloads_comes_be
     both = await named("10.1.0.1", service("web", "10.1.0.1"), pod("web-1", "10.1.0.1"))
     assert both is not None
     assert (both.name, both.is_service) == ("web-1", False)
+
+
+async def test_a_workload_of_which_not_all_can_be_read_still_has_its_uid() -> None:
+    found = await named("10.1.0.1", broken_locality("web-1", "10.1.0.1"))
+    assert found is not None
+    assert (found.uid, found.name) == (uid("web-1"), "")

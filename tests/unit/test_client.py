@@ -1,0 +1,66 @@
+"""What xds_client does with a response, beside what is asked of it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from pykmesh.contracts.settings import XdsClientSettings
+from pykmesh.process import Runtime
+from services.xds_client import app, protocol
+from services.xds_client.app import XdsClient
+from services.xds_client.publisher import Publisher
+from services.xds_client.store import Store
+from tests.control.resources import pod, unknown_field
+from tests.control.scripted_ads import ADDRESS
+from tests.unit.test_publisher import Log
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_event_loop")]
+
+
+class Node:
+    """Half of a cycle."""
+
+    def __init__(self) -> None:
+        self.itself: Any = self
+
+
+@pytest.fixture
+def client() -> Iterator[XdsClient]:
+    store = Store()
+    publisher = Publisher(store, Log(), 64, 0.0)
+    yield XdsClient(Runtime("xds_client", XdsClientSettings()), store, publisher)
+    gc.unfreeze()
+
+
+def bulk() -> bytes:
+    large = pod("a", "10.1.0.1")
+    large.resource.value += unknown_field(app.BULK_BYTES)
+    sent = protocol.discovery_pb2.DeltaDiscoveryResponse(type_url=ADDRESS, resources=[large])
+    return sent.SerializeToString()
+
+
+async def test_only_a_streams_first_response_freezes_and_what_died_since_the_last_time_is_collected(
+    client: XdsClient,
+) -> None:
+    node = Node()
+    gone = weakref.ref(node)
+    await client._take(bulk())
+    frozen = gc.get_freeze_count()
+    assert frozen > 0
+    del node
+    later = [Node() for _ in range(1000)]
+    await client._take(bulk())
+    assert gc.get_freeze_count() <= frozen
+    gc.collect()
+    assert gone() is not None, "it is frozen"
+    client._first_requests()
+    await client._take(bulk())
+    assert gc.get_freeze_count() > frozen + 900
+    assert gone() is None
+    assert len(later) == 1000
+    assert gc.isenabled()
