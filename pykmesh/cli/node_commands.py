@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,7 @@ def _parse_settings(values: tuple[str, ...]) -> dict[str, str]:
     help="A setting of the processes, such as endpoints_max.",
 )
 @click.option("-d", "--detach", is_flag=True, help="Run behind; return when it is ready.")
+@click.option("--behind", is_flag=True, hidden=True)
 @click.pass_obj
 def up(
     instance: Instance,
@@ -119,6 +122,7 @@ def up(
     ports: tuple[str, ...],
     settings: tuple[str, ...],
     detach: bool,
+    behind: bool,
     free: bool,
     **values: Any,
 ) -> None:
@@ -137,41 +141,59 @@ def up(
     if detach:
         _detach(instance)
     else:
-        _run(instance, options)
+        _run(instance, options, behind=behind)
 
 
-def _run(instance: Instance, options: Any) -> None:
+def _run(instance: Instance, options: Any, *, behind: bool) -> None:
     import anyio
 
     from pykmesh import logs
 
-    logs.configure("supervisor", options.log_level, "auto")
     if sys.stderr.isatty():
         options.settings.setdefault("PYKMESH_LOG_FORMAT", "console")
-    try:
-        code = anyio.run(_foreground, instance, options)
-    except* InstanceError as group:
-        raise Failure("; ".join(str(error) for error in group.exceptions)) from None
+    with logs.LogFile(instance.log("supervisor")) as file:
+        logs.configure("supervisor", options.log_level, "auto", file.write_text if behind else _say)
+        try:
+            code = anyio.run(_foreground, instance, options, None if behind else _echo)
+        except* InstanceError as group:
+            raise Failure(_ended("; ".join(map(str, group.exceptions)), behind=behind)) from None
+        except* Exception as group:
+            _ended(repr(group), behind=behind)
+            raise
     sys.exit(code)
 
 
-async def _foreground(instance: Instance, options: Any) -> int:
+def _ended(why: str, *, behind: bool) -> str:
+    """Who runs behind may have nobody left to tell."""
+    import structlog
+
+    if behind:
+        structlog.get_logger(__name__).error("supervisor_failed", error=why)
+    return why
+
+
+def _say(line: str) -> None:
+    """On standard error, which may be a file on a disk that is full: that loses lines, not the mesh."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _echo(name: str, line: str) -> None:
+    _say(f"{name:13} {line}")
+
+
+async def _foreground(instance: Instance, options: Any, echo: Callable[[str, str], None] | None) -> int:
     import anyio
 
     from pykmesh.node.run import Running
 
-    mesh = Running(
-        instance, options, echo=lambda name, line: print(f"{name:13} {line}", file=sys.stderr, flush=True)
-    )
+    mesh = Running(instance, options, echo)
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with anyio.create_task_group() as tasks:
             await tasks.start(mesh.run)
             tasks.start_soon(_announce, mesh)
             async for _ in signals:
-                click.echo(
-                    "ending; programs and maps stay, traffic goes on (pykmesh uninstall removes them)",
-                    err=True,
-                )
+                _say("ending; programs and maps stay, traffic goes on (pykmesh uninstall removes them)")
                 tasks.cancel_scope.cancel()
                 break
     return 0
@@ -183,9 +205,9 @@ async def _announce(mesh: Any) -> None:
     try:
         await mesh.until_ready(READY_DEADLINE_S)
     except InstanceError as error:
-        click.echo(f"pykmesh: {error}", err=True)
+        _say(f"pykmesh: {error}")
         return
-    click.echo(f"pykmesh: instance {mesh.instance.name} {READY}", err=True)
+    _say(f"pykmesh: instance {mesh.instance.name} {READY}")
 
 
 def _detach(instance: Instance) -> None:

@@ -97,6 +97,7 @@ class Running:
         """Runs until cancelled; raises InstanceError when it cannot begin. The kernel's side stays."""
         held = instances.prepare(self.instance)
         try:
+            log.info("supervisor_started", pid=os.getpid(), run_dir=str(self.instance.run_dir))
             instances.check_ports(self.instance.ports, mesh.port_names(self.options))
             await anyio.to_thread.run_sync(_prepare_pins, self.instance)
             instances.write(self.instance, list(broker.PERMISSIONS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 from pykmesh.kernel import libbpf
 from pykmesh.kernel.cgroups import find_root, of_process
 from pykmesh.kernel.hooks import HOOKS
+from pykmesh.node.instance import running
 from tests.mesh.conftest import VIP4
 from tests.mesh.manifests import host, pod, service, text
 from tests.mesh.node import Node, finish, probe, serve, until
@@ -243,6 +245,70 @@ def test_a_full_disk_for_the_run_time_directory_is_told(node: Node, tmp_path: Pa
     assert refused.returncode == 1
     assert "No space left on device" in refused.stderr
     assert str(full) in refused.stderr
+
+
+@contextlib.contextmanager
+def small_disk(node: Node) -> Iterator[Path]:
+    """A file system of 256 KiB for the run-time directory."""
+    disk, before = node.directory / "disk", node.run_dir
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], check=True)
+    node.run_dir = disk / "run"
+    try:
+        yield disk
+        if running(node.run_dir) is not None:
+            node.cli("down")
+    finally:
+        node.run_dir = before
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Takes all the room that there is."""
+    path = disk / "filler"
+    with path.open("wb", buffering=0) as file:
+        for size in (4096, 1):
+            with contextlib.suppress(OSError):
+                while file.write(b"x" * size):
+                    pass
+    return path
+
+
+def test_up_behind_on_a_full_disk_ends_with_one_line(node: Node) -> None:
+    with small_disk(node) as disk:
+        fill(disk)
+        refused = node.cli("up", "-d", "--free-ports", *node.options, check=False)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert refused.stderr == f"Error: run-time directory {node.run_dir}: No space left on device\n"
+
+
+def test_a_disk_that_fills_while_it_runs_loses_lines_and_no_process(node: Node) -> None:
+    with small_disk(node) as disk:
+        node.start()
+        supervisor, logs = node.instance.pid, node.run_dir / "logs"
+        assert "supervisor_started" in (logs / "supervisor.log").read_text()
+        filler = fill(disk)
+        before = node.children()
+        for process in ("telemetry", "nats"):
+            node.kill(process)  # what starts again, and what misses it, has much to say
+            until(lambda: len(node.children()) == len(before), "started again")
+            node.until_ready()
+        assert node.instance.pid == supervisor
+        assert sorted(node.children().values()) == sorted(before.values())
+        assert len(node.children().keys() & before.keys()) == len(before) - 2
+        filler.unlink()
+        sizes = {path: path.stat().st_size for path in logs.iterdir()}
+        node.kill("telemetry")
+        until(lambda: "process_restarting" in (logs / "supervisor.log").read_text(), "logged again")
+        until(lambda: (logs / "telemetry.log").stat().st_size > sizes[logs / "telemetry.log"], "and again")
+
+
+def test_what_the_processes_say_is_in_their_own_logs_alone(node: Node) -> None:
+    node.start()
+    logs = {path.stem: path.read_text() for path in (node.run_dir / "logs").glob("*.log")}
+    assert "process_ready" in logs["map_writer"]
+    assert "process_ready" not in logs["supervisor"]
+    assert "supervisor_started" in logs["supervisor"]
 
 
 def test_a_pin_directory_that_cannot_be_made_is_told(node: Node) -> None:
