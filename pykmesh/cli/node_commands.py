@@ -7,14 +7,22 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pykmesh.cli.output import output_option, show
-from pykmesh.node.instance import DEFAULT_NAME, PORT_NAMES, Instance, InstanceError, free_ports, running
+from pykmesh.node.instance import (
+    DEFAULT_NAME,
+    PORT_NAMES,
+    Instance,
+    InstanceError,
+    command,
+    free_ports,
+    running,
+)
 
 DOWN_DEADLINE_S = 15.0
 
@@ -70,7 +78,7 @@ def _parse_settings(values: tuple[str, ...]) -> dict[str, str]:
 )
 @click.option(
     "--xds-root-cert",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=click.Path(path_type=Path),
     help="Its root certificate: connect by TLS.",
 )
 @click.option(
@@ -135,6 +143,7 @@ def up(
     options = Options(**values, settings=_parse_settings(settings))
     if (options.config_dir is None) == (not options.xds_address):
         raise click.UsageError("give either --config-dir or --xds-address")
+    _check_readable(options)
     if problem := obstacle(instance.pin_dir):
         raise Failure(problem)
     instance = msgspec.structs.replace(instance, ports=_parse_ports(ports, free=free))
@@ -142,6 +151,17 @@ def up(
         _detach(instance)
     else:
         _run(instance, options, behind=behind)
+
+
+def _check_readable(options: Any) -> None:
+    """Failure for a file without which xds_client would only go on trying."""
+    files = {"--xds-root-cert": options.xds_root_cert, "--xds-token-file": options.xds_token_file}
+    for option, path in files.items():
+        try:
+            if path is not None:
+                path.read_bytes()
+        except OSError as error:
+            raise Failure(f"{option} {path}: {error.strerror}") from error
 
 
 def _run(instance: Instance, options: Any, *, behind: bool) -> None:
@@ -156,11 +176,20 @@ def _run(instance: Instance, options: Any, *, behind: bool) -> None:
         try:
             code = anyio.run(_foreground, instance, options, None if behind else _echo)
         except* InstanceError as group:
-            raise Failure(_ended("; ".join(map(str, group.exceptions)), behind=behind)) from None
+            raise Failure(_ended("; ".join(_texts(group)), behind=behind)) from None
         except* Exception as group:
             _ended(repr(group), behind=behind)
             raise
     sys.exit(code)
+
+
+def _texts(group: BaseExceptionGroup[Any]) -> Iterator[str]:
+    """Of the exceptions themselves, not of the groups that they came in."""
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _texts(error)
+        else:
+            yield str(error)
 
 
 def _ended(why: str, *, behind: bool) -> str:
@@ -193,7 +222,8 @@ async def _foreground(instance: Instance, options: Any, echo: Callable[[str, str
             await tasks.start(mesh.run)
             tasks.start_soon(_announce, mesh)
             async for _ in signals:
-                _say("ending; programs and maps stay, traffic goes on (pykmesh uninstall removes them)")
+                remove = command(instance, "uninstall")
+                _say(f"ending; programs and maps stay, traffic goes on ({remove} removes them)")
                 tasks.cancel_scope.cancel()
                 break
     return 0
@@ -205,7 +235,7 @@ async def _announce(mesh: Any) -> None:
     try:
         await mesh.until_ready(READY_DEADLINE_S)
     except InstanceError as error:
-        _say(f"pykmesh: {error}")
+        _say(f"pykmesh: {' '.join(str(error).split())}")
         return
     _say(f"pykmesh: instance {mesh.instance.name} {READY}")
 
@@ -243,7 +273,8 @@ def down(instance: Instance) -> None:
             raise Failure(f"supervisor {found.pid} has not ended after {DOWN_DEADLINE_S:g} s")
         time.sleep(0.05)
     click.echo(
-        f"instance {instance.name} is down; traffic goes on (pykmesh uninstall removes programs and maps)"
+        f"instance {instance.name} is down; traffic goes on "
+        f"({command(instance, 'uninstall')} removes programs and maps)"
     )
 
 
@@ -265,7 +296,7 @@ def uninstall(instance: Instance) -> None:
     from pykmesh.node.mesh import PROCESSES
 
     if running(instance.run_dir) is not None:
-        raise Failure(f"instance {instance.name} is running: pykmesh down first")
+        raise Failure(f"instance {instance.name} is running: {command(instance, 'down')} first")
     try:
         removed = remove(instance.pin_dir)
     except (PinDirectoryError, KernelError, OSError) as error:

@@ -11,7 +11,7 @@ import click
 from pykmesh import __version__
 from pykmesh.cli.node_commands import Failure
 from pykmesh.cli.output import age, output_option, show
-from pykmesh.node.instance import Instance
+from pykmesh.node.instance import Instance, how_to_start
 
 STATUS_VERSION = 1
 
@@ -21,7 +21,8 @@ def require_running(instance: Instance) -> Instance:
 
     found = find(instance)
     if found is None:
-        raise Failure(f"instance {instance.name} is not running (looked in {instance.run_dir}): pykmesh up")
+        where = f"looked in {instance.run_dir}"
+        raise Failure(f"instance {instance.name} is not running ({where}): {how_to_start(instance)}")
     return found
 
 

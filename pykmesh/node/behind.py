@@ -8,13 +8,17 @@ import sys
 import time
 from typing import Final
 
-from pykmesh.node.instance import Instance, InstanceError, running
+from pykmesh.node.instance import Instance, InstanceError, command, running
 
 READY_DEADLINE_S: Final = 30.0
 END_DEADLINE_S: Final = 15.0
 POLL_S: Final = 0.05
 READY: Final = "is ready"
 """What `pykmesh up` says last when all its processes are."""
+NOT_READY: Final = "pykmesh: not ready"
+"""How the line begins that it says instead at the deadline."""
+SAYING_S: Final = 10.0
+"""So long after the deadline it has said either, also on a busy machine."""
 FLAG: Final = "--behind"
 """Tells `pykmesh up` that it runs behind: its log is a file, and what it says is for who started it."""
 
@@ -25,7 +29,7 @@ class Behind:
     def __init__(self, instance: Instance, arguments: list[str]) -> None:
         """`arguments` are those of `pykmesh`, `up` last."""
         if (other := running(instance.run_dir)) is not None:
-            down = f"pykmesh --instance {instance.name} down"
+            down = command(instance, "down")
             raise InstanceError(f"instance {instance.name!r} runs already (pid {other.pid}): {down}")
         self._instance = instance
         # In memory: no disk can be too full for it, and it breaks for nobody when this process ends.
@@ -44,7 +48,8 @@ class Behind:
 
     def until_ready(self) -> None:
         """InstanceError with its last words when it ends, or at the deadline; it goes on trying then."""
-        end = time.monotonic() + READY_DEADLINE_S
+        end = time.monotonic() + READY_DEADLINE_S + SAYING_S
+        why: list[str] = []
         while time.monotonic() < end:
             has_ended = self._process.poll() is not None
             text = self._text()
@@ -52,11 +57,11 @@ class Behind:
                 raise InstanceError(_last_words(text))
             if f"instance {self._instance.name} {READY}" in text:
                 return
+            if why := [line for line in text.splitlines() if line.startswith(NOT_READY)]:
+                break
             time.sleep(POLL_S)
-        raise InstanceError(
-            f"not ready after {READY_DEADLINE_S:g} s; it goes on trying: pykmesh status "
-            f"(log: {self._instance.log('supervisor')})"
-        )
+        said = why[0].removeprefix("pykmesh: ") if why else f"not ready after {READY_DEADLINE_S:g} s"
+        raise InstanceError(f"{said}; it goes on trying: {command(self._instance, 'status')}")
 
     def _text(self) -> str:
         return os.pread(self._said, os.fstat(self._said).st_size, 0).decode(errors="replace")

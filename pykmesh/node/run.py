@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -55,7 +56,7 @@ def processes(options: Options) -> list[str]:
 
 
 async def until_ready(instance: Instance, names: list[str], deadline_s: float) -> None:
-    """Waits for every process. InstanceError names what each one still waits for."""
+    """Waits for every process. InstanceError names what each one still waits for, and its last error."""
     waiting: dict[str, str] = dict.fromkeys(names, "not started")
     with anyio.move_on_after(deadline_s):
         while waiting:
@@ -69,8 +70,22 @@ async def until_ready(instance: Instance, names: list[str], deadline_s: float) -
                     del waiting[name]
             await anyio.sleep(POLL_S)
     if waiting:
-        what = "; ".join(f"{name} waits for: {task}" for name, task in waiting.items())
+        errors = await anyio.to_thread.run_sync(_last_errors, instance, list(waiting))
+        what = "; ".join(
+            f"{name} waits for: {task}" + (f" (last error: {errors[name]})" if errors[name] else "")
+            for name, task in waiting.items()
+        )
         raise InstanceError(f"not ready after {deadline_s:g} s: {what} (logs in {instance.run_dir / 'logs'})")
+
+
+def _last_errors(instance: Instance, names: list[str]) -> dict[str, str]:
+    """Of each process, what its status says went wrong last; "" for nothing."""
+    found = dict.fromkeys(names, "")
+    for name in names:
+        with contextlib.suppress(OSError):
+            if errors := fetch(getattr(instance.ports, name), "/status")["errors"]:
+                found[name] = ": ".join(str(v) for key, v in errors[-1].items() if key != "time")
+    return found
 
 
 def _prepare_pins(instance: Instance) -> None:
@@ -95,18 +110,27 @@ class Running:
 
     async def run(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Runs until cancelled; raises InstanceError when it cannot begin. The kernel's side stays."""
-        held = instances.prepare(self.instance)
+        made = instances.not_there(self.instance, mesh.PROCESSES)
+        held = None
         try:
-            log.info("supervisor_started", pid=os.getpid(), run_dir=str(self.instance.run_dir))
-            instances.check_ports(self.instance.ports, mesh.port_names(self.options))
-            await anyio.to_thread.run_sync(_prepare_pins, self.instance)
-            instances.write(self.instance, list(broker.PERMISSIONS))
-            self.supervisor = Supervisor(mesh.specs(self.instance, self.options), self._echo)
+            held = instances.prepare(self.instance)
+            await self._begin()
             task_status.started()
+            made = []
             await self.supervisor.run()
         finally:
-            instances.forget(self.instance)
-            os.close(held)
+            if held is not None:
+                instances.forget(self.instance)
+                instances.take_back(made)
+                os.close(held)
+
+    async def _begin(self) -> None:
+        """InstanceError when something is in the way. What is outside the run-time directory comes last."""
+        log.info("supervisor_started", pid=os.getpid(), run_dir=str(self.instance.run_dir))
+        instances.check_ports(self.instance.ports, mesh.port_names(self.options))
+        instances.write(self.instance, list(broker.PERMISSIONS))
+        self.supervisor = Supervisor(mesh.specs(self.instance, self.options), self._echo)
+        await anyio.to_thread.run_sync(_prepare_pins, self.instance)
 
     async def until_ready(self, deadline_s: float) -> None:
         await until_ready(self.instance, processes(self.options), deadline_s)

@@ -311,6 +311,89 @@ def test_what_the_processes_say_is_in_their_own_logs_alone(node: Node) -> None:
     assert "supervisor_started" in logs["supervisor"]
 
 
+def test_up_behind_says_what_each_process_waits_for_and_its_last_error(node: Node) -> None:
+    gave_up = node.cli("up", "-d", "--free-ports", "--xds-address", "127.0.0.1:1", check=False)
+    assert gave_up.returncode == 1
+    assert gave_up.stderr.count("\n") == 1
+    assert gave_up.stderr.startswith("Error: not ready after 30 s: ")
+    assert "xds_client waits for: " in gave_up.stderr
+    assert "(last error: " in gave_up.stderr
+    assert gave_up.stderr.endswith(f"it goes on trying: pykmesh {' '.join(node.place)} status\n")
+
+
+@pytest.mark.parametrize("option", ["--xds-token-file", "--xds-root-cert"])
+@pytest.mark.parametrize("detach", [(), ("-d",)])
+def test_a_file_that_cannot_be_read_is_told_at_once(node: Node, option: str, detach: tuple[str, ...]) -> None:
+    missing = node.directory / "nope"
+    words = ("--xds-address", "127.0.0.1:1", option, str(missing))
+    refused = node.cli("up", *detach, "--free-ports", *words, check=False, timeout_s=15)
+    assert (refused.returncode, refused.stderr) == (
+        1,
+        f"Error: {option} {missing}: No such file or directory\n",
+    )
+    assert not node.run_dir.exists()
+
+
+def test_a_setting_that_is_wrong_is_told_in_words(node: Node) -> None:
+    node.write("empty", "# nothing yet\n")
+    words = ("--free-ports", "--set", "services_max=many", *node.options)
+    assert "PYKMESH_SERVICES_MAX" in node.cli("up", "-d", *words, check=False).stderr
+
+
+INTERRUPTED = """
+import os, signal, sys
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == where:
+            os.kill(os.getpid(), signal.SIGINT)
+where = sys.argv[1]
+sys.meta_path.insert(0, Finder)
+from pykmesh.__main__ import start
+sys.argv[1:] = sys.argv[2:]
+start()
+"""
+
+
+@pytest.mark.parametrize("where", ["pykmesh.cli", "click", "pykmesh.node.mesh", "anyio", "pykmesh.node.run"])
+def test_ctrl_c_during_the_start_is_no_traceback(node: Node, where: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, where, *node.place, "up", "--free-ports", *node.options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert result.returncode in (-signal.SIGINT, 1)
+    assert "Traceback" not in result.stderr
+    assert "KeyboardInterrupt" not in result.stderr
+    assert not node.run_dir.exists()
+
+
+@pytest.mark.parametrize("what", ["port", "pin"])
+def test_a_start_that_is_refused_removes_what_it_made(node: Node, what: str) -> None:
+    words = ["up", "--free-ports", *node.options]
+    with socket.socket() as taken:
+        if what == "port":
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            words += ["--port", f"metrics={taken.getsockname()[1]}"]
+        else:
+            (node.directory / "bpf").write_text("")
+        assert node.cli(*words, check=False).returncode == 1
+        assert not node.run_dir.exists()
+        kept = node.run_dir / "logs"
+        kept.mkdir(parents=True)
+        (kept / "nats.log").write_text("from before")
+        assert node.cli(*words, check=False).returncode == 1
+        assert sorted(node.run_dir.rglob("*")) == [kept, kept / "nats.log"]
+
+
+def test_hints_are_commands_that_work(node: Node) -> None:
+    node.start()
+    hint = f"pykmesh {' '.join(node.place)} "
+    for words in (("up", "-d", "--free-ports", *node.options), ("up", "--free-ports", *node.options)):
+        refused = node.cli(*words, check=False).stderr
+        assert f"{hint}down" in refused
+    assert f"{hint}down first" in node.cli("uninstall", check=False).stderr
+    assert f"{hint}uninstall removes" in node.cli("down").stdout
+    assert f"{hint}up -d --config-dir FOLDER" in node.cli("status", check=False).stderr
+
+
 def test_a_pin_directory_that_cannot_be_made_is_told(node: Node) -> None:
     blocked = node.directory / "file"
     blocked.write_text("")

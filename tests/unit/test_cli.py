@@ -21,7 +21,16 @@ def looked_for(*words: str, **environment: str) -> str:
     """What a command says that finds nothing running."""
     text = said(*words, **environment)
     assert " is not running " in text
-    return text.removeprefix("Error: instance ").partition(": pykmesh up")[0]
+    return text.removeprefix("Error: instance ").partition(": pykmesh ")[0]
+
+
+def test_a_hint_names_the_instance_with_all_that_was_given() -> None:
+    assert ": pykmesh up -d " in said("status")
+    assert ": pykmesh --instance rev1 up -d " in said("status", "--instance", "rev1")
+    given = ("--instance", "rev1", "--run-dir", "/tmp/a b", "--pin-dir", "/sys/fs/bpf/x")
+    assert ": pykmesh --instance rev1 --run-dir '/tmp/a b' --pin-dir /sys/fs/bpf/x up -d " in said(
+        *given, "status"
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
