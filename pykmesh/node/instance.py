@@ -210,6 +210,7 @@ def _has_content(path: Path) -> bool:
 
 def forget(instance: Instance) -> None:
     (instance.run_dir / "instance.json").unlink(missing_ok=True)
+    instance.supervisor_socket.unlink(missing_ok=True)
 
 
 def remove_files(instance: Instance, processes: Iterable[str]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import socket
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -36,6 +37,30 @@ def fetch(port: int, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> Any:
         raise OSError(f"127.0.0.1:{port}{path}: {error!r}") from error
     finally:
         connection.close()
+
+
+def supervised(instance: Instance) -> dict[str, dict[str, int | None]]:
+    """What the supervisor says of each process (`Supervisor.state`); nothing where there is none."""
+    try:
+        with socket.socket(socket.AF_UNIX) as asker:
+            asker.settimeout(PROBE_TIMEOUT_S)
+            asker.connect(str(instance.supervisor_socket))
+            found: dict[str, dict[str, int | None]] = json.loads(
+                b"".join(iter(lambda: asker.recv(4096), b""))
+            )
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return found
+
+
+def broker_version(instance: Instance) -> str | None:
+    """What the broker says of itself to each who connects; None when it does not answer."""
+    try:
+        with socket.create_connection(("127.0.0.1", instance.ports.nats), PROBE_TIMEOUT_S) as asker:
+            word, _, text = asker.makefile("rb").readline().partition(b" ")
+        return str(json.loads(text)["version"]) if word == b"INFO" else None
+    except (OSError, json.JSONDecodeError, KeyError):
+        return None
 
 
 def find(instance: Instance) -> Instance | None:
@@ -117,7 +142,9 @@ class Running:
             await self._begin()
             task_status.started()
             made = []
-            await self.supervisor.run()
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._tell)
+                await self.supervisor.run()
         finally:
             if held is not None:
                 instances.forget(self.instance)
@@ -131,6 +158,19 @@ class Running:
         instances.write(self.instance, list(broker.PERMISSIONS))
         self.supervisor = Supervisor(mesh.specs(self.instance, self.options), self._echo)
         await anyio.to_thread.run_sync(_prepare_pins, self.instance)
+
+    async def _tell(self) -> None:
+        """The supervisor's state, to each who connects. Without the socket the mesh runs all the same."""
+        try:
+            async with await anyio.create_unix_listener(self.instance.supervisor_socket, mode=0o600) as door:
+                await door.serve(self._answer)
+        except OSError as error:
+            log.warning("supervisor_not_asked", error=error.strerror or str(error))
+
+    async def _answer(self, asker: anyio.abc.SocketStream) -> None:
+        async with asker:
+            with contextlib.suppress(anyio.BrokenResourceError):
+                await asker.send(json.dumps(self.supervisor.state()).encode())
 
     async def until_ready(self, deadline_s: float) -> None:
         await until_ready(self.instance, processes(self.options), deadline_s)

@@ -54,6 +54,10 @@ class Supervisor:
         self.restarts: dict[str, int] = {spec.name: 0 for spec in specs}
         self.last_words: dict[str, str] = {}
 
+    def state(self) -> dict[str, dict[str, int | None]]:
+        """Of each process its id, None while it does not run, and how often it was started again."""
+        return {name: {"pid": self.pids.get(name), "restarts": n} for name, n in self.restarts.items()}
+
     async def run(self) -> None:
         async with anyio.create_task_group() as tasks:
             for spec in self._specs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -392,6 +393,28 @@ def test_hints_are_commands_that_work(node: Node) -> None:
     assert f"{hint}down first" in node.cli("uninstall", check=False).stderr
     assert f"{hint}uninstall removes" in node.cli("down").stdout
     assert f"{hint}up -d --config-dir FOLDER" in node.cli("status", check=False).stderr
+
+
+def test_status_counts_restarts_and_has_the_broker(node: Node) -> None:
+    node.start()
+    before = node.status()
+    assert before["restarts"] == dict.fromkeys(before["processes"], 0)
+    nats = before["processes"]["nats"]
+    assert (nats["pid"], nats["ready"]) == (node.pid_of("nats"), True)
+    os.kill(nats["pid"], signal.SIGSTOP)
+    try:
+        stopped = node.cli("status", check=False)
+        assert stopped.returncode == 1
+        assert re.search(r"^nats +- +no +0 .*does not answer$", stopped.stdout, re.MULTILINE)
+    finally:
+        os.kill(nats["pid"], signal.SIGCONT)
+    for process in ("nats", "telemetry"):
+        node.kill(process)
+    until(lambda: node.status()["ready"] and node.status()["restarts"]["telemetry"], "all back")
+    after = node.status()
+    assert after["restarts"] == {**before["restarts"], "nats": 1, "telemetry": 1}
+    assert after["processes"]["nats"]["pid"] != nats["pid"]
+    assert re.search(rf"^nats +{nats['version']} +yes +1 ", node.cli("status").stdout, re.MULTILINE)
 
 
 def test_a_pin_directory_that_cannot_be_made_is_told(node: Node) -> None:
