@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pykmesh.cli.output import output_option, show
-from pykmesh.node.instance import DEFAULT_NAME, PORT_NAMES, Instance, InstanceError, free_ports, running
+from pykmesh.node.instance import (
+    DEFAULT_NAME,
+    PORT_NAMES,
+    Instance,
+    InstanceError,
+    command,
+    free_ports,
+    running,
+)
 
 DOWN_DEADLINE_S = 15.0
 
@@ -68,7 +78,7 @@ def _parse_settings(values: tuple[str, ...]) -> dict[str, str]:
 )
 @click.option(
     "--xds-root-cert",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=click.Path(path_type=Path),
     help="Its root certificate: connect by TLS.",
 )
 @click.option(
@@ -112,6 +122,7 @@ def _parse_settings(values: tuple[str, ...]) -> dict[str, str]:
     help="A setting of the processes, such as endpoints_max.",
 )
 @click.option("-d", "--detach", is_flag=True, help="Run behind; return when it is ready.")
+@click.option("--behind", is_flag=True, hidden=True)
 @click.pass_obj
 def up(
     instance: Instance,
@@ -119,6 +130,7 @@ def up(
     ports: tuple[str, ...],
     settings: tuple[str, ...],
     detach: bool,
+    behind: bool,
     free: bool,
     **values: Any,
 ) -> None:
@@ -131,47 +143,87 @@ def up(
     options = Options(**values, settings=_parse_settings(settings))
     if (options.config_dir is None) == (not options.xds_address):
         raise click.UsageError("give either --config-dir or --xds-address")
+    _check_readable(options)
     if problem := obstacle(instance.pin_dir):
         raise Failure(problem)
     instance = msgspec.structs.replace(instance, ports=_parse_ports(ports, free=free))
     if detach:
         _detach(instance)
     else:
-        _run(instance, options)
+        _run(instance, options, behind=behind)
 
 
-def _run(instance: Instance, options: Any) -> None:
+def _check_readable(options: Any) -> None:
+    """Failure for a file without which xds_client would only go on trying."""
+    files = {"--xds-root-cert": options.xds_root_cert, "--xds-token-file": options.xds_token_file}
+    for option, path in files.items():
+        try:
+            if path is not None:
+                path.read_bytes()
+        except OSError as error:
+            raise Failure(f"{option} {path}: {error.strerror}") from error
+
+
+def _run(instance: Instance, options: Any, *, behind: bool) -> None:
     import anyio
 
     from pykmesh import logs
 
-    logs.configure("supervisor", options.log_level, "auto")
     if sys.stderr.isatty():
         options.settings.setdefault("PYKMESH_LOG_FORMAT", "console")
-    try:
-        code = anyio.run(_foreground, instance, options)
-    except* InstanceError as group:
-        raise Failure("; ".join(str(error) for error in group.exceptions)) from None
+    with logs.LogFile(instance.log("supervisor")) as file:
+        logs.configure("supervisor", options.log_level, "auto", file.write_text if behind else _say)
+        try:
+            code = anyio.run(_foreground, instance, options, None if behind else _echo)
+        except* InstanceError as group:
+            raise Failure(_ended("; ".join(_texts(group)), behind=behind)) from None
+        except* Exception as group:
+            _ended(repr(group), behind=behind)
+            raise
     sys.exit(code)
 
 
-async def _foreground(instance: Instance, options: Any) -> int:
+def _texts(group: BaseExceptionGroup[Any]) -> Iterator[str]:
+    """Of the exceptions themselves, not of the groups that they came in."""
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _texts(error)
+        else:
+            yield str(error)
+
+
+def _ended(why: str, *, behind: bool) -> str:
+    """Who runs behind may have nobody left to tell."""
+    import structlog
+
+    if behind:
+        structlog.get_logger(__name__).error("supervisor_failed", error=why)
+    return why
+
+
+def _say(line: str) -> None:
+    """On standard error, which may be a file on a disk that is full: that loses lines, not the mesh."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _echo(name: str, line: str) -> None:
+    _say(f"{name:13} {line}")
+
+
+async def _foreground(instance: Instance, options: Any, echo: Callable[[str, str], None] | None) -> int:
     import anyio
 
     from pykmesh.node.run import Running
 
-    mesh = Running(
-        instance, options, echo=lambda name, line: print(f"{name:13} {line}", file=sys.stderr, flush=True)
-    )
+    mesh = Running(instance, options, echo)
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with anyio.create_task_group() as tasks:
             await tasks.start(mesh.run)
             tasks.start_soon(_announce, mesh)
             async for _ in signals:
-                click.echo(
-                    "ending; programs and maps stay, traffic goes on (pykmesh uninstall removes them)",
-                    err=True,
-                )
+                remove = command(instance, "uninstall")
+                _say(f"ending; programs and maps stay, traffic goes on ({remove} removes them)")
                 tasks.cancel_scope.cancel()
                 break
     return 0
@@ -183,9 +235,9 @@ async def _announce(mesh: Any) -> None:
     try:
         await mesh.until_ready(READY_DEADLINE_S)
     except InstanceError as error:
-        click.echo(f"pykmesh: {error}", err=True)
+        _say(f"pykmesh: {' '.join(str(error).split())}")
         return
-    click.echo(f"pykmesh: instance {mesh.instance.name} {READY}", err=True)
+    _say(f"pykmesh: instance {mesh.instance.name} {READY}")
 
 
 def _detach(instance: Instance) -> None:
@@ -221,7 +273,8 @@ def down(instance: Instance) -> None:
             raise Failure(f"supervisor {found.pid} has not ended after {DOWN_DEADLINE_S:g} s")
         time.sleep(0.05)
     click.echo(
-        f"instance {instance.name} is down; traffic goes on (pykmesh uninstall removes programs and maps)"
+        f"instance {instance.name} is down; traffic goes on "
+        f"({command(instance, 'uninstall')} removes programs and maps)"
     )
 
 
@@ -243,7 +296,7 @@ def uninstall(instance: Instance) -> None:
     from pykmesh.node.mesh import PROCESSES
 
     if running(instance.run_dir) is not None:
-        raise Failure(f"instance {instance.name} is running: pykmesh down first")
+        raise Failure(f"instance {instance.name} is running: {command(instance, 'down')} first")
     try:
         removed = remove(instance.pin_dir)
     except (PinDirectoryError, KernelError, OSError) as error:

@@ -17,6 +17,7 @@ from urllib.parse import urlencode, urlsplit
 
 import click
 
+from pykmesh.cli.output import escaped
 from pykmesh.contracts.flows import Flow, FlowLineError, Lost, Peer, parse
 
 DEFAULT_LAST: Final = 20
@@ -259,9 +260,9 @@ class _Screen:
             if self._output == "json":
                 click.echo(line.rstrip())
             elif self._output == "table":
-                click.echo(_COLUMNS.format(*_cells(flow)))
+                click.echo(escaped(_COLUMNS.format(*_cells(flow))))
             else:
-                click.echo(compact(flow))
+                click.echo(escaped(compact(flow)))
 
     def lose(self, lost: Lost, line: bytes) -> None:
         self.lost += lost.flows

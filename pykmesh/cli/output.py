@@ -35,11 +35,17 @@ def show(output: str, value: Any, columns: Sequence[str], rows: Sequence[Sequenc
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Columns as wide as their widest cell, two spaces apart."""
-    cells = [[*columns], *[["-" if cell in (None, "") else str(cell) for cell in row] for row in rows]]
+    found = [["-" if cell in (None, "") else escaped(str(cell)) for cell in row] for row in rows]
+    cells = [[*columns], *found]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     return "\n".join(
         "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
     )
+
+
+def escaped(text: str) -> str:
+    r"""For people's eyes: what a terminal would obey, or not show, as `\x1b` or `\n`."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def age(seconds: float) -> str:

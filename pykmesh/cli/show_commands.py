@@ -11,9 +11,10 @@ import click
 from pykmesh import __version__
 from pykmesh.cli.node_commands import Failure
 from pykmesh.cli.output import age, output_option, show
-from pykmesh.node.instance import Instance
+from pykmesh.node.instance import Instance, how_to_start
 
 STATUS_VERSION = 1
+_STATUS_COLUMNS = ("PROCESS", "VERSION", "READY", "RESTARTS", "WAITS FOR", "LAST SYNC", "ERRORS", "DETAIL")
 
 
 def require_running(instance: Instance) -> Instance:
@@ -21,7 +22,8 @@ def require_running(instance: Instance) -> Instance:
 
     found = find(instance)
     if found is None:
-        raise Failure(f"instance {instance.name} is not running (looked in {instance.run_dir}): pykmesh up")
+        where = f"looked in {instance.run_dir}"
+        raise Failure(f"instance {instance.name} is not running ({where}): {how_to_start(instance)}")
     return found
 
 
@@ -48,23 +50,45 @@ def _process_status(port: int) -> dict[str, Any] | None:
 @output_option
 @click.pass_obj
 def status(instance: Instance, wait_s: float, output: str) -> None:
-    """Of each process: version, ready or what it waits for, last sync, errors.
+    """Of each process: version, ready or what it waits for, restarts, last sync, errors.
 
     Exit status 1 when one is not ready.
     """
+    from pykmesh.node.run import supervised
+
     found = require_running(instance)
     deadline = time.monotonic() + wait_s
     while True:
-        processes = {name: _process_status(getattr(found.ports, name)) for name in _names(found)}
+        supervisor = supervised(found)
+        processes = {"nats": _broker_status(found, supervisor.get("nats", {}).get("pid"))}
+        processes |= {name: _process_status(getattr(found.ports, name)) for name in _names(found)}
         ready = all(process and process["ready"] for process in processes.values())
         if ready or time.monotonic() >= deadline:
             break
         time.sleep(0.1)
-    value = {"schema": STATUS_VERSION, "instance": found.name, "ready": ready, "processes": processes}
-    rows = [_status_row(name, process) for name, process in processes.items()]
-    show(output, value, ("PROCESS", "VERSION", "READY", "WAITS FOR", "LAST SYNC", "ERRORS", "DETAIL"), rows)
+    restarts = {name: supervisor[name]["restarts"] if name in supervisor else None for name in processes}
+    value = {
+        "schema": STATUS_VERSION,
+        "instance": found.name,
+        "ready": ready,
+        "restarts": restarts,
+        "processes": processes,
+    }
+    rows = [_status_row(name, process, restarts[name]) for name, process in processes.items()]
+    show(output, value, _STATUS_COLUMNS, rows)
     if not ready:
         sys.exit(1)
+
+
+def _broker_status(instance: Instance, pid: int | None) -> dict[str, Any] | None:
+    """The broker is not ours: what can be said of it, in the shape of the others."""
+    from pykmesh.node.run import broker_version
+
+    version = broker_version(instance)
+    if version is None:
+        return None
+    entry = {"process": "nats", "instance": instance.name, "version": version, "pid": pid}
+    return {**entry, "ready": True, "waits_for": [], "errors": []}
 
 
 def _names(instance: Instance) -> list[str]:
@@ -74,9 +98,9 @@ def _names(instance: Instance) -> list[str]:
     return names
 
 
-def _status_row(name: str, process: dict[str, Any] | None) -> tuple[Any, ...]:
+def _status_row(name: str, process: dict[str, Any] | None, restarts: int | None) -> tuple[Any, ...]:
     if process is None:
-        return (name, "-", "no", "-", "-", "-", "does not answer")
+        return (name, "-", "no", restarts, "-", "-", "-", "does not answer")
     waits = ", ".join(process["waits_for"])
     errors = process["errors"]
     last = f"{len(errors)}: {errors[-1]['event']}" if errors else "0"
@@ -85,6 +109,7 @@ def _status_row(name: str, process: dict[str, Any] | None) -> tuple[Any, ...]:
         name,
         process["version"],
         "yes" if process["ready"] else "no",
+        restarts,
         waits,
         f"{age(time.time() - synced)} ago" if synced else "-",
         last,
@@ -104,6 +129,8 @@ def _detail(name: str, process: dict[str, Any]) -> str:
         return f"{process['services']} services, {process['workloads']} workloads{refused}{note}"
     if name == "bpf_loader" and "enrolled" in process:
         return f"{len(process['enrolled'])} enrolled"
+    if name == "nats" and process["pid"]:
+        return f"pid {process['pid']}"
     if name == "control_plane":
         errors = process["manifest_errors"]
         return (

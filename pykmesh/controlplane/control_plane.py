@@ -94,7 +94,7 @@ class ControlPlane:
         """Runs until cancelled. Calls `started` with the port once the folder is read whole and served.
 
         Until then it does not listen, and calls `refused` with the errors of files and folders that are in
-        the way, whenever they change. Objects left without an address and duplicates are not in the way.
+        the way, whenever they change. Objects without an address, and twice in a file, are not in the way.
         Raises `OSError` if the port cannot be had.
         """
         await self._read(await anyio.to_thread.run_sync(self._folder.look), refused)

@@ -2,7 +2,8 @@
 
 A `Folder` is driven from outside (`look`, then `read`), by one thread at a time, and never raises: what goes
 wrong becomes an error in its content. A file that cannot be read keeps the objects it had when it last could;
-one that never could has none, and is told apart (`Content.refused`) from one that says nothing.
+one that never could has none, and is told apart (`Content.refused`) from one that says nothing. The same
+goes for a file with an object that another file has: the object stays with the file that had it first.
 
 Files that are removed are gone, all of them too. But when the folder itself went, and none or an empty one
 is in its place (a volume that was unmounted), nothing was removed: what was read still counts.
@@ -22,6 +23,7 @@ import msgspec
 import structlog
 
 from pykmesh.controlplane.manifests import ConfigError, Located, Parsed, parse, without_duplicates
+from pykmesh.controlplane.objects import ObjectRef, ref_of
 
 log = structlog.get_logger(__name__)
 
@@ -75,6 +77,8 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._files: dict[str, _File] = {}
+        self._counted: dict[str, Parsed] = {}
+        """Of each file what counts; no object is in two of them."""
         self._identity: tuple[int, int] | None = None
         """Of the folder that the files were in."""
         self._folder_errors: tuple[ConfigError, ...] = ()
@@ -135,9 +139,13 @@ class Folder:
 
     def _content(self) -> Content:
         in_order = [self._files[name] for name in sorted(self._files)]
-        objects, duplicates = without_duplicates(obj for file in in_order for obj in file.good.objects)
+        said = {name: self._files[name].good for name in sorted(self._files)}
+        self._counted, clashes = _without_clashes(said, self._counted)
+        objects, duplicates = without_duplicates(
+            obj for file in self._counted.values() for obj in file.objects
+        )
         self._log_ignored(frozenset().union(*(file.good.ignored for file in in_order)))
-        errors = [error for file in in_order for error in file.errors]
+        errors = [*clashes, *(error for file in in_order for error in file.errors)]
         content = Content(
             objects,
             errors=(*self._folder_errors, *sorted((*errors, *duplicates))),
@@ -158,6 +166,53 @@ class Folder:
         if ignored - self._ignored:
             log.info("config_kinds_ignored", kinds=sorted(ignored))
         self._ignored = ignored
+
+
+def _without_clashes(
+    said: Mapping[str, Parsed], before: Mapping[str, Parsed]
+) -> tuple[dict[str, Parsed], list[ConfigError]]:
+    """What counts of each file, when a file with an object that is another's counts as it did `before`.
+
+    In `before` no object is in two files, so a file that was put back is not refused again, and this ends.
+    """
+    counted, errors = dict(said), list[ConfigError]()
+    while refused := _clashes(counted, before):
+        counted |= {name: before.get(name, Parsed()) for name in refused}
+        errors += refused.values()
+    return counted, errors
+
+
+def _clashes(files: Mapping[str, Parsed], before: Mapping[str, Parsed]) -> dict[str, ConfigError]:
+    """An error for each file with an object of another: of the one that had it, or the first by name."""
+    shared = _shared(files)
+    held = {
+        name: {ref_of(located.object) for located in before.get(name, Parsed()).objects}
+        for name in {name for places in shared.values() for name in places}
+    }
+    errors: dict[str, ConfigError] = {}
+    for ref, places in shared.items():
+        keeper = min(places, key=lambda name: (ref not in held[name], name))
+        for name in places.keys() - {keeper}:
+            errors.setdefault(name, _clash(ref, places[name], places[keeper]))
+    return errors
+
+
+def _shared(files: Mapping[str, Parsed]) -> dict[ObjectRef, dict[str, Located]]:
+    """The objects that are in several files, with where they are in each."""
+    first: dict[ObjectRef, tuple[str, Located]] = {}
+    shared: dict[ObjectRef, dict[str, Located]] = {}
+    for name, parsed in files.items():
+        for located in parsed.objects:
+            ref = ref_of(located.object)
+            other, place = first.setdefault(ref, (name, located))
+            if other != name:
+                shared.setdefault(ref, {other: place}).setdefault(name, located)
+    return shared
+
+
+def _clash(ref: ObjectRef, located: Located, kept: Located) -> ConfigError:
+    why = f"{ref} is also in {kept.file}:{kept.line}, which keeps it; this file counts as it last was"
+    return ConfigError(located.file, located.line, "metadata.name", why)
 
 
 def _list(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import platform
+import socket
 import threading
 from collections.abc import Callable
 from typing import Final, TypeVar
 
 CLONE_NEWNET: Final = 0x40000000
+SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h, since kernel 5.14
 _libc = ctypes.CDLL(None, use_errno=True)
 _T = TypeVar("_T")
 
@@ -33,3 +37,18 @@ def run_in(netns_fd: int, act: Callable[[], _T]) -> _T:
     if failed:
         raise failed[0]
     return found[0]
+
+
+def own_cookie() -> int:
+    """OSError that says so where the kernel has no cookies of namespaces."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            return int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
+        except OSError as error:
+            if error.errno != errno.ENOPROTOOPT:
+                raise
+            raise OSError(
+                error.errno,
+                f"pods are known by their network namespace's cookie (SO_NETNS_COOKIE), which needs "
+                f"kernel 5.14; this is {platform.release()}",
+            ) from error

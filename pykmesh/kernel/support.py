@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from pykmesh.kernel import cgroups, libbpf, pins
 from pykmesh.kernel.hooks import can_set_retval
+from pykmesh.kernel.netns import own_cookie
 
 _PROGRAM_TYPES = {"cgroup/sock_addr": 18, "sock_ops": 13, "cgroup/sock": 9}
 _MAP_TYPES = {"hash": 1, "LRU hash": 9, "ring buffer": 27, "socket storage": 24}
@@ -29,6 +30,7 @@ def findings(pin_dir: Path) -> Iterator[Finding]:
     yield _root()
     if os.geteuid() == 0:
         yield from _bpf()
+    yield _enrolment()
     yield _cgroup()
     yield _bpffs(pin_dir)
     yield _btf()
@@ -60,12 +62,12 @@ def _bpf() -> Iterator[Finding]:
                 "bpf-programs",
                 "fail",
                 f"kernel {release} loads no {name} programs",
-                "a kernel from 5.10 with BPF",
+                "a kernel from 5.14 with BPF",
             )
     for name, number in _MAP_TYPES.items():
         if not libbpf.probe_map_type(number):
             yield Finding(
-                "bpf-maps", "fail", f"kernel {release} has no {name} map", "a kernel from 5.10 with BPF"
+                "bpf-maps", "fail", f"kernel {release} has no {name} map", "a kernel from 5.14 with BPF"
             )
     if can_set_retval():
         yield Finding("errno", "ok", "refused connections fail with ECONNREFUSED")
@@ -73,6 +75,15 @@ def _bpf() -> Iterator[Finding]:
         yield Finding(
             "errno", "warn", "refused connections fail with EPERM", "ECONNREFUSED needs kernel 5.18"
         )
+
+
+def _enrolment() -> Finding:
+    try:
+        own_cookie()
+    except OSError:
+        what = f"kernel {platform.release()} has no cookies of network namespaces (SO_NETNS_COOKIE)"
+        return Finding("enrolment", "fail", what, "enrolment needs kernel 5.14")
+    return Finding("enrolment", "ok", "pods can be told by their network namespaces")
 
 
 def _cgroup() -> Finding:

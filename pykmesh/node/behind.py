@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from typing import Final
 
-from pykmesh.node.instance import Instance, InstanceError, running
+from pykmesh.node.instance import Instance, InstanceError, command, running
 
 READY_DEADLINE_S: Final = 30.0
 END_DEADLINE_S: Final = 15.0
 POLL_S: Final = 0.05
 READY: Final = "is ready"
 """What `pykmesh up` says last when all its processes are."""
+NOT_READY: Final = "pykmesh: not ready"
+"""How the line begins that it says instead at the deadline."""
+SAYING_S: Final = 10.0
+"""So long after the deadline it has said either, also on a busy machine."""
+FLAG: Final = "--behind"
+"""Tells `pykmesh up` that it runs behind: its log is a file, and what it says is for who started it."""
 
 
 class Behind:
     """Started when this returns. Who waits for it and gives up must `end` it."""
 
     def __init__(self, instance: Instance, arguments: list[str]) -> None:
-        """`arguments` are those of `pykmesh`. InstanceError when its log cannot be written."""
+        """`arguments` are those of `pykmesh`, `up` last."""
         if (other := running(instance.run_dir)) is not None:
-            down = f"pykmesh --instance {instance.name} down"
+            down = command(instance, "down")
             raise InstanceError(f"instance {instance.name!r} runs already (pid {other.pid}): {down}")
         self._instance = instance
-        self._log = instance.log("supervisor")
-        try:
-            self._log.parent.mkdir(parents=True, exist_ok=True)
-            with self._log.open("wb") as file:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "pykmesh", *arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=file,
-                    stderr=file,
-                    start_new_session=True,
-                )
-        except OSError as error:
-            raise InstanceError(f"run-time directory {instance.run_dir}: {error.strerror}") from error
+        # In memory: no disk can be too full for it, and it breaks for nobody when this process ends.
+        self._said = os.memfd_create("pykmesh-up")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pykmesh", *arguments, FLAG],
+            stdin=subprocess.DEVNULL,
+            stdout=self._said,
+            stderr=self._said,
+            start_new_session=True,
+        )
 
     @property
     def pid(self) -> int:
@@ -45,17 +48,23 @@ class Behind:
 
     def until_ready(self) -> None:
         """InstanceError with its last words when it ends, or at the deadline; it goes on trying then."""
-        end = time.monotonic() + READY_DEADLINE_S
+        end = time.monotonic() + READY_DEADLINE_S + SAYING_S
+        why: list[str] = []
         while time.monotonic() < end:
-            text = self._log.read_text(errors="replace")
-            if self._process.poll() is not None:
+            has_ended = self._process.poll() is not None
+            text = self._text()
+            if has_ended:
                 raise InstanceError(_last_words(text))
             if f"instance {self._instance.name} {READY}" in text:
                 return
+            if why := [line for line in text.splitlines() if line.startswith(NOT_READY)]:
+                break
             time.sleep(POLL_S)
-        raise InstanceError(
-            f"not ready after {READY_DEADLINE_S:g} s; it goes on trying: pykmesh status (log: {self._log})"
-        )
+        said = why[0].removeprefix("pykmesh: ") if why else f"not ready after {READY_DEADLINE_S:g} s"
+        raise InstanceError(f"{said}; it goes on trying: {command(self._instance, 'status')}")
+
+    def _text(self) -> str:
+        return os.pread(self._said, os.fstat(self._said).st_size, 0).decode(errors="replace")
 
     def end(self) -> None:
         """Tells it to end, and waits; the kernel's side stays."""

@@ -2,6 +2,7 @@
 
 <run_dir>/instance.json     who runs it, where; removed at its orderly end
 <run_dir>/lock              held while it runs: one supervisor an instance
+<run_dir>/supervisor.sock   says what runs, and how often it was started again
 <run_dir>/secrets/<name>    the bus's passwords
 <run_dir>/logs/<name>.log   what each process said
 """
@@ -14,6 +15,7 @@ import fcntl
 import os
 import re
 import secrets
+import shlex
 import socket
 from collections.abc import Iterable
 from pathlib import Path
@@ -54,6 +56,10 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     pid: int = 0
 
     @property
+    def supervisor_socket(self) -> Path:
+        return self.run_dir / "supervisor.sock"
+
+    @property
     def enroll_socket(self) -> Path:
         return self.run_dir / "enroll.sock"
 
@@ -76,6 +82,22 @@ def named(
         pin_dir=pin_dir or Path("/sys/fs/bpf/pykmesh") / name,
         ports=ports or Ports(),
     )
+
+
+def command(instance: Instance, *words: str) -> str:
+    """What to type to have `words` done to this instance and no other."""
+    usual = named(instance.name)
+    options = (
+        ("--instance", instance.name, DEFAULT_NAME),
+        ("--run-dir", instance.run_dir, usual.run_dir),
+        ("--pin-dir", instance.pin_dir, usual.pin_dir),
+    )
+    place = [word for option, value, default in options if value != default for word in (option, str(value))]
+    return " ".join(["pykmesh", *map(shlex.quote, place), *words])
+
+
+def how_to_start(instance: Instance) -> str:
+    return command(instance, "up -d --config-dir FOLDER (or --xds-address HOST:PORT)")
 
 
 def free_ports(kept: dict[str, int]) -> Ports:
@@ -109,14 +131,45 @@ def check_ports(ports: Ports, needed: list[str]) -> None:
                 ) from error
 
 
+def not_there(instance: Instance, processes: Iterable[str]) -> list[Path]:
+    """Of what a start makes below the run-time directory, and above it, what is not there yet."""
+    paths = [*reversed(instance.run_dir.parents), instance.run_dir, *_directories(instance)]
+    paths += _files(instance, processes)
+    return [path for path in paths if not path.exists()]
+
+
+def take_back(made: list[Path]) -> None:
+    """Removes what a start that was refused has made; directories that others use by now stay."""
+    for path in reversed(made):
+        with contextlib.suppress(OSError):
+            if path.is_dir():
+                path.rmdir()
+            else:
+                path.unlink()
+
+
+def _directories(instance: Instance) -> list[Path]:
+    return [instance.run_dir / "secrets", instance.run_dir / "logs"]
+
+
+def _files(instance: Instance, processes: Iterable[str]) -> list[Path]:
+    names = [*processes, "supervisor"]
+    files = [instance.run_dir / name for name in ("instance.json", "instance.new", "lock", "nats.conf")]
+    files += [instance.enroll_socket, instance.supervisor_socket]
+    files += [instance.secret(name + suffix) for name in names for suffix in ("", ".new")]
+    return files + [instance.log(name).with_suffix(suffix) for name in names for suffix in (".log", ".old")]
+
+
 def prepare(instance: Instance) -> int:
     """Makes the directories, takes the lock and writes who runs. Returns the lock's descriptor."""
+    made = [path for path in (instance.run_dir, *_directories(instance)) if not path.exists()]
     try:
-        for directory in (instance.run_dir, instance.run_dir / "secrets", instance.run_dir / "logs"):
+        for directory in (instance.run_dir, *_directories(instance)):
             directory.mkdir(parents=True, exist_ok=True)
         instance.secret("").chmod(0o700)
         held = os.open(instance.run_dir / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:
+        take_back(made)
         raise InstanceError(f"run-time directory {instance.run_dir}: {error.strerror}") from error
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,7 +180,7 @@ def prepare(instance: Instance) -> int:
         pid = running(instance.run_dir)
         raise InstanceError(
             f"instance {instance.name!r} runs already (pid {pid.pid if pid else 'unknown'}): "
-            f"pykmesh --instance {instance.name} down, or choose another --instance"
+            f"{command(instance, 'down')}, or choose another --instance"
         ) from error
     return held
 
@@ -157,17 +210,14 @@ def _has_content(path: Path) -> bool:
 
 def forget(instance: Instance) -> None:
     (instance.run_dir / "instance.json").unlink(missing_ok=True)
+    instance.supervisor_socket.unlink(missing_ok=True)
 
 
 def remove_files(instance: Instance, processes: Iterable[str]) -> None:
     """Removes what an instance writes below its run-time directory, and directories that are then empty."""
-    names = [*processes, "supervisor"]
-    files = [instance.run_dir / name for name in ("instance.json", "lock", "nats.conf", "enroll.sock")]
-    files += [instance.secret(name + suffix) for name in names for suffix in ("", ".new")]
-    files += [instance.log(name).with_suffix(suffix) for name in names for suffix in (".log", ".old")]
-    for path in files:
+    for path in _files(instance, processes):
         path.unlink(missing_ok=True)
-    for directory in (instance.run_dir / "secrets", instance.run_dir / "logs", instance.run_dir):
+    for directory in (*_directories(instance), instance.run_dir):
         with contextlib.suppress(OSError):
             directory.rmdir()
 

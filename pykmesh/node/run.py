@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
+import socket
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -46,6 +48,30 @@ def fetch(port: int, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> Any:
     return found
 
 
+def supervised(instance: Instance) -> dict[str, dict[str, int | None]]:
+    """What the supervisor says of each process (`Supervisor.state`); nothing where there is none."""
+    try:
+        with socket.socket(socket.AF_UNIX) as asker:
+            asker.settimeout(PROBE_TIMEOUT_S)
+            asker.connect(str(instance.supervisor_socket))
+            found: dict[str, dict[str, int | None]] = json.loads(
+                b"".join(iter(lambda: asker.recv(4096), b""))
+            )
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return found
+
+
+def broker_version(instance: Instance) -> str | None:
+    """What the broker says of itself to each who connects; None when it does not answer."""
+    try:
+        with socket.create_connection(("127.0.0.1", instance.ports.nats), PROBE_TIMEOUT_S) as asker:
+            word, _, text = asker.makefile("rb").readline().partition(b" ")
+        return str(json.loads(text)["version"]) if word == b"INFO" else None
+    except (OSError, json.JSONDecodeError, KeyError):
+        return None
+
+
 def find(instance: Instance) -> Instance | None:
     """The instance as it runs: below its supervisor, or (containers) on the ports that it would have."""
     found = instances.running(instance.run_dir)
@@ -64,7 +90,7 @@ def processes(options: Options) -> list[str]:
 
 
 async def until_ready(instance: Instance, names: list[str], deadline_s: float) -> None:
-    """Waits for every process. InstanceError names what each one still waits for."""
+    """Waits for every process. InstanceError names what each one still waits for, and its last error."""
     waiting: dict[str, str] = dict.fromkeys(names, "not started")
     with anyio.move_on_after(deadline_s):
         while waiting:
@@ -78,8 +104,22 @@ async def until_ready(instance: Instance, names: list[str], deadline_s: float) -
                     del waiting[name]
             await anyio.sleep(POLL_S)
     if waiting:
-        what = "; ".join(f"{name} waits for: {task}" for name, task in waiting.items())
+        errors = await anyio.to_thread.run_sync(_last_errors, instance, list(waiting))
+        what = "; ".join(
+            f"{name} waits for: {task}" + (f" (last error: {errors[name]})" if errors[name] else "")
+            for name, task in waiting.items()
+        )
         raise InstanceError(f"not ready after {deadline_s:g} s: {what} (logs in {instance.run_dir / 'logs'})")
+
+
+def _last_errors(instance: Instance, names: list[str]) -> dict[str, str]:
+    """Of each process, what its status says went wrong last; "" for nothing."""
+    found = dict.fromkeys(names, "")
+    for name in names:
+        with contextlib.suppress(OSError):
+            if errors := fetch(getattr(instance.ports, name), "/status")["errors"]:
+                found[name] = ": ".join(str(v) for key, v in errors[-1].items() if key != "time")
+    return found
 
 
 def _prepare_pins(instance: Instance) -> None:
@@ -104,17 +144,42 @@ class Running:
 
     async def run(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Runs until cancelled; raises InstanceError when it cannot begin. The kernel's side stays."""
-        held = instances.prepare(self.instance)
+        made = instances.not_there(self.instance, mesh.PROCESSES)
+        held = None
         try:
-            instances.check_ports(self.instance.ports, mesh.port_names(self.options))
-            await anyio.to_thread.run_sync(_prepare_pins, self.instance)
-            instances.write(self.instance, list(broker.PERMISSIONS))
-            self.supervisor = Supervisor(mesh.specs(self.instance, self.options), self._echo)
+            held = instances.prepare(self.instance)
+            await self._begin()
             task_status.started()
-            await self.supervisor.run()
+            made = []
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._tell)
+                await self.supervisor.run()
         finally:
-            instances.forget(self.instance)
-            os.close(held)
+            if held is not None:
+                instances.forget(self.instance)
+                instances.take_back(made)
+                os.close(held)
+
+    async def _begin(self) -> None:
+        """InstanceError when something is in the way. What is outside the run-time directory comes last."""
+        log.info("supervisor_started", pid=os.getpid(), run_dir=str(self.instance.run_dir))
+        instances.check_ports(self.instance.ports, mesh.port_names(self.options))
+        instances.write(self.instance, list(broker.PERMISSIONS))
+        self.supervisor = Supervisor(mesh.specs(self.instance, self.options), self._echo)
+        await anyio.to_thread.run_sync(_prepare_pins, self.instance)
+
+    async def _tell(self) -> None:
+        """The supervisor's state, to each who connects. Without the socket the mesh runs all the same."""
+        try:
+            async with await anyio.create_unix_listener(self.instance.supervisor_socket, mode=0o600) as door:
+                await door.serve(self._answer)
+        except OSError as error:
+            log.warning("supervisor_not_asked", error=error.strerror or str(error))
+
+    async def _answer(self, asker: anyio.abc.SocketStream) -> None:
+        async with asker:
+            with contextlib.suppress(anyio.BrokenResourceError):
+                await asker.send(json.dumps(self.supervisor.state()).encode())
 
     async def until_ready(self, deadline_s: float) -> None:
         await until_ready(self.instance, processes(self.options), deadline_s)

@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Final, NamedTuple, Self
+from typing import Final, NamedTuple
 
 import anyio
 import anyio.abc
 import structlog
 
+from pykmesh.logs import LogFile
 from pykmesh.node.instance import InstanceError
 from pykmesh.process import EXIT_SETTINGS
 
@@ -28,7 +29,6 @@ BACKOFF_FIRST_S: Final = 0.1
 BACKOFF_MAX_S: Final = 5.0
 STEADY_AFTER_S: Final = 10.0
 END_DEADLINE_S: Final = 5.0
-LOG_BYTES_MAX: Final = 16 * 1024 * 1024
 LINE_BYTES_MAX: Final = 64 * 1024
 
 
@@ -53,6 +53,10 @@ class Supervisor:
         self.pids: dict[str, int] = {}
         self.restarts: dict[str, int] = {spec.name: 0 for spec in specs}
         self.last_words: dict[str, str] = {}
+
+    def state(self) -> dict[str, dict[str, int | None]]:
+        """Of each process its id, None while it does not run, and how often it was started again."""
+        return {name: {"pid": self.pids.get(name), "restarts": n} for name, n in self.restarts.items()}
 
     async def run(self) -> None:
         async with anyio.create_task_group() as tasks:
@@ -96,7 +100,7 @@ class Supervisor:
         if process.stdout is None:
             return
         rest = b""
-        with _Log(spec.log) as file:
+        with LogFile(spec.log) as file:
             async for data in process.stdout:
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
@@ -107,46 +111,11 @@ class Supervisor:
             if rest:
                 self._take_line(spec, file, rest)
 
-    def _take_line(self, spec: Spec, file: _Log, line: bytes) -> None:
+    def _take_line(self, spec: Spec, file: LogFile, line: bytes) -> None:
         text = self.last_words[spec.name] = line.decode(errors="replace")
         file.write(line)
         if self._echo:
             self._echo(spec.name, text)
-
-
-class _Log:
-    """A log file that starts anew when it is too large; a disk that is full loses lines, not the process."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: IO[bytes] | None = None
-        self._lost = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def write(self, line: bytes) -> None:
-        try:
-            if self._file is None:
-                self._file = self._path.open("ab")
-            if self._file.tell() > LOG_BYTES_MAX:
-                self._file.close()
-                self._path.replace(self._path.with_suffix(".old"))
-                self._file = self._path.open("ab")
-            self._file.write(line + b"\n")
-            self._file.flush()
-            self._lost = False
-        except OSError as error:
-            if not self._lost:
-                self._lost = True
-                log.error("log_lines_lost", path=str(self._path), error=error.strerror)
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            try:
-                self._file.close()
-            except OSError:
-                log.debug("log_not_closed", path=str(self._path))
 
 
 async def _end(process: anyio.abc.Process) -> None:

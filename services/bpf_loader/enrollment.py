@@ -17,6 +17,7 @@ import structlog
 from pykmesh.contracts.enrollment import Enrolled, EnrollmentError
 from pykmesh.kernel import cgroups, libbpf, pins
 from pykmesh.kernel.hooks import HOOKS, Hook, Programs
+from pykmesh.kernel.netns import own_cookie
 from pykmesh.kernel.pins import CgroupLinks
 from pykmesh.kernel.records import NO_IP, ip_to_text, network_id
 from services.bpf_loader import netns
@@ -141,14 +142,18 @@ class Enrollment:
     def _learn(self, links: CgroupLinks, path: Path) -> None:
         """The namespace of a cgroup that had no process when it was enrolled, or an entry that was lost.
 
-        A first process on the host's network is looked at again: it may be about to leave it.
+        An entry without an address is read again: the pod may have got one. So is a first process on the
+        host's network: it may be about to leave it.
         """
-        if links.netns_cookie is not None and self._pods.has(links.netns_cookie):
+        known = None if links.netns_cookie is None else self._pods.get(links.netns_cookie)
+        if known is not None and known.has_address:
             return
         namespace = _namespace(path, None)
         if namespace is None or namespace == netns.HOST:
             return
         if links.netns_cookie not in (None, namespace.cookie):
+            return
+        if known is not None and (namespace.address4, namespace.address6) == (NO_IP, NO_IP):
             return
         self._remember(links, links.cgroup_id, namespace)
         log.info("pod_namespace_learnt", cgroup=str(path), netns_cookie=namespace.cookie)
@@ -163,7 +168,7 @@ class Enrollment:
         if before is None:
             self._check_free(path)
         try:
-            netns.own_cookie()
+            own_cookie()
             namespace = _namespace(path, netns_fd)
         except OSError as error:
             raise EnrollmentError(f"cgroup {path}: {error.strerror or error}") from error

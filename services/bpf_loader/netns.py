@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import platform
 import socket
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from pyroute2 import IPRoute
 
-from pykmesh.kernel.netns import run_in
+from pykmesh.kernel.netns import own_cookie, run_in
 from pykmesh.kernel.records import NO_IP, Ip, ip_from_text
 
-SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h, since kernel 5.14
 RT_SCOPE_UNIVERSE = 0
 
 
@@ -53,21 +50,6 @@ def of_first_process(cgroup: Path) -> int | None:
         except OSError:
             continue
     return None
-
-
-def own_cookie() -> int:
-    """OSError that says so where the kernel has no cookies of namespaces."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            return int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
-        except OSError as error:
-            if error.errno != errno.ENOPROTOOPT:
-                raise
-            raise OSError(
-                error.errno,
-                f"pods are known by their network namespace's cookie (SO_NETNS_COOKIE), which needs "
-                f"kernel 5.14; this is {platform.release()}",
-            ) from error
 
 
 def _read_here() -> Namespace:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pykmesh.kernel.maps import PinnedMap
-from pykmesh.kernel.records import POD_KEY, POD_VALUE, Ip
+from pykmesh.kernel.records import NO_IP, POD_KEY, POD_VALUE, Ip
 from services.bpf_loader.netns import Namespace
 
 
@@ -21,6 +21,10 @@ class Pod(NamedTuple):
     address4: Ip
     address6: Ip
     cgroup_id: int
+
+    @property
+    def has_address(self) -> bool:
+        return (self.address4, self.address6) != (NO_IP, NO_IP)
 
 
 class Pods:
@@ -36,8 +40,12 @@ class Pods:
         value = POD_VALUE.pack(namespace.address4, namespace.address6, self._network, cgroup_id)
         self._map.put(POD_KEY.pack(namespace.cookie), value)
 
-    def has(self, cookie: int) -> bool:
-        return self._map.get(POD_KEY.pack(cookie)) is not None
+    def get(self, cookie: int) -> Pod | None:
+        value = self._map.get(POD_KEY.pack(cookie))
+        if value is None:
+            return None
+        address4, address6, _, cgroup_id = POD_VALUE.unpack(value)
+        return Pod(address4, address6, cgroup_id)
 
     def all(self) -> dict[int, Pod]:
         """By cookie."""

@@ -201,19 +201,73 @@ def test_a_file_whose_name_is_no_text_has_errors_that_are(tmp_path: Path) -> Non
     assert error.file == "\ufffd.yaml"
 
 
-def test_a_duplicate_in_another_file_is_an_error_until_one_of_them_goes(tmp_path: Path) -> None:
-    write(tmp_path / "a.yaml", service("web", clusterIP="10.0.0.1"))
-    write(tmp_path / "b.yaml", service("web", clusterIP="10.0.0.2"))
+def _places(content: Content) -> dict[str, str]:
+    return {located.object.name: located.file for located in content.objects}
+
+
+def _told(content: Content) -> list[str]:
+    assert content.refused == content.errors
+    return [f"{error.file}: {error.why.partition(',')[0]}" for error in content.errors]
+
+
+@pytest.mark.parametrize("second", ["a.yaml", "z.yaml"])
+def test_an_object_stays_with_the_file_that_had_it_and_the_other_counts_as_it_was(
+    tmp_path: Path, second: str
+) -> None:
+    folder = Folder(tmp_path)
+    write(tmp_path / "b.yaml", service("web", clusterIP="10.0.0.1"))
+    write(tmp_path / second, service("api"))
+    _read(folder)
+    write(tmp_path / second, service("api2"), service("web", clusterIP="10.0.0.2"))
+    for _ in range(2):
+        content = _read(folder)
+        assert _places(content) == {"web": "b.yaml", "api": second}
+        assert _told(content) == [f"{second}: Service shop/web is also in b.yaml:1"]
+    write(tmp_path / "b.yaml", service("db"))
+    content = _read(folder)
+    assert _places(content) == {"db": "b.yaml", "api2": second, "web": second}
+    assert not content.errors
+
+
+def test_of_two_files_that_are_new_the_first_has_the_object(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", service("web"))
+    write(tmp_path / "b.yaml", service("web"), service("api"))
     folder = Folder(tmp_path)
     content = _read(folder)
-    (error,) = content.errors
-    assert not content.refused
-    assert error.file == "b.yaml"
-    assert "a.yaml:1" in error.why
+    assert _places(content) == {"web": "a.yaml"}
+    assert _told(content) == ["b.yaml: Service shop/web is also in a.yaml:1"]
     (tmp_path / "a.yaml").unlink()
     content = _read(folder)
+    assert (_places(content), content.errors) == ({"web": "b.yaml", "api": "b.yaml"}, ())
+
+
+def test_objects_that_move_between_files_in_one_edit_are_no_duplicates(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    write(tmp_path / "a.yaml", service("web"), service("api"))
+    write(tmp_path / "b.yaml", service("db"))
+    _read(folder)
+    write(tmp_path / "a.yaml", service("db"), service("api"))
+    write(tmp_path / "b.yaml", service("web"))
+    content = _read(folder)
+    assert _places(content) == {"db": "a.yaml", "api": "a.yaml", "web": "b.yaml"}
     assert not content.errors
-    assert [located.file for located in content.objects] == ["b.yaml"]
+    (tmp_path / "b.yaml").rename(tmp_path / "0.yaml")
+    assert _places(_read(folder))["web"] == "0.yaml"
+
+
+def test_a_file_that_is_put_back_keeps_what_another_would_take_meanwhile(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    write(tmp_path / "a.yaml", service("web"))
+    write(tmp_path / "b.yaml", service("db"))
+    _read(folder)
+    write(tmp_path / "b.yaml", service("web"))  # refused, so that it keeps db
+    write(tmp_path / "0.yaml", service("db"))
+    content = _read(folder)
+    assert _places(content) == {"web": "a.yaml", "db": "b.yaml"}
+    assert _told(content) == [
+        "0.yaml: Service shop/db is also in b.yaml:1",
+        "b.yaml: Service shop/web is also in a.yaml:1",
+    ]
 
 
 def test_kinds_that_are_not_read_are_logged_once_by_name(tmp_path: Path) -> None:

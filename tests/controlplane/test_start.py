@@ -196,10 +196,31 @@ async def test_a_file_that_breaks_while_it_waits_for_another_is_in_the_way_too(f
 
 
 async def test_shortages_and_duplicates_are_not_in_the_way(folder: Path) -> None:
-    write(folder / "x.yaml", service("a"), service("b"), pod("web-1"))
+    write(folder / "x.yaml", service("a"), service("b"), pod("x"), pod("x"))
     async with running(folder, service_cidr_v4="10.0.0.0/30") as (plane, _):  # one address to give
         assert len(plane.errors) == 2
         assert WEB_1 in plane.resources
+
+
+async def test_an_object_in_two_files_is_in_the_way_at_the_start_and_taken_over_by_none_later(
+    folder: Path,
+) -> None:
+    twice = folder / "again.yaml"
+    write(twice, pod("web-1", podIP="10.244.1.9"))
+    async with begun(folder) as run:
+        (told,) = await run.refusal()
+        assert told.startswith("web.yaml:")
+        assert "Pod shop/web-1 is also in again.yaml:1" in told
+        twice.unlink()
+        async with connected(await run.serving()) as client:
+            await client.subscribe()
+            await client.receive()
+            write(twice, pod("web-1", podIP="10.244.1.9"), pod("web-3", podIP="10.244.1.3"))
+            write(folder / "more.yaml", pod("web-4", podIP="10.244.1.4"))
+            changed = await client.receive()
+            assert [resource.name for resource in changed.resources] == ["Kubernetes//Pod/shop/web-4"]
+            assert changed.removed_resources == [WEB_2]
+        assert "Pod shop/web-1 is also in web.yaml:" in str(run.plane.errors[0])
 
 
 async def test_once_it_serves_a_broken_file_counts_as_it_last_was(folder: Path) -> None:

@@ -19,10 +19,10 @@ from structlog.testing import capture_logs
 from pykmesh.contracts.enrollment import Action, Enrolled, EnrollmentError, Reply, Request, ask
 from pykmesh.contracts.settings import LoaderSettings
 from pykmesh.demo.pods import Pod, PodNetwork
-from pykmesh.kernel import cgroups, libbpf, pins
+from pykmesh.kernel import cgroups, libbpf, pins, support
 from pykmesh.kernel.hooks import HOOKS, Programs, ProgramSettings, can_set_retval
 from pykmesh.kernel.pins import PinDirectoryError
-from services.bpf_loader import app, enrollment, netns
+from services.bpf_loader import app, enrollment
 from services.bpf_loader.door import Door
 from services.bpf_loader.enrollment import Enrollment
 from tests.mesh.node import until
@@ -344,6 +344,26 @@ def test_a_namespace_is_learnt_when_a_process_has_come(loader: Loader, pod: Pod)
     assert list(loader.pods()) == [shown.netns_cookie]
 
 
+def test_an_address_that_comes_after_the_enrolment_is_learnt(loader: Loader, pod: Pod) -> None:
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", "-n", pod.netns.name, *words], check=True)
+
+    ip("address", "flush", "dev", "eth0", "scope", "global")
+    process_in(pod)
+    before = loader.enroll(pod.cgroup, pod.netns)
+    assert (before.address4, before.address6) == (None, None)
+    with capture_logs() as logs:
+        loader.enrollment.sweep()
+    assert (loader.enrollment.shown, logs) == ([before], [])
+    ip("address", "add", f"{pod.address4}/16", "dev", "eth0")
+    with capture_logs() as logs:
+        loader.enrollment.sweep()
+        loader.enrollment.sweep()
+    assert [entry["event"] for entry in logs] == ["pod_namespace_learnt"]
+    (shown,) = loader.enrollment.shown
+    assert (shown.address4, shown.netns_cookie) == (pod.address4, before.netns_cookie)
+
+
 def test_a_process_that_is_still_on_the_hosts_network_is_looked_at_again(loader: Loader, pod: Pod) -> None:
     loader.enroll(pod.cgroup)
     code = 'echo $$ > "$0" && read && exec nsenter --net="$1" sleep 60'
@@ -376,12 +396,15 @@ def test_an_entry_that_was_lost_is_written_again(loader: Loader, pod: Pod) -> No
 def test_a_kernel_without_cookies_is_told_with_the_version_that_has_them(
     loader: Loader, pod: Pod, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(netns, "SO_NETNS_COOKIE", 9999)  # the kernel's own ENOPROTOOPT
+    monkeypatch.setattr("pykmesh.kernel.netns.SO_NETNS_COOKIE", 9999)  # the kernel's own ENOPROTOOPT
     for namespace in (pod.netns, None):
         with pytest.raises(EnrollmentError, match=r"needs kernel 5\.14") as caught:
             loader.enroll(pod.cgroup, namespace)
         assert "\n" not in str(caught.value)
     assert (loader.names(), attached(pod.cgroup)) == ([], 0)
+    (found,) = (each for each in support.findings(loader.pin_dir) if each.level == "fail")
+    assert (found.code, found.fix) == ("enrolment", "enrolment needs kernel 5.14")
+    assert support.obstacle(loader.pin_dir).endswith(": enrolment needs kernel 5.14")
 
 
 # Pins

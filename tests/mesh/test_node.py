@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +18,7 @@ import pytest
 from pykmesh.kernel import libbpf
 from pykmesh.kernel.cgroups import find_root, of_process
 from pykmesh.kernel.hooks import HOOKS
+from pykmesh.node.instance import running
 from tests.mesh.conftest import VIP4
 from tests.mesh.manifests import host, pod, service, text
 from tests.mesh.node import Node, finish, probe, serve, until
@@ -243,6 +246,175 @@ def test_a_full_disk_for_the_run_time_directory_is_told(node: Node, tmp_path: Pa
     assert refused.returncode == 1
     assert "No space left on device" in refused.stderr
     assert str(full) in refused.stderr
+
+
+@contextlib.contextmanager
+def small_disk(node: Node) -> Iterator[Path]:
+    """A file system of 256 KiB for the run-time directory."""
+    disk, before = node.directory / "disk", node.run_dir
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], check=True)
+    node.run_dir = disk / "run"
+    try:
+        yield disk
+        if running(node.run_dir) is not None:
+            node.cli("down")
+    finally:
+        node.run_dir = before
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Takes all the room that there is."""
+    path = disk / "filler"
+    with path.open("wb", buffering=0) as file:
+        for size in (4096, 1):
+            with contextlib.suppress(OSError):
+                while file.write(b"x" * size):
+                    pass
+    return path
+
+
+def test_up_behind_on_a_full_disk_ends_with_one_line(node: Node) -> None:
+    with small_disk(node) as disk:
+        fill(disk)
+        refused = node.cli("up", "-d", "--free-ports", *node.options, check=False)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert refused.stderr == f"Error: run-time directory {node.run_dir}: No space left on device\n"
+
+
+def test_a_disk_that_fills_while_it_runs_loses_lines_and_no_process(node: Node) -> None:
+    with small_disk(node) as disk:
+        node.start()
+        supervisor, logs = node.instance.pid, node.run_dir / "logs"
+        assert "supervisor_started" in (logs / "supervisor.log").read_text()
+        filler = fill(disk)
+        before = node.children()
+        for process in ("telemetry", "nats"):
+            node.kill(process)  # what starts again, and what misses it, has much to say
+            until(lambda: len(node.children()) == len(before), "started again")
+            node.until_ready()
+        assert node.instance.pid == supervisor
+        assert sorted(node.children().values()) == sorted(before.values())
+        assert len(node.children().keys() & before.keys()) == len(before) - 2
+        filler.unlink()
+        sizes = {path: path.stat().st_size for path in logs.iterdir()}
+        node.kill("telemetry")
+        until(lambda: "process_restarting" in (logs / "supervisor.log").read_text(), "logged again")
+        until(lambda: (logs / "telemetry.log").stat().st_size > sizes[logs / "telemetry.log"], "and again")
+
+
+def test_what_the_processes_say_is_in_their_own_logs_alone(node: Node) -> None:
+    node.start()
+    logs = {path.stem: path.read_text() for path in (node.run_dir / "logs").glob("*.log")}
+    assert "process_ready" in logs["map_writer"]
+    assert "process_ready" not in logs["supervisor"]
+    assert "supervisor_started" in logs["supervisor"]
+
+
+def test_up_behind_says_what_each_process_waits_for_and_its_last_error(node: Node) -> None:
+    gave_up = node.cli("up", "-d", "--free-ports", "--xds-address", "127.0.0.1:1", check=False)
+    assert gave_up.returncode == 1
+    assert gave_up.stderr.count("\n") == 1
+    assert gave_up.stderr.startswith("Error: not ready after 30 s: ")
+    assert "xds_client waits for: " in gave_up.stderr
+    assert "(last error: " in gave_up.stderr
+    assert gave_up.stderr.endswith(f"it goes on trying: pykmesh {' '.join(node.place)} status\n")
+
+
+@pytest.mark.parametrize("option", ["--xds-token-file", "--xds-root-cert"])
+@pytest.mark.parametrize("detach", [(), ("-d",)])
+def test_a_file_that_cannot_be_read_is_told_at_once(node: Node, option: str, detach: tuple[str, ...]) -> None:
+    missing = node.directory / "nope"
+    words = ("--xds-address", "127.0.0.1:1", option, str(missing))
+    refused = node.cli("up", *detach, "--free-ports", *words, check=False, timeout_s=15)
+    assert (refused.returncode, refused.stderr) == (
+        1,
+        f"Error: {option} {missing}: No such file or directory\n",
+    )
+    assert not node.run_dir.exists()
+
+
+def test_a_setting_that_is_wrong_is_told_in_words(node: Node) -> None:
+    node.write("empty", "# nothing yet\n")
+    words = ("--free-ports", "--set", "services_max=many", *node.options)
+    assert "PYKMESH_SERVICES_MAX" in node.cli("up", "-d", *words, check=False).stderr
+
+
+INTERRUPTED = """
+import os, signal, sys
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == where:
+            os.kill(os.getpid(), signal.SIGINT)
+where = sys.argv[1]
+sys.meta_path.insert(0, Finder)
+from pykmesh.__main__ import start
+sys.argv[1:] = sys.argv[2:]
+start()
+"""
+
+
+@pytest.mark.parametrize("where", ["pykmesh.cli", "click", "pykmesh.node.mesh", "anyio", "pykmesh.node.run"])
+def test_ctrl_c_during_the_start_is_no_traceback(node: Node, where: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, where, *node.place, "up", "--free-ports", *node.options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert result.returncode in (-signal.SIGINT, 1)
+    assert "Traceback" not in result.stderr
+    assert "KeyboardInterrupt" not in result.stderr
+    assert not node.run_dir.exists()
+
+
+@pytest.mark.parametrize("what", ["port", "pin"])
+def test_a_start_that_is_refused_removes_what_it_made(node: Node, what: str) -> None:
+    words = ["up", "--free-ports", *node.options]
+    with socket.socket() as taken:
+        if what == "port":
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            words += ["--port", f"metrics={taken.getsockname()[1]}"]
+        else:
+            (node.directory / "bpf").write_text("")
+        assert node.cli(*words, check=False).returncode == 1
+        assert not node.run_dir.exists()
+        kept = node.run_dir / "logs"
+        kept.mkdir(parents=True)
+        (kept / "nats.log").write_text("from before")
+        assert node.cli(*words, check=False).returncode == 1
+        assert sorted(node.run_dir.rglob("*")) == [kept, kept / "nats.log"]
+
+
+def test_hints_are_commands_that_work(node: Node) -> None:
+    node.start()
+    hint = f"pykmesh {' '.join(node.place)} "
+    for words in (("up", "-d", "--free-ports", *node.options), ("up", "--free-ports", *node.options)):
+        refused = node.cli(*words, check=False).stderr
+        assert f"{hint}down" in refused
+    assert f"{hint}down first" in node.cli("uninstall", check=False).stderr
+    assert f"{hint}uninstall removes" in node.cli("down").stdout
+    assert f"{hint}up -d --config-dir FOLDER" in node.cli("status", check=False).stderr
+
+
+def test_status_counts_restarts_and_has_the_broker(node: Node) -> None:
+    node.start()
+    before = node.status()
+    assert before["restarts"] == dict.fromkeys(before["processes"], 0)
+    nats = before["processes"]["nats"]
+    assert (nats["pid"], nats["ready"]) == (node.pid_of("nats"), True)
+    os.kill(nats["pid"], signal.SIGSTOP)
+    try:
+        stopped = node.cli("status", check=False)
+        assert stopped.returncode == 1
+        assert re.search(r"^nats +- +no +0 .*does not answer$", stopped.stdout, re.MULTILINE)
+    finally:
+        os.kill(nats["pid"], signal.SIGCONT)
+    for process in ("nats", "telemetry"):
+        node.kill(process)
+    until(lambda: node.status()["ready"] and node.status()["restarts"]["telemetry"], "all back")
+    after = node.status()
+    assert after["restarts"] == {**before["restarts"], "nats": 1, "telemetry": 1}
+    assert after["processes"]["nats"]["pid"] != nats["pid"]
+    assert re.search(rf"^nats +{nats['version']} +yes +1 ", node.cli("status").stdout, re.MULTILINE)
 
 
 def test_a_pin_directory_that_cannot_be_made_is_told(node: Node) -> None:

@@ -162,3 +162,16 @@ def test_telemetry_that_is_away_is_an_error_that_says_where():
     assert found.exit_code == 1
     assert "http://127.0.0.1:1" in found.stderr
     assert "is telemetry up?" in found.stderr
+
+
+@pytest.mark.parametrize("output", ["compact", "table", "json"])
+def test_what_a_terminal_would_obey_is_escaped_but_in_json(output: str) -> None:
+    given = flow(pod="shop/client\x1b[2J", service="sh\nop/web\x07")
+    said = observe("-o", output, lines=[given]).stdout
+    assert not set(said) & {"\x1b", "\x07"}
+    assert len(said.splitlines()) == (2 if output == "table" else 1)
+    if output == "json":
+        assert msgspec.json.decode(said.encode(), type=Flow) == given
+    else:
+        assert r"client\x1b[2J" in said
+        assert r"sh\nop" in said

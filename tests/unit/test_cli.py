@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from pykmesh.cli.main import main
+from pykmesh.cli.output import show
 
 COMMANDS = sorted(main.commands)
 PLACE = ("--instance", "--run-dir", "--pin-dir")
@@ -21,7 +23,31 @@ def looked_for(*words: str, **environment: str) -> str:
     """What a command says that finds nothing running."""
     text = said(*words, **environment)
     assert " is not running " in text
-    return text.removeprefix("Error: instance ").partition(": pykmesh up")[0]
+    return text.removeprefix("Error: instance ").partition(": pykmesh ")[0]
+
+
+def test_a_hint_names_the_instance_with_all_that_was_given() -> None:
+    assert ": pykmesh up -d " in said("status")
+    assert ": pykmesh --instance rev1 up -d " in said("status", "--instance", "rev1")
+    given = ("--instance", "rev1", "--run-dir", "/tmp/a b", "--pin-dir", "/sys/fs/bpf/x")
+    assert ": pykmesh --instance rev1 --run-dir '/tmp/a b' --pin-dir /sys/fs/bpf/x up -d " in said(
+        *given, "status"
+    )
+
+
+@pytest.mark.parametrize("output", ["table", "json"])
+def test_what_a_terminal_would_obey_is_escaped_for_people_alone(
+    output: str, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    name = "web\x1b]0;x\x07\nshop\x9b\u202eé"
+    show(output, {"name": name}, ("NAME", "OTHER"), [(name, "x")])
+    said = capfdbinary.readouterr().out.decode()
+    if output == "json":
+        assert json.loads(said) == {"name": name}
+    else:
+        heading, row = said.splitlines()
+        assert row == r"web\x1b]0;x\x07\nshop\x9b\u202eé  x"
+        assert heading.index("OTHER") == row.index("  x") + 2
 
 
 @pytest.mark.parametrize("command", COMMANDS)
