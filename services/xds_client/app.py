@@ -31,6 +31,8 @@ log = structlog.get_logger(__name__)
 
 BULK_BYTES = 1 << 20
 ANSWERS_WAITING = 4096
+WINDOW_BYTES = 1 << 16
+"""What HTTP/2 lets be sent before the server takes any of it: less than that is always written."""
 # Ends of a stream that are the server's ordinary business: age, restart, drain.
 _ORDINARY = {
     grpc.StatusCode.OK,
@@ -116,9 +118,7 @@ class XdsClient:
 
     async def _follow(self, stream: connection.Stream) -> bool:
         sender, answers = anyio.create_memory_object_stream[Taken](ANSWERS_WAITING)
-        for request in self._first_requests():
-            if not stream.done():
-                await stream.write(request)
+        await self._open(stream)
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._answer, stream, answers)
@@ -128,6 +128,20 @@ class XdsClient:
             raise group.exceptions[0] from None
         log.info("stream_ended", code="OK")
         return True
+
+    async def _open(self, stream: connection.Stream) -> None:
+        """A stream that ends while a large request is written may have been ended for its size.
+
+        The server's status does not reach a write that meets it.
+        """
+        requests = self._first_requests()
+        try:
+            for request in requests:
+                if not stream.done():
+                    await stream.write(request)
+        except grpc.aio.AioRpcError:
+            self._exhausted |= max(request.ByteSize() for request in requests) > WINDOW_BYTES
+            raise
 
     def _first_requests(self) -> list[protocol.Request]:
         bytes_max = 0 if self._exhausted else self._settings.max_request_bytes

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
+import grpc
+import grpc.aio
 import pytest
 
 from pykmesh.contracts.settings import XdsClientSettings
 from pykmesh.process import Runtime
-from services.xds_client import app, protocol
+from services.xds_client import app, connection, protocol
 from services.xds_client.app import XdsClient
 from services.xds_client.publisher import Publisher
 from services.xds_client.store import Store
@@ -35,6 +37,31 @@ def client() -> Iterator[XdsClient]:
     publisher = Publisher(store, Log(), 64, 0.0)
     yield XdsClient(Runtime("xds_client", XdsClientSettings()), store, publisher)
     gc.unfreeze()
+
+
+class Broken:
+    """A stream that ends while its first request is written: grpc.aio says this, not the server's status."""
+
+    def done(self) -> bool:
+        return False
+
+    async def write(self, _request: protocol.Request) -> None:
+        none = grpc.aio.Metadata()
+        raise grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, none, none, "Internal error from Core")
+
+
+@pytest.mark.parametrize(("count", "named"), [(10, 10), (2000, 0)])
+async def test_after_a_large_request_that_was_cut_short_nothing_is_named_until_a_response_comes(
+    client: XdsClient, count: int, named: int
+) -> None:
+    pods = [pod(f"p-{n}", f"10.2.{n // 250}.{n % 250}") for n in range(count)]
+    sent = protocol.discovery_pb2.DeltaDiscoveryResponse(type_url=ADDRESS, resources=pods)
+    await client._take(sent.SerializeToString())
+    with pytest.raises(grpc.aio.AioRpcError):
+        await client._open(cast("connection.Stream", Broken()))
+    assert len(client._first_requests()[0].initial_resource_versions) == named
+    await client._take(sent.SerializeToString())
+    assert len(client._first_requests()[0].initial_resource_versions) == count
 
 
 def bulk() -> bytes:
