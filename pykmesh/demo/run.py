@@ -27,7 +27,7 @@ from pykmesh.demo.counted import Counted
 from pykmesh.demo.pods import Pod, PodNetwork
 from pykmesh.kernel.cgroups import find_root
 from pykmesh.node.behind import Behind
-from pykmesh.node.instance import Instance, running
+from pykmesh.node.instance import Instance, command, running
 from pykmesh.node.run import fetch
 
 INSTANCE: Final = "demo"
@@ -86,7 +86,7 @@ class Demo:
 
     def prepare(self) -> None:
         if running(self.instance.run_dir) is not None:
-            raise DemoError("a demo runs already: pykmesh demo --remove takes it away")
+            raise DemoError(f"a demo runs already: {command(self.instance, 'demo --remove')} takes it away")
         self.remove()
         self._say.line("Making pods: network namespaces on a bridge, a cgroup each")
         network = self._network.__enter__()
