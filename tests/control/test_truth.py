@@ -196,6 +196,7 @@ async def test_a_client_that_restarts_without_map_writer_says_that_nothing_is_in
 async def test_large_policies_and_many_removals_pass_the_bus(mesh: Whole, padding: int) -> None:
     """A part of a response is larger than the broker takes in one message."""
     count = 400 if padding < 1_000_000 else 8
+    resyncs = (await mesh.node.page("map_writer"))["resyncs"]  # more than one where it started first
     policies = [policy(f"p-{n}-{'x' * 150}", padding=padding) for n in range(count)]
     assert (await mesh.plane.push(*policies, type_url=AUTHORIZATION, deadline_s=60)).accepted
     assert (await mesh.node.page("map_writer"))["policies"] == count
@@ -203,17 +204,18 @@ async def test_large_policies_and_many_removals_pass_the_bus(mesh: Whole, paddin
     assert (await mesh.plane.push(removed=removed, type_url=AUTHORIZATION)).accepted
     status = await mesh.node.page("map_writer")
     assert status["policies"] == 0
-    assert status["resyncs"] == 1
+    assert status["resyncs"] == resyncs
 
 
 async def test_a_mesh_that_is_removed_at_once_is_removed_whole(mesh: Whole) -> None:
     count, padding = 40_000, "x" * 200  # names of more than the broker takes in one message
+    resyncs = (await mesh.node.page("map_writer"))["resyncs"]
     pods = [pod(f"{padding}-{n}", f"10.{n // 62500 + 2}.{n // 250 % 250}.{n % 250}") for n in range(count)]
     assert (await mesh.plane.push(*pods, deadline_s=60)).accepted
     assert len(kernel_view.read(mesh.node.maps_dir).addresses) == count
     assert (await mesh.plane.push(removed=[item.name for item in pods], deadline_s=60)).accepted
     assert kernel_view.read(mesh.node.maps_dir).addresses == {}
-    assert (await mesh.node.page("map_writer"))["resyncs"] == 1
+    assert (await mesh.node.page("map_writer"))["resyncs"] == resyncs
 
 
 async def test_after_the_answers_deadline_a_slow_map_writer_is_no_longer_waited_for(tmp_path: Path) -> None:
