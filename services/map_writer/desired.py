@@ -138,9 +138,10 @@ def _verdict_without_endpoints(mesh: Mesh, service: Service, rules: Rules) -> Re
 
 def _endpoints(mesh: Mesh, service: Service, rules: Rules, weights: dict[bytes, int]) -> EndpointsOf:
     """What makes the lists of a port of this service, and fills in the weights where they differ."""
-    group = mesh.ordinary_members.get(service.name)
-    if group is not None and not rules.refuse_unenforced_policy and not is_ranked(service):
-        return partial(_lists_of_group, service, group) if group.network == rules.network else _nothing
+    groups = mesh.ordinary_members.get(service.name)
+    if groups is not None and not rules.refuse_unenforced_policy and not is_ranked(service):
+        own = [group for group in groups if group.network == rules.network]
+        return partial(_lists_of_groups, service, own) if own else _nothing
     usable = near(service, list(_usable(mesh, service, rules)), mesh.here)
     if not usable:
         return _nothing
@@ -185,17 +186,22 @@ def _lists(
     return list4, list6
 
 
-def _lists_of_group(service: Service, group: Group, port: int, target: int, id4: int, id6: int) -> Lists:
-    """The same of members that are one group: their values differ in the address alone."""
-    port_field = port_bytes(target_port(((group.service, group.ports),), service.name, port, target))
-    ips, is_4 = group.addresses, is_v4(group.addresses[:IP_BYTES])
-    if port_field == _NO_PORT or service.families is (Families.V6 if is_4 else Families.V4):
-        return {}, {}
-    value = ENDPOINT_VALUE.pack(id4 if is_4 else id6, NO_IP, port_field)
-    head, tail = value[:ENDPOINT_ADDRESS], value[ENDPOINT_ADDRESS + IP_BYTES :]
-    values = [head + ips[at : at + IP_BYTES] + tail for at in range(0, len(ips), IP_BYTES)]
-    found = dict(zip(values, group.uids, strict=True))
-    return (found, {}) if is_4 else ({}, found)
+def _lists_of_groups(
+    service: Service, groups: list[Group], port: int, target: int, id4: int, id6: int
+) -> Lists:
+    """The same of members that are in groups: of each the values differ in the address alone."""
+    list4: dict[bytes, str] = {}
+    list6: dict[bytes, str] = {}
+    for group in groups:
+        port_field = port_bytes(target_port(((group.service, group.ports),), service.name, port, target))
+        ips, is_4 = group.addresses, is_v4(group.addresses[:IP_BYTES])
+        if port_field == _NO_PORT or service.families is (Families.V6 if is_4 else Families.V4):
+            continue
+        value = ENDPOINT_VALUE.pack(id4 if is_4 else id6, NO_IP, port_field)
+        head, tail = value[:ENDPOINT_ADDRESS], value[ENDPOINT_ADDRESS + IP_BYTES :]
+        values = [head + ips[at : at + IP_BYTES] + tail for at in range(0, len(ips), IP_BYTES)]
+        (list4 if is_4 else list6).update(zip(values, group.uids, strict=True))
+    return list4, list6
 
 
 def _usable(mesh: Mesh, service: Service, rules: Rules) -> Iterator[Workload]:

@@ -7,7 +7,7 @@ complete.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import structlog
 
@@ -19,6 +19,8 @@ from services.map_writer.mesh import Mesh, Touched
 
 log = structlog.get_logger(__name__)
 
+GROUPED: Final = 5
+"""Times MANY ordinary workloads are put together: while more are on their way, and not in small groups."""
 FetchPage = Callable[[str], Awaitable[SnapshotPage]]
 
 
@@ -103,11 +105,13 @@ class Follower:
                 _not_understood(resource.name, error)
 
     def _put_waiting(self) -> None:
-        """Addresses of several batches are decoded together; ordinary workloads wait for all of theirs."""
+        """Addresses of several batches are decoded together, and ordinary workloads of more put together."""
         waiting, self._waiting = self._waiting, []
         if len(waiting) >= MANY:
             taken = self._ordinary.take([resource.value for resource in waiting])
             waiting = [resource for resource, gone in zip(waiting, taken, strict=True) if not gone]
+            if len(self._ordinary) >= GROUPED * MANY:
+                self._put_ordinary()
         self._put_each([resource.name for resource in waiting], [resource.value for resource in waiting])
 
     def _put_each(self, names: list[str], values: list[bytes]) -> None:
@@ -119,6 +123,9 @@ class Follower:
 
     def _put_everything(self) -> None:
         self._put_waiting()
+        self._put_ordinary()
+
+    def _put_ordinary(self) -> None:
         ordinary, self._ordinary = self._ordinary, Ordinary()
         try:
             self.mesh.put_ordinary(ordinary.groups(), self._touched)

@@ -63,8 +63,8 @@ class Mesh:
         self.services: dict[str, Service] = {}
         self.workloads: dict[str, Workload | bytes] = {}
         """One that is still bytes is ordinary (`is_ordinary`): it is decoded when more of it is asked."""
-        self.ordinary_members: dict[str, Group] = {}
-        """Of a service all of whose members came as one group, and are that still."""
+        self.ordinary_members: dict[str, list[Group]] = {}
+        """Of a service all of whose members came in groups, and are as they came."""
         self.policies: dict[str, Policy] = {}
         self.members: defaultdict[str, dict[str, None]] = defaultdict(dict)
         self.vip_owners: dict[Place, Owners] = {}
@@ -111,10 +111,10 @@ class Mesh:
             for raw in group.raws:
                 self._learn_where(raw, touched)
             self._without_policies[group.namespace] += len(group.uids)
-            if group.service in self.members:
-                self.ordinary_members.pop(group.service, None)
-            else:
-                self.ordinary_members[group.service] = group
+            if group.service not in self.members:
+                self.ordinary_members[group.service] = [group]
+            elif group.service in self.ordinary_members:
+                self.ordinary_members[group.service].append(group)
             self.members[group.service].update(dict.fromkeys(group.uids))
             touched.services[group.service] = None
             self._own_all(group, touched)
