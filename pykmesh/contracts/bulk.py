@@ -51,7 +51,7 @@ def names_of(values: Sequence[bytes]) -> list[str | FieldError]:
 
 
 class Group(NamedTuple):
-    """Workloads as `is_ordinary` has them, with all that they have in common."""
+    """Ordinary workloads, with all that they have in common."""
 
     service: str
     ports: tuple[tuple[int, int], ...]
@@ -63,17 +63,11 @@ class Group(NamedTuple):
     """Of one family, sixteen bytes each."""
 
 
-def is_ordinary(workload: Workload) -> bool:
-    """Healthy, one address, one service, and nothing else that decides anything."""
-    return (
-        workload.healthy
-        and len(workload.addresses) == len(workload.services) == workload.capacity == 1
-        and not (workload.host_network or workload.has_waypoint or workload.policies)
-    )
-
-
 class Ordinary:
-    """Collects ordinary workloads, many at a time, and groups them in the end."""
+    """Collects ordinary workloads, many at a time, and groups them in the end.
+
+    Ordinary is what is healthy, has one address and one service, and nothing else that decides anything.
+    """
 
     def __init__(self) -> None:
         self.uids: list[str] = []

@@ -62,7 +62,7 @@ class Mesh:
         """Services that prefer near endpoints."""
         self.services: dict[str, Service] = {}
         self.workloads: dict[str, Workload | bytes] = {}
-        """One that is still bytes is ordinary (`is_ordinary`): it is decoded when more of it is asked."""
+        """One that is still bytes is ordinary (`bulk.Ordinary`): it is decoded when more of it is asked."""
         self.ordinary_members: dict[str, list[Group]] = {}
         """Of a service all of whose members came in groups, and are as they came."""
         self.policies: dict[str, Policy] = {}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pykmesh.contracts import bulk
 from pykmesh.contracts.address import FieldError, Service, Workload, decode_address
-from pykmesh.contracts.bulk import Group, Ordinary, decode_addresses, is_ordinary, names_of
+from pykmesh.contracts.bulk import Group, Ordinary, decode_addresses, names_of
 from pykmesh.kernel.records import Ip
 from pykmesh.proto.workload_pb2 import Address
 
@@ -112,6 +112,14 @@ def test_groups_say_of_ordinary_workloads_what_is_decoded_of_each(data: list[byt
         assert any(isinstance(decoded(value), FieldError) for value in taken)
         return
     assert sorted(map(str, members(groups))) == sorted(map(str, wanted))
+
+
+def is_ordinary(workload: Workload) -> bool:
+    return (
+        workload.healthy
+        and len(workload.addresses) == len(workload.services) == workload.capacity == 1
+        and not (workload.host_network or workload.has_waypoint or workload.policies)
+    )
 
 
 def members(groups: list[Group]) -> Iterator[Workload]:
