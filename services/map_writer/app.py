@@ -44,7 +44,7 @@ from services.map_writer.follower import Change, Follower, GapError
 from services.map_writer.locality import Locality
 from services.map_writer.names import Names
 from services.map_writer.pages import add_pages
-from services.map_writer.planner import Planner, Step
+from services.map_writer.planner import Limits, Planner, Step
 from services.map_writer.writer import Maps
 
 log = structlog.get_logger(__name__)
@@ -141,12 +141,7 @@ class MapWriter:
     async def _read_maps(self) -> None:
         held = await anyio.to_thread.run_sync(self.maps.read)
         self.planner = Planner(held, self.maps.limits, self._rules)
-        found = {
-            "services": len(held.services),
-            "endpoints": held.endpoints,
-            "addresses": len(held.addresses),
-        }
-        log.info("maps_read", **found)
+        log.info("maps_read", **held.sizes._asdict())
 
     async def _resync(self) -> None:
         """Fetches a snapshot, again and again until xds_client answers. The maps stay as they are."""
@@ -251,10 +246,8 @@ class MapWriter:
             "policies": len(mesh.policies),
             "policy_not_enforced": mesh.unenforced(),
             "maps": {
-                "services": [len(held.services), self.maps.limits.services],
-                "endpoints": [held.endpoints, self.maps.limits.endpoints],
-                "addresses": [len(held.addresses), self.maps.limits.addresses],
-                "ranges": [len(held.ranges), self.maps.limits.ranges],
+                name: [size, limit]
+                for name, size, limit in zip(Limits._fields, held.sizes, self.maps.limits, strict=True)
             },
             "map_memory_bytes": self.maps.memory_bytes(),
             "refused": self.planner.refused,
@@ -264,12 +257,7 @@ class MapWriter:
     def health(self) -> Iterator[Metric]:
         """What Prometheus is told of the process itself."""
         held, limits, mesh = self.planner.held, self.maps.limits, self.follower.mesh
-        sizes = {
-            "services": len(held.services),
-            "endpoints": held.endpoints,
-            "addresses": len(held.addresses),
-            "ranges": len(held.ranges),
-        }
+        sizes = held.sizes._asdict()
         yield metrics.by_label("mesh_map_entries", "Entries of a map.", "map", sizes)
         yield metrics.by_label("mesh_map_max_entries", "Room in a map.", "map", limits._asdict())
         yield metrics.gauge(

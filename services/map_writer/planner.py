@@ -78,6 +78,11 @@ class Held:
         self.endpoints = 0
         """Slots in all lists: one that is a hole counts until the list is planned."""
 
+    @property
+    def sizes(self) -> Limits:
+        """How many entries each map has, to set beside its limit."""
+        return Limits(len(self.services), self.endpoints, len(self.addresses), len(self.ranges))
+
     def add_address(self, key: bytes, value: bytes) -> None:
         """From reading the map. One that does not begin with its key is written anew."""
         rest = value[len(key) :] if value.startswith(key) else b""
