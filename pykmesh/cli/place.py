@@ -11,6 +11,12 @@ from pykmesh.node.instance import DEFAULT_NAME, InstanceError, named
 
 _GIVEN: Final = "pykmesh.place"
 ENVIRONMENT: Final = "PYKMESH_INSTANCE"
+_DIRECTORY: Final = click.Path(path_type=Path)
+_OPTIONS: Final = (
+    ("instance", click.STRING, f"Which mesh on this node ({DEFAULT_NAME})."),
+    ("run-dir", _DIRECTORY, "Its run-time directory (/run/pykmesh/NAME)."),
+    ("pin-dir", _DIRECTORY, "Its bpffs directory (/sys/fs/bpf/pykmesh/NAME)."),
+)
 
 
 def _take(context: click.Context, parameter: click.Parameter, value: Any) -> None:
@@ -26,27 +32,14 @@ def _take(context: click.Context, parameter: click.Parameter, value: Any) -> Non
 
 def options(*, before: bool) -> list[click.Parameter]:
     """Of the command line as a whole (`before`), where the environment counts too, or of one command."""
-    directory = click.Path(path_type=Path)
     return [
         click.Option(
-            ["--instance"],
-            envvar=ENVIRONMENT if before else None,
-            help=f"Which mesh on this node ({DEFAULT_NAME}).",
+            [f"--{name}"],
+            type=kind,
+            envvar=ENVIRONMENT if before and name == "instance" else None,
+            help=text,
             callback=_take,
             expose_value=False,
-        ),
-        click.Option(
-            ["--run-dir"],
-            type=directory,
-            help="Its run-time directory (/run/pykmesh/NAME).",
-            callback=_take,
-            expose_value=False,
-        ),
-        click.Option(
-            ["--pin-dir"],
-            type=directory,
-            help="Its bpffs directory (/sys/fs/bpf/pykmesh/NAME).",
-            callback=_take,
-            expose_value=False,
-        ),
+        )
+        for name, kind, text in _OPTIONS
     ]

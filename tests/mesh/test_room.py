@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from pykmesh.demo.pods import Pod
 from tests.mesh.conftest import VIP4
-from tests.mesh.manifests import host, pod, service, text
+from tests.mesh.manifests import Object, host, pod, service, text
 from tests.mesh.node import Node, python, serve, until
 
 OTHER = "10.96.0.20"
@@ -30,6 +31,18 @@ def node(tmp_path: Path) -> Iterator[Node]:
         node.end()
 
 
+def with_room_for_one(node: Node, setting: str) -> tuple[Pod, Pod, Object]:
+    """A client and an endpoint of a service that takes all the room there is."""
+    client, web = node.network.add("client", 10), node.network.add("web-1", 20)
+    serve(web, "--http", "8080")
+    member = pod("web-1", str(web.address4), app="web")
+    node.write("web", text(service("web", VIP4, app="web", ports={80: 8080}), member))
+    node.start("--set", setting)
+    node.enroll(client)
+    node.until_endpoints(host("web"), {f"{web.address4}:8080"})
+    return client, web, member
+
+
 def refused(node: Node) -> dict[str, str]:
     found: dict[str, str] = node.status()["processes"]["map_writer"]["refused"]
     return found
@@ -40,13 +53,7 @@ def last_refusal(node: Node) -> str:
 
 
 def test_a_service_without_room_is_refused_as_such_until_it_has_room(node: Node) -> None:
-    client, web = node.network.add("client", 10), node.network.add("web-1", 20)
-    serve(web, "--http", "8080")
-    member = pod("web-1", str(web.address4), app="web")
-    node.write("web", text(service("web", VIP4, app="web", ports={80: 8080}), member))
-    node.start("--set", "services_max=1")
-    node.enroll(client)
-    node.until_endpoints(host("web"), {f"{web.address4}:8080"})
+    client, web, member = with_room_for_one(node, "services_max=1")
 
     node.write("late", text(service("late", OTHER, app="web", ports={80: 8080})))
     until(lambda: refused(node) == {host("late"): "map services is full (1 entries)"}, "refused by name")
@@ -65,13 +72,7 @@ def test_a_service_without_room_is_refused_as_such_until_it_has_room(node: Node)
 
 
 def test_a_service_without_room_for_its_endpoints_is_refused_as_such_until_it_has_room(node: Node) -> None:
-    client, web = node.network.add("client", 10), node.network.add("web-1", 20)
-    serve(web, "--http", "8080")
-    member = pod("web-1", str(web.address4), app="web")
-    node.write("web", text(service("web", VIP4, app="web", ports={80: 8080}), member))
-    node.start("--set", "endpoints_max=1")
-    node.enroll(client)
-    node.until_endpoints(host("web"), {f"{web.address4}:8080"})
+    client, web, member = with_room_for_one(node, "endpoints_max=1")
 
     node.write("late", text(service("late", OTHER, app="web", ports={80: 8080})))
     until(lambda: list(refused(node).values()) == ["map endpoints is full (1 entries)"], "refused by name")
