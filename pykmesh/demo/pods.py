@@ -77,7 +77,7 @@ class PodNetwork:
     def __enter__(self) -> Self:
         self.remove()
         try:
-            netns.create(self._name("bridge"))
+            _create_netns(self._name("bridge"))
             self._in("bridge", _make_bridge)
             self.cgroup.mkdir(exist_ok=True)
         except BaseException:
@@ -111,7 +111,7 @@ class PodNetwork:
         address6 = f"{self._subnets[1]}:{host:x}" if v6 else None
         cgroup = self.cgroup / name
         cgroup.mkdir()
-        netns.create(namespace)
+        _create_netns(namespace)
         pod = self.pods[name] = Pod(name, namespace, cgroup, address4, address6)
         self._in("bridge", lambda link: _make_port(link, f"p{host}", namespace))
         self._in(name, lambda link: _make_interface(link, address4, address6))
@@ -129,6 +129,16 @@ class PodNetwork:
 
 
 _IFA_F_NODAD = 2
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+
+
+def _create_netns(name: str) -> None:
+    """An interruption waits: pyroute2 has a child make it, which would go on after we removed everything."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+    try:
+        netns.create(name)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _make_bridge(link: IPRoute) -> None:

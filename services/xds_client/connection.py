@@ -79,7 +79,7 @@ def open_stream(channel: grpc.aio.Channel, settings: XdsClientSettings) -> Strea
     if settings.xds_token_file is not None:
         _check_secrecy(settings)
         token = _read(settings.xds_token_file, "token").decode("ascii", errors="replace").strip()
-        if not (token.isascii() and token.isprintable()):
+        if not (token and token.isascii() and token.isprintable()):
             raise CredentialsError(f"token {settings.xds_token_file}: not one line of ASCII")
         metadata.append(("authorization", f"Bearer {token}"))
     stream: Stream = method(metadata=metadata)

@@ -263,7 +263,7 @@ async def test_with_a_root_file_it_speaks_tls_and_the_token_is_read_anew_for_eac
             await plane.stream.end()
             assert (await plane.next_stream(number)).metadata["authorization"] == "Bearer second"
 
-            for broken in (None, b"\xff\xfe", b"two\nlines"):
+            for broken in (None, b"", b"\xff\xfe", b"two\nlines"):
                 token.unlink(missing_ok=True)
                 if broken is not None:
                     token.write_bytes(broken)
