@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from pykmesh.contracts.address import Families, Mode, Service, ServicePorts, Workload
 from pykmesh.contracts.bulk import Group
@@ -231,8 +231,6 @@ def desired_address(mesh: Mesh, place: Place, rules: Rules, crowded: Container[s
     It is a service's before it is a workload's. `crowded`: the services that miss a port in the maps
     for want of room.
     """
-    if not rules.refuse_unenforced_policy and mesh.is_plainly_a_pods(place):
-        return _PLAIN_WORKLOAD
     owner = mesh.vip_owner(place)
     if owner is not None:
         verdict = _address_verdict(mesh.services[owner])
@@ -246,7 +244,7 @@ def desired_address(mesh: Mesh, place: Place, rules: Rules, crowded: Container[s
         return _address_value(AddressKind.WORKLOAD, Reason.WAYPOINT_UNSUPPORTED)
     if rules.refuse_unenforced_policy and mesh.has_policy(pod):
         return _address_value(AddressKind.WORKLOAD, Reason.POLICY_UNSUPPORTED)
-    return _PLAIN_WORKLOAD
+    return PLAIN_WORKLOAD
 
 
 @cache
@@ -254,7 +252,8 @@ def _address_value(kind: AddressKind, verdict: Reason) -> bytes:
     return ADDRESS_VALUE.pack(kind, verdict)[ADDRESS_KEY.size :]
 
 
-_PLAIN_WORKLOAD = _address_value(AddressKind.WORKLOAD, Reason.ROUTED)
+PLAIN_WORKLOAD: Final = _address_value(AddressKind.WORKLOAD, Reason.ROUTED)
+"""What an ordinary pod's address is."""
 
 
 def _address_verdict(service: Service) -> Reason:

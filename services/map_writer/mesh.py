@@ -7,7 +7,7 @@ service) is kept and takes effect when the other comes.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import chain
 from typing import Final, NewType, TypeVar, cast
@@ -24,6 +24,8 @@ Place = NewType("Place", bytes)
 """A network and an address, as the key of the map `addresses`."""
 Owners = str | tuple[str, ...]
 """Who has an address: nearly every one has one owner."""
+_ONE_OWNER: Final = {str}
+_ORDINARY: Final = {bytes}
 
 
 def place_of(network: str, ip: Ip) -> Place:
@@ -66,7 +68,8 @@ class Mesh:
         self.ordinary_members: dict[str, list[Group]] = {}
         """Of a service all of whose members came in groups, and are as they came."""
         self.policies: dict[str, Policy] = {}
-        self.members: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        self._members: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        """Of every other service."""
         self.vip_owners: dict[Place, Owners] = {}
         self.pod_owners: dict[Place, Owners] = {}
         self._named_policies = 0
@@ -111,11 +114,10 @@ class Mesh:
             for raw in group.raws:
                 self._learn_where(raw, touched)
             self._without_policies[group.namespace] += len(group.uids)
-            if group.service not in self.members:
-                self.ordinary_members[group.service] = [group]
-            elif group.service in self.ordinary_members:
-                self.ordinary_members[group.service].append(group)
-            self.members[group.service].update(dict.fromkeys(group.uids))
+            if group.service in self._members:
+                self._members[group.service].update(dict.fromkeys(group.uids))
+            else:
+                self.ordinary_members.setdefault(group.service, []).append(group)
             touched.services[group.service] = None
             self._own_all(group, touched)
 
@@ -153,8 +155,8 @@ class Mesh:
     def _link_workload(self, name: str, workload: Workload, touched: Touched) -> None:
         self._count_policies(workload, 1)
         for service, _ in workload.services:
-            self.ordinary_members.pop(service, None)
-            self.members[service][name] = None
+            self._ungroup(service)
+            self._members[service][name] = None
             touched.services[service] = None
         if not workload.host_network:
             for ip in workload.addresses:
@@ -165,14 +167,19 @@ class Mesh:
     def _unlink_workload(self, name: str, workload: Workload, touched: Touched) -> None:
         self._count_policies(workload, -1)
         for service, _ in workload.services:
-            self.ordinary_members.pop(service, None)
-            _drop(self.members, service, name)
+            self._ungroup(service)
+            _drop(self._members, service, name)
             touched.services[service] = None
         if not workload.host_network:
             for ip in workload.addresses:
                 place = place_of(workload.network, ip)
                 _disown(self.pod_owners, place, name)
                 touched.places[place] = None
+
+    def _ungroup(self, service: str) -> None:
+        """Its members are no more all ordinary."""
+        for group in self.ordinary_members.pop(service, ()):
+            self._members[service].update(dict.fromkeys(group.uids))
 
     def _link_service(self, name: str, service: Service, touched: Touched) -> None:
         touched.services[name] = None
@@ -244,17 +251,24 @@ class Mesh:
         found = (self.workload(name) for name in owners)
         return min(found, key=lambda w: ("//Pod/" not in w.uid, not w.prefers_hbone, w.uid))
 
-    def is_plainly_a_pods(self, place: Place) -> bool:
-        """Whether the address is one ordinary workload's and nobody else's: nothing needs decoding."""
-        owner = self.pod_owners.get(place)
+    def are_plainly_pods(self, places: Sequence[Place]) -> bool:
+        """Whether each address is one ordinary workload's and nobody else's: nothing needs decoding."""
+        owners = [*map(self.pod_owners.get, places)]
         return (
-            isinstance(owner, str)
-            and isinstance(self.workloads[owner], bytes)
-            and place not in self.vip_owners
+            set(map(type, owners)) <= _ONE_OWNER
+            and set(map(type, map(self.workloads.get, cast("list[str]", owners)))) <= _ORDINARY
+            and self.vip_owners.keys().isdisjoint(places)
         )
 
     def members_of(self, service: str) -> Iterable[Workload]:
-        return (self.workload(name) for name in self.members.get(service, ()))
+        return map(self.workload, self._member_names(service))
+
+    def count_members(self, service: str) -> int:
+        return sum(1 for _ in self._member_names(service))
+
+    def _member_names(self, service: str) -> Iterable[str]:
+        groups = self.ordinary_members.get(service)
+        return chain(*(group.uids for group in groups)) if groups else self._members.get(service, ())
 
     def unenforced(self) -> int:
         """How many workloads have policies, none of which is enforced yet."""

@@ -29,7 +29,7 @@ def _service(follower: Follower, planner: Planner, name: str) -> dict[str, Any]:
         "vips": [f"{network}/{ip_to_text(ip)}" for network, ip in service.vips]
         + [f"{found.network}/{range_to_text(found.ip, found.bits)}" for found in service.ranges],
         "ports": {str(port): target for port, target in service.ports},
-        "endpoints": len(follower.mesh.members.get(name, ())),
+        "endpoints": follower.mesh.count_members(name),
         "refused": ", ".join(_refusals(follower, planner, service)),
     }
 

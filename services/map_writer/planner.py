@@ -17,13 +17,15 @@ follows in steps after these.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
+from itertools import islice
 from typing import Final, NamedTuple, TypeVar
 
 from pykmesh.kernel.layout import Reason
 from pykmesh.kernel.records import ADDRESS_KEY, ENDPOINT_KEY, RANGE_VALUE, SERVICE_VALUE
 from services.map_writer.desired import (
     NOTHING,
+    PLAIN_WORKLOAD,
     DesiredService,
     Frontend,
     PortId,
@@ -131,6 +133,8 @@ class _Batches:
 
 STEP_ENTRIES: Final = 8192
 """Entries of a step that need not wait for others: it is written while what follows is planned."""
+MANY_PLACES: Final = 128
+_PLAIN_OR_NEW: Final = {PLAIN_WORKLOAD, None}
 _UNNAMED, _FILL, _LOWER, _ENDPOINTS, _RAISE, _ADDRESSES, _RANGES = range(7)
 _DROP_RANGES, _DROP_PORTS, _DROP_ENDPOINTS, _DROP_ADDRESSES = range(7, 11)
 
@@ -344,30 +348,52 @@ class Planner:
 
     def _plan_addresses(self, mesh: Mesh, places: Iterable[Place], batches: _Batches) -> Iterator[Step]:
         yield from batches.steps(_RAISE)
-        held, limit = self.held.addresses, self._limits.addresses
-        keys, values = batches.of(_ADDRESSES, "addresses")
         # The services that miss a port in the maps.
         crowded = {name for name, refused in self._refused_services.items() if name in refused}
-        for place in places:
-            value, current = desired_address(mesh, place, self._rules, crowded), held.get(place)
-            if value is None:
-                self._remove_address(place, batches)
-            elif current is None and len(held) + self._leaving["addresses"] >= limit:
-                self._refused_places[place] = dict.fromkeys(
-                    mesh.owners(place), f"map addresses is full ({limit} entries)"
-                )
-                continue
-            elif current != value:
-                held[place] = value
-                keys.append(place)
-                values.append(place + value)
-                if len(keys) >= STEP_ENTRIES:
-                    yield from batches.steps(_ADDRESSES)
-                    keys, values = batches.of(_ADDRESSES, "addresses")
-            if self._refused_places:
-                self._refused_places.pop(place, None)
-            if place in mesh.vip_owners or place in self.held.ranges:
-                self._plan_range(mesh, place, batches)
+        left = iter(places)
+        while many := list(islice(left, MANY_PLACES)):
+            if not self._plan_pods(mesh, many, batches):
+                for place in many:
+                    self._plan_address(mesh, place, crowded, batches)
+            if len(batches.of(_ADDRESSES, "addresses")[0]) >= STEP_ENTRIES:
+                yield from batches.steps(_ADDRESSES)
+
+    def _plan_pods(self, mesh: Mesh, places: list[Place], batches: _Batches) -> bool:
+        """Plans many together. False, and nothing is planned, unless all are ordinary pods' and fit."""
+        held = self.held.addresses
+        known = set(map(held.get, places))
+        if (
+            not known <= _PLAIN_OR_NEW
+            or self._rules.refuse_unenforced_policy
+            or self._refused_places
+            or len(held) + self._leaving["addresses"] + len(places) > self._limits.addresses
+            or not mesh.are_plainly_pods(places)
+            or not self.held.ranges.keys().isdisjoint(places)
+        ):
+            return False
+        new = [place for place in places if place not in held] if PLAIN_WORKLOAD in known else places
+        held.update(dict.fromkeys(new, PLAIN_WORKLOAD))
+        keys, values = batches.of(_ADDRESSES, "addresses")
+        keys += new
+        values += [place + PLAIN_WORKLOAD for place in new]
+        return True
+
+    def _plan_address(self, mesh: Mesh, place: Place, crowded: Container[str], batches: _Batches) -> None:
+        held, limit = self.held.addresses, self._limits.addresses
+        value, current = desired_address(mesh, place, self._rules, crowded), held.get(place)
+        if value is None:
+            self._remove_address(place, batches)
+        elif current is None and len(held) + self._leaving["addresses"] >= limit:
+            self._refused_places[place] = dict.fromkeys(
+                mesh.owners(place), f"map addresses is full ({limit} entries)"
+            )
+            return
+        elif current != value:
+            held[place] = value
+            batches.put(_ADDRESSES, "addresses", place, place + value)
+        self._refused_places.pop(place, None)
+        if place in mesh.vip_owners or place in self.held.ranges:
+            self._plan_range(mesh, place, batches)
 
     def _plan_range(self, mesh: Mesh, place: Place, batches: _Batches) -> None:
         """A range is looked up when what stands for it is there, and no more before that goes."""
