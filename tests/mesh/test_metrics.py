@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 import urllib.request
 
 import pytest
@@ -13,6 +14,8 @@ from prometheus_client.samples import Sample
 from tests.mesh.conftest import VIP4, Mesh
 from tests.mesh.node import python, until
 
+REST_S = 2.5
+"""More than the second between two drains."""
 REFUSED = """
 import socket
 s = socket.socket(socket.AF_INET, socket.{kind}); s.settimeout(1)
@@ -55,6 +58,17 @@ def count(mesh: Mesh, what: str, reporter: str) -> float:
     return sum(found.value for found in samples(mesh, f"istio_tcp_connections_{what}_total", **labels))
 
 
+def at_rest(mesh: Mesh, reporter: str) -> float:
+    """How many were opened, once all of them are counted, and closed."""
+
+    def steady() -> list[float]:
+        found = [count(mesh, what, reporter) for what in ("opened", "closed", "opened")]
+        time.sleep(REST_S)
+        return found if set(found) == {count(mesh, "opened", reporter)} else []
+
+    return until(steady, "earlier connections counted")[0]
+
+
 def test_who_accepts_a_connection_names_the_service_that_it_belongs_to(both_ends: Mesh) -> None:
     both_ends.client.run("curl", "-sS", "--max-time", "5", f"http://{VIP4}/")
     accepted = {"reporter": "destination", "source_workload": "client"}
@@ -86,7 +100,7 @@ def test_a_port_that_the_service_does_not_have_is_refused_under_the_services_nam
 
 def test_what_closes_after_telemetry_was_killed_is_opened_too(both_ends: Mesh) -> None:
     node, held = both_ends.node, 7
-    before = {reporter: count(both_ends, "opened", reporter) for reporter in ("source", "destination")}
+    before = {reporter: at_rest(both_ends, reporter) for reporter in ("source", "destination")}
     client = both_ends.client.spawn(
         sys.executable,
         "-c",
