@@ -2,8 +2,12 @@
 /*
  * The decision: what becomes of a connection or datagram to (address, port).
  *
- * Reads `pods`, `services`, `endpoints`, `addresses`, `ranges`. A service that is known is routed or refused,
- * never let through to its own address (fail closed). An address that is not known is left alone.
+ * Reads `pods`, `services`, `endpoints`, `addresses`, `ranges`, `loads`, `shunned`; keeps `affinities`. A
+ * service that is known is routed or refused, never let through to its own address (fail closed). An address
+ * that is not known is left alone.
+ *
+ * What is __noinline is so for the verifier: it meets what follows in one state, not in one for each
+ * way through.
  */
 #pragma once
 
@@ -14,19 +18,31 @@ struct destination {
 	__be16 port;
 };
 
+/* Who connects. */
+struct client {
+	__u64 netns_cookie;
+	const struct pod_value *pod; /* NULL when it is no enrolled pod */
+};
+
 struct choice {
 	__u64 service;
 	struct destination endpoint;
 	__u32 slot;
-	bool rewrite; /* only with REASON_ROUTED: false for what is no service */
+	enum service_flag flags; /* of the service */
+	bool rewrite;		 /* only with REASON_ROUTED: false for what is no service */
 };
 
+/* An update may hide a service's port for a moment: it is looked for again this often. */
+#define FIND_ATTEMPTS 4
 /* Endpoints are read without a lock: a list that shrinks meanwhile is read again this often. */
-#define CHOOSE_ATTEMPTS 4
+#define CHOOSE_ATTEMPTS 6
 /* An element that is reused while it is read is looked for again this often. */
 #define READ_ATTEMPTS 2
 /* In a list of more endpoints a datagram socket is not followed when its endpoint gets another slot. */
 #define KEEP_SLOTS 64
+/* For an endpoint that is shunned another is drawn this often; then it is taken: nothing is refused for it.
+ */
+#define SHUN_DRAWS 3
 
 static __always_inline __u32 client_network(const struct pod_value *pod)
 {
@@ -49,6 +65,8 @@ static __always_inline bool read_address(const struct address_key *key, struct a
 			return false;
 		found->kind = value->kind;
 		found->verdict = value->verdict;
+		found->view = value->view;
+		found->scoped = value->scoped;
 		barrier();
 		found->address = value->address;
 		found->network = value->network;
@@ -74,6 +92,8 @@ static __always_inline bool read_service(const struct service_key *key, struct s
 		found->id = value->id;
 		found->endpoints = value->endpoints;
 		found->verdict = value->verdict;
+		found->flags = value->flags;
+		found->affinity_s = value->affinity_s;
 		barrier();
 		found->address = value->address;
 		found->network = value->network;
@@ -103,16 +123,41 @@ static __always_inline bool widen(struct service_key *key)
 	return true;
 }
 
-static __always_inline enum reason unserved_verdict(const struct service_key *key)
+/*
+ * What becomes of a connection to an address that has no such port: of a service, a workload, or
+ * (kind 0) nobody known.
+ */
+static __always_inline enum reason unserved_verdict(const struct address_value *known)
 {
-	struct address_key address = { .address = key->address, .network = key->network };
+	if (known->kind == ADDRESS_SERVICE && known->verdict == REASON_ROUTED)
+		return REASON_NO_PORT;
+	return known->verdict;
+}
+
+/*
+ * Makes the key one of the client's own view, where its namespace sees another service at the
+ * address than the rest does. False: it sees what all do.
+ */
+static __always_inline bool look_from(const struct client *client, const struct destination *to,
+				      struct service_key *key)
+{
+	struct address_key own = {};
+	struct range_key range = { .prefix_bits = 160, .address = to->address };
 	struct address_value known = {};
 
-	if (!read_address(&address, &known))
-		return REASON_ROUTED;
-	if (known.kind == ADDRESS_SERVICE && known.verdict == REASON_ROUTED)
-		return REASON_NO_PORT;
-	return known.verdict;
+	if (!client->pod)
+		return false;
+	own.network = client->pod->network;
+	own.address = client->pod->address4.word[3] ? client->pod->address4 : client->pod->address6;
+	if (!read_address(&own, &known) || known.kind != ADDRESS_WORKLOAD || !known.view)
+		return false;
+	own.network = range.network = known.view;
+	own.address = to->address;
+	if (!read_address(&own, &known) && !bpf_map_lookup_elem(&ranges, &range))
+		return false;
+	key->address = to->address;
+	key->network = range.network;
+	return true;
 }
 
 /* True when the slot held an endpoint of this service for the whole time that it was read. */
@@ -132,20 +177,56 @@ static __always_inline bool read_endpoint(__u64 service, __u32 slot, struct endp
 }
 
 /* Draws a slot, in proportion to the weights. False when the list changed meanwhile. */
-static __always_inline bool draw_endpoint(__u64 service, __u32 count, struct choice *choice)
+static __always_inline bool draw_once(const struct service_value *service, struct choice *choice)
 {
 	struct endpoint_value drawn;
 
-	choice->slot = bpf_get_prandom_u32() % count;
-	if (!read_endpoint(service, choice->slot, &drawn))
+	choice->slot = bpf_get_prandom_u32() % service->endpoints;
+	if (!read_endpoint(service->id, choice->slot, &drawn))
 		return false;
 	if (drawn.share && bpf_get_prandom_u32() >= drawn.share) {
 		choice->slot = drawn.other;
-		if (!read_endpoint(service, choice->slot, &drawn))
+		if (!read_endpoint(service->id, choice->slot, &drawn))
 			return false;
 	}
 	choice->endpoint.address = drawn.address;
 	choice->endpoint.port = drawn.port;
+	return true;
+}
+
+static __always_inline struct peer_key peer_of(const struct destination *endpoint)
+{
+	return (struct peer_key){ .address = endpoint->address, .port = endpoint->port };
+}
+
+static __always_inline __s64 load_of(const struct destination *endpoint)
+{
+	struct peer_key key = peer_of(endpoint);
+	__s64 *load = bpf_map_lookup_elem(&loads, &key);
+
+	return load ? *load : 0;
+}
+
+static __always_inline bool is_shunned(const struct destination *endpoint)
+{
+	struct peer_key key = peer_of(endpoint);
+	__u64 *until_ns = bpf_map_lookup_elem(&shunned, &key);
+
+	return until_ns && *until_ns > bpf_ktime_get_ns();
+}
+
+static __noinline bool draw_endpoint(const struct service_value *service, struct choice *choice)
+{
+	struct choice second = {};
+
+	if (!draw_once(service, choice))
+		return false;
+	if (!(service->flags & SERVICE_LEAST_CONNECTIONS))
+		return true;
+	if (draw_once(service, &second) && load_of(&second.endpoint) < load_of(&choice->endpoint)) {
+		choice->slot = second.slot;
+		choice->endpoint = second.endpoint;
+	}
 	return true;
 }
 
@@ -158,7 +239,7 @@ static __always_inline bool holds(__u64 service, __u32 slot, const struct destin
 }
 
 /* Finds the endpoint that a socket went to before: in its slot, or where a change of the list put it. */
-static __always_inline bool find_kept(const struct service_value *service, __s64 slot, struct choice *choice)
+static __noinline bool find_kept(const struct service_value *service, __s64 slot, struct choice *choice)
 {
 	struct destination kept = choice->endpoint;
 	__u32 other;
@@ -177,40 +258,108 @@ static __always_inline bool find_kept(const struct service_value *service, __s64
 	return false;
 }
 
+/* The endpoint of the client's last connection to this service, while that is not too long ago. */
+static __noinline __s64 affine_slot(const struct client *client, const struct service_value *service,
+				    struct choice *choice)
+{
+	struct affinity_key key = { .netns_cookie = client->netns_cookie, .service = service->id };
+	struct affinity_value *last = bpf_map_lookup_elem(&affinities, &key);
+
+	if (!last || bpf_ktime_get_ns() - last->used_ns > service->affinity_s * 1000000000ULL)
+		return -1;
+	choice->endpoint.address = last->address;
+	choice->endpoint.port = last->port;
+	if (shun_ns && is_shunned(&choice->endpoint))
+		return -1;
+	return last->slot;
+}
+
+static __always_inline void keep_affinity(const struct client *client, const struct choice *choice)
+{
+	struct affinity_key key = { .netns_cookie = client->netns_cookie, .service = choice->service };
+	struct affinity_value now = { .used_ns = bpf_ktime_get_ns(),
+				      .address = choice->endpoint.address,
+				      .port = choice->endpoint.port,
+				      .slot = choice->slot };
+
+	bpf_map_update_elem(&affinities, &key, &now, BPF_ANY);
+}
+
+/*
+ * What is reached at an address and port, as the client sees it. False: `verdict` says what becomes
+ * of a connection to what is no service's port.
+ */
+static __noinline bool find_service(const struct destination *to, const struct client *client,
+				    struct service_key *key, struct service_value *service,
+				    enum reason *verdict)
+{
+	bool looked = false;
+	int attempt;
+
+#pragma unroll
+	for (attempt = 0; attempt < FIND_ATTEMPTS; attempt++) {
+		bool served = read_service(key, service) || (widen(key) && read_service(key, service));
+		struct address_key address = { .address = key->address, .network = key->network };
+		struct address_value known = {};
+
+		if (!served)
+			read_address(&address, &known);
+		if (!looked && (served ? service->flags & SERVICE_SCOPED : known.scoped)) {
+			looked = true;
+			if (look_from(client, to, key))
+				continue;
+		}
+		if (served)
+			return true;
+		*verdict = unserved_verdict(&known);
+		if (*verdict != REASON_NO_PORT)
+			return false;
+	}
+	return false;
+}
+
 /*
  * `preferred` is a slot to keep when the list still has `choice->endpoint` (datagrams of one socket),
  * or -1. Returns REASON_ROUTED, REASON_PASSTHROUGH, or why it is refused.
  */
-static __always_inline enum reason choose(const struct destination *to, __u32 network, __s64 preferred,
-					  struct choice *choice)
+static __always_inline enum reason choose(const struct destination *to, const struct client *client,
+					  __s64 preferred, struct choice *choice)
 {
-	struct service_key key = { .address = to->address, .network = network, .port = to->port };
+	struct service_key key = { .address = to->address,
+				   .network = client_network(client->pod),
+				   .port = to->port };
 	struct service_value service = {};
-	enum reason verdict;
+	enum reason verdict = REASON_NO_PORT;
 	int attempt;
 
 	choice->rewrite = false;
-#pragma unroll
+	if (!find_service(to, client, &key, &service, &verdict))
+		return verdict;
+	choice->service = service.id;
+	choice->flags = service.flags;
+	if (service.affinity_s && preferred < 0)
+		preferred = affine_slot(client, &service, choice);
+	if (service.verdict == REASON_ROUTED && find_kept(&service, preferred, choice))
+		goto routed;
 	for (attempt = 0; attempt < CHOOSE_ATTEMPTS; attempt++) {
-		if (!read_service(&key, &service) && !(widen(&key) && read_service(&key, &service))) {
-			verdict = unserved_verdict(&key);
-			/* An update may hide an entry for a moment: a service's port is looked for again. */
-			if (verdict == REASON_NO_PORT && attempt < CHOOSE_ATTEMPTS - 1)
-				continue;
-			return verdict;
-		}
-		choice->service = service.id;
 		if (service.verdict != REASON_ROUTED)
 			return service.verdict;
 		if (!service.endpoints)
 			return REASON_NO_ENDPOINT;
-		if ((!attempt && find_kept(&service, preferred, choice)) ||
-		    draw_endpoint(service.id, service.endpoints, choice)) {
-			choice->rewrite = true;
-			return REASON_ROUTED;
+		if (!draw_endpoint(&service, choice)) {
+			read_service(&key, &service);
+			continue;
 		}
+		if (!shun_ns || attempt >= SHUN_DRAWS || !is_shunned(&choice->endpoint))
+			goto routed;
+		count(REASON_SHUNNED);
 	}
 	return REASON_ENDPOINT_VANISHED;
+routed:
+	choice->rewrite = true;
+	if (service.affinity_s)
+		keep_affinity(client, choice);
+	return REASON_ROUTED;
 }
 
 static __always_inline void record_refusal(const struct destination *to, const struct pod_value *pod,

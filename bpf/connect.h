@@ -22,11 +22,11 @@ static __always_inline int refuse(enum reason reason)
 	return REFUSE;
 }
 
-static __always_inline struct pod_value *client_pod(void *ctx)
+static __always_inline struct client client_of(void *ctx)
 {
 	struct pod_key key = { .netns_cookie = bpf_get_netns_cookie(ctx) };
 
-	return bpf_map_lookup_elem(&pods, &key);
+	return (struct client){ .netns_cookie = key.netns_cookie, .pod = bpf_map_lookup_elem(&pods, &key) };
 }
 
 static __always_inline bool is_served(struct bpf_sock_addr *ctx)
@@ -61,6 +61,7 @@ static __always_inline void remember(struct bpf_sock_addr *ctx, const struct des
 	state->vip_port = to->port;
 	state->endpoint = choice->endpoint.address;
 	state->endpoint_port = choice->endpoint.port;
+	state->balanced = choice->flags & SERVICE_LEAST_CONNECTIONS ? BALANCED_WANTED : BALANCED_NOT;
 	if (!state->opened_ns && ctx->protocol == IPPROTO_UDP)
 		state->opened_ns = bpf_ktime_get_ns();
 }
@@ -78,15 +79,15 @@ static __always_inline void forget(struct bpf_sock_addr *ctx)
 static __always_inline enum reason decide_connect(struct bpf_sock_addr *ctx, const struct destination *to,
 						  struct choice *choice)
 {
-	struct pod_value *pod = client_pod(ctx);
-	enum reason reason = choose(to, client_network(pod), -1, choice);
+	struct client client = client_of(ctx);
+	enum reason reason = choose(to, &client, -1, choice);
 
 	if (reason == REASON_ROUTED || reason == REASON_PASSTHROUGH) {
 		if (choice->rewrite && ctx->protocol == IPPROTO_UDP)
-			count_datagram_open(pod, choice->service, &choice->endpoint);
+			count_datagram_open(client.pod, choice->service, &choice->endpoint);
 		return reason;
 	}
-	record_refusal(to, pod, choice->service, ctx->protocol, reason);
+	record_refusal(to, client.pod, choice->service, ctx->protocol, reason);
 	return reason;
 }
 

@@ -76,7 +76,7 @@ static __always_inline enum reason decide_datagram(struct bpf_sock_addr *ctx, co
 	__u64 cookie = bpf_get_socket_cookie(ctx);
 	struct datagram_key key = { .socket_cookie = cookie, .address = to->address, .port = to->port };
 	struct datagram_value *kept = bpf_map_lookup_elem(&datagrams, &key);
-	struct pod_value *pod = client_pod(ctx);
+	struct client client = client_of(ctx);
 	struct destination before = {};
 	__s64 slot = -1;
 	enum reason reason;
@@ -86,7 +86,7 @@ static __always_inline enum reason decide_datagram(struct bpf_sock_addr *ctx, co
 		choice->endpoint.address = before.address = kept->address;
 		choice->endpoint.port = before.port = kept->port;
 	}
-	reason = choose(to, client_network(pod), slot, choice);
+	reason = choose(to, &client, slot, choice);
 	if ((reason == REASON_ROUTED || reason == REASON_PASSTHROUGH) && !choice->rewrite) {
 		/* Sent to the address itself: its answers are its own. */
 		key.is_reply = 1;
@@ -107,13 +107,13 @@ static __always_inline enum reason decide_datagram(struct bpf_sock_addr *ctx, co
 		if (keep_way(cookie, to, choice)) {
 			remember(ctx, to, choice);
 			if (!same)
-				count_datagram_open(pod, choice->service, &choice->endpoint);
+				count_datagram_open(client.pod, choice->service, &choice->endpoint);
 			return reason;
 		}
 		reason = REASON_DATAGRAM_LOST;
 	}
 	if (is_refusal(reason))
-		record_refusal(to, pod, choice->service, IPPROTO_UDP, reason);
+		record_refusal(to, client.pod, choice->service, IPPROTO_UDP, reason);
 	return reason;
 }
 

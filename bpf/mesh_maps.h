@@ -70,6 +70,36 @@ struct {
 	__type(value, struct datagram_value);
 } datagrams SEC(".maps");
 
+/* Writer and reader: connect, sendmsg. Evicts the least recently used: that client draws anew. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct affinity_key);
+	__type(value, struct affinity_value);
+} affinities SEC(".maps");
+
+/*
+ * Open TCP connections of this node to endpoints of services that are balanced by them. Writer:
+ * sockops. Reader: connect. Evicts the least recently used: that endpoint counts from 0 again.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct peer_key);
+	__type(value, __s64);
+} loads SEC(".maps");
+
+/*
+ * Endpoints that refused a connection, and until when others are drawn for them. Writer: sockops.
+ * Reader: connect. Evicts the least recently used: that endpoint is drawn as before.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct peer_key);
+	__type(value, __u64);
+} shunned SEC(".maps");
+
 /* Writer: the programs. Reader and remover of what rests: telemetry. Full: counted as open_lost. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);

@@ -36,11 +36,18 @@ struct service_value {
 	__u32 network;
 	__be16 port;
 	__u16 pad;
-	__u64 id;	 /* service port id: hash of (service, port, family) */
-	__u32 endpoints; /* slots 0..endpoints-1 of `endpoints` may be chosen */
-	__u16 verdict;	 /* enum reason: REASON_ROUTED, REASON_PASSTHROUGH, or why it is refused */
-	__u16 pad2;
-	__u8 reserved[8];
+	__u64 id;	  /* service port id: hash of (service, port, family) */
+	__u32 endpoints;  /* slots 0..endpoints-1 of `endpoints` may be chosen */
+	__u16 verdict;	  /* enum reason: REASON_ROUTED, REASON_PASSTHROUGH, or why it is refused */
+	__u16 flags;	  /* enum service_flag */
+	__u32 affinity_s; /* a client keeps its endpoint for so long after its last connection; 0: it does not
+			   */
+	__u8 reserved[4];
+};
+
+enum service_flag {
+	SERVICE_SCOPED = 1,	       /* some namespaces see another service at this address */
+	SERVICE_LEAST_CONNECTIONS = 2, /* of two draws the endpoint with fewer open connections */
 };
 
 struct endpoint_key {
@@ -74,6 +81,7 @@ struct address_key {
 enum address_kind {
 	ADDRESS_SERVICE = 1,
 	ADDRESS_WORKLOAD = 2,
+	ADDRESS_HIDDEN = 3, /* only some namespaces see a service here: left alone for the others */
 };
 
 /* What an address is, consulted when (address, port) is no service port. Begins with its key. */
@@ -83,8 +91,9 @@ struct address_value {
 	__u32 pad;
 	__u16 kind;    /* enum address_kind */
 	__u16 verdict; /* enum reason, for connections to the address itself */
-	__u32 pad2;
-	__u8 reserved[8];
+	__u32 view; /* of a workload: the network in which its namespace sees services of its own; 0: none */
+	__u16 scoped; /* 1: some namespaces see another service at this address, in their views */
+	__u8 reserved[6];
 };
 
 /* A range of addresses that is one service's, in the order in which a trie compares: longest prefix. */
@@ -143,7 +152,37 @@ struct socket_state {
 	__be16 endpoint_port;
 	__u8 direction; /* enum direction, 0 until the connection is under way */
 	__u8 established;
+	__u8 balanced; /* enum balanced */
+	__u8 pad;
+};
+
+/* Whether a socket counts among the open connections of its endpoint. */
+enum balanced {
+	BALANCED_NOT = 0,
+	BALANCED_WANTED = 1,
+	BALANCED_COUNTED = 2,
+};
+
+/* Who is connected to, of what is known for a while: open connections, and refused ones. */
+struct peer_key {
+	struct ip address;
+	__be16 port;
 	__u16 pad;
+	__u32 pad2;
+};
+
+/* Whom a client's connections to a service port go to. */
+struct affinity_key {
+	__u64 netns_cookie;
+	__u64 service;
+};
+
+struct affinity_value {
+	__u64 used_ns;
+	struct ip address;
+	__be16 port;
+	__u16 pad;
+	__u32 slot;
 };
 
 enum direction {
@@ -209,6 +248,7 @@ enum reason {
 	REASON_OPEN_LOST,     /* not refused: the open was not counted */
 	REASON_DATAGRAM_LOST, /* refused: no room to remember the way back */
 	REASON_NO_ROOM,	      /* refused: the maps have no room for a port of the service, or its endpoints */
+	REASON_SHUNNED,	      /* not refused: another endpoint was drawn for one that refused a connection */
 	REASON_COUNT,
 };
 
@@ -223,5 +263,7 @@ _Static_assert(sizeof(struct range_value) == 32, "range_value");
 _Static_assert(sizeof(struct pod_value) == 64, "pod_value");
 _Static_assert(sizeof(struct datagram_key) == 32, "datagram_key");
 _Static_assert(sizeof(struct datagram_value) == 32, "datagram_value");
+_Static_assert(sizeof(struct peer_key) == 24, "peer_key");
+_Static_assert(sizeof(struct affinity_value) == 32, "affinity_value");
 _Static_assert(sizeof(struct open_key) == 48, "open_key");
 _Static_assert(sizeof(struct flow_record) == 128, "flow_record");

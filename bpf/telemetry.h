@@ -2,6 +2,7 @@
 /*
  * sockops and cgroup/sock_release: one record for each socket of an enrolled pod at its close, TCP
  * by its state changes (failed connects too), UDP when it is released. Opens are counted, not sent.
+ * Keeps `loads` and `shunned`, by which endpoints are drawn, also where nothing is recorded.
  * Decides nothing: traffic goes on whatever fails here, and what is lost is counted.
  */
 #pragma once
@@ -74,6 +75,58 @@ static __always_inline void follow(struct bpf_sock_ops *ops, enum direction dire
 	state->established = direction == DIRECTION_INBOUND;
 	state->opened_ns = bpf_ktime_get_ns();
 	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+/* One more open connection to the socket's endpoint, or one less. */
+static __always_inline void balance(struct socket_state *state, __s64 step)
+{
+	struct destination endpoint = { .address = state->endpoint, .port = state->endpoint_port };
+	struct peer_key key = peer_of(&endpoint);
+	__s64 none = 0, *load = bpf_map_lookup_elem(&loads, &key);
+
+	if (!load && step > 0) {
+		bpf_map_update_elem(&loads, &key, &none, BPF_NOEXIST);
+		load = bpf_map_lookup_elem(&loads, &key);
+	}
+	if (load)
+		__sync_fetch_and_add(load, step);
+}
+
+static __always_inline void connecting(struct bpf_sock_ops *ops)
+{
+	struct socket_state *state = sockops_state(ops, 0);
+
+	if (!state || !state->service)
+		return;
+	if (state->balanced == BALANCED_WANTED) {
+		balance(state, 1);
+		state->balanced = BALANCED_COUNTED;
+	}
+	if (shun_ns || state->balanced)
+		bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+static __always_inline void disconnected(struct bpf_sock_ops *ops)
+{
+	struct socket_state *state = sockops_state(ops, 0);
+	struct bpf_sock *sk = ops->sk;
+	struct tcp_sock *tcp;
+
+	if (!state || !state->service || !sk)
+		return;
+	if (state->balanced == BALANCED_COUNTED) {
+		balance(state, -1);
+		state->balanced = BALANCED_NOT;
+	}
+	tcp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
+	if (shun_ns && tcp && ops->args[0] == BPF_TCP_SYN_SENT &&
+	    BPF_CORE_READ((struct sock *)tcp, sk_err) == ECONNREFUSED) {
+		struct destination endpoint = { .address = state->endpoint, .port = state->endpoint_port };
+		struct peer_key key = peer_of(&endpoint);
+		__u64 until_ns = bpf_ktime_get_ns() + shun_ns;
+
+		bpf_map_update_elem(&shunned, &key, &until_ns, BPF_ANY);
+	}
 }
 
 static __always_inline void count_tcp_open(struct bpf_sock_ops *ops, struct socket_state *state)
@@ -159,21 +212,27 @@ static __always_inline void closed(struct bpf_sock_ops *ops)
 SEC("sockops")
 int pykmesh_sockops(struct bpf_sock_ops *ops)
 {
-	if (!has_telemetry)
-		return 1;
 	switch (ops->op) {
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
-		follow(ops, DIRECTION_OUTBOUND);
+		if (has_telemetry)
+			follow(ops, DIRECTION_OUTBOUND);
+		connecting(ops);
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
-		follow(ops, DIRECTION_INBOUND);
-		opened(ops);
+		if (has_telemetry) {
+			follow(ops, DIRECTION_INBOUND);
+			opened(ops);
+		}
 		break;
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
-		opened(ops);
+		if (has_telemetry)
+			opened(ops);
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
-		if (ops->args[1] == BPF_TCP_CLOSE)
+		if (ops->args[1] != BPF_TCP_CLOSE)
+			break;
+		disconnected(ops);
+		if (has_telemetry)
 			closed(ops);
 		break;
 	}
@@ -185,14 +244,14 @@ int pykmesh_release(struct bpf_sock *sk)
 {
 	struct socket_state *state;
 	struct flow_record *record;
-	struct pod_value *pod;
+	const struct pod_value *pod;
 
 	if (sk->protocol != IPPROTO_UDP)
 		return 1;
 	state = bpf_sk_storage_get(&sockets, sk, 0, 0);
 	if (!state || !state->service)
 		return 1;
-	pod = client_pod(sk);
+	pod = client_of(sk).pod;
 	record = record_reserve();
 	if (!record)
 		return 1;

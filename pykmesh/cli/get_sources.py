@@ -67,7 +67,7 @@ def _services(instance: Instance) -> list[Entry]:
     with PinnedMap(pins.maps_dir(instance.pin_dir), "services") as services:
         for key, value in services.items():
             ip, network, port = SERVICE_KEY.unpack(key)
-            number, endpoints, verdict = SERVICE_VALUE.unpack(value)
+            number, endpoints, verdict, _, _ = SERVICE_VALUE.unpack(value)
             refused = (
                 "" if verdict == Reason.ROUTED and endpoints else Reason(verdict or Reason.NO_ENDPOINT).label
             )
@@ -90,7 +90,7 @@ def _workloads(instance: Instance) -> list[Entry]:
     with PinnedMap(pins.maps_dir(instance.pin_dir), "addresses") as addresses:
         for key, value in addresses.items():
             ip, network = ADDRESS_KEY.unpack(key)
-            kind, verdict = ADDRESS_VALUE.unpack(value)
+            kind, verdict, _, _ = ADDRESS_VALUE.unpack(value)
             if kind == AddressKind.WORKLOAD:
                 refused = "" if verdict == Reason.ROUTED else Reason(verdict).label
                 entries.append({"network_id": network, "addresses": [ip_to_text(ip)], "refused": refused})

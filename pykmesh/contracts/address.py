@@ -19,6 +19,7 @@ from pykmesh.kernel.records import Ip, ip_from_wire, network_id
 from pykmesh.proto import authorization_pb2, workload_pb2
 
 PORT_MAX: Final = 65535
+SELECTION_EXTENSION: Final = "pykmesh.io/selection"
 _V6_BITS, _V4_BITS = 128, 32
 _T = TypeVar("_T")
 ServicePorts = tuple[str, tuple[tuple[int, int], ...]]
@@ -78,8 +79,18 @@ class Range(NamedTuple):
         return f"{self.network}\0{self.bits}"
 
 
+class Selection(NamedTuple):
+    """How endpoints are chosen, beyond what the API says. `affinity_s` 0: each connection anew."""
+
+    affinity_s: int = 0
+    least_connections: bool = False
+
+
 class Service(msgspec.Struct, frozen=True, gc=False):
-    """A service, as far as it decides traffic. `ports` maps service port to target port, 0 by name."""
+    """A service, as far as it decides traffic. `ports` maps service port to target port, 0 by name.
+
+    One that is hidden is seen by clients of its own namespace alone.
+    """
 
     name: str
     hostname: str
@@ -92,6 +103,12 @@ class Service(msgspec.Struct, frozen=True, gc=False):
     allows_unhealthy: bool
     has_waypoint: bool
     canonical: bool
+    hidden: bool = False
+    selection: Selection = Selection()
+
+    @property
+    def namespace(self) -> str:
+        return self.name.partition("/")[0]
 
     @property
     def places(self) -> tuple[tuple[str, Ip], ...]:
@@ -114,6 +131,8 @@ class Workload(msgspec.Struct, frozen=True, gc=False):
     policies: tuple[str, ...]
     namespace: str
     raw: bytes
+    hostname: str = ""
+    """Whose addresses count, where it has none of its own."""
 
 
 class Policy(msgspec.Struct, frozen=True, gc=False):
@@ -163,6 +182,7 @@ def _workload(message: workload_pb2.WorkloadOutline, raw: bytes) -> Workload:
         tuple(policies) if policies else (),
         intern(message.namespace),
         raw,
+        message.hostname if not message.addresses else "",
     )
 
 
@@ -198,7 +218,28 @@ def _service(message: workload_pb2.ServiceOutline) -> Service:
         allows_unhealthy=allows_unhealthy,
         has_waypoint=message.HasField("waypoint") or bool(message.weighted_waypoints),
         canonical=message.canonical,
+        hidden=_is_hidden(message.visibility),
+        selection=_selection(message.extensions) if message.extensions else _ANY,
     )
+
+
+def _is_hidden(visibility: int) -> bool:
+    if visibility > 1:
+        raise FieldError("service.visibility", f"{visibility} is unknown")
+    return visibility == 1
+
+
+def _selection(extensions: Iterable[bytes]) -> Selection:
+    """Of the extensions one is ours; the others are not for us to judge."""
+    for data in extensions:
+        try:
+            found = workload_pb2.Extension.FromString(data)
+            if found.name == SELECTION_EXTENSION:
+                said = workload_pb2.Selection.FromString(found.config.value)
+                return Selection(said.affinity_seconds, said.least_connections)
+        except DecodeError as error:
+            raise FieldError("service.extensions", f"not an Extension message: {error}") from error
+    return _ANY
 
 
 def _decode_load_balancing(data: bytes) -> tuple[Mode, tuple[int, ...], bool]:
@@ -226,6 +267,7 @@ def _decode_port(data: bytes) -> tuple[int, int]:
     return _pair("service.ports", message)
 
 
+_ANY: Final = Selection()
 _FAMILIES: Final = tuple(Families)
 _SCOPES: Final = range(1, 7)
 """istio.workload.LoadBalancing.Scope, without the unspecified one: it cannot be compared."""

@@ -220,7 +220,9 @@ def _usual(fields: Fields) -> Bools:
     status, mode = fields.numbers(Of.STATUS_FIELD_NUMBER), fields.numbers(Of.NETWORK_MODE_FIELD_NUMBER)
     tunnel, uid = fields.numbers(Of.TUNNEL_PROTOCOL_FIELD_NUMBER), fields.spans(Of.UID_FIELD_NUMBER)
     weighted = fields.spans(Of.CAPACITY_FIELD_NUMBER).start > 0
-    usual = ~fields.odd & ~weighted & (status <= 1) & (mode <= 1) & (tunnel <= 1) & (uid.end > uid.start)
+    named = fields.spans(Of.HOSTNAME_FIELD_NUMBER)
+    usual = ~fields.odd & ~weighted & (status <= 1) & (mode <= 1) & (tunnel <= 1)
+    usual &= (uid.end > uid.start) & (named.end == named.start)
     counts, addresses = fields.repeated(Of.ADDRESSES_FIELD_NUMBER)
     lengths = addresses.end - addresses.start
     usual[np.repeat(np.arange(len(counts)), counts)[(lengths != 4) & (lengths != 16)]] = False

@@ -73,6 +73,12 @@ class MapWriterSettings(CommonSettings, frozen=True, kw_only=True):
     """Where this node is, region/zone/subzone; empty: as the control plane says of the node's workloads."""
     refuse_unenforced_policy: bool = False
     """Refuse connections to workloads with policies until those are enforced."""
+    session_affinity: str = ""
+    """Services whose clients keep their endpoint, `namespace/hostname=seconds`, separated by commas."""
+    least_connections: str = ""
+    """Services whose endpoints are drawn by open connections, `namespace/hostname`, separated by commas."""
+    hostname_refresh_s: float = 30.0
+    """How often the host names of workloads are looked up again."""
 
 
 class LoaderSettings(CommonSettings, frozen=True, kw_only=True):
@@ -87,8 +93,11 @@ class LoaderSettings(CommonSettings, frozen=True, kw_only=True):
     pods_max: int = 4_096
     opens_max: int = 131_072
     datagrams_max: int = 65_536
+    affinities_max: int = 65_536
     flows_bytes: int = 16 * 1024 * 1024
     telemetry: bool = True
+    passive_health_s: float = 0.0
+    """How long an endpoint that refused a connection is not drawn, where there are others; 0: it is."""
 
 
 class TelemetrySettings(CommonSettings, frozen=True, kw_only=True):

@@ -42,6 +42,7 @@ class ProgramSettings(NamedTuple):
     node_network: int
     has_set_retval: bool
     has_telemetry: bool
+    shun_ns: int = 0
 
 
 def can_set_retval() -> bool:
@@ -92,6 +93,7 @@ class Programs:
             "node_network": settings.node_network.to_bytes(4, "little"),
             "has_set_retval": bytes([settings.has_set_retval]),
             "has_telemetry": bytes([settings.has_telemetry]),
+            "shun_ns": settings.shun_ns.to_bytes(8, "little"),
         }
         for name, data in values.items():
             self._object.write_rodata(data, setting_offset(name, len(data)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import struct
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -136,6 +136,7 @@ class Reason(IntEnum):
     OPEN_LOST = 10
     DATAGRAM_LOST = 11
     NO_ROOM = 12
+    SHUNNED = 13
 
     @property
     def label(self) -> str:
@@ -155,6 +156,12 @@ class FlowKind(IntEnum):
 class AddressKind(IntEnum):
     SERVICE = 1
     WORKLOAD = 2
+    HIDDEN = 3
+
+
+class ServiceFlag(IntFlag):
+    SCOPED = 1
+    LEAST_CONNECTIONS = 2
 
 
 def check_enums() -> None:

@@ -17,7 +17,7 @@ IP_BYTES: Final = 16
 NO_IP: Final = Ip(bytes(IP_BYTES))
 
 SERVICE_KEY: Final = codec("service_key", "address", "network", "port")
-SERVICE_VALUE: Final = codec("service_value", "id", "endpoints", "verdict")
+SERVICE_VALUE: Final = codec("service_value", "id", "endpoints", "verdict", "flags", "affinity_s")
 ENDPOINT_KEY: Final = codec("endpoint_key", "service", "slot")
 ENDPOINT_VALUE: Final = codec("endpoint_value", "service", "address", "port")
 ENDPOINT_SHARE: Final = codec("endpoint_value", "other", "share")
@@ -25,7 +25,7 @@ ENDPOINT_OTHER: Final = offset("endpoint_value", "other")
 """Where that what says who it is ends, and how it is weighed begins."""
 ENDPOINT_ADDRESS: Final = offset("endpoint_value", "address")
 ADDRESS_KEY: Final = codec("address_key", "address", "network")
-ADDRESS_VALUE: Final = codec("address_value", "kind", "verdict")
+ADDRESS_VALUE: Final = codec("address_value", "kind", "verdict", "view", "scoped")
 RANGE_KEY: Final = codec("range_key", "prefix_bits", "network", "address")
 RANGE_VALUE: Final = codec("range_value", "address", "network")
 POD_KEY: Final = codec("pod_key", "netns_cookie")

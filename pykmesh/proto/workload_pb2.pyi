@@ -671,6 +671,31 @@ class Extension(_message.Message):
 Global___Extension: _TypeAlias = Extension  # noqa: Y015
 
 @_typing.final
+class Selection(_message.Message):
+    """The extension "pykmesh.io/selection" of a service: what no field of the API says."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AFFINITY_SECONDS_FIELD_NUMBER: _builtins.int
+    LEAST_CONNECTIONS_FIELD_NUMBER: _builtins.int
+    affinity_seconds: _builtins.int
+    """A client keeps its endpoint for so long after its last connection. 0: it does not."""
+    least_connections: _builtins.bool
+    def __init__(
+        self,
+        *,
+        affinity_seconds: _builtins.int = ...,
+        least_connections: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affinity_seconds", b"affinity_seconds", "least_connections", b"least_connections"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Selection: _TypeAlias = Selection  # noqa: Y015
+
+@_typing.final
 class AddressOutline(_message.Message):
     """Address again, as far as it decides traffic: a full sync reads a hundred thousand of these. What many
     of them say alike (ports, load balancing) stays bytes, which are decoded once.
@@ -715,6 +740,7 @@ class WorkloadOutline(_message.Message):
     SERVICES_FIELD_NUMBER: _builtins.int
     NETWORK_MODE_FIELD_NUMBER: _builtins.int
     CAPACITY_FIELD_NUMBER: _builtins.int
+    HOSTNAME_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     network: _builtins.str
     tunnel_protocol: _builtins.int
@@ -722,6 +748,7 @@ class WorkloadOutline(_message.Message):
     status: _builtins.int
     uid: _builtins.str
     network_mode: _builtins.int
+    hostname: _builtins.str
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     @_builtins.property
@@ -744,10 +771,11 @@ class WorkloadOutline(_message.Message):
         services: _abc.Iterable[_builtins.bytes] | None = ...,
         network_mode: _builtins.int = ...,
         capacity: _wrappers_pb2.UInt32Value | None = ...,
+        hostname: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_waypoint", b"_waypoint", "capacity", b"capacity", "waypoint", b"waypoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_waypoint", b"_waypoint", "addresses", b"addresses", "authorization_policies", b"authorization_policies", "capacity", b"capacity", "namespace", b"namespace", "network", b"network", "network_mode", b"network_mode", "services", b"services", "status", b"status", "tunnel_protocol", b"tunnel_protocol", "uid", b"uid", "waypoint", b"waypoint"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_waypoint", b"_waypoint", "addresses", b"addresses", "authorization_policies", b"authorization_policies", "capacity", b"capacity", "hostname", b"hostname", "namespace", b"namespace", "network", b"network", "network_mode", b"network_mode", "services", b"services", "status", b"status", "tunnel_protocol", b"tunnel_protocol", "uid", b"uid", "waypoint", b"waypoint"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__waypoint: _TypeAlias = _typing.Literal["waypoint"]  # noqa: Y015
     _WhichOneofArgType__waypoint: _TypeAlias = _typing.Literal["_waypoint", b"_waypoint"]  # noqa: Y015
@@ -766,18 +794,23 @@ class ServiceOutline(_message.Message):
     WAYPOINT_FIELD_NUMBER: _builtins.int
     LOAD_BALANCING_FIELD_NUMBER: _builtins.int
     IP_FAMILIES_FIELD_NUMBER: _builtins.int
+    EXTENSIONS_FIELD_NUMBER: _builtins.int
     CANONICAL_FIELD_NUMBER: _builtins.int
     WEIGHTED_WAYPOINTS_FIELD_NUMBER: _builtins.int
+    VISIBILITY_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     hostname: _builtins.str
     waypoint: _builtins.bytes
     load_balancing: _builtins.bytes
     ip_families: _builtins.int
     canonical: _builtins.bool
+    visibility: _builtins.int
     @_builtins.property
     def addresses(self) -> _containers.RepeatedCompositeFieldContainer[Global___NetworkAddress]: ...
     @_builtins.property
     def ports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    @_builtins.property
+    def extensions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     @_builtins.property
     def weighted_waypoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
@@ -790,12 +823,14 @@ class ServiceOutline(_message.Message):
         waypoint: _builtins.bytes | None = ...,
         load_balancing: _builtins.bytes = ...,
         ip_families: _builtins.int = ...,
+        extensions: _abc.Iterable[_builtins.bytes] | None = ...,
         canonical: _builtins.bool = ...,
         weighted_waypoints: _abc.Iterable[_builtins.bytes] | None = ...,
+        visibility: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_waypoint", b"_waypoint", "waypoint", b"waypoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_waypoint", b"_waypoint", "addresses", b"addresses", "canonical", b"canonical", "hostname", b"hostname", "ip_families", b"ip_families", "load_balancing", b"load_balancing", "namespace", b"namespace", "ports", b"ports", "waypoint", b"waypoint", "weighted_waypoints", b"weighted_waypoints"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_waypoint", b"_waypoint", "addresses", b"addresses", "canonical", b"canonical", "extensions", b"extensions", "hostname", b"hostname", "ip_families", b"ip_families", "load_balancing", b"load_balancing", "namespace", b"namespace", "ports", b"ports", "visibility", b"visibility", "waypoint", b"waypoint", "weighted_waypoints", b"weighted_waypoints"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__waypoint: _TypeAlias = _typing.Literal["waypoint"]  # noqa: Y015
     _WhichOneofArgType__waypoint: _TypeAlias = _typing.Literal["_waypoint", b"_waypoint"]  # noqa: Y015

@@ -61,6 +61,7 @@ def _load(settings: LoaderSettings) -> Programs:
         "pods": settings.pods_max,
         "opens": settings.opens_max,
         "datagrams": settings.datagrams_max,
+        "affinities": settings.affinities_max,
         "flows": settings.flows_bytes,
     }
     fixed = ProgramSettings(
@@ -68,6 +69,7 @@ def _load(settings: LoaderSettings) -> Programs:
         node_network=network_id(settings.network),
         has_set_retval=can_set_retval(),
         has_telemetry=settings.telemetry,
+        shun_ns=round(settings.passive_health_s * 1e9),
     )
     return Programs(pins.maps_dir(settings.pin_dir), sizes, fixed)
 

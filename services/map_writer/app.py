@@ -10,7 +10,7 @@ import asyncio
 import gc
 import socket
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -26,6 +26,7 @@ from prometheus_client.core import Metric
 from pykmesh import metrics, tracing
 from pykmesh.bus import Bus, BusUnavailableError, Headers
 from pykmesh.contracts import messages
+from pykmesh.contracts.address import Selection
 from pykmesh.contracts.messages import (
     ConfigBatch,
     ContractError,
@@ -38,9 +39,11 @@ from pykmesh.contracts.settings import MapWriterSettings, SettingsError
 from pykmesh.kernel import libbpf
 from pykmesh.kernel.layout import check_enums
 from pykmesh.kernel.maps import MapFullError, PinError
+from pykmesh.kernel.records import Ip
 from pykmesh.process import Runtime
 from services.map_writer.desired import Rules
 from services.map_writer.follower import Change, Follower, GapError
+from services.map_writer.hosts import HostNames
 from services.map_writer.locality import Locality
 from services.map_writer.names import Names
 from services.map_writer.pages import add_pages
@@ -56,6 +59,8 @@ REPORT_INTERVAL_S = 1.0
 REPORT_EVERY_BATCHES = 16
 MANY_ENTRIES = 10_000
 RETRY_S = 0.2
+AFFINITY_S_MAX = 86_400
+"""As in Kubernetes."""
 REFUSED_NAMED = 20_000
 """Names in a report, at most: about 3 MB. More do not fit only where the maps are far too small."""
 
@@ -68,6 +73,13 @@ class Item(NamedTuple):
     size: int
 
 
+class Resolved(NamedTuple):
+    """What a host name stands for now."""
+
+    hostname: str
+    addresses: tuple[Ip, ...]
+
+
 class MapWriter:
     """The state of the process and its loop."""
 
@@ -77,7 +89,7 @@ class MapWriter:
         self._bus = bus
         self.maps = maps
         self.follower = Follower(_here(settings))
-        self._rules = Rules(settings.network, settings.refuse_unenforced_policy)
+        self._rules = Rules(settings.network, settings.refuse_unenforced_policy, selections(settings))
         self.planner: Planner
         self._applied = ("", 0)
         self.last_write: dict[str, Any] = {}
@@ -86,9 +98,9 @@ class MapWriter:
         self._lost = True
         """The log cannot be followed: a snapshot is needed."""
         self._inbox_bytes = 0
-        self._send: MemoryObjectSendStream[Item]
-        self._inbox: MemoryObjectReceiveStream[Item]
-        self._send, self._inbox = anyio.create_memory_object_stream[Item](INBOX_BATCHES)
+        self._send: MemoryObjectSendStream[Item | Resolved]
+        self._inbox: MemoryObjectReceiveStream[Item | Resolved]
+        self._send, self._inbox = anyio.create_memory_object_stream[Item | Resolved](INBOX_BATCHES)
 
     @property
     def applied_seq(self) -> int:
@@ -123,7 +135,11 @@ class MapWriter:
         while True:
             if self._lost:
                 await self._resync()
-            batch, headers, size = await self._inbox.receive()
+            item = await self._inbox.receive()
+            if isinstance(item, Resolved):
+                await self._resolve(item)
+                continue
+            batch, headers, size = item
             self._inbox_bytes -= size
             if not (batch.complete or batch.is_heartbeat):
                 gc.disable()  # a large response: until it is written
@@ -137,6 +153,16 @@ class MapWriter:
                 await self._write(change, headers)
             elif batch.seq % REPORT_EVERY_BATCHES == 0:
                 await self.report()
+
+    async def resolved(self, hostname: str, addresses: tuple[Ip, ...]) -> None:
+        """From whoever looks host names up. Waits its turn, as a batch does."""
+        await self._send.send(Resolved(hostname, addresses))
+
+    async def _resolve(self, found: Resolved) -> None:
+        """Writes what it changes at once, or with the response that is being taken."""
+        change = self.follower.resolve(found.hostname, found.addresses)
+        if change is not None:
+            await self._write(change, {})
 
     async def _read_maps(self) -> None:
         held = await anyio.to_thread.run_sync(self.maps.read)
@@ -271,6 +297,21 @@ class MapWriter:
         )
 
 
+def selections(settings: MapWriterSettings) -> dict[str, Selection]:
+    """How the settings say that endpoints of services are chosen. SettingsError for what is no such text."""
+    found: defaultdict[str, Selection] = defaultdict(Selection)
+    for text in filter(None, map(str.strip, settings.session_affinity.split(","))):
+        name, _, seconds = text.partition("=")
+        if "/" not in name or not seconds.isdigit() or not 0 < int(seconds) <= AFFINITY_S_MAX:
+            raise SettingsError(f"session_affinity has {text!r}: namespace/hostname=seconds")
+        found[name] = Selection(int(seconds))
+    for name in filter(None, map(str.strip, settings.least_connections.split(","))):
+        if "/" not in name:
+            raise SettingsError(f"least_connections has {name!r}: namespace/hostname")
+        found[name] = found[name]._replace(least_connections=True)
+    return dict(found)
+
+
 def _here(settings: MapWriterSettings) -> Locality:
     """SettingsError for a locality that is none."""
     parts = settings.locality.split("/") if settings.locality else []
@@ -301,6 +342,8 @@ async def run(runtime: Runtime[MapWriterSettings]) -> None:
         add_pages(runtime.admin, writer.follower, lambda: writer.planner)
         metrics.add_page(runtime.admin, writer.health)
         tasks.start_soon(_report_each_second, writer)
+        names = HostNames(writer.follower, runtime.settings.hostname_refresh_s)
+        tasks.start_soon(names.run, writer.resolved)
         await writer.run()
 
 

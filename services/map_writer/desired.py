@@ -7,13 +7,13 @@ the IPv4 list: the connection then goes to a v4-mapped address.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from functools import cache, partial
 from typing import Final, NamedTuple
 
-from pykmesh.contracts.address import Families, Mode, Service, ServicePorts, Workload
+from pykmesh.contracts.address import Families, Mode, Selection, Service, ServicePorts, Workload
 from pykmesh.contracts.bulk import Group
-from pykmesh.kernel.layout import AddressKind, Reason
+from pykmesh.kernel.layout import AddressKind, Reason, ServiceFlag, offset
 from pykmesh.kernel.records import (
     ADDRESS_KEY,
     ADDRESS_VALUE,
@@ -29,7 +29,9 @@ from pykmesh.kernel.records import (
     stable_id,
 )
 from services.map_writer.locality import is_ranked, near
-from services.map_writer.mesh import Mesh, Place, place_of
+from services.map_writer.mesh import Mesh, Place, place_of, view_network
+
+NO_FLAG: Final = ServiceFlag(0)
 
 
 class PortId(NamedTuple):
@@ -49,6 +51,8 @@ class Frontend(NamedTuple):
 
     list_id: int
     verdict: Reason
+    flags: ServiceFlag = NO_FLAG
+    affinity_s: int = 0
 
 
 class DesiredService(NamedTuple):
@@ -78,6 +82,8 @@ class Rules(NamedTuple):
 
     network: str = ""
     refuse_unenforced_policy: bool = False
+    selections: Mapping[str, Selection] = {}
+    """By service: before what the control plane says."""
 
 
 def desired_service(mesh: Mesh, name: str, rules: Rules) -> DesiredService:
@@ -85,7 +91,7 @@ def desired_service(mesh: Mesh, name: str, rules: Rules) -> DesiredService:
     service = mesh.services.get(name)
     if service is None:
         return NOTHING
-    vips = [vip for vip in service.places if mesh.vip_owner(place_of(*vip)) == name]
+    vips = list(_vips(mesh, service, rules))
     if not vips:
         return NOTHING
     found = DesiredService({}, {}, {}, {})
@@ -103,20 +109,43 @@ def _add_port(
     service: Service,
     port: int,
     target: int,
-    vips: list[tuple[str, Ip]],
+    vips: list[Vip],
     verdict: Reason,
     endpoints: EndpointsOf,
 ) -> None:
     port4, port6 = PortId(service.name, port, 4), PortId(service.name, port, 6)
     id4, id6 = port4.id, port6.id
     list4, list6 = endpoints(port, target, id4, id6)
-    for network, ip in vips:
+    for network, ip, flags, affinity_s in vips:
         is_4 = is_v4(ip) or (bool(list4) and not list6)
         list_id = id4 if is_4 else id6
         found.ports[list_id] = port4 if is_4 else port6
         found.lists[list_id] = list4 if is_4 else list6
         key = SERVICE_KEY.pack(ip, network_id(network), port_bytes(port))
-        found.frontends[key] = Frontend(list_id, verdict)
+        found.frontends[key] = Frontend(list_id, verdict, flags, affinity_s)
+
+
+class Vip(NamedTuple):
+    """An address at which a service is reached."""
+
+    network: str
+    ip: Ip
+    flags: ServiceFlag
+    affinity_s: int
+
+
+def _vips(mesh: Mesh, service: Service, rules: Rules) -> Iterator[Vip]:
+    """Where a service is seen: by all, or by clients of its namespace."""
+    selection = rules.selections.get(service.name, service.selection)
+    least = ServiceFlag.LEAST_CONNECTIONS if selection.least_connections else NO_FLAG
+    for network, ip in service.places:
+        place = place_of(network, ip)
+        views = mesh.scoped.get(place)
+        if mesh.vip_owner(place) == service.name:
+            scoped = ServiceFlag.SCOPED if views else NO_FLAG
+            yield Vip(network, ip, least | scoped, selection.affinity_s)
+        if views and (view := views.get(service.namespace)) and mesh.vip_owner(view) == service.name:
+            yield Vip(view_network(network, service.namespace), ip, least, selection.affinity_s)
 
 
 def _verdict(service: Service) -> Reason:
@@ -146,7 +175,7 @@ def _endpoints(mesh: Mesh, service: Service, rules: Rules, weights: dict[bytes, 
     if not usable:
         return _nothing
     differ = any(workload.capacity != usable[0].capacity for workload in usable)
-    return partial(_lists, service, usable, weights if differ else None)
+    return partial(_lists, mesh, service, usable, weights if differ else None)
 
 
 def _nothing(_port: int, _target: int, _id4: int, _id6: int) -> Lists:
@@ -154,6 +183,7 @@ def _nothing(_port: int, _target: int, _id4: int, _id6: int) -> Lists:
 
 
 def _lists(
+    mesh: Mesh,
     service: Service,
     usable: list[Workload],
     weights: dict[bytes, int] | None,
@@ -175,7 +205,7 @@ def _lists(
             port_field = port_bytes(target_port(last, name, port, target))
         if port_field == _NO_PORT:
             continue
-        for ip in workload.addresses:
+        for ip in mesh.addresses_of(workload):
             if skips4 if is_v4(ip) else skips6:
                 continue
             found, list_id = (list4, id4) if is_v4(ip) else (list6, id6)
@@ -231,28 +261,42 @@ def desired_address(mesh: Mesh, place: Place, rules: Rules, crowded: Container[s
     It is a service's before it is a workload's. `crowded`: the services that miss a port in the maps
     for want of room.
     """
-    owner = mesh.vip_owner(place)
+    owner, scoped = mesh.vip_owner(place), place in mesh.scoped
     if owner is not None:
         verdict = _address_verdict(mesh.services[owner])
         if verdict is Reason.ROUTED and owner in crowded:
             verdict = Reason.NO_ROOM
-        return _address_value(AddressKind.SERVICE, verdict)
+        return _address_value(AddressKind.SERVICE, verdict, 0, scoped=scoped)
     pod = mesh.pod_at(place)
     if pod is None:
-        return None
+        return _address_value(AddressKind.HIDDEN, Reason.ROUTED, 0, scoped=True) if scoped else None
+    verdict = Reason.ROUTED
     if pod.has_waypoint:
-        return _address_value(AddressKind.WORKLOAD, Reason.WAYPOINT_UNSUPPORTED)
-    if rules.refuse_unenforced_policy and mesh.has_policy(pod):
-        return _address_value(AddressKind.WORKLOAD, Reason.POLICY_UNSUPPORTED)
-    return PLAIN_WORKLOAD
+        verdict = Reason.WAYPOINT_UNSUPPORTED
+    elif rules.refuse_unenforced_policy and mesh.has_policy(pod):
+        verdict = Reason.POLICY_UNSUPPORTED
+    return _address_value(AddressKind.WORKLOAD, verdict, mesh.view_of(pod), scoped=scoped)
 
 
 @cache
-def _address_value(kind: AddressKind, verdict: Reason) -> bytes:
-    return ADDRESS_VALUE.pack(kind, verdict)[ADDRESS_KEY.size :]
+def _address_value(kind: AddressKind, verdict: Reason, view: int, *, scoped: bool) -> bytes:
+    return ADDRESS_VALUE.pack(kind, verdict, view, scoped)[ADDRESS_KEY.size :]
 
 
-PLAIN_WORKLOAD: Final = _address_value(AddressKind.WORKLOAD, Reason.ROUTED)
+def is_but_for_the_view(value: bytes, other: bytes) -> bool:
+    """Whether two values say the same, but for where a workload's namespace sees services of its own."""
+    return _without_view(value) == _without_view(other)
+
+
+@cache
+def _without_view(value: bytes) -> bytes:
+    return value[:_VIEW] + bytes(4) + value[_VIEW + 4 :]
+
+
+_VIEW: Final = offset("address_value", "view") - ADDRESS_KEY.size
+
+
+PLAIN_WORKLOAD: Final = _address_value(AddressKind.WORKLOAD, Reason.ROUTED, 0, scoped=False)
 """What an ordinary pod's address is."""
 
 

@@ -14,6 +14,7 @@ import structlog
 from pykmesh.contracts.address import FieldError, decode_policy
 from pykmesh.contracts.bulk import MANY, Ordinary, decode_addresses
 from pykmesh.contracts.messages import ConfigBatch, Resource, ResourceType, SnapshotPage
+from pykmesh.kernel.records import Ip
 from services.map_writer.locality import NOWHERE, Locality
 from services.map_writer.mesh import Mesh, Touched
 
@@ -43,6 +44,8 @@ class Follower:
         """The mesh is complete: it may replace what the maps hold."""
         self.resyncs = 0
         self._touched = Touched()
+        self._taking = False
+        """A response has begun, and its last batch has not come."""
         self._waiting: list[Resource] = []
         self._ordinary = Ordinary()
 
@@ -63,13 +66,16 @@ class Follower:
         if batch.is_heartbeat:
             return None
         self._take(batch)
+        self._taking = not batch.complete
         self.received_seq = batch.seq
         return self._complete(batch.synced) if batch.complete else None
 
     def _begin(self, epoch: str) -> None:
+        resolved = self.mesh.resolved
         self.mesh, self._touched = Mesh(self._here), Touched()
+        self.mesh.resolved = resolved
         self._waiting, self._ordinary = [], Ordinary()
-        self.epoch, self.received_seq, self.synced = epoch, 0, False
+        self.epoch, self.received_seq, self.synced, self._taking = epoch, 0, False, False
 
     def _complete(self, synced: bool) -> Change | None:
         self._put_everything()
@@ -131,6 +137,14 @@ class Follower:
             self.mesh.put_ordinary(ordinary.groups(), self._touched)
         except (FieldError, ValueError):
             self._put_each(ordinary.uids, ordinary.raws)
+
+    def resolve(self, hostname: str, addresses: tuple[Ip, ...]) -> Change | None:
+        """Takes what a host name stands for. Nothing is to be written while a response is being taken."""
+        self.mesh.resolve(hostname, addresses, self._touched)
+        if not self.synced or self._taking or not (self._touched.services or self._touched.places):
+            return None
+        touched, self._touched = self._touched, Touched()
+        return Change(sweep=False, touched=touched)
 
     async def resync(self, fetch: FetchPage) -> Change | None:
         """Takes a whole snapshot. What was published since is offered afterwards, in order."""

@@ -12,7 +12,7 @@ from functools import cache
 from itertools import chain
 from typing import Final, NewType, TypeVar, cast
 
-from pykmesh.contracts.address import Policy, Service, Workload, decode_address
+from pykmesh.contracts.address import Policy, Range, Service, Workload, decode_address
 from pykmesh.contracts.bulk import Group
 from pykmesh.kernel.records import ADDRESS_KEY, IP_BYTES, NO_IP, RANGE_KEY, Ip, network_id
 from pykmesh.proto.workload_pb2 import Workload as WorkloadMessage
@@ -37,6 +37,11 @@ def _rest_of_key(network: str) -> bytes:
     """What follows the address in a key: the address stands first in it."""
     key = ADDRESS_KEY.pack(NO_IP, network_id(network))
     return key[len(NO_IP) :]
+
+
+def view_network(network: str, namespace: str) -> str:
+    """The network in which the maps hold what one namespace's clients see of another one."""
+    return f"{network}\0ns/{namespace}"
 
 
 class Touched:
@@ -71,6 +76,17 @@ class Mesh:
         self._members: defaultdict[str, dict[str, None]] = defaultdict(dict)
         """Of every other service."""
         self.vip_owners: dict[Place, Owners] = {}
+        """Every service at an address; a hidden one is in a tuple, also when it is alone."""
+        self.scoped: dict[Place, dict[str, Place]] = {}
+        """Addresses where some namespaces see another service than the rest, and their views of each."""
+        self._views: dict[Place, tuple[Place, str]] = {}
+        """The address and the namespace of each view."""
+        self.view_namespaces: Counter[str] = Counter()
+        """How many views each namespace has."""
+        self.resolved: dict[str, tuple[Ip, ...]] = {}
+        """What is known of the host names of workloads that have no address of their own."""
+        self.by_hostname: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        """Such workloads."""
         self.pod_owners: dict[Place, Owners] = {}
         self._named_policies = 0
         self._without_policies: Counter[str] = Counter()
@@ -78,8 +94,11 @@ class Mesh:
     def remove(self, name: str, touched: Touched) -> None:
         """A name that is not there is no error: the control plane removes what it never sent."""
         if name in self.workloads:
-            self._unlink_workload(name, self.workload(name), touched)
+            workload = self.workload(name)
+            self._unlink_workload(name, workload, touched)
             del self.workloads[name]
+            if workload.hostname:
+                _drop(self.by_hostname, workload.hostname, name)
         elif (service := self.services.pop(name, None)) is not None:
             self._unlink_service(name, service, touched)
 
@@ -92,6 +111,8 @@ class Mesh:
             if before is not None or name in self.services:
                 self.remove(name, touched)
             self.workloads[name] = resource
+            if resource.hostname:
+                self.by_hostname[resource.hostname][name] = None
             self._learn_where(resource.raw, touched)
             self._link_workload(name, resource, touched)
         else:
@@ -189,15 +210,26 @@ class Mesh:
             place = place_of(network, ip)
             self._touch_rivals(place, touched)
             _own(self.vip_owners, place, name)
+            if service.hidden:
+                self.vip_owners[place] = _owners(self.vip_owners, place)
             touched.places[place] = None
+            self._set_views(network, ip, touched)
 
     def range_of(self, place: Place) -> bytes | None:
         """The key of the range that a place stands for, of a service that is there."""
         owner = self.vip_owner(place)
         for found in self.services[owner].ranges if owner is not None else ():
-            if place_of(found.own_network, found.ip) == place:
-                return RANGE_KEY.pack(RANGE_NETWORK_BITS + found.bits, network_id(found.network), found.ip)
+            for network, own in self._networks_of(found, place):
+                if place_of(own, found.ip) == place:
+                    return RANGE_KEY.pack(RANGE_NETWORK_BITS + found.bits, network_id(network), found.ip)
         return None
+
+    def _networks_of(self, found: Range, place: Place) -> Iterator[tuple[str, str]]:
+        """The networks in which a range may be looked up, each with that in which the maps hold it."""
+        yield found.network, found.own_network
+        if place in self._views:
+            _, namespace = self._views[place]
+            yield view_network(found.network, namespace), view_network(found.own_network, namespace)
 
     def _unlink_service(self, name: str, service: Service, touched: Touched) -> None:
         touched.services[name] = None
@@ -205,8 +237,37 @@ class Mesh:
         for network, ip in service.places:
             place = place_of(network, ip)
             _disown(self.vip_owners, place, name)
+            left = _owners(self.vip_owners, place)
+            if len(left) == 1 and self.services[left[0]].hidden:
+                self.vip_owners[place] = left
             self._touch_rivals(place, touched)
             touched.places[place] = None
+            self._set_views(network, ip, touched)
+
+    def _set_views(self, network: str, ip: Ip, touched: Touched) -> None:
+        """Namespaces that see another service at an address than the rest get a view of it."""
+        place = place_of(network, ip)
+        before = self.scoped.get(place, {})
+        wanted: set[str] = set()
+        if isinstance(self.vip_owners.get(place), tuple):
+            namespaces = {self.services[name].namespace for name in _owners(self.vip_owners, place)}
+            seen_by_all = self._seen(place, None)
+            wanted = {ns for ns in namespaces if self._seen(place, ns) != seen_by_all}
+        if not wanted and not before:
+            return
+        views = {ns: place_of(view_network(network, ns), ip) for ns in sorted(wanted)}
+        for ns in before.keys() - wanted:
+            del self._views[before[ns]]
+            self.view_namespaces[ns] -= 1
+        for ns in wanted - before.keys():
+            self._views[views[ns]] = place, ns
+            self.view_namespaces[ns] += 1
+        self.view_namespaces = +self.view_namespaces
+        touched.add((), [*before.values(), *views.values()])
+        if views:
+            self.scoped[place] = views
+        else:
+            self.scoped.pop(place, None)
 
     def _touch_rivals(self, place: Place, touched: Touched) -> None:
         touched.add(_owners(self.vip_owners, place), ())
@@ -222,24 +283,72 @@ class Mesh:
 
     def places(self) -> Iterator[Place]:
         """Every address of a service or workload, in the order in which they came; some may come twice."""
-        return chain(self.vip_owners, self.pod_owners)
+        return chain(self.vip_owners, self._views, self.pod_owners)
+
+    def is_a_services(self, place: bytes) -> bool:
+        """Whether a service has this address, also one that only some see."""
+        return place in self.vip_owners or place in self._views
 
     def vip_places(self, services: Iterable[str]) -> Iterator[Place]:
-        """The addresses of these services, of those that are there."""
+        """The addresses of these services, of those that are there, and the views of them."""
         for name in services:
             if (service := self.services.get(name)) is not None:
-                yield from (place_of(*vip) for vip in service.places)
+                for vip in service.places:
+                    place = place_of(*vip)
+                    yield place
+                    yield from self.scoped.get(place, {}).values()
 
     def owners(self, place: Place) -> tuple[str, ...]:
         """Every service and workload that has an address."""
-        return _owners(self.vip_owners, place) + _owners(self.pod_owners, place)
+        base, _ = self._views.get(place, (place, ""))
+        return _owners(self.vip_owners, base) + _owners(self.pod_owners, place)
 
     def vip_owner(self, place: Place) -> str | None:
-        """Whose address it is, when several services have it: a canonical one, else the first by name."""
+        """Whose address it is, in the eyes of all, or of the namespace whose view it is."""
         owners = self.vip_owners.get(place)
-        if owners is None or isinstance(owners, str):
+        if isinstance(owners, str):
             return owners
-        return min(owners, key=lambda name: (not self.services[name].canonical, name))
+        if owners is None and place not in self._views:
+            return None
+        return self._seen(*self._views.get(place, (place, None)))
+
+    def _seen(self, place: Place, namespace: str | None) -> str | None:
+        """Of several services at an address: the client's own namespace's, a canonical one, the first.
+
+        None when all are hidden from the client. The order is ztunnel's (xds.md 3.2).
+        """
+        found = (self.services[name] for name in _owners(self.vip_owners, place))
+        seen = [service for service in found if not service.hidden or service.namespace == namespace]
+        best = min(seen, key=lambda s: (s.namespace != namespace, not s.canonical, s.name), default=None)
+        return None if best is None else best.name
+
+    def view_of(self, workload: Workload) -> int:
+        """The id of the network in which a workload's namespace sees services of its own; 0: none."""
+        if workload.namespace not in self.view_namespaces:
+            return 0
+        return network_id(view_network(workload.network, workload.namespace))
+
+    def places_in(self, namespaces: Iterable[str]) -> Iterator[Place]:
+        """The addresses of workloads in these namespaces."""
+        wanted = {namespace: namespace.encode() for namespace in namespaces}
+        for uid, found in self.workloads.items() if wanted else ():
+            if isinstance(found, bytes) and not any(data in found for data in wanted.values()):
+                continue
+            workload = self.workload(uid)
+            if workload.namespace in wanted:
+                yield from (place_of(workload.network, ip) for ip in workload.addresses)
+
+    def resolve(self, hostname: str, addresses: tuple[Ip, ...], touched: Touched) -> None:
+        """Takes what a host name stands for now; nothing: it is known no more."""
+        if self.resolved.get(hostname, ()) == addresses:
+            return
+        self.resolved[hostname] = addresses
+        for name in self.by_hostname.get(hostname, ()):
+            touched.add((service for service, _ in self.workload(name).services), ())
+
+    def addresses_of(self, workload: Workload) -> tuple[Ip, ...]:
+        """Its own, or those of its host name."""
+        return workload.addresses or self.resolved.get(workload.hostname, ())
 
     def pod_at(self, place: Place) -> Workload | None:
         """Who is meant by an address that several workloads have: a pod over others, HBONE over plain."""
@@ -258,6 +367,7 @@ class Mesh:
             set(map(type, owners)) <= _ONE_OWNER
             and set(map(type, map(self.workloads.get, cast("list[str]", owners)))) <= _ORDINARY
             and self.vip_owners.keys().isdisjoint(places)
+            and not self.view_namespaces
         )
 
     def members_of(self, service: str) -> Iterable[Workload]:

@@ -37,9 +37,15 @@ def _service(follower: Follower, planner: Planner, name: str) -> dict[str, Any]:
 def _refusals(follower: Follower, planner: Planner, service: Service) -> list[str]:
     """Why connections to a service, or to a part of it, do not get there."""
     found = ["waypoint_unsupported"] if service.has_waypoint else planner.refusals_of(service.name)
+    mesh = follower.mesh
     for network, ip in service.places:
-        owner = follower.mesh.vip_owner(place_of(network, ip))
-        if owner != service.name:
+        place = place_of(network, ip)
+        owner, view = mesh.vip_owner(place), mesh.scoped.get(place, {}).get(service.namespace)
+        if owner == service.name:
+            continue
+        if view is not None and mesh.vip_owner(view) == service.name:
+            found.append(f"{ip_to_text(ip)} is seen in {service.namespace} only")
+        else:
             found.append(f"{ip_to_text(ip)} is that of {owner}")
     return found
 

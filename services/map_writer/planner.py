@@ -32,6 +32,7 @@ from services.map_writer.desired import (
     Rules,
     desired_address,
     desired_service,
+    is_but_for_the_view,
 )
 from services.map_writer.mesh import Mesh, Place, Touched
 from services.map_writer.slots import arrange, plain, weighed
@@ -151,6 +152,8 @@ class Planner:
         self._owner_of_key: dict[bytes, str] = {}
         self._refused_services: dict[str, dict[str, str]] = {}
         self._refused_places: dict[Place, dict[str, str]] = {}
+        self._seen_by: frozenset[str] = frozenset()
+        """The namespaces with views, when their workloads were planned last."""
         self._leaving: Counter[str] = Counter()
         """Entries of each map that the last steps of a plan delete."""
 
@@ -188,6 +191,7 @@ class Planner:
         touched.add((), mesh.vip_places(self._refused_services))
         batches = _Batches()
         before = {name: self._claims.get(name, _NO_CLAIM) for name in touched.services}
+        yield from self._plan_views(mesh, batches)
         yield from self._plan_services(mesh, touched.services, batches)
         for name, claim in before.items():
             self._drop(name, claim, batches)
@@ -203,19 +207,32 @@ class Planner:
         self._refused_services.clear()
         self._refused_places.clear()
         batches = _Batches()
+        self._seen_by = frozenset()
+        yield from self._plan_views(mesh, batches)
         yield from self._plan_services(mesh, mesh.services, batches)
         for key in [key for key in self.held.services if key not in self._owner_of_key]:
             self._remove_port(key, batches)
         for list_id in [list_id for list_id in self.held.lists if list_id not in self.owner_of_list]:
             self._drop_list(list_id, batches)
-        stale = self.held.addresses.keys() - mesh.vip_owners.keys() - mesh.pod_owners.keys()
+        stale = self.held.addresses.keys() - set(mesh.places())
         yield from self._plan_addresses(mesh, mesh.places(), batches)
         for key in stale:
             self._remove_address(key, batches)
-        for place in self.held.ranges.keys() - mesh.vip_owners.keys():
+        for place in [place for place in self.held.ranges if not mesh.is_a_services(place)]:
             self._remove_range(place, batches)
         yield from batches.steps(_DROP_ADDRESSES)
         yield from self._plan_refused(mesh)
+
+    def _plan_views(self, mesh: Mesh, batches: _Batches) -> Iterator[Step]:
+        """Workloads that are there know where their namespace looks before there is anything to see."""
+        namespaces = frozenset(mesh.view_namespaces)
+        for place in mesh.places_in(namespaces ^ self._seen_by):
+            value, current = desired_address(mesh, place, self._rules, ()), self.held.addresses.get(place)
+            if current and value and value != current and is_but_for_the_view(value, current):
+                self.held.addresses[place] = value
+                batches.put(_UNNAMED, "addresses", place, place + value)
+        self._seen_by = namespaces
+        yield from batches.steps(_UNNAMED)
 
     def _plan_services(self, mesh: Mesh, names: Iterable[str], batches: _Batches) -> Iterator[Step]:
         for name in names:
@@ -234,7 +251,7 @@ class Planner:
             self._plan_list(list_id, values, wanted, batches, refused)
         for key, frontend in wanted.frontends.items():
             if wanted.lists[frontend.list_id] and not self.held.lists.get(frontend.list_id):
-                nothing_fits = Frontend(frontend.list_id, Reason.NO_ROOM)
+                nothing_fits = frontend._replace(verdict=Reason.NO_ROOM)
                 self._plan_port(name, key, nothing_fits, batches, refused)
             else:
                 self._plan_port(name, key, frontend, batches, refused)
@@ -290,14 +307,14 @@ class Planner:
     def _lower(self, list_id: int, length: int, service: DesiredService, batches: _Batches) -> None:
         for key, frontend in service.frontends.items():
             if frontend.list_id == list_id and self._names_list(key, list_id):
-                value = _service_value(key, list_id, length, frontend.verdict)
+                value = _service_value(key, length, frontend)
                 self.held.services[key] = value
                 batches.put(_LOWER, "services", key, value)
 
     def _names_list(self, key: bytes, list_id: int) -> bool:
         """False for an address that was another service's: it comes to the list when that is whole."""
         current = self.held.services.get(key)
-        return current is not None and SERVICE_VALUE.unpack(current)[0] == list_id
+        return current is not None and bool(SERVICE_VALUE.unpack(current)[0] == list_id)
 
     def _drop_slots(self, list_id: int, slots: list[bytes], length: int, batches: _Batches) -> None:
         for slot in range(length, len(slots)):
@@ -313,7 +330,7 @@ class Planner:
         self, name: str, key: bytes, frontend: Frontend, batches: _Batches, refused: dict[str, str]
     ) -> None:
         length = len(self.held.lists.get(frontend.list_id, ()))
-        value = _service_value(key, frontend.list_id, length, frontend.verdict)
+        value = _service_value(key, length, frontend)
         self._owner_of_key[key] = name
         current = self.held.services.get(key)
         if current == value:
@@ -392,7 +409,7 @@ class Planner:
             held[place] = value
             batches.put(_ADDRESSES, "addresses", place, place + value)
         self._refused_places.pop(place, None)
-        if place in mesh.vip_owners or place in self.held.ranges:
+        if mesh.is_a_services(place) or place in self.held.ranges:
             self._plan_range(mesh, place, batches)
 
     def _plan_range(self, mesh: Mesh, place: Place, batches: _Batches) -> None:
@@ -416,9 +433,10 @@ class Planner:
             batches.remove(_DROP_RANGES, "ranges", key)
 
 
-def _service_value(key: bytes, list_id: int, length: int, verdict: Reason) -> bytes:
+def _service_value(key: bytes, length: int, frontend: Frontend) -> bytes:
     """A value begins with its key."""
-    return key + SERVICE_VALUE.pack(list_id, length, verdict)[len(key) :]
+    list_id, verdict, flags, affinity_s = frontend
+    return key + SERVICE_VALUE.pack(list_id, length, verdict, flags, affinity_s)[len(key) :]
 
 
 def _set_or_drop(index: dict[_K, dict[str, str]], key: _K, refused: dict[str, str]) -> None:

@@ -70,7 +70,7 @@ def view(raw: Raw, network: int = 0) -> View:
     counted: set[tuple[int, int]] = set()
     for key, value in raw["services"].items():
         ip, number, port = SERVICE_KEY.unpack(key)
-        list_id, count, verdict = SERVICE_VALUE.unpack(value)
+        list_id, count, verdict, _, _ = SERVICE_VALUE.unpack(value)
         endpoints = [_endpoint(list_id, slots[list_id, slot]) for slot in range(count)]
         assert len(set(endpoints)) == count, f"{ip_to_text(ip)}: an endpoint twice in {endpoints}"
         counted |= {(list_id, slot) for slot in range(count)}
@@ -102,7 +102,7 @@ def _addresses(
     for key, value in raw.items():
         ip, number = ADDRESS_KEY.unpack(key)
         if number == network or (ip, number) in ranges:
-            kind, verdict = ADDRESS_VALUE.unpack(value)
+            kind, verdict, _, _ = ADDRESS_VALUE.unpack(value)
             found[ranges.get((ip, number), ip_to_text(ip))] = Address(
                 AddressKind(kind).name.lower(), Reason(verdict).label
             )

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import msgspec
 from hypothesis import strategies as st
 
-from pykmesh.contracts.address import Families, Mode, Policy, Service, Workload, workload_message
-from pykmesh.kernel.layout import AddressKind, Reason
+from pykmesh.contracts.address import Families, Mode, Policy, Selection, Service, Workload, workload_message
+from pykmesh.kernel.layout import AddressKind, Reason, ServiceFlag
 from pykmesh.kernel.records import (
     ADDRESS_KEY,
     ADDRESS_VALUE,
@@ -28,6 +28,7 @@ from pykmesh.kernel.records import (
     ip_from_text,
     ip_from_wire,
     ip_to_text,
+    network_id,
     port_number,
 )
 from pykmesh.proto.workload_pb2 import Address
@@ -47,7 +48,8 @@ VALUE_BYTES = {
     "addresses": ADDRESS_VALUE.size,
     "ranges": RANGE_VALUE.size,
 }
-NAMES = [f"shop/{letter}.shop" for letter in "abcd"]
+NAMES = ["shop/a.shop", "shop/b.shop", "bank/c.bank", "bank/d.bank"]
+NAMESPACES = ("shop", "bank")
 UIDS = [f"C//Pod/shop/p{number}" for number in range(6)]
 VIPS = [ip_from_text(text) for text in ("10.96.0.1", "10.96.0.2", "fd96::1", "fd96::2")]
 POD_IPS = [ip_from_text(text) for text in ("10.1.0.1", "10.1.0.2", "10.1.0.3", "fd01::1", "fd01::2")]
@@ -90,6 +92,8 @@ def _service(draw: random.Random) -> Service:
         allows_unhealthy=draw.random() < 0.5,
         has_waypoint=draw.random() < 0.2,
         canonical=draw.random() < 0.5,
+        hidden=draw.random() < 0.3,
+        selection=draw.choice([Selection(), Selection(60), Selection(least_connections=True)]),
     )
 
 
@@ -109,7 +113,7 @@ def _workload(draw: random.Random) -> Workload:
         prefers_hbone=draw.random() < 0.5,
         capacity=draw.choice([0, 1, 1, 1, 2, 7]),
         policies=(),
-        namespace="shop",
+        namespace=draw.choice(NAMESPACES),
         raw=b"",
     )
     # The mesh tells one message from another by its bytes, and reads where it runs from them.
@@ -173,7 +177,7 @@ class Maps:
         for key, value in (*self.maps["services"].items(), *self.maps["addresses"].items()):
             assert value.startswith(key), "programs would take it for another's"
         for value in self.maps["services"].values():
-            list_id, count, verdict = SERVICE_VALUE.unpack(value)
+            list_id, count, verdict, _, _ = SERVICE_VALUE.unpack(value)
             assert verdict == Reason.ROUTED or count == 0
             for slot in range(count):
                 found = self.maps["endpoints"].get(ENDPOINT_KEY.pack(list_id, slot))
@@ -188,7 +192,7 @@ class Maps:
         """The endpoints that a connection may get, by the entry of `services`."""
         found = {}
         for key, value in self.maps["services"].items():
-            list_id, count, _ = SERVICE_VALUE.unpack(value)
+            list_id, count, *_ = SERVICE_VALUE.unpack(value)
             slots = (self.maps["endpoints"][ENDPOINT_KEY.pack(list_id, slot)] for slot in range(count))
             found[key] = {_shown(slot) for slot in slots}
         return found
@@ -212,12 +216,13 @@ class Maps:
         counted: set[bytes] = set()
         services: dict[str, tuple[object, ...]] = {}
         for key, value in self.maps["services"].items():
-            ip, _, port = SERVICE_KEY.unpack(key)
-            list_id, count, verdict = SERVICE_VALUE.unpack(value)
+            ip, network, port = SERVICE_KEY.unpack(key)
+            list_id, count, verdict, flags, affinity_s = SERVICE_VALUE.unpack(value)
             keys = [ENDPOINT_KEY.pack(list_id, slot) for slot in range(count)]
             counted.update(keys)
             shown = _shares(keys, self.maps["endpoints"])
-            services[f"{ip_to_text(ip)} {port_number(port)}"] = (Reason(verdict), *shown)
+            name = f"{_network(network)} {ip_to_text(ip)} {port_number(port)}"
+            services[name] = (Reason(verdict), ServiceFlag(flags), affinity_s, *shown)
         assert full or self.maps["endpoints"].keys() == counted, "endpoints that nothing counts"
         return {"services": services, "addresses": self.addresses()}
 
@@ -225,8 +230,9 @@ class Maps:
         found: dict[str, tuple[object, ...]] = {}
         for key, value in self.maps["addresses"].items():
             ip, network = ADDRESS_KEY.unpack(key)
-            kind, verdict = ADDRESS_VALUE.unpack(value)
-            found[f"{bool(network)} {ip_to_text(ip)}"] = (AddressKind(kind), Reason(verdict))
+            kind, verdict, view, scoped = ADDRESS_VALUE.unpack(value)
+            said = (AddressKind(kind), Reason(verdict), _network(view) if view else "", bool(scoped))
+            found[f"{_network(network)} {ip_to_text(ip)}"] = said
         return found
 
 
@@ -252,28 +258,60 @@ def expected(mesh: Mesh) -> Plain:
     return {"services": _expected_services(mesh), "addresses": _expected_addresses(mesh)}
 
 
-def owner(mesh: Mesh, ip: Ip) -> Service | None:
-    rivals = [service for service in mesh.services.values() if ("", ip) in service.vips]
-    return min(rivals, key=lambda s: (not s.canonical, s.name), default=None)
+def _network(number: int) -> str:
+    """The network of an id; "@shop" is that in which the namespace shop sees what others do not."""
+    known = {"": "", "other": "other"}
+    known |= {
+        f"{network}\0ns/{namespace}": f"{network}@{namespace}"
+        for network in ("", "other")
+        for namespace in NAMESPACES
+    }
+    return {network_id(name): shown for name, shown in known.items()}[number]
+
+
+def owner(mesh: Mesh, ip: Ip, namespace: str | None = None) -> Service | None:
+    """Whom clients of a namespace (None: of one that has no service) see at an address."""
+    rivals = [
+        service
+        for service in mesh.services.values()
+        if ("", ip) in service.vips and (not service.hidden or service.namespace == namespace)
+    ]
+    return min(rivals, key=lambda s: (s.namespace != namespace, not s.canonical, s.name), default=None)
+
+
+def viewers(mesh: Mesh, ip: Ip) -> list[str]:
+    """The namespaces that see another service at an address than the rest."""
+    return [ns for ns in NAMESPACES if owner(mesh, ip, ns) != owner(mesh, ip)]
 
 
 def _expected_services(mesh: Mesh) -> dict[str, tuple[object, ...]]:
     found: dict[str, tuple[object, ...]] = {}
     for ip in VIPS:
-        service = owner(mesh, ip)
-        for port, target in service.ports if service else ():
-            assert service is not None
-            verdict = Reason.ROUTED
-            if service.has_waypoint:
-                verdict = Reason.WAYPOINT_UNSUPPORTED
-            elif service.mode is Mode.PASSTHROUGH:
-                verdict = Reason.PASSTHROUGH
-            all_of_them = _endpoints(mesh, service, port, target) if verdict is Reason.ROUTED else []
-            wanted = [e for e in all_of_them if is_v6(e[0]) == is_v6(_text(ip))]
-            if is_v6(_text(ip)) and not wanted:
-                wanted = [e for e in all_of_them if not is_v6(e[0])]
-            found[f"{_text(ip)} {port}"] = (verdict, *_expected_shares(wanted))
+        views = viewers(mesh, ip)
+        for namespace in (None, *views):
+            service = owner(mesh, ip, namespace)
+            for port, target in service.ports if service else ():
+                assert service is not None
+                name = f"{f'@{namespace}' if namespace else ''} {_text(ip)} {port}"
+                flags = ServiceFlag(service.selection.least_connections * ServiceFlag.LEAST_CONNECTIONS)
+                if views and namespace is None:
+                    flags |= ServiceFlag.SCOPED
+                said = _expected_port(mesh, service, ip, port, target)
+                found[name] = (said[0], flags, service.selection.affinity_s, *said[1:])
     return found
+
+
+def _expected_port(mesh: Mesh, service: Service, ip: Ip, port: int, target: int) -> tuple[object, ...]:
+    verdict = Reason.ROUTED
+    if service.has_waypoint:
+        verdict = Reason.WAYPOINT_UNSUPPORTED
+    elif service.mode is Mode.PASSTHROUGH:
+        verdict = Reason.PASSTHROUGH
+    all_of_them = _endpoints(mesh, service, port, target) if verdict is Reason.ROUTED else []
+    wanted = [e for e in all_of_them if is_v6(e[0]) == is_v6(_text(ip))]
+    if is_v6(_text(ip)) and not wanted:
+        wanted = [e for e in all_of_them if not is_v6(e[0])]
+    return (verdict, *_expected_shares(wanted))
 
 
 def _expected_shares(wanted: list[tuple[str, int]]) -> list[str]:
@@ -330,14 +368,22 @@ def _matches(service: Service, workload: Workload, here: Locality) -> int:
 
 def _expected_addresses(mesh: Mesh) -> dict[str, tuple[object, ...]]:
     found: dict[str, tuple[object, ...]] = {}
+    seeing = {ns for ip in VIPS for ns in viewers(mesh, ip)}
     for workload in sorted(mesh.all_workloads(), key=lambda w: (not w.prefers_hbone, w.uid)):
         for ip in () if workload.host_network else workload.addresses:
             verdict = Reason.WAYPOINT_UNSUPPORTED if workload.has_waypoint else Reason.ROUTED
-            found.setdefault(f"{bool(workload.network)} {_text(ip)}", (AddressKind.WORKLOAD, verdict))
+            view = f"{workload.network}@{workload.namespace}" if workload.namespace in seeing else ""
+            said = (AddressKind.WORKLOAD, verdict, view, False)
+            found.setdefault(f"{workload.network} {_text(ip)}", said)
     for ip in VIPS:
-        service = owner(mesh, ip)
-        if service is not None:
-            passes = service.mode is Mode.PASSTHROUGH and not service.has_waypoint
-            verdict = Reason.PASSTHROUGH if passes else Reason.ROUTED
-            found[f"False {_text(ip)}"] = (AddressKind.SERVICE, verdict)
+        views = viewers(mesh, ip)
+        for namespace in (None, *views):
+            service, scoped = owner(mesh, ip, namespace), bool(views) and namespace is None
+            name = f"{f'@{namespace}' if namespace else ''} {_text(ip)}"
+            if service is not None:
+                passes = service.mode is Mode.PASSTHROUGH and not service.has_waypoint
+                verdict = Reason.PASSTHROUGH if passes else Reason.ROUTED
+                found[name] = (AddressKind.SERVICE, verdict, "", scoped)
+            elif scoped:
+                found[name] = (AddressKind.HIDDEN, Reason.ROUTED, "", True)
     return found

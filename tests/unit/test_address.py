@@ -24,7 +24,7 @@ from pykmesh.contracts.address import (
 )
 from pykmesh.kernel.records import Ip, ip_from_text
 from pykmesh.proto.authorization_pb2 import Authorization
-from pykmesh.proto.workload_pb2 import Address
+from pykmesh.proto.workload_pb2 import Address, Selection
 
 Fields = dict[str, Any]
 SERVICE = {"namespace": "shop", "hostname": "web.shop"}
@@ -62,6 +62,11 @@ def _packed(value: Any) -> Any:
             )
         )["workload"]["addresses"][0]
     return value
+
+
+def extension(selection: Selection) -> Fields:
+    config = {"@type": "type.googleapis.com/pykmesh.workload.v1.Selection"}
+    return {"name": "pykmesh.io/selection", "config": config | json_format.MessageToDict(selection)}
 
 
 V4, V6 = ipaddress.ip_address("10.0.0.1"), ipaddress.ip_address("fd00::1")
@@ -108,15 +113,24 @@ SERVICES: dict[str, tuple[Fields, Fields]] = {
         {"mode": Mode.FAILOVER, "scopes": (6, 2)},
     ),
     "canonical, with what decides nothing": (
-        {"canonical": True, "name": "web", "subjectAltNames": ["x"], "visibility": "NAMESPACE"},
+        {"canonical": True, "name": "web", "subjectAltNames": ["x"], "ingressUseWaypoint": True},
         {"canonical": True},
+    ),
+    "seen in its namespace alone": ({"visibility": "NAMESPACE"}, {"hidden": True}),
+    "extensions, one of which is ours": (
+        {"extensions": [{"name": "x"}, extension(Selection(affinity_seconds=60, least_connections=True))]},
+        {"selection": address.Selection(60, least_connections=True)},
     ),
 }
 
 WORKLOADS: dict[str, tuple[Fields, Fields]] = {
     "one of which nothing is said": ({}, {}),
     "addresses": ({"addresses": [V4, V6]}, {"addresses": (IP4, IP6)}),
-    "no address, a name": ({"hostname": "example.com"}, {}),
+    "no address, a name": ({"hostname": "example.com"}, {"hostname": "example.com"}),
+    "an address, and a name that does not count": (
+        {"hostname": "example.com", "addresses": [V4]},
+        {"addresses": (IP4,)},
+    ),
     "another network": ({"network": "east"}, {"network": "east"}),
     "not healthy": ({"status": "UNHEALTHY"}, {"healthy": False}),
     "on its host's network": ({"networkMode": "HOST_NETWORK"}, {"host_network": True}),
@@ -142,6 +156,7 @@ DEFAULT_WORKLOAD: Fields = {
     "capacity": 1,
     "policies": (),
     "namespace": "",
+    "hostname": "",
 }
 
 
@@ -197,6 +212,7 @@ REFUSED: dict[str, tuple[str, Fields, str]] = {
         "service.ports.target_port: 65536 is no port",
     ),
     "families": ("service", {"ipFamilies": 9}, "service.ip_families: 9 is not a valid Families"),
+    "visibility": ("service", {"visibility": 2}, "service.visibility: 2 is unknown"),
     "mode": ("service", {"loadBalancing": {"mode": 4}}, "service.load_balancing.mode: 4 is not a valid Mode"),
     "health policy": (
         "service",

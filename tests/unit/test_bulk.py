@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pykmesh.contracts import bulk
-from pykmesh.contracts.address import FieldError, Service, Workload, decode_address
+from pykmesh.contracts.address import FieldError, Service, Workload, decode_address, workload_message
 from pykmesh.contracts.bulk import Group, Ordinary, decode_addresses, names_of
 from pykmesh.kernel.records import Ip
 from pykmesh.proto.workload_pb2 import Address
@@ -119,6 +119,7 @@ def is_ordinary(workload: Workload) -> bool:
         workload.healthy
         and len(workload.addresses) == len(workload.services) == workload.capacity == 1
         and not (workload.host_network or workload.has_waypoint or workload.policies)
+        and not workload_message(workload.raw).hostname
     )
 
 

@@ -186,9 +186,9 @@ def without_shares(endpoints: Iterable[object]) -> set[str]:
 def _assert_only_less(said: Plain, wanted: Plain) -> None:
     """What is there is right; some of it may be missing."""
     for key, found in said["addresses"].items():
-        assert found in (wanted["addresses"][key], NO_ROOM)
-    for key, (verdict, *endpoints) in said["services"].items():
-        right, *all_of_them = wanted["services"][key]
+        assert found == wanted["addresses"][key] or found[:2] == NO_ROOM
+    for key, (verdict, _, _, *endpoints) in said["services"].items():
+        right, _, _, *all_of_them = wanted["services"][key]
         assert without_shares(endpoints) <= without_shares(all_of_them)
         assert verdict == (Reason.NO_ROOM if all_of_them and not endpoints else right)
 
@@ -200,10 +200,11 @@ def _assert_closed(world: World, said: Plain, wanted: Plain) -> None:
     """
     left_alone = (AddressKind.SERVICE, Reason.PASSTHROUGH)
     for key in wanted["services"].keys() - said["services"].keys():
-        assert said["addresses"].get(f"False {key.split()[0]}", NO_ROOM) in (NO_ROOM, left_alone)
+        assert said["addresses"].get(key.rpartition(" ")[0], NO_ROOM)[:2] in (NO_ROOM, left_alone)
     for key, found in said["addresses"].items():
-        if found == NO_ROOM:
-            owner = model.owner(world.mesh, ip_from_text(key.split()[1]))
+        if found[:2] == NO_ROOM:
+            network, ip = key.split(" ")
+            owner = model.owner(world.mesh, ip_from_text(ip), network.removeprefix("@") or None)
             assert owner is not None
             assert owner.name in world.planner.refused
 

@@ -1,0 +1,66 @@
+"""Looks up the host names of workloads that have no address, again and again, and beside all else.
+
+The node's own resolver answers, as its resolv.conf and hosts file say. A name that fails keeps what it
+stood for, and is tried again sooner; one that never was found has no endpoints.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import anyio
+import structlog
+
+from pykmesh.kernel.records import Ip, ip_from_text
+from services.map_writer.follower import Follower
+
+log = structlog.get_logger(__name__)
+
+LOOK_S: Final = 0.25
+RETRY_S: Final = 1.0
+AT_ONCE: Final = 16
+"""Names looked up at a time; a resolver that does not answer takes its time for each."""
+Tell = Callable[[str, tuple[Ip, ...]], Awaitable[None]]
+
+
+class HostNames:
+    """When each name is due, and how it went."""
+
+    def __init__(self, follower: Follower, refresh_s: float) -> None:
+        self._follower = follower
+        self._refresh_s = refresh_s
+        self._due: dict[str, float] = {}
+        self.failures = 0
+
+    async def run(self, tell: Tell) -> None:
+        """`tell` takes what a name stands for, each time. Runs until cancelled."""
+        limit = anyio.CapacityLimiter(AT_ONCE)
+        async with anyio.create_task_group() as tasks:
+            while True:
+                now, names = time.monotonic(), self._follower.mesh.by_hostname
+                for gone in self._due.keys() - names.keys():
+                    del self._due[gone]
+                for name in [name for name in names if self._due.get(name, 0.0) <= now]:
+                    self._due[name] = float("inf")
+                    tasks.start_soon(self._look_up, name, tell, limit)
+                await anyio.sleep(LOOK_S)
+
+    async def _look_up(self, name: str, tell: Tell, limit: anyio.CapacityLimiter) -> None:
+        try:
+            found = await anyio.to_thread.run_sync(addresses_of, name, limiter=limit)
+        except OSError as error:
+            self.failures += 1
+            log.warning("hostname_not_found", hostname=name, error=str(error))
+            self._due[name] = time.monotonic() + min(RETRY_S, self._refresh_s)
+            return
+        self._due[name] = time.monotonic() + self._refresh_s
+        await tell(name, found)
+
+
+def addresses_of(name: str) -> tuple[Ip, ...]:
+    """Blocks. OSError when the name stands for nothing, or nobody answers."""
+    found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    return tuple(sorted({ip_from_text(str(place[0]).partition("%")[0]) for *_, place in found}))
