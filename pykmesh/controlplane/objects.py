@@ -156,6 +156,19 @@ class ServicePort(_Manifest, frozen=True, kw_only=True):
     app_protocol: str = ""
 
 
+class SessionAffinity(Enum):
+    NONE = "None"
+    CLIENT_IP = "ClientIP"
+
+
+class ClientIPConfig(_Manifest, frozen=True, kw_only=True):
+    timeout_seconds: Annotated[int, msgspec.Meta(ge=1, le=86_400)] = 10_800
+
+
+class SessionAffinityConfig(_Manifest, frozen=True, kw_only=True):
+    client_ip: ClientIPConfig = msgspec.field(name="clientIP", default=ClientIPConfig())
+
+
 class ServiceSpec(_Manifest, frozen=True, kw_only=True):
     type: str = "ClusterIP"
     cluster_ip: ClusterIP = msgspec.field(name="clusterIP", default=ClusterIP())
@@ -167,6 +180,8 @@ class ServiceSpec(_Manifest, frozen=True, kw_only=True):
     publish_not_ready_addresses: bool = False
     internal_traffic_policy: str = "Cluster"
     traffic_distribution: str = ""
+    session_affinity: SessionAffinity = SessionAffinity.NONE
+    session_affinity_config: SessionAffinityConfig = SessionAffinityConfig()
 
 
 class Service(_Object, frozen=True, kw_only=True):

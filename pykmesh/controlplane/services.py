@@ -7,6 +7,7 @@ from enum import Enum
 
 import msgspec
 
+from pykmesh.contracts.address import SELECTION_EXTENSION
 from pykmesh.controlplane.addresses import IPFamily, IPRange
 from pykmesh.controlplane.dialect import Dialect, Scopes
 from pykmesh.controlplane.objects import (
@@ -19,11 +20,16 @@ from pykmesh.controlplane.objects import (
     Service,
     ServiceEntry,
     ServicePort,
+    SessionAffinity,
 )
 from pykmesh.controlplane.settings import MeshSettings
 from pykmesh.proto import workload_pb2 as wire
 
 TRAFFIC_DISTRIBUTION = "networking.istio.io/traffic-distribution"
+
+LOAD_BALANCING = "pykmesh.io/load-balancing"
+LEAST_CONNECTIONS = "least-connections"
+VISIBILITY = "pykmesh.io/visibility"
 
 # Ports that carry a known protocol over TCP when nothing says otherwise: SMTP, DNS, MySQL, MongoDB.
 _WELL_KNOWN_TCP = frozenset({25, 53, 3306, 27017})
@@ -126,6 +132,8 @@ def _from_service(service: Service, inherited: Labels, mesh: MeshSettings) -> Me
         ports=[_service_port(port, mesh.dialect) for port in spec.ports],
         load_balancing=_service_load_balancing(service, inherited, mesh.dialect),
         ip_families=_ip_families(service.ip_families),
+        extensions=_extensions(service.metadata, _affinity_s(service)),
+        visibility=_visibility(service.metadata),
     )
     names = {
         port.port: PortNames(port.name, port.target_port if isinstance(port.target_port, str) else "")
@@ -138,6 +146,28 @@ def _from_service(service: Service, inherited: Labels, mesh: MeshSettings) -> Me
         port_names=names,
         message=message,
     )
+
+
+def _affinity_s(service: Service) -> int:
+    spec = service.spec
+    is_affine = spec.session_affinity is SessionAffinity.CLIENT_IP
+    return spec.session_affinity_config.client_ip.timeout_seconds if is_affine else 0
+
+
+def _extensions(metadata: Metadata, affinity_s: int) -> list[wire.Extension]:
+    """What no field of the API says, and istiod therefore does not: for data planes of this project."""
+    least = metadata.annotations.get(LOAD_BALANCING) == LEAST_CONNECTIONS
+    if not affinity_s and not least:
+        return []
+    found = wire.Extension(name=SELECTION_EXTENSION)
+    found.config.Pack(wire.Selection(affinity_seconds=affinity_s, least_connections=least))
+    return [found]
+
+
+def _visibility(metadata: Metadata) -> wire.Service.Visibility.ValueType:
+    """An annotation: istiod says PUBLIC of what `exportTo` keeps in its namespace (seen in 1.31)."""
+    hidden = metadata.annotations.get(VISIBILITY) == "namespace"
+    return wire.Service.NAMESPACE if hidden else wire.Service.PUBLIC
 
 
 def _service_port(port: ServicePort, dialect: Dialect) -> wire.Port:
@@ -217,6 +247,8 @@ def _from_entry(entry: ServiceEntry, inherited: Labels, mesh: MeshSettings) -> I
             ports=[_entry_port(port, mesh.dialect) for port in spec.ports],
             subject_alt_names=spec.subject_alt_names,
             load_balancing=_entry_load_balancing(entry, inherited, mesh.dialect),
+            extensions=_extensions(entry.metadata, 0),
+            visibility=_visibility(entry.metadata),
         )
         yield MeshService(
             source=Source.SERVICE_ENTRY,

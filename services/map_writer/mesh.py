@@ -216,9 +216,9 @@ class Mesh:
             self._set_views(network, ip, touched)
 
     def range_of(self, place: Place) -> bytes | None:
-        """The key of the range that a place stands for, of a service that is there."""
-        owner = self.vip_owner(place)
-        for found in self.services[owner].ranges if owner is not None else ():
+        """The key of the range that a place stands for; also where only some see a service."""
+        owners = [owner] if (owner := self.vip_owner(place)) else _owners(self.vip_owners, place)
+        for found in (found for name in owners for found in self.services[name].ranges):
             for network, own in self._networks_of(found, place):
                 if place_of(own, found.ip) == place:
                     return RANGE_KEY.pack(RANGE_NETWORK_BITS + found.bits, network_id(network), found.ip)
