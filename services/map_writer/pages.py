@@ -1,16 +1,31 @@
-"""What `pykmesh get --from state` reads: the mesh as map_writer understands it."""
+"""What `pykmesh get --from state` and `pykmesh diff` read: the mesh as map_writer understands it.
+
+What takes long is made in a thread, from the mesh as it is when it is asked for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
-from pykmesh.admin import Admin
+import anyio
+import anyio.to_thread
+
+from pykmesh.admin import Admin, Page, Query, as_json
 from pykmesh.contracts.address import Service, Workload, workload_message
+from pykmesh.contracts.digest import digest
+from pykmesh.contracts.messages import ResourceType
 from pykmesh.kernel.records import ENDPOINT_VALUE, ip_to_text, port_number, range_to_text
+from services.map_writer.desired import Rules
+from services.map_writer.drift import Readable, drift
 from services.map_writer.follower import Follower
-from services.map_writer.mesh import place_of
+from services.map_writer.mesh import Mesh, place_of
 from services.map_writer.planner import Planner
+
+SETTLE_DEADLINE_S: Final = 20.0
+SETTLE_POLL_S: Final = 0.02
+LONG_DEADLINE_S: Final = 120.0
 
 
 def add_pages(admin: Admin, follower: Follower, planner: Callable[[], Planner]) -> None:
@@ -20,6 +35,45 @@ def add_pages(admin: Admin, follower: Follower, planner: Callable[[], Planner]) 
     admin.page("/workloads", lambda: _workloads(follower))
     admin.page("/endpoints", lambda: _endpoints(planner()))
     admin.page("/ids", lambda: {str(k): [*v] for k, v in planner().owner_of_list.items()})
+
+
+class Comparison:
+    """The pages that `pykmesh diff` reads. One at a time is made."""
+
+    def __init__(
+        self, follower: Follower, maps: Readable, rules: Rules, is_settled: Callable[[], bool]
+    ) -> None:
+        """`is_settled`: the mesh is whole, and the maps were written last for what it is now."""
+        self._follower = follower
+        self._maps = maps
+        self._rules = rules
+        self._is_settled = is_settled
+        self._turn = anyio.Lock()
+
+    def add_pages(self, admin: Admin) -> None:
+        admin.route("/drift", partial(self._page, self._drift), LONG_DEADLINE_S)
+        admin.route("/digests", partial(self._page, _digests), LONG_DEADLINE_S)
+
+    async def _page(self, look: Callable[[Mesh], dict[str, Any]], _: Query) -> Page:
+        """In the middle of a change there is nothing to compare: `settled` says whether there was."""
+        async with self._turn:
+            with anyio.move_on_after(SETTLE_DEADLINE_S):
+                while not self._is_settled():  # noqa: ASYNC110  (seldom asked: no writer need tell of it)
+                    await anyio.sleep(SETTLE_POLL_S)
+            if not self._is_settled():
+                return as_json({"settled": False})
+            found = await anyio.to_thread.run_sync(look, self._follower.mesh.as_it_is())
+        return await anyio.to_thread.run_sync(as_json, {"settled": True, **found})
+
+    def _drift(self, mesh: Mesh) -> dict[str, Any]:
+        return drift(mesh, self._maps, self._rules)
+
+
+def _digests(mesh: Mesh) -> dict[str, Any]:
+    addresses = {name: digest(service) for name, service in mesh.services.items()}
+    addresses |= {name: digest(workload) for name, workload in mesh.workloads.items()}
+    policies = {name: digest(policy) for name, policy in mesh.policies.items()}
+    return {"resources": {ResourceType.ADDRESS.name: addresses, ResourceType.AUTHORIZATION.name: policies}}
 
 
 def _service(follower: Follower, planner: Planner, name: str) -> dict[str, Any]:

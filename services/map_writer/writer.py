@@ -48,6 +48,10 @@ class Maps:
             held.add_endpoint(list_id, slot, value)
         return held
 
+    def ranges(self) -> dict[bytes, bytes]:
+        """Each entry of the trie as it is; `Held` has them by the places that stand for them."""
+        return dict(self._maps["ranges"].items())
+
     def apply(self, step: Step) -> None:
         """Blocks. After a MapFullError or KernelError no step may follow: read the maps again."""
         target = self._maps[step.map]
