@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
+import random
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,12 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
         yield node
     finally:
         node.end()
+
+
+def write_web(node: Node, *numbers: int) -> None:
+    pods = [pod(f"web-{n}", f"10.9.0.{n}", app="web") for n in numbers]
+    node.write("web", text(service("web", VIP, app="web", ports={80: 8080}), *pods))
+    node.until_endpoints(host("web"), {f"10.9.0.{n}:8080" for n in numbers})
 
 
 @contextlib.contextmanager
@@ -183,10 +192,29 @@ def test_looking_changes_nothing_and_changes_go_on(node: Node) -> None:
         assert the_only(node)[0] == "address"
         assert fetch(node.instance.ports.map_writer, "/status")["last_write"] == before
         assert the_only(node)[0] == "address"
-    pods = [pod(f"web-{n}", f"10.9.0.{n}", app="web") for n in (1, 4)]
-    node.write("web", text(service("web", VIP, app="web", ports={80: 8080}), *pods))
-    node.until_endpoints(host("web"), {"10.9.0.1:8080", "10.9.0.4:8080"})
+    write_web(node, 1, 4)
     assert differences(node) == []
+
+
+def test_changes_under_way_are_no_differences(node: Node) -> None:
+    over = threading.Event()
+
+    def churn() -> None:
+        for draw in map(random.Random, itertools.count()):
+            if over.wait(0.03):
+                return
+            pods = [pod(f"web-{n}", f"10.9.0.{n}", app="web") for n in draw.sample(range(1, 200), 60)]
+            node.write("web", text(service("web", VIP, app="web", ports={80: 8080}), *pods))
+
+    changing = threading.Thread(target=churn)
+    changing.start()
+    try:
+        for _ in range(4):
+            assert differences(node) == []
+    finally:
+        over.set()
+        changing.join()
+        write_web(node, 1, 4)
 
 
 def test_a_control_plane_that_is_not_followed_differs_from_the_state(node: Node, tmp_path: Path) -> None:
