@@ -6,15 +6,17 @@ or otherwise, is left out.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import click
 
-from pykmesh.cli.output import escaped, output_option, show
+from pykmesh.cli.output import escaped
+from pykmesh.cli.show_commands import require_running
 from pykmesh.node.instance import Instance
+from pykmesh.node.run import fetch
 
 ROUNDS: Final = 3
 PAUSE_S: Final = 0.5
@@ -89,8 +91,6 @@ def held(instance: Instance) -> Compared:
 
 
 def _page(instance: Instance, process: str, path: str) -> dict[str, Any]:
-    from pykmesh.node.run import fetch
-
     try:
         page: dict[str, Any] = fetch(getattr(instance.ports, process), path, TIMEOUT_S)
     except OSError as error:
@@ -100,61 +100,62 @@ def _page(instance: Instance, process: str, path: str) -> dict[str, Any]:
     return page
 
 
-@click.command()
-@output_option
-@click.pass_obj
-def diff(instance: Instance, output: str) -> None:
-    """Compare what the control plane said, what is desired, and what the kernel holds.
+class Found(NamedTuple):
+    """`left_out`: the comparisons that could not be made, and why."""
 
-    One line for each difference that lasts. Exit status 0: none, 1: some, 2: none was found, but not all
-    could be compared.
-    """
-    from pykmesh.cli.show_commands import require_running
+    compared: list[Compared]
+    left_out: dict[str, str]
 
-    differences: list[Difference] = []
-    counts: dict[str, int] = {}
-    left_out: dict[str, str] = {}
-    more = 0
+    @property
+    def differences(self) -> list[Difference]:
+        return [difference for compared in self.compared for difference in compared.differences]
+
+    @property
+    def more(self) -> int:
+        return sum(compared.more for compared in self.compared)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {name: count for compared in self.compared for name, count in compared.counts.items()}
+
+    @property
+    def status(self) -> int:
+        return DIFFERENT if self.differences else UNKNOWN if self.left_out else EQUAL
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "compared": self.counts,
+            "left_out": self.left_out,
+            "differences": [each._asdict() for each in self.differences],
+            "more": self.more,
+        }
+
+
+def compare_all(instance: Instance) -> Found:
+    """ClickException when nothing runs."""
     try:
-        found = require_running(instance)
+        instance = require_running(instance)
     except click.ClickException as error:
         raise _NothingRunsError(error.message) from error
+    found = Found([], {})
     for name, look in ((SAID, said), (HELD, held)):
         try:
-            compared = compare(lambda look=look: look(found))  # type: ignore[misc]
+            found.compared.append(compare(partial(look, instance)))
         except LeftOutError as error:
-            left_out[name] = str(error)
-            continue
-        differences += compared.differences
-        more += compared.more
-        counts |= compared.counts
-    value = {
-        "schema": 1,
-        "equal": not differences and not left_out,
-        "compared": counts,
-        "left_out": left_out,
-        "differences": [each._asdict() for each in differences],
-        "more": more,
-    }
-    if output == "table":
-        _tell(differences, more, counts, left_out)
-    else:
-        show(output, value, (), ())
-    sys.exit(DIFFERENT if differences else UNKNOWN if left_out else EQUAL)
+            found.left_out[name] = str(error)
+    return found
 
 
-def _tell(differences: list[Difference], more: int, counts: dict[str, int], left_out: dict[str, str]) -> None:
-    for each in differences:
+def tell(found: Found) -> None:
+    for each in found.differences:
         click.echo(escaped(str(each)))
-    if more:
-        click.echo(f"and {more} more")
-    for name, why in left_out.items():
+    if found.more:
+        click.echo(f"and {found.more} more")
+    for name, why in found.left_out.items():
         click.echo(f"not compared: {name}: {why}", err=True)
-    if not differences and not left_out:
+    if found.status == EQUAL:
+        counts = found.counts
         click.echo(
             f"no differences: {counts['services']} services, {counts['endpoints']} endpoints, "
             f"{counts['addresses']} addresses compared"
         )
-
-
-COMMANDS = [diff]

@@ -43,7 +43,7 @@ from services.map_writer.desired import Rules
 from services.map_writer.follower import Change, Follower, GapError
 from services.map_writer.locality import Locality
 from services.map_writer.names import Names
-from services.map_writer.pages import Comparison, add_pages
+from services.map_writer.pages import Inspection, add_pages
 from services.map_writer.planner import Limits, Planner, Step
 from services.map_writer.writer import Maps
 
@@ -303,7 +303,9 @@ async def run(runtime: Runtime[MapWriterSettings]) -> None:
         await bus.serve(Subject.MAP_RESOLVE, Names(writer.follower, lambda: writer.planner).answer)
         runtime.details = writer.status
         add_pages(runtime.admin, writer.follower, lambda: writer.planner)
-        Comparison(writer.follower, maps, writer.rules, writer.is_settled).add_pages(runtime.admin)
+        Inspection(writer.follower, lambda: writer.planner, maps, writer.rules, writer.is_settled).add_pages(
+            runtime.admin
+        )
         metrics.add_page(runtime.admin, writer.health)
         tasks.start_soon(_report_each_second, writer)
         await writer.run()

@@ -94,7 +94,7 @@ class Mesh:
         """Adds or replaces; a name may change from workload to service."""
         if isinstance(resource, Workload):
             before = self.workloads.get(name)
-            if before is not None and _raw(before) == resource.raw:
+            if before is not None and raw_of(before) == resource.raw:
                 return
             if before is not None or name in self.services:
                 self.remove(name, touched)
@@ -311,7 +311,7 @@ def _copied(part: Any) -> Any:
     return found
 
 
-def _raw(workload: Workload | bytes) -> bytes:
+def raw_of(workload: Workload | bytes) -> bytes:
     return workload if isinstance(workload, bytes) else workload.raw
 
 

@@ -1,10 +1,11 @@
-"""What `pykmesh get --from state` and `pykmesh diff` read: the mesh as map_writer understands it.
+"""What `pykmesh get --from state`, `diff` and `explain` read: the mesh as map_writer understands it.
 
 What takes long is made in a thread, from the mesh as it is when it is asked for.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
@@ -17,7 +18,8 @@ from pykmesh.contracts.address import Service, Workload, workload_message
 from pykmesh.contracts.digest import digest
 from pykmesh.contracts.messages import ResourceType
 from pykmesh.kernel.records import ENDPOINT_VALUE, ip_to_text, port_number, range_to_text
-from services.map_writer.desired import Rules
+from services.map_writer import lookup
+from services.map_writer.desired import PortId, Rules
 from services.map_writer.drift import Readable, drift
 from services.map_writer.follower import Follower
 from services.map_writer.mesh import Mesh, place_of
@@ -37,24 +39,47 @@ def add_pages(admin: Admin, follower: Follower, planner: Callable[[], Planner]) 
     admin.page("/ids", lambda: {str(k): [*v] for k, v in planner().owner_of_list.items()})
 
 
-class Comparison:
-    """The pages that `pykmesh diff` reads. One at a time is made."""
+class Inspection:
+    """The pages that `pykmesh diff` and `pykmesh explain` read. One at a time is made, in a thread."""
 
     def __init__(
-        self, follower: Follower, maps: Readable, rules: Rules, is_settled: Callable[[], bool]
+        self,
+        follower: Follower,
+        planner: Callable[[], Planner],
+        maps: Readable,
+        rules: Rules,
+        is_settled: Callable[[], bool],
     ) -> None:
         """`is_settled`: the mesh is whole, and the maps were written last for what it is now."""
         self._follower = follower
+        self._planner = planner
         self._maps = maps
         self._rules = rules
         self._is_settled = is_settled
         self._turn = anyio.Lock()
 
     def add_pages(self, admin: Admin) -> None:
-        admin.route("/drift", partial(self._page, self._drift), LONG_DEADLINE_S)
-        admin.route("/digests", partial(self._page, _digests), LONG_DEADLINE_S)
+        admin.route("/drift", partial(self._settled, self._drift), LONG_DEADLINE_S)
+        admin.route("/digests", partial(self._settled, _digests), LONG_DEADLINE_S)
+        admin.route("/lookup", self._lookup, LONG_DEADLINE_S)
 
-    async def _page(self, look: Callable[[Mesh], dict[str, Any]], _: Query) -> Page:
+    async def _lookup(self, query: Query) -> Page:
+        """`?service=NAME`, `?workload=NAME` or `?list=ID` (sixteen hex digits)."""
+        async with self._turn:
+            mesh, owners = self._follower.mesh.as_it_is(), dict(self._planner().owner_of_list)
+            return await anyio.to_thread.run_sync(self._found, mesh, owners, query)
+
+    def _found(self, mesh: Mesh, owners: dict[int, PortId], query: Query) -> Page:
+        match [*query.items()]:
+            case [("service", name)]:
+                return as_json(lookup.services(mesh, name))
+            case [("workload", name)]:
+                return as_json(lookup.workloads(mesh, name))
+            case [("list", text)] if re.fullmatch("[0-9a-f]{16}", text):
+                return as_json(lookup.members(mesh, owners, self._rules, int(text, 16)))
+        return as_json({"error": "ask for one of service=NAME, workload=NAME, list=ID"}, 400)
+
+    async def _settled(self, look: Callable[[Mesh], dict[str, Any]], _: Query) -> Page:
         """In the middle of a change there is nothing to compare: `settled` says whether there was."""
         async with self._turn:
             with anyio.move_on_after(SETTLE_DEADLINE_S):
