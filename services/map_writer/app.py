@@ -43,7 +43,7 @@ from services.map_writer.desired import Rules
 from services.map_writer.follower import Change, Follower, GapError
 from services.map_writer.locality import Locality
 from services.map_writer.names import Names
-from services.map_writer.pages import Inspection, add_pages
+from services.map_writer.pages import Inspection
 from services.map_writer.planner import Limits, Planner, Step
 from services.map_writer.writer import Maps
 
@@ -302,7 +302,6 @@ async def run(runtime: Runtime[MapWriterSettings]) -> None:
         await writer.open()
         await bus.serve(Subject.MAP_RESOLVE, Names(writer.follower, lambda: writer.planner).answer)
         runtime.details = writer.status
-        add_pages(runtime.admin, writer.follower, lambda: writer.planner)
         Inspection(writer.follower, lambda: writer.planner, maps, writer.rules, writer.is_settled).add_pages(
             runtime.admin
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import anyio
 import anyio.to_thread
@@ -30,17 +30,18 @@ SETTLE_POLL_S: Final = 0.02
 LONG_DEADLINE_S: Final = 120.0
 
 
-def add_pages(admin: Admin, follower: Follower, planner: Callable[[], Planner]) -> None:
-    admin.page(
-        "/services", lambda: [_service(follower, planner(), name) for name in sorted(follower.mesh.services)]
-    )
-    admin.page("/workloads", lambda: _workloads(follower))
-    admin.page("/endpoints", lambda: _endpoints(planner()))
-    admin.page("/ids", lambda: {str(k): [*v] for k, v in planner().owner_of_list.items()})
+class View(NamedTuple):
+    """What a page is made from: nothing of it changes meanwhile."""
+
+    mesh: Mesh
+    owners: dict[int, PortId]
+    lists: dict[int, list[bytes]]
+    refused: dict[str, list[str]]
+    """Services of which something does not fit, and what."""
 
 
 class Inspection:
-    """The pages that `pykmesh diff` and `pykmesh explain` read. One at a time is made, in a thread."""
+    """Makes the pages, one at a time, in a thread."""
 
     def __init__(
         self,
@@ -59,24 +60,42 @@ class Inspection:
         self._turn = anyio.Lock()
 
     def add_pages(self, admin: Admin) -> None:
+        admin.page("/ids", lambda: {str(k): [*v] for k, v in self._planner().owner_of_list.items()})
+        for path, look in (
+            ("/services", _services),
+            ("/workloads", _workloads),
+            ("/endpoints", _endpoints),
+            ("/policies", _policies),
+        ):
+            admin.route(path, partial(self._now, look), LONG_DEADLINE_S)
         admin.route("/drift", partial(self._settled, self._drift), LONG_DEADLINE_S)
         admin.route("/digests", partial(self._settled, _digests), LONG_DEADLINE_S)
         admin.route("/lookup", self._lookup, LONG_DEADLINE_S)
 
+    def _view(self) -> View:
+        planner = self._planner()
+        refused = {name: planner.refusals_of(name) for name in planner.refused_services}
+        return View(
+            self._follower.mesh.as_it_is(), planner.owner_of_list.copy(), planner.held.lists.copy(), refused
+        )
+
+    async def _now(self, look: Callable[[View], Any], _: Query) -> Page:
+        async with self._turn:
+            return await anyio.to_thread.run_sync(_shown, look, self._view())
+
     async def _lookup(self, query: Query) -> Page:
         """`?service=NAME`, `?workload=NAME` or `?list=ID` (sixteen hex digits)."""
         async with self._turn:
-            mesh, owners = self._follower.mesh.as_it_is(), dict(self._planner().owner_of_list)
-            return await anyio.to_thread.run_sync(self._found, mesh, owners, query)
+            return await anyio.to_thread.run_sync(self._found, self._view(), query)
 
-    def _found(self, mesh: Mesh, owners: dict[int, PortId], query: Query) -> Page:
+    def _found(self, view: View, query: Query) -> Page:
         match [*query.items()]:
             case [("service", name)]:
-                return as_json(lookup.services(mesh, name))
+                return as_json(lookup.services(view.mesh, name))
             case [("workload", name)]:
-                return as_json(lookup.workloads(mesh, name))
+                return as_json(lookup.workloads(view.mesh, name))
             case [("list", text)] if re.fullmatch("[0-9a-f]{16}", text):
-                return as_json(lookup.members(mesh, owners, self._rules, int(text, 16)))
+                return as_json(lookup.members(view.mesh, view.owners, self._rules, int(text, 16)))
         return as_json({"error": "ask for one of service=NAME, workload=NAME, list=ID"}, 400)
 
     async def _settled(self, look: Callable[[Mesh], dict[str, Any]], _: Query) -> Page:
@@ -101,34 +120,41 @@ def _digests(mesh: Mesh) -> dict[str, Any]:
     return {"resources": {ResourceType.ADDRESS.name: addresses, ResourceType.AUTHORIZATION.name: policies}}
 
 
-def _service(follower: Follower, planner: Planner, name: str) -> dict[str, Any]:
-    service = follower.mesh.services[name]
+def _shown(look: Callable[[View], Any], view: View) -> Page:
+    return as_json(look(view))
+
+
+def _services(view: View) -> list[dict[str, Any]]:
+    return [_service(view, service) for _, service in sorted(view.mesh.services.items())]
+
+
+def _service(view: View, service: Service) -> dict[str, Any]:
     return {
-        "name": name,
+        "name": service.name,
         "vips": [f"{network}/{ip_to_text(ip)}" for network, ip in service.vips]
         + [f"{found.network}/{range_to_text(found.ip, found.bits)}" for found in service.ranges],
         "ports": {str(port): target for port, target in service.ports},
-        "endpoints": follower.mesh.count_members(name),
-        "refused": ", ".join(_refusals(follower, planner, service)),
+        "endpoints": view.mesh.count_members(service.name),
+        "refused": ", ".join(_refusals(view, service)),
     }
 
 
-def _refusals(follower: Follower, planner: Planner, service: Service) -> list[str]:
+def _refusals(view: View, service: Service) -> list[str]:
     """Why connections to a service, or to a part of it, do not get there."""
-    found = ["waypoint_unsupported"] if service.has_waypoint else planner.refusals_of(service.name)
+    found = ["waypoint_unsupported"] if service.has_waypoint else [*view.refused.get(service.name, ())]
     for network, ip in service.places:
-        owner = follower.mesh.vip_owner(place_of(network, ip))
+        owner = view.mesh.vip_owner(place_of(network, ip))
         if owner != service.name:
             found.append(f"{ip_to_text(ip)} is that of {owner}")
     return found
 
 
-def _workloads(follower: Follower) -> list[dict[str, Any]]:
-    found = sorted(follower.mesh.all_workloads(), key=lambda workload: workload.uid)
-    return [_workload(follower, workload) for workload in found]
+def _workloads(view: View) -> list[dict[str, Any]]:
+    found = sorted(view.mesh.all_workloads(), key=lambda workload: workload.uid)
+    return [_workload(view.mesh, workload) for workload in found]
 
 
-def _workload(follower: Follower, workload: Workload) -> dict[str, Any]:
+def _workload(mesh: Mesh, workload: Workload) -> dict[str, Any]:
     message = workload_message(workload.raw)
     return {
         "uid": workload.uid,
@@ -139,14 +165,21 @@ def _workload(follower: Follower, workload: Workload) -> dict[str, Any]:
         "node": message.node,
         "healthy": workload.healthy,
         "services": {name: {str(p): t for p, t in ports} for name, ports in workload.services},
-        "policy_not_enforced": follower.mesh.has_policy(workload),
+        "policy_not_enforced": mesh.has_policy(workload),
     }
 
 
-def _endpoints(planner: Planner) -> list[dict[str, Any]]:
+def _policies(view: View) -> list[dict[str, Any]]:
+    """`namespace` is the scope: "" everything, null those workloads that name the policy."""
+    return [
+        {"name": name, "namespace": policy.namespace} for name, policy in sorted(view.mesh.policies.items())
+    ]
+
+
+def _endpoints(view: View) -> list[dict[str, Any]]:
     found = []
-    for list_id, port_id in planner.owner_of_list.items():
-        for slot, value in enumerate(planner.held.lists.get(list_id, ())):
+    for list_id, port_id in view.owners.items():
+        for slot, value in enumerate(view.lists.get(list_id, ())):
             _, ip, port = ENDPOINT_VALUE.unpack(value)
             found.append(
                 {

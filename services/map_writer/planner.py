@@ -163,6 +163,10 @@ class Planner:
                 found[name] = f"{found[name]}, {why}" if name in found and why not in found[name] else why
         return found
 
+    @property
+    def refused_services(self) -> list[str]:
+        return list(self._refused_services)
+
     def refusals_of(self, service: str) -> list[str]:
         """What of a service does not fit: of its ports or its endpoints."""
         return sorted(set(self._refused_services.get(service, {}).values()))

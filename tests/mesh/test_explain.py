@@ -300,6 +300,23 @@ def test_what_is_not_there_cannot_be_explained(
     assert why in result.stderr
 
 
+def test_get_shows_each_kind_from_each_source(mesh: tuple[Node, Pod, Pod]) -> None:
+    node, client, _ = mesh
+    refused = node.cli("get", "policies", "--from", "bpf", check=False)
+    assert (refused.returncode, "not enforced yet" in refused.stderr) == (1, True)
+    for source in ("state", "bpf"):
+        (pod_there,) = node.json("get", "pods", "--from", source)["pods"]
+        assert pod_there["address4"] == str(client.address4)
+        assert pod_there["programs"] == 10
+        assert str(client.address4) in node.cli("get", "pods", "--from", source).stdout
+    assert RANGE in str(node.json("get", "services", "--from", "bpf"))
+    for source in ("xds", "state", "bpf"):
+        for kind in ("services", "workloads"):
+            lines = node.cli("get", kind, "--from", source).stdout.splitlines()
+            assert len(lines) == 1 + len(node.json("get", kind, "--from", source)[kind])
+            assert lines[0].endswith("  ERROR") == (source == "xds")
+
+
 def test_addresses_are_explained_when_no_process_is_left(mesh: tuple[Node, Pod, Pod]) -> None:
     node, client, _ = mesh
     node.cli("down")
