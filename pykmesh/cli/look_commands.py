@@ -1,4 +1,4 @@
-"""Commands that look into a mesh: diff, explain."""
+"""Commands that look into a mesh: diff, explain, config-dump."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from pykmesh.cli.node_commands import Failure
 from pykmesh.cli.output import output_option, show
 from pykmesh.node.instance import Instance
 
@@ -56,4 +57,21 @@ def explain(instance: Instance, source: str, destination: str, protocol: str, ou
     sys.exit(int(found["outcome"] == explaining.REFUSED))
 
 
-COMMANDS = [diff, explain]
+@click.command("config-dump")
+@click.pass_obj
+def config_dump(instance: Instance) -> None:
+    """Print what the control plane said in the JSON of ztunnel's /config_dump.
+
+    `istioctl ztunnel-config all --file` reads it.
+    """
+    from pykmesh.cli import config_dump as dumping
+    from pykmesh.cli.show_commands import require_running
+
+    try:
+        found = dumping.read(require_running(instance))
+    except OSError as error:
+        raise Failure(f"config dump: {error.strerror or error}") from error
+    show("json", found, (), ())
+
+
+COMMANDS = [diff, explain, config_dump]

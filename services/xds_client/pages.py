@@ -21,6 +21,7 @@ from pykmesh.contracts.messages import ResourceType
 from pykmesh.kernel.records import ip_from_wire, ip_to_text
 from pykmesh.proto.authorization_pb2 import Authorization
 from pykmesh.proto.workload_pb2 import Address, AddressOutline
+from services.xds_client.config_dump import config_dump
 from services.xds_client.store import Held, Store
 
 LONG_DEADLINE_S: Final = 120.0
@@ -42,6 +43,7 @@ def add_pages(admin: Admin, store: Store, refused: Callable[[], Mapping[str, str
         ("/workloads", partial(_of_kind, "workload")),
         ("/policies", _policies),
         ("/digests", digests),
+        ("/config_dump", config_dump),
     ):
         admin.route(path, partial(of_now, look), LONG_DEADLINE_S)
     admin.page("/rejected", lambda: _rejected(store, refused()))

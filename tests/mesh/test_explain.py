@@ -317,6 +317,19 @@ def test_get_shows_each_kind_from_each_source(mesh: tuple[Node, Pod, Pod]) -> No
             assert lines[0].endswith("  ERROR") == (source == "xds")
 
 
+def test_the_config_dump_says_who_is_enrolled(mesh: tuple[Node, Pod, Pod]) -> None:
+    node, client, _ = mesh
+    dump = json.loads(node.cli("config-dump").stdout)
+    assert dump["certificates"] == []
+    assert host("web") in {f"{each['namespace']}/{each['hostname']}" for each in dump["services"]}
+    (uid,) = dump["workloadState"]
+    (workload,) = (each for each in dump["workloads"] if each["uid"] == uid)
+    assert str(client.address4) in workload["workloadIps"]
+    info = {"name": "client", "namespace": "shop", "trustDomain": "cluster.local"}
+    assert dump["workloadState"][uid]["info"] == {**info, "serviceAccount": "default"}
+    assert dump["workloadState"][uid]["connections"] == {"inbound": [], "outbound": []}
+
+
 def test_addresses_are_explained_when_no_process_is_left(mesh: tuple[Node, Pod, Pod]) -> None:
     node, client, _ = mesh
     node.cli("down")
