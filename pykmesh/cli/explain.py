@@ -166,12 +166,10 @@ def explain(instance: Instance, source_text: str, destination_text: str, protoco
     src, pod = source(source_text, tables, names)
     dst, (to, *others) = destination(destination_text, pod.network if pod else 0, names)
     chooser = Chooser(tables)
-    if pod is None:
-        choice = Choice(Reason.ROUTED)
-    elif protocol == "udp":
-        choice = chooser.choose_datagram(to, pod.network)
-    else:
-        choice = chooser.choose(to, pod.network)
+    try:
+        choice = _choose(chooser, pod, to, protocol)
+    except ValueError as error:
+        raise BadInputError(f"the maps hold what this version does not know: {error}") from error
     service = names.members(choice.service) if choice.service else None
     return {
         "source": src,
@@ -186,6 +184,14 @@ def explain(instance: Instance, source_text: str, destination_text: str, protoco
         "endpoints": _endpoints(choice.endpoints, service),
         "members": service,
     }
+
+
+def _choose(chooser: Chooser, pod: Pod | None, to: Destination, protocol: str) -> Choice:
+    if pod is None:
+        return Choice(Reason.ROUTED)
+    if protocol == "udp":
+        return chooser.choose_datagram(to, pod.network)
+    return chooser.choose(to, pod.network)
 
 
 def _endpoints(endpoints: Sequence[Endpoint], service: Entry | None) -> list[Entry]:

@@ -15,6 +15,7 @@ from pykmesh.kernel.layout import AddressKind, Reason
 from pykmesh.kernel.records import (
     ADDRESS_KEY,
     ADDRESS_VALUE,
+    ENDPOINT_KEY,
     ENDPOINT_SHARE,
     ENDPOINT_VALUE,
     RANGE_KEY,
@@ -99,6 +100,10 @@ def _differences(found: Held, wanted: Held, owners: _Owners) -> Iterator[Differe
     yield from _in_map("service port", wanted.services, found.services, _service_where, service_text)
     for list_id in sorted(wanted.lists.keys() | found.lists.keys()):
         yield from _in_list(list_id, wanted.lists.get(list_id, []), found.lists.get(list_id, []), owners)
+    for key, value in sorted(found.unreachable.items()):
+        list_id, slot = ENDPOINT_KEY.unpack(key)
+        where = f"{_list_name(list_id, owners)} slot {slot}"
+        yield Difference("endpoint", where, NOTHING, _endpoint_text(list_id, value))
     yield from _in_map("address", wanted.addresses, found.addresses, _address_where, _address_text)
 
 

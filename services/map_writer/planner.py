@@ -77,6 +77,8 @@ class Held:
         """Keys of `ranges` by the place that stands for each."""
         self.weighed: set[int] = set()
         """The lists whose endpoints differ in weight."""
+        self.unreachable: dict[bytes, bytes] = {}
+        """Entries of `endpoints` in slots that no list can have: they are removed by a sweep."""
         self.endpoints = 0
         """Slots in all lists: one that is a hole counts until the list is planned."""
 
@@ -212,6 +214,9 @@ class Planner:
             self._remove_port(key, batches)
         for list_id in [list_id for list_id in self.held.lists if list_id not in self.owner_of_list]:
             self._drop_list(list_id, batches)
+        for key in self.held.unreachable:
+            batches.remove(_DROP_ENDPOINTS, "endpoints", key)
+        self.held.unreachable.clear()
         stale = self.held.addresses.keys() - mesh.vip_owners.keys() - mesh.pod_owners.keys()
         yield from self._plan_addresses(mesh, mesh.places(), batches)
         for key in stale:

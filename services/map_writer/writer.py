@@ -45,7 +45,10 @@ class Maps:
             held.ranges[ADDRESS_KEY.pack(*RANGE_VALUE.unpack(value))] = key
         for key, value in self._maps["endpoints"].items():
             list_id, slot = ENDPOINT_KEY.unpack(key)
-            held.add_endpoint(list_id, slot, value)
+            if slot < self._maps["endpoints"].max_entries:
+                held.add_endpoint(list_id, slot, value)
+            else:
+                held.unreachable[key] = value
         return held
 
     def ranges(self) -> dict[bytes, bytes]:

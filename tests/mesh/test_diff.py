@@ -162,6 +162,10 @@ def test_stray_entries_are_named(node: Node) -> None:
     with changed(node, "services", key, value):
         there = f"3 endpoints of {host('web')} port 80 IPv4, routed"
         assert the_only(node) == ("service port", f"{VIP}:81", "nothing", there)
+    key = ENDPOINT_KEY.pack(number, 2**32 - 1)
+    with changed(node, "endpoints", key, ENDPOINT_VALUE.pack(number, ip_from_text("10.6.6.6"), b"\0\7")):
+        where = f"{host('web')} port 80 IPv4 slot {2**32 - 1}"
+        assert the_only(node) == ("endpoint", where, "nothing", "10.6.6.6:7")
     with changed(node, "endpoints", ENDPOINT_KEY.pack(77, 0), ENDPOINT_VALUE.pack(77, bytes(16), b"\0\7")):
         assert the_only(node) == ("endpoint", f"list {77:016x} slot 0", "nothing", "[::]:7")
     key = ADDRESS_KEY.pack(ip_from_text("fd99::1"), 5)
@@ -260,6 +264,17 @@ def test_a_process_that_is_away_leaves_a_comparison_out(node: Node, process: str
     finally:
         os.kill(node.instance.pid, signal.SIGCONT)
         node.until_ready()
+
+
+def test_a_start_removes_what_differs(node: Node) -> None:
+    with opened(node, "endpoints") as endpoints, opened(node, "addresses") as addresses:
+        for slot in (5, 2**32 - 1):
+            endpoints.put(ENDPOINT_KEY.pack(77, slot), ENDPOINT_VALUE.pack(77, bytes(16), b"\0\7"))
+        assert addresses.remove(ADDRESS_KEY.pack(ip_from_text("10.9.0.1"), 0))
+        assert len(differences(node)) == 3
+        node.kill("map_writer")
+        until(lambda: node.cli("diff", check=False).returncode == 0, "map_writer to have mended the maps")
+        assert not any(endpoints.get(ENDPOINT_KEY.pack(77, slot)) for slot in (5, 2**32 - 1))
 
 
 def test_without_a_mesh_it_cannot_be_told(tmp_path: Path) -> None:

@@ -221,6 +221,16 @@ def test_entries_that_are_broken_are_read_alike(mesh: tuple[Node, Pod, Pod]) -> 
         assert assert_as_in_the_kernel(node, client, address, 80)["reason"] == "no_port"
 
 
+def test_a_verdict_that_is_not_known_is_said_so(mesh: tuple[Node, Pod, Pod]) -> None:
+    node, _, _ = mesh
+    key, _ = service_entry("198.51.100.4", 77, 3, Reason.ROUTED)
+    unknown = key + SERVICE_VALUE.pack(77, 3, 999)[len(key) :]
+    with written(node, "services", key, unknown):
+        result = node.cli("explain", "-", "198.51.100.4:80", check=False)
+    assert result.returncode == 2
+    assert "999 is not a valid Reason" in result.stderr
+
+
 def test_an_address_of_a_service_comes_before_a_range(mesh: tuple[Node, Pod, Pod]) -> None:
     node, client, _ = mesh
     with written(node, "addresses", *address_entry("240.20.1.1", AddressKind.SERVICE, Reason.ROUTED)):
