@@ -35,6 +35,11 @@ Query = Mapping[str, str]
 Handler = Callable[[Query], Awaitable[Page]]
 
 
+class Route(NamedTuple):
+    handler: Handler
+    deadline_s: float
+
+
 def as_json(value: Any, status: int = 200) -> Page:
     return Page(msgspec.json.encode(value) + b"\n", status=status)
 
@@ -43,11 +48,12 @@ class Admin:
     """Routes by path; `serve` runs until it is cancelled."""
 
     def __init__(self) -> None:
-        self._routes: dict[str, Handler] = {}
+        self._routes: dict[str, Route] = {}
         self._open = 0
 
-    def route(self, path: str, handler: Handler) -> None:
-        self._routes[path] = handler
+    def route(self, path: str, handler: Handler, deadline_s: float = REQUEST_DEADLINE_S) -> None:
+        """`deadline_s`: what the handler may take until it has its page."""
+        self._routes[path] = Route(handler, deadline_s)
 
     def page(self, path: str, value: Callable[[], Any]) -> None:
         """A path that answers with the JSON of what `value` returns."""
@@ -73,9 +79,9 @@ class Admin:
             self._open += 1
             try:
                 with anyio.fail_after(REQUEST_DEADLINE_S) as deadline:
-                    page = await self._page(await self._read(stream))
-                    if not isinstance(page.body, bytes):
-                        deadline.deadline = math.inf
+                    page = await self._page(await self._read(stream), deadline)
+                    whole = isinstance(page.body, bytes)
+                    deadline.deadline = anyio.current_time() + REQUEST_DEADLINE_S if whole else math.inf
                     await _send(stream, page)
             except (h11.ProtocolError, anyio.BrokenResourceError, anyio.EndOfStream, TimeoutError):
                 return
@@ -93,18 +99,19 @@ class Admin:
                 return event
             connection.receive_data(await stream.receive())
 
-    async def _page(self, request: h11.Request) -> Page:
+    async def _page(self, request: h11.Request, deadline: anyio.CancelScope) -> Page:
         if request.method != b"GET":
             return as_json({"error": "only GET"}, 405)
         try:
             target = urlsplit(request.target.decode(errors="replace"))
         except ValueError as error:
             return as_json({"error": f"no path: {error}"}, 400)
-        handler = self._routes.get(target.path)
-        if handler is None:
+        route = self._routes.get(target.path)
+        if route is None:
             return as_json({"error": f"no page {target.path}", "pages": sorted(self._routes)}, 404)
+        deadline.deadline = anyio.current_time() + route.deadline_s
         try:
-            return await handler(dict(parse_qsl(target.query)))
+            return await route.handler(dict(parse_qsl(target.query)))
         except Exception as error:  # noqa: BLE001  (told to who asked, and logged)
             log.error("admin_page_failed", page=target.path, error=f"{type(error).__name__}: {error}")
             return as_json({"error": f"{type(error).__name__}: {error}"}, 500)

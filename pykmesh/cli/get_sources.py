@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pykmesh.kernel import pins
+from pykmesh.kernel.hooks import HOOKS
 from pykmesh.kernel.layout import AddressKind, Reason
 from pykmesh.kernel.maps import PinError, PinnedMap
 from pykmesh.kernel.records import (
@@ -13,16 +14,28 @@ from pykmesh.kernel.records import (
     ADDRESS_VALUE,
     ENDPOINT_KEY,
     ENDPOINT_VALUE,
+    NO_IP,
+    POD_KEY,
+    POD_VALUE,
+    RANGE_KEY,
+    RANGE_VALUE,
     SERVICE_KEY,
     SERVICE_VALUE,
     ip_to_text,
     port_number,
+    range_to_text,
 )
 from pykmesh.node.instance import Instance
 from pykmesh.node.run import fetch, find
 
 Entry = dict[str, Any]
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
+NETWORK_BITS = 32
+_NOWHERE = {
+    ("endpoints", "xds"): "the control plane names no endpoints: they follow from its workloads",
+    ("pods", "xds"): "the control plane does not say who is enrolled here",
+    ("policies", "bpf"): "the kernel holds no policies: they are not enforced yet",
+}
 
 
 class SourceError(Exception):
@@ -31,21 +44,39 @@ class SourceError(Exception):
 
 def read(instance: Instance, what: str, source: str) -> list[Entry]:
     """Raises SourceError, or OSError when the process does not answer."""
+    if why := _NOWHERE.get((what, source)):
+        others = [other for other in ("xds", "state", "bpf") if (what, other) not in _NOWHERE]
+        raise SourceError(f"{why} (--from {' or '.join(others)})")
     if source == "bpf":
         try:
             return _FROM_BPF[what](instance)
         except PinError as error:
             raise SourceError(str(error)) from error
-    if what == "endpoints" and source == "xds":
-        raise SourceError(
-            "the control plane names no endpoints: they follow from its workloads (--from state or bpf)"
-        )
     found = find(instance)
     if found is None:
         raise SourceError(f"instance {instance.name} is not running; --from bpf reads the kernel without it")
+    if what == "pods":
+        enrolled: list[Entry] = fetch(found.ports.bpf_loader, "/status", TIMEOUT_S)["enrolled"]
+        return enrolled
     port = found.ports.xds_client if source == "xds" else found.ports.map_writer
     entries: list[Entry] = fetch(port, f"/{what}", TIMEOUT_S)
-    return entries
+    return entries if source == "state" else _with_errors(what, entries, fetch(port, "/rejected", TIMEOUT_S))
+
+
+def _with_errors(what: str, entries: list[Entry], rejected: dict[str, dict[str, str]]) -> list[Entry]:
+    """Each with what is wrong with it as it was said last; also what is held in no version."""
+    errors = rejected["AUTHORIZATION" if what == "policies" else "ADDRESS"]
+    for entry in entries:
+        if why := errors.pop(entry["resource"], None):
+            entry["error"] = why
+    strays = [name for name in errors if what == "policies" or _is_service(name) == (what == "services")]
+    entries += [{"resource": name, "error": errors[name], "is_held": False} for name in strays]
+    return sorted(entries, key=lambda entry: str(entry["resource"]))
+
+
+def _is_service(name: str) -> bool:
+    """namespace/hostname; a workload's uid has more in it."""
+    return name.count("/") == 1
 
 
 def names(instance: Instance) -> dict[int, tuple[str, int]]:
@@ -64,6 +95,7 @@ def names(instance: Instance) -> dict[int, tuple[str, int]]:
 
 def _services(instance: Instance) -> list[Entry]:
     known, entries = names(instance), []
+    ranges = _ranges(instance)
     with PinnedMap(pins.maps_dir(instance.pin_dir), "services") as services:
         for key, value in services.items():
             ip, network, port = SERVICE_KEY.unpack(key)
@@ -76,13 +108,22 @@ def _services(instance: Instance) -> list[Entry]:
                     "name": known.get(number, ("", 0))[0],
                     "id": f"{number:016x}",
                     "network_id": network,
-                    "vips": [ip_to_text(ip)],
+                    "vips": [ranges.get((ip, network), ip_to_text(ip))],
                     "ports": {str(port_number(port)): None},
                     "endpoints": endpoints,
                     "refused": refused,
                 }
             )
     return sorted(entries, key=lambda e: (e["name"], e["vips"], int(next(iter(e["ports"])))))
+
+
+def _ranges(instance: Instance) -> dict[tuple[bytes, int], str]:
+    """By what stands for each in `services` and `addresses`."""
+    with PinnedMap(pins.maps_dir(instance.pin_dir), "ranges") as ranges:
+        return {
+            RANGE_VALUE.unpack(value): range_to_text(ip, bits - NETWORK_BITS)
+            for bits, _, ip, value in ((*RANGE_KEY.unpack(key), value) for key, value in ranges.items())
+        }
 
 
 def _workloads(instance: Instance) -> list[Entry]:
@@ -117,26 +158,51 @@ def _endpoints(instance: Instance) -> list[Entry]:
     return sorted(entries, key=lambda e: (e["service"], e["id"], e["slot"]))
 
 
-_FROM_BPF = {"services": _services, "workloads": _workloads, "endpoints": _endpoints}
+def _pods(instance: Instance) -> list[Entry]:
+    with PinnedMap(pins.maps_dir(instance.pin_dir), "pods") as pods:
+        known = {POD_KEY.unpack(key)[0]: POD_VALUE.unpack(value) for key, value in pods.items()}
+    entries = []
+    for links in pins.read_links(pins.links_dir(instance.pin_dir)).cgroups:
+        address4, address6, _, _ = known.get(links.netns_cookie or 0, (NO_IP, NO_IP, 0, 0))
+        entries.append(
+            {
+                "cgroup_id": links.cgroup_id,
+                "path": None,
+                "programs": sum((links.path / hook.program).exists() for hook in HOOKS),
+                "netns_cookie": links.netns_cookie,
+                "address4": None if address4 == NO_IP else ip_to_text(address4),
+                "address6": None if address6 == NO_IP else ip_to_text(address6),
+            }
+        )
+    return entries
+
+
+_FROM_BPF = {"services": _services, "workloads": _workloads, "endpoints": _endpoints, "pods": _pods}
+KINDS = (*_FROM_BPF, "policies")
 
 
 def namespace_of(entry: Entry) -> str:
     if "namespace" in entry:
         return str(entry["namespace"])
-    return str(entry.get("name") or entry.get("service") or "").partition("/")[0]
+    return str(entry.get("resource") or entry.get("name") or entry.get("service") or "").partition("/")[0]
 
 
-def rows(what: str, entries: list[Entry]) -> tuple[Sequence[str], list[Sequence[Any]]]:
-    """Columns and cells, with istioctl's names where it has them."""
-    columns: Sequence[str]
-    if what == "services":
-        columns = ("NAMESPACE", "SERVICE", "VIP", "PORTS", "ENDPOINTS", "REFUSED")
-        return columns, [_service_row(entry) for entry in entries]
-    if what == "workloads":
-        columns = ("NAMESPACE", "WORKLOAD", "ADDRESS", "NODE", "HEALTHY", "SERVICES")
-        return columns, [_workload_row(entry) for entry in entries]
-    columns = ("NAMESPACE", "SERVICE", "PORT", "SLOT", "ENDPOINT")
-    return columns, [_endpoint_row(entry) for entry in entries]
+_COLUMNS: dict[str, Sequence[str]] = {
+    "services": ("NAMESPACE", "SERVICE", "VIP", "PORTS", "ENDPOINTS", "REFUSED"),
+    "workloads": ("NAMESPACE", "WORKLOAD", "ADDRESS", "NODE", "HEALTHY", "SERVICES"),
+    "endpoints": ("NAMESPACE", "SERVICE", "PORT", "SLOT", "ENDPOINT"),
+    "policies": ("NAMESPACE", "POLICY", "SCOPE", "ACTION"),
+    "pods": ("ADDRESSES", "NETNS COOKIE", "CGROUP", "PATH", "PROGRAMS"),
+}
+
+
+def rows(what: str, entries: list[Entry], source: str = "state") -> tuple[Sequence[str], list[Sequence[Any]]]:
+    """Columns and cells, with istioctl's names where it has them. What is said has an error, or none."""
+    columns, cells = _COLUMNS[what], [_ROWS[what](entry) for entry in entries]
+    if source == "xds":
+        columns = (*columns, "ERROR")
+        cells = [(*row, entry.get("error")) for row, entry in zip(cells, entries, strict=True)]
+    return columns, cells
 
 
 def _service_row(entry: Entry) -> Sequence[Any]:
@@ -154,11 +220,9 @@ def _service_row(entry: Entry) -> Sequence[Any]:
 
 def _workload_row(entry: Entry) -> Sequence[Any]:
     healthy = entry.get("healthy", entry.get("status", "HEALTHY") == "HEALTHY") if "name" in entry else "-"
-    services = entry.get("services", {})
-    return (
-        entry.get("namespace"), entry.get("name"), ",".join(entry.get("addresses", [])),
-        entry.get("node"), healthy, ",".join(sorted(name.partition("/")[2] for name in services)),
-    )  # fmt: skip
+    name, addresses = entry.get("name") or entry.get("resource"), ",".join(entry.get("addresses", []))
+    services = ",".join(sorted(name.partition("/")[2] for name in entry.get("services", {})))
+    return (entry.get("namespace"), name, addresses, entry.get("node"), healthy, services)
 
 
 def _endpoint_row(entry: Entry) -> Sequence[Any]:
@@ -166,3 +230,25 @@ def _endpoint_row(entry: Entry) -> Sequence[Any]:
     address = entry["endpoint"]
     shown = f"[{address}]" if ":" in address else address
     return (namespace, host or entry["id"], entry["port"], entry["slot"], f"{shown}:{entry['endpoint_port']}")
+
+
+def _policy_row(entry: Entry) -> Sequence[Any]:
+    namespace, _, name = str(entry.get("resource") or entry.get("name")).partition("/")
+    if "scope" not in entry and "is_held" not in entry:
+        scope = {None: "WORKLOAD_SELECTOR", "": "GLOBAL"}.get(entry["namespace"], "NAMESPACE")
+        return (namespace, name, scope, None)
+    return (namespace, name, entry.get("scope"), entry.get("action"))
+
+
+def _pod_row(entry: Entry) -> Sequence[Any]:
+    addresses = ",".join(filter(None, (entry["address4"], entry["address6"])))
+    return (addresses, entry["netns_cookie"], entry["cgroup_id"], entry["path"], entry["programs"])
+
+
+_ROWS: dict[str, Callable[[Entry], Sequence[Any]]] = {
+    "services": _service_row,
+    "workloads": _workload_row,
+    "endpoints": _endpoint_row,
+    "policies": _policy_row,
+    "pods": _pod_row,
+}

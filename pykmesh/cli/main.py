@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from pykmesh import __version__
-from pykmesh.cli import node_commands, observe, place, show_commands
+from pykmesh.cli import look_commands, node_commands, observe, place, show_commands
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -37,4 +37,11 @@ def _telemetry_address(context: click.Context) -> str:
     return f"http://127.0.0.1:{found.ports.telemetry}"
 
 
-_add([*node_commands.COMMANDS, *show_commands.COMMANDS, observe.command(_telemetry_address)])
+_add(
+    [
+        *node_commands.COMMANDS,
+        *show_commands.COMMANDS,
+        *look_commands.COMMANDS,
+        observe.command(_telemetry_address),
+    ]
+)

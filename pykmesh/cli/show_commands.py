@@ -142,7 +142,7 @@ def _detail(name: str, process: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.argument("what", type=click.Choice(["services", "workloads", "endpoints"]))
+@click.argument("what", type=click.Choice(["services", "workloads", "endpoints", "policies", "pods"]))
 @click.option(
     "--from",
     "source",
@@ -154,7 +154,10 @@ def _detail(name: str, process: dict[str, Any]) -> str:
 @output_option
 @click.pass_obj
 def get(instance: Instance, what: str, source: str, namespace: str, output: str) -> None:
-    """Services, workloads or endpoints, as one of the three sees them."""
+    """Services, workloads, endpoints, policies or enrolled pods, as one of the three sees them.
+
+    What the control plane said and was not accepted, or has no room here, stands there with its ERROR.
+    """
     from pykmesh.cli import get_sources
 
     try:
@@ -165,7 +168,7 @@ def get(instance: Instance, what: str, source: str, namespace: str, output: str)
         raise Failure(str(error)) from error
     if namespace:
         entries = [entry for entry in entries if get_sources.namespace_of(entry) == namespace]
-    columns, rows = get_sources.rows(what, entries)
+    columns, rows = get_sources.rows(what, entries, source)
     value = {"schema": STATUS_VERSION, "from": source, what: entries}
     show(output, value, columns, rows)
     if output == "table":

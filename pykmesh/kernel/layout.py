@@ -164,6 +164,11 @@ class ServiceFlag(IntFlag):
     LEAST_CONNECTIONS = 2
 
 
+def flag_text(flags: int) -> str:
+    """The words of a service's flags."""
+    return ", ".join(flag.name.lower() for flag in ServiceFlag if flag & flags and flag.name)
+
+
 def check_enums() -> None:
     """Raises LayoutError when a name or number here differs from the headers'."""
     for name, here in (("reason", Reason), ("direction", Direction), ("flow_kind", FlowKind)):

@@ -46,7 +46,7 @@ from services.map_writer.follower import Change, Follower, GapError
 from services.map_writer.hosts import HostNames
 from services.map_writer.locality import Locality
 from services.map_writer.names import Names
-from services.map_writer.pages import add_pages
+from services.map_writer.pages import Inspection
 from services.map_writer.planner import Limits, Planner, Step
 from services.map_writer.writer import Maps
 
@@ -89,7 +89,7 @@ class MapWriter:
         self._bus = bus
         self.maps = maps
         self.follower = Follower(_here(settings))
-        self._rules = Rules(settings.network, settings.refuse_unenforced_policy, selections(settings))
+        self.rules = Rules(settings.network, settings.refuse_unenforced_policy, selections(settings))
         self.planner: Planner
         self._applied = ("", 0)
         self.last_write: dict[str, Any] = {}
@@ -107,6 +107,10 @@ class MapWriter:
         """The last batch that is in the maps; 0 until one of the epoch that is followed is."""
         epoch, seq = self._applied
         return seq if epoch == self.follower.epoch else 0
+
+    def is_settled(self) -> bool:
+        """The mesh is whole, and what was received of it is in the maps."""
+        return self.follower.synced and self.applied_seq == self.follower.received_seq
 
     async def receive(self, data: bytes, headers: Headers) -> None:
         """From the bus. A full inbox drops the batch: the gap is found by its number."""
@@ -166,7 +170,7 @@ class MapWriter:
 
     async def _read_maps(self) -> None:
         held = await anyio.to_thread.run_sync(self.maps.read)
-        self.planner = Planner(held, self.maps.limits, self._rules)
+        self.planner = Planner(held, self.maps.limits, self.rules)
         log.info("maps_read", **held.sizes._asdict())
 
     async def _resync(self) -> None:
@@ -339,7 +343,9 @@ async def run(runtime: Runtime[MapWriterSettings]) -> None:
         await writer.open()
         await bus.serve(Subject.MAP_RESOLVE, Names(writer.follower, lambda: writer.planner).answer)
         runtime.details = writer.status
-        add_pages(runtime.admin, writer.follower, lambda: writer.planner)
+        Inspection(writer.follower, lambda: writer.planner, maps, writer.rules, writer.is_settled).add_pages(
+            runtime.admin
+        )
         metrics.add_page(runtime.admin, writer.health)
         tasks.start_soon(_report_each_second, writer)
         names = HostNames(writer.follower, runtime.settings.hostname_refresh_s)

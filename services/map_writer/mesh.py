@@ -6,11 +6,12 @@ service) is kept and takes effect when the other comes.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import chain
-from typing import Final, NewType, TypeVar, cast
+from typing import Any, Final, NewType, TypeVar, cast
 
 from pykmesh.contracts.address import Policy, Range, Service, Workload, decode_address
 from pykmesh.contracts.bulk import Group
@@ -91,6 +92,12 @@ class Mesh:
         self._named_policies = 0
         self._without_policies: Counter[str] = Counter()
 
+    def as_it_is(self) -> Mesh:
+        """Another one that says the same, and stays so: for a thread to read while this one changes."""
+        found = copy.copy(self)
+        vars(found).update({name: _copied(part) for name, part in vars(self).items()})
+        return found
+
     def remove(self, name: str, touched: Touched) -> None:
         """A name that is not there is no error: the control plane removes what it never sent."""
         if name in self.workloads:
@@ -106,7 +113,7 @@ class Mesh:
         """Adds or replaces; a name may change from workload to service."""
         if isinstance(resource, Workload):
             before = self.workloads.get(name)
-            if before is not None and _raw(before) == resource.raw:
+            if before is not None and raw_of(before) == resource.raw:
                 return
             if before is not None or name in self.services:
                 self.remove(name, touched)
@@ -404,7 +411,17 @@ class Mesh:
             self._without_policies[workload.namespace] += step
 
 
-def _raw(workload: Workload | bytes) -> bytes:
+def _copied(part: Any) -> Any:
+    """An index, and in it what changes in place: resources are replaced and never change."""
+    if not isinstance(part, dict):
+        return part
+    found = part.copy()
+    if isinstance(next(iter(part.values()), None), dict | list):
+        found.update({key: value.copy() for key, value in part.items()})
+    return found
+
+
+def raw_of(workload: Workload | bytes) -> bytes:
     return workload if isinstance(workload, bytes) else workload.raw
 
 

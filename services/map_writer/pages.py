@@ -1,61 +1,165 @@
-"""What `pykmesh get --from state` reads: the mesh as map_writer understands it."""
+"""What `pykmesh get --from state`, `diff` and `explain` read: the mesh as map_writer understands it.
+
+What takes long is made in a thread, from the mesh as it is when it is asked for.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Final, NamedTuple
 
-from pykmesh.admin import Admin
+import anyio
+import anyio.to_thread
+
+from pykmesh.admin import Admin, Page, Query, as_json
 from pykmesh.contracts.address import Service, Workload, workload_message
+from pykmesh.contracts.digest import digest
+from pykmesh.contracts.messages import ResourceType
 from pykmesh.kernel.records import ENDPOINT_VALUE, ip_to_text, port_number, range_to_text
+from services.map_writer import lookup
+from services.map_writer.desired import PortId, Rules
+from services.map_writer.drift import Readable, drift
 from services.map_writer.follower import Follower
-from services.map_writer.mesh import place_of
+from services.map_writer.mesh import Mesh, place_of
 from services.map_writer.planner import Planner
 
-
-def add_pages(admin: Admin, follower: Follower, planner: Callable[[], Planner]) -> None:
-    admin.page(
-        "/services", lambda: [_service(follower, planner(), name) for name in sorted(follower.mesh.services)]
-    )
-    admin.page("/workloads", lambda: _workloads(follower))
-    admin.page("/endpoints", lambda: _endpoints(planner()))
-    admin.page("/ids", lambda: {str(k): [*v] for k, v in planner().owner_of_list.items()})
+SETTLE_DEADLINE_S: Final = 20.0
+SETTLE_POLL_S: Final = 0.02
+LONG_DEADLINE_S: Final = 120.0
 
 
-def _service(follower: Follower, planner: Planner, name: str) -> dict[str, Any]:
-    service = follower.mesh.services[name]
+class View(NamedTuple):
+    """What a page is made from: nothing of it changes meanwhile."""
+
+    mesh: Mesh
+    owners: dict[int, PortId]
+    lists: dict[int, list[bytes]]
+    refused: dict[str, list[str]]
+    """Services of which something does not fit, and what."""
+
+
+class Inspection:
+    """Makes the pages, one at a time, in a thread."""
+
+    def __init__(
+        self,
+        follower: Follower,
+        planner: Callable[[], Planner],
+        maps: Readable,
+        rules: Rules,
+        is_settled: Callable[[], bool],
+    ) -> None:
+        """`is_settled`: the mesh is whole, and the maps were written last for what it is now."""
+        self._follower = follower
+        self._planner = planner
+        self._maps = maps
+        self._rules = rules
+        self._is_settled = is_settled
+        self._turn = anyio.Lock()
+
+    def add_pages(self, admin: Admin) -> None:
+        admin.page("/ids", lambda: {str(k): [*v] for k, v in self._planner().owner_of_list.items()})
+        for path, look in (
+            ("/services", _services),
+            ("/workloads", _workloads),
+            ("/endpoints", _endpoints),
+            ("/policies", _policies),
+        ):
+            admin.route(path, partial(self._now, look), LONG_DEADLINE_S)
+        admin.route("/drift", partial(self._settled, self._drift), LONG_DEADLINE_S)
+        admin.route("/digests", partial(self._settled, _digests), LONG_DEADLINE_S)
+        admin.route("/lookup", self._lookup, LONG_DEADLINE_S)
+
+    def _view(self) -> View:
+        planner = self._planner()
+        refused = {name: planner.refusals_of(name) for name in planner.refused_services}
+        return View(
+            self._follower.mesh.as_it_is(), planner.owner_of_list.copy(), planner.held.lists.copy(), refused
+        )
+
+    async def _now(self, look: Callable[[View], Any], _: Query) -> Page:
+        async with self._turn:
+            return await anyio.to_thread.run_sync(_shown, look, self._view())
+
+    async def _lookup(self, query: Query) -> Page:
+        """`?service=NAME`, `?workload=NAME` or `?list=ID` (sixteen hex digits)."""
+        async with self._turn:
+            return await anyio.to_thread.run_sync(self._found, self._view(), query)
+
+    def _found(self, view: View, query: Query) -> Page:
+        match [*query.items()]:
+            case [("service", name)]:
+                return as_json(lookup.services(view.mesh, name))
+            case [("workload", name)]:
+                return as_json(lookup.workloads(view.mesh, name))
+            case [("list", text)] if re.fullmatch("[0-9a-f]{16}", text):
+                return as_json(lookup.members(view.mesh, view.owners, self._rules, int(text, 16)))
+        return as_json({"error": "ask for one of service=NAME, workload=NAME, list=ID"}, 400)
+
+    async def _settled(self, look: Callable[[Mesh], dict[str, Any]], _: Query) -> Page:
+        """In the middle of a change there is nothing to compare: `settled` says whether there was."""
+        async with self._turn:
+            with anyio.move_on_after(SETTLE_DEADLINE_S):
+                while not self._is_settled():  # noqa: ASYNC110  (seldom asked: no writer need tell of it)
+                    await anyio.sleep(SETTLE_POLL_S)
+            if not self._is_settled():
+                return as_json({"settled": False})
+            found = await anyio.to_thread.run_sync(look, self._follower.mesh.as_it_is())
+        return await anyio.to_thread.run_sync(as_json, {"settled": True, **found})
+
+    def _drift(self, mesh: Mesh) -> dict[str, Any]:
+        return drift(mesh, self._maps, self._rules)
+
+
+def _digests(mesh: Mesh) -> dict[str, Any]:
+    addresses = {name: digest(service) for name, service in mesh.services.items()}
+    addresses |= {name: digest(workload) for name, workload in mesh.workloads.items()}
+    policies = {name: digest(policy) for name, policy in mesh.policies.items()}
+    return {"resources": {ResourceType.ADDRESS.name: addresses, ResourceType.AUTHORIZATION.name: policies}}
+
+
+def _shown(look: Callable[[View], Any], view: View) -> Page:
+    return as_json(look(view))
+
+
+def _services(view: View) -> list[dict[str, Any]]:
+    return [_service(view, service) for _, service in sorted(view.mesh.services.items())]
+
+
+def _service(view: View, service: Service) -> dict[str, Any]:
     return {
-        "name": name,
+        "name": service.name,
         "vips": [f"{network}/{ip_to_text(ip)}" for network, ip in service.vips]
         + [f"{found.network}/{range_to_text(found.ip, found.bits)}" for found in service.ranges],
         "ports": {str(port): target for port, target in service.ports},
-        "endpoints": follower.mesh.count_members(name),
-        "refused": ", ".join(_refusals(follower, planner, service)),
+        "endpoints": view.mesh.count_members(service.name),
+        "refused": ", ".join(_refusals(view, service)),
     }
 
 
-def _refusals(follower: Follower, planner: Planner, service: Service) -> list[str]:
+def _refusals(view: View, service: Service) -> list[str]:
     """Why connections to a service, or to a part of it, do not get there."""
-    found = ["waypoint_unsupported"] if service.has_waypoint else planner.refusals_of(service.name)
-    mesh = follower.mesh
+    found = ["waypoint_unsupported"] if service.has_waypoint else [*view.refused.get(service.name, ())]
     for network, ip in service.places:
         place = place_of(network, ip)
-        owner, view = mesh.vip_owner(place), mesh.scoped.get(place, {}).get(service.namespace)
+        owner, own_view = view.mesh.vip_owner(place), view.mesh.scoped.get(place, {}).get(service.namespace)
         if owner == service.name:
             continue
-        if view is not None and mesh.vip_owner(view) == service.name:
+        if own_view is not None and view.mesh.vip_owner(own_view) == service.name:
             found.append(f"{ip_to_text(ip)} is seen in {service.namespace} only")
         else:
             found.append(f"{ip_to_text(ip)} is that of {owner}")
     return found
 
 
-def _workloads(follower: Follower) -> list[dict[str, Any]]:
-    found = sorted(follower.mesh.all_workloads(), key=lambda workload: workload.uid)
-    return [_workload(follower, workload) for workload in found]
+def _workloads(view: View) -> list[dict[str, Any]]:
+    found = sorted(view.mesh.all_workloads(), key=lambda workload: workload.uid)
+    return [_workload(view.mesh, workload) for workload in found]
 
 
-def _workload(follower: Follower, workload: Workload) -> dict[str, Any]:
+def _workload(mesh: Mesh, workload: Workload) -> dict[str, Any]:
     message = workload_message(workload.raw)
     return {
         "uid": workload.uid,
@@ -66,14 +170,21 @@ def _workload(follower: Follower, workload: Workload) -> dict[str, Any]:
         "node": message.node,
         "healthy": workload.healthy,
         "services": {name: {str(p): t for p, t in ports} for name, ports in workload.services},
-        "policy_not_enforced": follower.mesh.has_policy(workload),
+        "policy_not_enforced": mesh.has_policy(workload),
     }
 
 
-def _endpoints(planner: Planner) -> list[dict[str, Any]]:
+def _policies(view: View) -> list[dict[str, Any]]:
+    """`namespace` is the scope: "" everything, null those workloads that name the policy."""
+    return [
+        {"name": name, "namespace": policy.namespace} for name, policy in sorted(view.mesh.policies.items())
+    ]
+
+
+def _endpoints(view: View) -> list[dict[str, Any]]:
     found = []
-    for list_id, port_id in planner.owner_of_list.items():
-        for slot, value in enumerate(planner.held.lists.get(list_id, ())):
+    for list_id, port_id in view.owners.items():
+        for slot, value in enumerate(view.lists.get(list_id, ())):
             _, ip, port = ENDPOINT_VALUE.unpack(value)
             found.append(
                 {

@@ -78,6 +78,8 @@ class Held:
         """Keys of `ranges` by the place that stands for each."""
         self.weighed: set[int] = set()
         """The lists whose endpoints differ in weight."""
+        self.unreachable: dict[bytes, bytes] = {}
+        """Entries of `endpoints` in slots that no list can have: they are removed by a sweep."""
         self.endpoints = 0
         """Slots in all lists: one that is a hole counts until the list is planned."""
 
@@ -166,6 +168,10 @@ class Planner:
                 found[name] = f"{found[name]}, {why}" if name in found and why not in found[name] else why
         return found
 
+    @property
+    def refused_services(self) -> list[str]:
+        return list(self._refused_services)
+
     def refusals_of(self, service: str) -> list[str]:
         """What of a service does not fit: of its ports or its endpoints."""
         return sorted(set(self._refused_services.get(service, {}).values()))
@@ -214,6 +220,9 @@ class Planner:
             self._remove_port(key, batches)
         for list_id in [list_id for list_id in self.held.lists if list_id not in self.owner_of_list]:
             self._drop_list(list_id, batches)
+        for key in self.held.unreachable:
+            batches.remove(_DROP_ENDPOINTS, "endpoints", key)
+        self.held.unreachable.clear()
         stale = self.held.addresses.keys() - set(mesh.places())
         yield from self._plan_addresses(mesh, mesh.places(), batches)
         for key in stale:

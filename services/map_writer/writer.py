@@ -45,8 +45,15 @@ class Maps:
             held.ranges[ADDRESS_KEY.pack(*RANGE_VALUE.unpack(value))] = key
         for key, value in self._maps["endpoints"].items():
             list_id, slot = ENDPOINT_KEY.unpack(key)
-            held.add_endpoint(list_id, slot, value)
+            if slot < self._maps["endpoints"].max_entries:
+                held.add_endpoint(list_id, slot, value)
+            else:
+                held.unreachable[key] = value
         return held
+
+    def ranges(self) -> dict[bytes, bytes]:
+        """Each entry of the trie as it is; `Held` has them by the places that stand for them."""
+        return dict(self._maps["ranges"].items())
 
     def apply(self, step: Step) -> None:
         """Blocks. After a MapFullError or KernelError no step may follow: read the maps again."""

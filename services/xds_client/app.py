@@ -188,6 +188,8 @@ class XdsClient:
             if bulk and response.type_url not in self._begun:
                 _freeze()
             self._begun.add(response.type_url)
+            named = (*reading.names, *reading.removed, protocol.NO_NAME)
+            self._store.note_rejected(reading.type, named, reading.rejected, is_whole=reading.is_whole)
             return Taken(reading.type_url, reading.nonce, seq, reading, reading.rejected)
 
     @staticmethod
@@ -286,7 +288,7 @@ async def run(runtime: Runtime[XdsClientSettings]) -> None:
     publisher = Publisher(store, bus, settings.in_flight_batches, settings.map_writer_grace_s)
     client = XdsClient(runtime, store, publisher)
     runtime.details = client.status
-    add_pages(runtime.admin, store)
+    add_pages(runtime.admin, store, lambda: publisher.refused)
     metrics.add_page(runtime.admin, client.health)
     await publisher.start()
     async with anyio.create_task_group() as tasks:

@@ -5,30 +5,96 @@ Accepting checks what decides traffic. A resource whose other parts cannot be re
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Final
 
+import anyio.to_thread
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import DecodeError
 
-from pykmesh.admin import Admin
+from pykmesh.admin import Admin, Page, Query, as_json
+from pykmesh.contracts.address import FieldError, decode_policy
+from pykmesh.contracts.bulk import MANY, decode_addresses
+from pykmesh.contracts.digest import digest
 from pykmesh.contracts.messages import ResourceType
 from pykmesh.kernel.records import ip_from_wire, ip_to_text
+from pykmesh.proto.authorization_pb2 import Authorization
 from pykmesh.proto.workload_pb2 import Address, AddressOutline
-from services.xds_client.store import Store
+from services.xds_client.config_dump import config_dump
+from services.xds_client.store import Held, Store
+
+LONG_DEADLINE_S: Final = 120.0
+_Held = dict[ResourceType, dict[str, Held]]
 
 
-def add_pages(admin: Admin, store: Store) -> None:
-    admin.page("/services", lambda: _of_kind(store, "service"))
-    admin.page("/workloads", lambda: _of_kind(store, "workload"))
+def add_pages(admin: Admin, store: Store, refused: Callable[[], Mapping[str, str]]) -> None:
+    """What is long is made in a thread, of what is held when it is asked for. `refused`: for want of room."""
+
+    async def of_now(look: Callable[[_Held], Any], _: Query) -> Page:
+        held = {kind: found.copy() for kind, found in store.held.items()}
+        return await anyio.to_thread.run_sync(_shown, look, held)
+
+    def digests(held: _Held) -> dict[str, Any]:
+        return {"settled": store.synced, "resources": _digests(held)}
+
+    for path, look in (
+        ("/services", partial(_of_kind, "service")),
+        ("/workloads", partial(_of_kind, "workload")),
+        ("/policies", _policies),
+        ("/digests", digests),
+        ("/config_dump", config_dump),
+    ):
+        admin.route(path, partial(of_now, look), LONG_DEADLINE_S)
+    admin.page("/rejected", lambda: _rejected(store, refused()))
 
 
-def _of_kind(store: Store, kind: str) -> list[dict[str, Any]]:
-    found = []
-    for name, held in sorted(store.held[ResourceType.ADDRESS].items()):
-        of_kind, shown = _decoded(held.value)
-        if of_kind == kind:
-            found.append({"resource": name, "version": held.version, **shown})
+def _shown(look: Callable[[_Held], Any], held: _Held) -> Page:
+    return as_json(look(held))
+
+
+def _rejected(store: Store, refused: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Why a name is not as the control plane said it last, by type: it was no good, or does not fit."""
+    found = {kind.name: found.copy() for kind, found in store.rejected.items()}
+    found[ResourceType.ADDRESS.name] = {**refused, **found[ResourceType.ADDRESS.name]}
     return found
+
+
+def _digests(held: _Held) -> dict[str, dict[str, str]]:
+    """What `pykmesh diff` compares with what map_writer holds."""
+    policies = {
+        name: digest(decode_policy(name, found.value))
+        for name, found in held[ResourceType.AUTHORIZATION].items()
+    }
+    addresses: dict[str, str] = {}
+    of_addresses = list(held[ResourceType.ADDRESS].items())
+    for first in range(0, len(of_addresses), MANY):
+        part = of_addresses[first : first + MANY]
+        values = [found.value for _, found in part]
+        for (name, _), value, found in zip(part, values, decode_addresses(values), strict=True):
+            addresses[name] = digest(value if isinstance(found, FieldError) else found)
+    return {ResourceType.ADDRESS.name: addresses, ResourceType.AUTHORIZATION.name: policies}
+
+
+def _of_kind(kind: str, held: _Held) -> list[dict[str, Any]]:
+    found = []
+    for name, resource in sorted(held[ResourceType.ADDRESS].items()):
+        of_kind, shown = _decoded(resource.value)
+        if of_kind == kind:
+            found.append({"resource": name, "version": resource.version, **shown})
+    return found
+
+
+def _policies(held: _Held) -> list[dict[str, Any]]:
+    """Their heads: the rules are not read yet."""
+    return [
+        {"resource": name, "version": resource.version, **_policy(Authorization.FromString(resource.value))}
+        for name, resource in sorted(held[ResourceType.AUTHORIZATION].items())
+    ]
+
+
+def _policy(message: Authorization) -> dict[str, Any]:
+    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
 
 
 def _decoded(value: bytes) -> tuple[str | None, dict[str, Any]]:

@@ -23,6 +23,7 @@ INVALID_ARGUMENT: Final = 3
 DETAIL_CHARACTERS: Final = 4000
 RESOURCE_BYTES_MAX: Final = 4 * 1024 * 1024
 PART_RESOURCES: Final = 2000
+NO_NAME: Final = "(no name)"
 _TYPES: Final = {url: kind for kind, url in TYPE_URLS.items()}
 Request = discovery_pb2.DeltaDiscoveryRequest
 Response = discovery_pb2.DeltaDiscoveryResponseOutline
@@ -103,7 +104,7 @@ class Reading:
             if fault is None:
                 good.append(upsert)
             else:
-                self.rejected[upsert[0] or "(no name)"] = str(fault)
+                self.rejected[upsert[0] or NO_NAME] = str(fault)
         return good
 
     def _faults(self, found: Unwrapped) -> dict[int, FieldError]:

@@ -14,6 +14,8 @@ import msgspec
 from pykmesh.contracts.messages import BATCH_BYTES, VERSION, ConfigBatch, Resource, ResourceType, SnapshotPage
 
 SNAPSHOTS_KEPT = 8
+REJECTED_KEPT = 10_000
+"""Names of one type: of more, those that were rejected last are shown."""
 
 
 class Held(msgspec.Struct, frozen=True, gc=False):
@@ -33,6 +35,8 @@ class Store:
         self.in_response = False
         """Part of a response is stored and its last batch not numbered: a snapshot is not whole."""
         self.held: dict[ResourceType, dict[str, Held]] = {kind: {} for kind in ResourceType}
+        self.rejected: dict[ResourceType, dict[str, str]] = {kind: {} for kind in ResourceType}
+        """What the control plane said last of a name and was not accepted, and why."""
         self._snapshots: dict[str, _Snapshot] = {}
 
     @property
@@ -58,6 +62,19 @@ class Store:
             if before is None or before.value != new.value:
                 changed.append(Resource(name, new.value))
         return changed
+
+    def note_rejected(
+        self, kind: ResourceType, named: Iterable[str], rejected: dict[str, str], *, is_whole: bool
+    ) -> None:
+        """`named`: what a response spoke of, of which all that is not rejected is good, or gone."""
+        before = self.rejected[kind]
+        if is_whole:
+            before.clear()
+        for name in before.keys() & set(named):
+            del before[name]
+        before.update(rejected)
+        for name in list(before)[:-REJECTED_KEPT]:
+            del before[name]
 
     def forget_version(self, kind: ResourceType, name: str) -> None:
         """For a resource that the node could not hold: the control plane shall send it again."""

@@ -189,6 +189,31 @@ async def test_the_old_copy_of_a_rejected_resource_is_kept_with_its_version(clie
     assert dict(stream.first[ADDRESS].initial_resource_versions) == {BAD_POD: good.version}
 
 
+async def test_what_was_rejected_is_shown_with_why_until_it_is_good_or_gone(client: Client) -> None:
+    async def shown(what: str) -> dict[str, str | None]:
+        found = await anyio.to_thread.run_sync(get_sources.read, client.node.instance, what, "xds")
+        columns, rows = get_sources.rows(what, found, "xds")
+        assert columns[-1] == "ERROR"
+        assert len(rows) == len(found)
+        return {entry["resource"]: entry.get("error") for entry in found}
+
+    bad = resource(
+        "shop/p", authorization_pb2.Authorization(name="p", action=5).SerializeToString(), AUTHORIZATION
+    )
+    new, broken = bad_pod(uid=uid("new"), status=7), bad_service(port=0)
+    new.name = uid("new")
+    assert (await client.plane.push(pod("bad", "10.1.0.7"), service("web", "10.96.0.1"))).accepted
+    await client.plane.send(client.plane.response([bad_pod(status=7), new, broken]))
+    await client.plane.send(client.plane.response([bad], type_url=AUTHORIZATION))
+    unknown = "workload.status: 7 is unknown"
+    assert await shown("workloads") == {BAD_POD: unknown, uid("new"): unknown}
+    assert await shown("services") == {WEB: None, BAD_HOST: "service.ports.service_port: 0 is no port"}
+    assert await shown("policies") == {bad.name: "action: 5 is unknown"}
+    assert (await client.plane.push(pod("bad", "10.1.0.8"), removed=[uid("new"), broken.name])).accepted
+    assert await shown("workloads") == {BAD_POD: None}
+    assert await shown("services") == {WEB: None}
+
+
 async def test_a_name_that_comes_twice_is_rejected_and_the_first_copy_is_kept(client: Client) -> None:
     twice = [pod("twice", "10.1.0.1"), pod("good", "10.1.0.3"), pod("twice", "10.1.0.2")]
     answer = await client.plane.send(client.plane.response(twice))

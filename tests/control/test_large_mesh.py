@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 import pytest
 import yaml
 
+from pykmesh.cli import diff
 from pykmesh.node.mesh import Options
 from tests.control import kernel_view
 from tests.control.kernel_view import Address, Entry, View
-from tests.control.mesh_node import ALL, running, until
+from tests.control.mesh_node import ALL, MeshNode, running, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.kernel, pytest.mark.usefixtures("one_event_loop")]
 
@@ -121,13 +124,28 @@ async def test_every_entry_is_as_the_yaml_says_at_first_and_after_a_change(tmp_p
         said = kernel_view.read(node.maps_dir)
         assert said.services == wanted.services
         assert said.addresses == wanted.addresses
+        found = await _compared(node)
+        assert found[diff.SAID] == ([], {"resources": 11_000}, 0)
+        endpoints = {"endpoints": len(kernel_view.read_raw(node.maps_dir)["endpoints"])}
+        assert found[diff.HELD] == ([], {"services": 1000, "addresses": 12_100, **endpoints}, 0)
 
         temporary = tmp_path / "new"
         changed = [found for batch in manifests(random.Random(8)) for found in batch[:-2]][: 100 * (PODS - 1)]
         temporary.write_text(yaml.dump_all(changed, Dumper=dumper))
         temporary.rename(folder / "0000.yaml")
         wanted = expected(folder)
+        while_it_changes = await _compared(node)
+        assert [found.differences for found in while_it_changes.values()] == [[], []]
         await until("the change", lambda: _read(node.maps_dir) == wanted, 60)
+
+
+async def _compared(node: MeshNode) -> dict[str, diff.Compared]:
+    """What `pykmesh diff` finds."""
+    looks = {diff.SAID: diff.said, diff.HELD: diff.held}
+    return {
+        name: await anyio.to_thread.run_sync(diff.compare, partial(look, node.instance))
+        for name, look in looks.items()
+    }
 
 
 def _read(maps_dir: Path) -> View | None:

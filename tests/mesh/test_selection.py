@@ -1,4 +1,4 @@
-"""Who sees which service, and whom a client, a busy endpoint or a refused connection leads to. Real connects."""
+"""Who sees which service; where a client, a busy endpoint or a refused connection leads. Real connects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.mesh.node import Node, python, serve, until
 
 VIP, VIP6 = "240.11.0.1", "fd11::1"
 REFUSE_S = 2.0
-# Connected datagram sockets: getsockopt shows no peer but the service's, the kernel's table shows where it goes.
+# Connected datagram sockets: their peer's name is the service's, the kernel's table shows where they go.
 PEERS = """
 import json, socket, sys
 found = []
@@ -91,6 +91,8 @@ def test_of_services_at_one_address_each_namespace_sees_its_own(clients: Clients
         assert peers(clients.shop, address) == {"10.9.1.1"}
         assert peers(clients.bank, address) == {"10.9.1.2"}
         assert peers(clients.stranger, address) <= {"10.9.1.1", "10.9.1.2"}
+        for client in (clients.shop, clients.bank, clients.stranger):
+            assert explained(node, client, address) == peers(client, address)
     node.write("entries", text(entry("bank", "10.9.1.2")))
     node.until_endpoints("shop/choice.example", set())
     for client in (clients.shop, clients.bank, clients.stranger):
@@ -107,6 +109,9 @@ def test_a_hidden_service_is_seen_by_its_namespace_alone(clients: Clients, entri
         assert peers(clients.shop, asked) == {"10.9.2.1"}
         assert peers(clients.bank, asked) == {asked}, "as an address that nobody knows"
         assert peers(clients.stranger, asked) == {asked}
+        assert explained(node, clients.shop, asked) == {"10.9.2.1"}
+        assert explained(node, clients.bank, asked) == explained(node, clients.stranger, asked) == set()
+        assert node.cli("diff").returncode == 0
         # A public one of another namespace beside it is seen by all others.
         both = (
             entry("shop", "10.9.2.1", annotations=hidden, address=address),
@@ -233,6 +238,14 @@ def peers(client: Pod, address: str, count: int = 20) -> set[str]:
     found = json.loads(python(client, PEERS.format(count=count, address=address, family=family), 60))
     assert len(found) == count
     return {each.removeprefix("::ffff:") for each in found}
+
+
+def explained(node: Node, client: Pod, address: str) -> set[str]:
+    """The endpoints that `pykmesh explain` says the client may get; none where it is left alone."""
+    to = f"[{address}]:80" if ":" in address else f"{address}:80"
+    found = node.json("explain", str(client.address4), to)
+    assert found["outcome"] in ("connected", "left alone")
+    return {each["endpoint"].rpartition(":")[0] for each in found["endpoints"]}
 
 
 def peers_after(client: Pod, address: str, rest_s: float) -> str:

@@ -60,7 +60,7 @@ def test_every_command_shows_where_its_instance_is_told(command: str) -> None:
 @pytest.mark.parametrize("behind", [False, True])
 def test_every_command_takes_it_in_both_places(command: str, behind: bool) -> None:
     place = ["--instance", "no name"]
-    arguments = ["services"] if command == "get" else []
+    arguments = {"get": ["services"], "explain": ["-", "10.0.0.1:80"]}.get(command, [])
     words = [command, *arguments, *place] if behind else [*place, command, *arguments]
     assert said(*words).startswith("Error: instance name 'no name'")
 

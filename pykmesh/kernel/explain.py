@@ -1,0 +1,287 @@
+"""The decision of the programs, told step by step with the entries that decide: bpf/choose.h in Python.
+
+Pure: it is given what the maps say. Each function here is the one of the same name there, so a change
+there is one here; tests/mesh/test_explain.py holds both against each other.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Final, NamedTuple, Protocol
+
+from pykmesh.kernel.layout import AddressKind, Reason, ServiceFlag, flag_text
+from pykmesh.kernel.records import (
+    ADDRESS_KEY,
+    ADDRESS_VALUE,
+    ENDPOINT_KEY,
+    ENDPOINT_SHARE,
+    ENDPOINT_VALUE,
+    RANGE_KEY,
+    RANGE_VALUE,
+    SERVICE_KEY,
+    SERVICE_VALUE,
+    Ip,
+    ip_to_text,
+    is_v4,
+    port_bytes,
+    port_number,
+)
+
+SLOTS_MAX: Final = 1 << 20
+"""More slots of a list are not looked at: no map has room for them."""
+_WHOLE: Final = 1 << 32
+
+
+class Tables(Protocol):
+    """The maps by name. In `ranges` the longest prefix that a key has is found."""
+
+    def get(self, name: str, key: bytes) -> bytes | None: ...
+
+
+class Destination(NamedTuple):
+    ip: Ip
+    port: int
+
+    def __str__(self) -> str:
+        text = ip_to_text(self.ip)
+        return f"[{text}]:{self.port}" if ":" in text else f"{text}:{self.port}"
+
+
+class Step(NamedTuple):
+    """A map that was asked, for what, the entry that was there, and what follows from it."""
+
+    map: str
+    asked: str
+    found: str
+    means: str
+
+
+class Endpoint(NamedTuple):
+    """A slot of a list: of all draws, `share` end in it (0 to 1)."""
+
+    slot: int
+    to: Destination
+    share: float
+
+
+class Choice(NamedTuple):
+    """What becomes of a connection. `rewrite`: it goes to one of the endpoints; `service`: their list."""
+
+    reason: Reason
+    rewrite: bool = False
+    service: int = 0
+    endpoints: tuple[Endpoint, ...] = ()
+
+    @property
+    def is_refusal(self) -> bool:
+        return self.reason not in (Reason.ROUTED, Reason.PASSTHROUGH)
+
+
+class Client(NamedTuple):
+    """Who connects: the id of its network, and the pod's address; None when it is no enrolled pod."""
+
+    network: int = 0
+    ip: Ip | None = None
+
+
+class _Service(NamedTuple):
+    id: int
+    endpoints: int
+    verdict: Reason
+    flags: ServiceFlag
+
+
+class _Address(NamedTuple):
+    kind: int = 0
+    verdict: Reason = Reason.ROUTED
+    view: int = 0
+    scoped: bool = False
+
+
+NOTHING: Final = "nothing"
+
+
+class Chooser:
+    """One decision; `steps` has those that were taken."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self.steps: list[Step] = []
+
+    def _tell(self, name: str, asked: str, found: str, means: str) -> None:
+        self.steps.append(Step(name, asked, found, means))
+
+    def choose(self, to: Destination, client: Client) -> Choice:
+        """For connect()."""
+        found = self._find_service(to, client)
+        if isinstance(found, Reason):
+            return Choice(found)
+        if found.verdict is not Reason.ROUTED:
+            return Choice(found.verdict, service=found.id)
+        if not found.endpoints:
+            return Choice(Reason.NO_ENDPOINT, service=found.id)
+        endpoints = self._endpoints(found.id, found.endpoints)
+        if not endpoints:
+            return Choice(Reason.ENDPOINT_VANISHED, service=found.id)
+        return Choice(Reason.ROUTED, rewrite=True, service=found.id, endpoints=endpoints)
+
+    def choose_datagram(self, to: Destination, client: Client) -> Choice:
+        """For sendto() of a socket that is not connected (bpf/datagram.h), and sends there first."""
+        found = self.choose(to, client)
+        if found.rewrite and any(is_v4(to.ip) != is_v4(each.to.ip) for each in found.endpoints):
+            self._tell("endpoints", str(to), "addresses of the other family", "sendto() cannot go there")
+            return found._replace(reason=Reason.FAMILY, rewrite=False)
+        return found
+
+    def _find_service(self, to: Destination, client: Client) -> _Service | Reason:
+        """The service's port, or what becomes of a connection to what is none."""
+        key = SERVICE_KEY.pack(to.ip, client.network, port_bytes(to.port))
+        for looked in (False, True):
+            service = self._read_service(key)
+            if service is None and (widened := self._widen(key)) is not None:
+                key = widened
+                service = self._read_service(key)
+            scoped = bool(service.flags & ServiceFlag.SCOPED) if service else self._read_address(key).scoped
+            if scoped and not looked and (view := self._look_from(client, to)) is not None:
+                key = view
+                continue
+            return service if service is not None else self._unserved_verdict(key)
+        raise AssertionError("a client looks at most twice")
+
+    def _look_from(self, client: Client, to: Destination) -> bytes | None:
+        """The key in the view of the client's own namespace, where that sees another service there."""
+        if client.ip is None:
+            return None
+        own = self._read_address(SERVICE_KEY.pack(client.ip, client.network, port_bytes(0)))
+        if own.kind != AddressKind.WORKLOAD or not own.view:
+            return None
+        key = SERVICE_KEY.pack(to.ip, own.view, port_bytes(to.port))
+        in_range = self._tables.get("ranges", RANGE_KEY.pack(160, own.view, to.ip)) is not None
+        if not self._read_address(key).kind and not in_range:
+            return None
+        self._tell(
+            "addresses",
+            f"{ip_to_text(client.ip)}{_in_network(client.network)}",
+            f"a workload's, looks in network {own.view:08x} first",
+            "its namespace sees another service there",
+        )
+        return key
+
+    def _read_service(self, key: bytes) -> _Service | None:
+        ip, network, port = SERVICE_KEY.unpack(key)
+        asked = f"{Destination(ip, port_number(port))}{_in_network(network)}"
+        value = self._tables.get("services", key)
+        if value is None:
+            self._tell("services", asked, NOTHING, "no port of a service")
+            return None
+        if not value.startswith(key):
+            self._tell("services", asked, "an entry of another key", "as if there were none")
+            return None
+        number, endpoints, verdict, flags, affinity_s = SERVICE_VALUE.unpack(value)
+        found = _Service(number, endpoints, Reason(verdict), ServiceFlag(flags))
+        means = _means(found.verdict) if found.verdict is not Reason.ROUTED else _drawn(found, affinity_s)
+        if found.verdict is Reason.ROUTED and not endpoints:
+            means = _means(Reason.NO_ENDPOINT)
+        self._tell(
+            "services",
+            asked,
+            f"list {number:016x}, {endpoints} endpoints, {found.verdict.label}"
+            + (f", {flag_text(flags)}" if flags else ""),
+            means,
+        )
+        return found
+
+    def _read_address(self, key: bytes) -> _Address:
+        """Of the address and the network in a key of `services`; kind 0 when it is unknown."""
+        ip, network, _ = SERVICE_KEY.unpack(key)
+        key = ADDRESS_KEY.pack(ip, network)
+        value = self._tables.get("addresses", key)
+        if value is None:
+            return _Address()
+        if not value.startswith(key):
+            return _Address(AddressKind.SERVICE)
+        kind, verdict, view, scoped = ADDRESS_VALUE.unpack(value)
+        return _Address(kind, Reason(verdict), view, bool(scoped))
+
+    def _widen(self, key: bytes) -> bytes | None:
+        ip, network, port = SERVICE_KEY.unpack(key)
+        asked = f"{ip_to_text(ip)}{_in_network(network)}"
+        value = self._tables.get("ranges", RANGE_KEY.pack(160, network, ip))
+        if value is None:
+            self._tell("ranges", asked, NOTHING, "in no range of a service")
+            return None
+        first, own_network = RANGE_VALUE.unpack(value)
+        found = f"the range that begins with {ip_to_text(first)}, as network {own_network:08x}"
+        if self._read_address(key).kind == AddressKind.SERVICE:
+            self._tell("ranges", asked, found, "not used: the address is a service's by itself")
+            return None
+        self._tell("ranges", asked, found, "the range's service is looked for")
+        return SERVICE_KEY.pack(first, own_network, port)
+
+    def _unserved_verdict(self, key: bytes) -> Reason:
+        ip, network, _ = SERVICE_KEY.unpack(key)
+        asked = f"{ip_to_text(ip)}{_in_network(network)}"
+        kind, verdict, _, _ = self._read_address(key)
+        if not kind:
+            self._tell("addresses", asked, NOTHING, "not of the mesh: left alone")
+            return Reason.ROUTED
+        of_service = kind == AddressKind.SERVICE
+        found = f"{_WHOSE.get(kind, f'kind {kind}')}, {verdict.label}"
+        if of_service and verdict is Reason.ROUTED:
+            verdict = Reason.NO_PORT
+        means = "left alone" if verdict is Reason.ROUTED else _means(verdict)
+        self._tell("addresses", asked, found, means)
+        return verdict
+
+    def _read_endpoint(self, service: int, slot: int) -> tuple[Destination, int, int] | None:
+        """Where it is, and of 2^32 draws the slot that others go to, and how many stay (0: all)."""
+        value = self._tables.get("endpoints", ENDPOINT_KEY.pack(service, slot))
+        if value is None:
+            return None
+        owner, ip, port = ENDPOINT_VALUE.unpack(value)
+        other, share = ENDPOINT_SHARE.unpack(value)
+        return (Destination(ip, port_number(port)), other, share) if owner == service else None
+
+    def _endpoints(self, service: int, count: int) -> tuple[Endpoint, ...]:
+        """Every slot that may be drawn (`draw_endpoint`), with its share of the draws that succeed."""
+        count = min(count, SLOTS_MAX)
+        slots = {slot: self._read_endpoint(service, slot) for slot in range(count)}
+        shares: defaultdict[int, float] = defaultdict(float)
+        for slot, drawn in list(slots.items()):
+            if drawn is None:
+                continue
+            _, other, share = drawn
+            stays = share / _WHOLE if share else 1.0
+            shares[slot] += stays / count
+            if stays < 1:
+                shares[other] += (1 - stays) / count
+                slots.setdefault(other, self._read_endpoint(service, other))
+        held = {slot: drawn[0] for slot, drawn in slots.items() if drawn is not None and shares[slot]}
+        whole = sum(shares[slot] for slot in held)
+        lost = sum(drawn is None for drawn in slots.values())
+        what = f"{len(held)} endpoints" + (f", {lost} slots that are not the list's" if lost else "")
+        means = "one is drawn" if held else _means(Reason.ENDPOINT_VANISHED)
+        self._tell("endpoints", f"list {service:016x}", what, means)
+        return tuple(Endpoint(slot, to, shares[slot] / whole) for slot, to in held.items())
+
+
+_WHOSE: Final = {
+    int(AddressKind.SERVICE): "a service's",
+    int(AddressKind.WORKLOAD): "a workload's",
+    int(AddressKind.HIDDEN): "that of services which only some namespaces see",
+}
+
+
+def _drawn(service: _Service, affinity_s: int) -> str:
+    how = "an endpoint is drawn"
+    if service.flags & ServiceFlag.LEAST_CONNECTIONS:
+        how = "of two endpoints drawn the one with fewer open connections is taken"
+    return f"{how}; a client keeps its own for {affinity_s} s" if affinity_s else how
+
+
+def _in_network(network: int) -> str:
+    return f" in network {network:08x}" if network else ""
+
+
+def _means(verdict: Reason) -> str:
+    return "left alone" if verdict is Reason.PASSTHROUGH else f"refused: {verdict.label}"

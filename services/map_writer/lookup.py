@@ -1,0 +1,122 @@
+"""One service, list or workload by name: what `pykmesh explain` asks.
+
+Who is an endpoint is read from what is desired; why another member is none follows its rules here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from pykmesh.contracts.address import Service, Workload, workload_message
+from pykmesh.kernel.records import ip_to_text, is_v4
+from pykmesh.proto import workload_pb2
+from services.map_writer.desired import PortId, Rules, desired_service, target_port
+from services.map_writer.locality import is_ranked, locality, rank
+from services.map_writer.mesh import Mesh, raw_of
+
+V4: Final = 4
+_SCOPES: Final[dict[int, str]] = {number: name for name, number in workload_pb2.LoadBalancing.Scope.items()}
+
+
+def services(mesh: Mesh, name: str) -> list[dict[str, Any]]:
+    """By `namespace/hostname`, hostname, or `name.namespace`."""
+    return [
+        {
+            "service": service.name,
+            "addresses": [[network, ip_to_text(ip)] for network, ip in service.vips]
+            + [[found.network, ip_to_text(found.ip)] for found in service.ranges],
+            "ports": [port for port, _ in service.ports],
+        }
+        for service in mesh.services.values()
+        if name in (service.name, service.hostname, _short(service))
+    ]
+
+
+def _short(service: Service) -> str:
+    return f"{service.hostname.partition('.')[0]}.{service.name.partition('/')[0]}"
+
+
+def workloads(mesh: Mesh, name: str) -> list[dict[str, Any]]:
+    """By uid, or `namespace/name`."""
+    if name in mesh.workloads:
+        return [_workload(mesh.workload(name))]
+    namespace, _, own = name.partition("/")
+    begins = workload_pb2.Workload(name=own, namespace=namespace).SerializeToString()
+    found = [uid for uid, value in mesh.workloads.items() if begins in raw_of(value)]
+    called = ((uid, workload_message(raw_of(mesh.workloads[uid]))) for uid in found)
+    return [
+        _workload(mesh.workload(uid))
+        for uid, message in called
+        if (message.namespace, message.name) == (namespace, own)
+    ]
+
+
+def _workload(workload: Workload) -> dict[str, Any]:
+    message = workload_message(workload.raw)
+    return {
+        "uid": workload.uid,
+        "name": f"{message.namespace}/{message.name}",
+        "network": workload.network,
+        "addresses": [ip_to_text(ip) for ip in workload.addresses],
+    }
+
+
+def members(mesh: Mesh, owners: Mapping[int, PortId], rules: Rules, list_id: int) -> dict[str, Any] | None:
+    """The service of a list and all its workloads: whether each is in the list, or why it is not."""
+    owner = owners.get(list_id)
+    service = mesh.services.get(owner.service) if owner else None
+    if owner is None or service is None:
+        return None
+    used = set(desired_service(mesh, service.name, rules).lists.get(list_id, {}).values())
+    return {
+        "service": service.name,
+        "port": owner.port,
+        "family": owner.family,
+        "mode": service.mode.name,
+        "scopes": [_SCOPES[scope] for scope in service.scopes],
+        "here": mesh.here._asdict(),
+        "members": [
+            {
+                **_workload(member),
+                "addresses": [ip_to_text(ip) for ip in mesh.addresses_of(member)],
+                "healthy": member.healthy,
+                "weight": member.capacity,
+                "locality": _where(member),
+                "matches": _matches(mesh, service, member),
+                "unused": None
+                if member.uid in used
+                else "; ".join(_obstacles(mesh, service, rules, owner, member)),
+            }
+            for member in mesh.members_of(service.name)
+        ],
+    }
+
+
+def _where(member: Workload) -> str:
+    found = locality(member.raw)
+    return "/".join(part for part in (found.region, found.zone, found.subzone, found.node) if part)
+
+
+def _obstacles(mesh: Mesh, service: Service, rules: Rules, owner: PortId, member: Workload) -> Iterator[str]:
+    """What keeps it out by itself; where nothing does, others are nearer, or the list had no room."""
+    if not member.healthy and not service.allows_unhealthy:
+        yield "unhealthy"
+    if member.capacity == 0:
+        yield "weight 0"
+    if member.network != rules.network:
+        yield f"in network {member.network or '(none)'}, not {rules.network or '(none)'}"
+    if rules.refuse_unenforced_policy and mesh.has_policy(member):
+        yield "has policies"
+    if member.hostname and not mesh.addresses_of(member):
+        yield f"host name {member.hostname} is not known"
+    if not target_port(member.services, service.name, owner.port, dict(service.ports).get(owner.port, 0)):
+        yield f"serves no port {owner.port}"
+    if not any(is_v4(ip) == (owner.family == V4) for ip in mesh.addresses_of(member)):
+        yield f"has no IPv{owner.family} address"
+    if is_ranked(service) and (matched := _matches(mesh, service, member)) < len(service.scopes):
+        yield f"too far: {matched} of {len(service.scopes)} match"
+
+
+def _matches(mesh: Mesh, service: Service, member: Workload) -> int:
+    return rank(service.scopes, mesh.here, locality(member.raw))
