@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from enum import IntEnum
 from sys import intern
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar, cast
 
 import msgspec
 from google.protobuf.message import DecodeError
@@ -205,28 +205,32 @@ def _service(message: workload_pb2.ServiceOutline) -> Service:
     if families > Families.DUAL:
         raise FieldError("service.ip_families", f"{families} is not a valid Families")
     mode, scopes, allows_unhealthy = _load_balancing[message.load_balancing]
-    vips = list(map(_vip, message.addresses))
+    vips = tuple(map(_vip, message.addresses))
+    ranges: tuple[Range, ...] = ()
+    if Range in map(type, vips):
+        ranges = tuple([vip for vip in vips if isinstance(vip, Range)])
+        vips = tuple([vip for vip in vips if not isinstance(vip, Range)])
     return Service(
-        name=f"{namespace}/{hostname}",
-        hostname=hostname,
-        vips=tuple([vip for vip in vips if not isinstance(vip, Range)]),
-        ranges=tuple([vip for vip in vips if isinstance(vip, Range)]),
-        ports=tuple(dict(map(_port.__getitem__, message.ports)).items()),
-        families=_FAMILIES[families],
-        mode=mode,
-        scopes=scopes,
-        allows_unhealthy=allows_unhealthy,
-        has_waypoint=message.HasField("waypoint") or bool(message.weighted_waypoints),
-        canonical=message.canonical,
-        hidden=_is_hidden(message.visibility),
-        selection=_selection(message.extensions) if message.extensions else _ANY,
+        f"{namespace}/{hostname}",
+        hostname,
+        cast("tuple[tuple[str, Ip], ...]", vips),
+        ranges,
+        tuple(dict(map(_port.__getitem__, message.ports)).items()),
+        _FAMILIES[families],
+        mode,
+        scopes,
+        allows_unhealthy,
+        message.HasField("waypoint") or bool(message.weighted_waypoints),
+        message.canonical,
+        _is_hidden(message.visibility),
+        _selection(message.extensions) if message.extensions else _ANY,
     )
 
 
 def _is_hidden(visibility: int) -> bool:
     if visibility > 1:
         raise FieldError("service.visibility", f"{visibility} is unknown")
-    return visibility == 1
+    return bool(visibility)
 
 
 def _selection(extensions: Iterable[bytes]) -> Selection:

@@ -22,7 +22,7 @@ from services.xds_client.store import Held, Store
 INVALID_ARGUMENT: Final = 3
 DETAIL_CHARACTERS: Final = 4000
 RESOURCE_BYTES_MAX: Final = 4 * 1024 * 1024
-PART_RESOURCES: Final = 2000
+PART_RESOURCES: Final = 4096
 NO_NAME: Final = "(no name)"
 _TYPES: Final = {url: kind for kind, url in TYPE_URLS.items()}
 Request = discovery_pb2.DeltaDiscoveryRequest
