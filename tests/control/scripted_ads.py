@@ -81,12 +81,14 @@ class Conversation:
     async def run(self) -> None:
         reader = asyncio.create_task(self._read_all())
         either: list[asyncio.Future[Any]] = [reader, self.ending]
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        reader.cancel()
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            reader.cancel()
+            self._plane.note_unanswered(sent.response for queue in self._sent.values() for sent in queue)
+            self.ended.set()
         with contextlib.suppress(asyncio.CancelledError):
             await reader
-        self._plane.note_unanswered(sent.response for queue in self._sent.values() for sent in queue)
-        self.ended.set()
         if self.ending.done() and self.ending.result() is not grpc.StatusCode.OK:
             await self._context.abort(self.ending.result(), "as the test wants it")
 
