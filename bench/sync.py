@@ -27,6 +27,8 @@ from pykmesh.kernel.maps import PinnedMap
 from tests.mesh.node import Node
 
 POLL_S = 50e-6
+DEFAULT_ROOM = 250_000
+"""Pods for which the maps' default sizes do."""
 
 
 class ControlPlane:
@@ -104,7 +106,7 @@ def cpu_s(pids: list[int]) -> float:
 def measure(services: int, pods: int, pushes: int, rate: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         plane = ControlPlane(services, pods)
-        node = Node(Path(directory), "--xds-address", f"127.0.0.1:{plane.port}")
+        node = Node(Path(directory), "--xds-address", f"127.0.0.1:{plane.port}", *_room(services, pods))
         try:
             node.start()
             plane.until_acked("first")
@@ -137,6 +139,15 @@ def measure(services: int, pods: int, pushes: int, rate: float) -> dict[str, Any
         finally:
             node.end()
             plane.end()
+
+
+def _room(services: int, pods: int) -> list[str]:
+    """Maps twice as large as the mesh needs, where the defaults are not; an answer that waits for them."""
+    if services * pods <= DEFAULT_ROOM:
+        return []
+    needed = {"services_max": services, "endpoints_max": services * pods, "addresses_max": services * pods}
+    words = [f"{name}={2 * number}" for name, number in needed.items()] + ["report_deadline_s=120"]
+    return [word for setting in words for word in ("--set", setting)]
 
 
 def _pushes(plane: ControlPlane, held: PinnedMap, count: int) -> dict[str, Any]:
