@@ -266,6 +266,7 @@ def _network(number: int) -> str:
         for network in ("", "other")
         for namespace in NAMESPACES
     }
+    known |= {f"\0{bits}": f"/{bits}" for bits in range(129)}
     return {network_id(name): shown for name, shown in known.items()}[number]
 
 
