@@ -106,7 +106,7 @@ def cpu_s(pids: list[int]) -> float:
 def measure(services: int, pods: int, pushes: int, rate: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         plane = ControlPlane(services, pods)
-        node = Node(Path(directory), "--xds-address", f"127.0.0.1:{plane.port}", *_room(services, pods))
+        node = Node(Path(directory), "--xds-address", f"127.0.0.1:{plane.port}", *room(services, pods))
         try:
             node.start()
             plane.until_acked("first")
@@ -141,7 +141,7 @@ def measure(services: int, pods: int, pushes: int, rate: float) -> dict[str, Any
             plane.end()
 
 
-def _room(services: int, pods: int) -> list[str]:
+def room(services: int, pods: int) -> list[str]:
     """Maps twice as large as the mesh needs, where the defaults are not; an answer that waits for them."""
     if services * pods <= DEFAULT_ROOM:
         return []
