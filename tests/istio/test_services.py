@@ -99,7 +99,7 @@ def test_a_service_entry_selects_pods(mesh: Mesh, namespace: Namespace) -> None:
     }
     del selecting["spec"]["endpoints"]
     namespace.apply(selecting, workload(server))
-    mesh.node.until_endpoints(f"{namespace.name}/chosen.example", at(8081, server))
+    mesh.node.until_endpoints(f"{namespace.name}/chosen.example", {f"{server.address4}:8081"})
     assert answers(mesh.client, "240.10.1.2") == {server.name}
 
 
