@@ -71,8 +71,8 @@ class ApiServer:
             if error.status != http.HTTPStatus.NOT_FOUND:
                 raise
 
-    def token(self, pod: Object) -> str:
-        """Of the pod's service account for istiod, bound to the pod as a projected volume's is."""
+    def token(self, pod: Object, audience: str = ISTIO_AUDIENCE) -> str:
+        """Of the pod's service account, bound to the pod as a projected volume's is."""
         made = self.get(pod)
         account = _object("ServiceAccount", made["spec"]["serviceAccountName"], made["metadata"]["namespace"])
         bound = {"kind": "Pod", "apiVersion": "v1", "name": made["metadata"]["name"]}
@@ -80,7 +80,7 @@ class ApiServer:
             "apiVersion": "authentication.k8s.io/v1",
             "kind": "TokenRequest",
             "spec": {
-                "audiences": [ISTIO_AUDIENCE],
+                "audiences": [audience],
                 "boundObjectRef": {**bound, "uid": made["metadata"]["uid"]},
             },
         }
