@@ -87,8 +87,8 @@ class ControlPlane:
         assert self.istiod.is_running, f"istiod has ended:\n{self.istiod.tail()}"
         self.istiod.end()
 
-    def start_istiod(self) -> None:
-        """On the same ports each time; it serves when this returns."""
+    def start_istiod(self, **environment: str) -> None:
+        """On the same ports each time; it serves when this returns. `environment` is over the usual one."""
         listen = {
             "grpcAddr": "xds",
             "secureGRPCAddr": "xds_tls",
@@ -105,9 +105,8 @@ class ControlPlane:
             "--meshConfig", self._directory / "mesh.yaml",
             "--networksConfig", self._directory / "none.yaml",
         ]  # fmt: skip
-        istiod = self._start(
-            "istiod", words, {"PATH": os.environ["PATH"], "HOME": str(self._directory), **_ISTIOD}
-        )
+        own = {"PATH": os.environ["PATH"], "HOME": str(self._directory)}
+        istiod = self._start("istiod", words, {**own, **_ISTIOD, **environment})
         istiod.until(lambda: _is_ok(self._ports["http"], "/ready"), "readiness")
 
     def write_root_certificate(self, path: Path) -> None:

@@ -85,3 +85,20 @@ def test_what_goes_while_istiod_is_away_is_gone_when_it_is_back(
     assert answers(mesh.client, address) == {mesh.web[0].name}
     found = finish(prober)
     assert found["failed"] == 0, found["errors"]
+
+
+def test_an_istiod_without_ambient_is_named_while_traffic_goes_on(
+    mesh: Mesh, control_plane: ControlPlane, known: Namespace
+) -> None:
+    prober = probe(mesh.client, known.vips("web")[0], 80)
+    control_plane.stop_istiod()
+    control_plane.start_istiod(PILOT_ENABLE_AMBIENT="false")
+    try:
+        wanted = "ztunnel requires PILOT_ENABLE_AMBIENT=true"
+        until(lambda: wanted in str(client_status(mesh)["errors"]), "told")
+    finally:
+        control_plane.stop_istiod()
+        control_plane.start_istiod()
+    until(lambda: client_status(mesh)["connected"], "connected")
+    found = finish(prober)
+    assert found["failed"] == 0, found["errors"]
