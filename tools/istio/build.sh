@@ -8,9 +8,9 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 tools=${PYKMESH_ISTIO_TOOLS:-$HOME/.cache/pykmesh/istio-tools}
 
-fail() {
-	echo "istio-tools: $*" >&2
-	exit 1
+no_go() { # EX_UNAVAILABLE, for who wants to pass over it
+	echo "istio-tools: $*: etcd, kube-apiserver and istiod are built with $wanted or newer (https://go.dev/dl)" >&2
+	exit 69
 }
 
 say() { printf '%5d s  %s\n' $SECONDS "$*"; }
@@ -20,11 +20,10 @@ required() { awk -v module="$2" '$1 == "require" {$0 = $2 " " $3} $1 == module {
 need_go() { # the one that the modules ask for, or a newer one
 	local wanted found
 	wanted=$(awk '$1 == "go" {print $2}' "$here"/*/go.mod | sort -V | tail -n 1)
-	command -v go >/dev/null || fail "Go is missing: $wanted or newer is needed to build them (https://go.dev/dl)"
-	found=$(cd "$here/istiod" && go env GOVERSION 2>&1) || fail "Go $wanted or newer is needed: $(tail -n 1 <<<"$found")"
+	command -v go >/dev/null || no_go "Go is missing"
+	found=$(cd "$here/istiod" && go env GOVERSION 2>&1) || no_go "$(tail -n 1 <<<"$found")"
 	found=${found#go}
-	[ "$(printf '%s\n' "$wanted" "${found%% *}" | sort -V | head -n 1)" = "$wanted" ] ||
-		fail "Go $found is too old: $wanted or newer is needed to build them (https://go.dev/dl)"
+	[ "$(printf '%s\n' "$wanted" "${found%% *}" | sort -V | head -n 1)" = "$wanted" ] || no_go "Go $found is too old"
 }
 
 build() { # build MODULE FILE PACKAGE LDFLAGS [FLAG...]: one command, into the folder in the making
