@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OBJECTS := pykmesh/kernel/objects
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup build run demo test check format proto bench clean test-compose
+.PHONY: setup build run demo test check format proto bench clean test-compose istio-tools test-istio
 
 run: setup
 	$(Q)$(BIN)/pykmesh demo
@@ -55,6 +55,12 @@ bench: setup
 
 test-compose: setup
 	$(Q)tests/compose/run.sh
+
+istio-tools:
+	$(Q)tools/istio/build.sh
+
+test-istio: setup
+	$(Q)$(BIN)/python -m pytest $(TEST_ARGS) tests/istio
 
 clean:
 	$(Q)rm -rf build $(OBJECTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from itertools import islice
 from typing import Any
 
 import click
@@ -14,6 +15,8 @@ from pykmesh.cli.output import age, output_option, show
 from pykmesh.node.instance import Instance, how_to_start
 
 STATUS_VERSION = 1
+POLICIES_NAMED = 3
+"""In a line of `status`; `-o json` has all."""
 _STATUS_COLUMNS = ("PROCESS", "VERSION", "READY", "RESTARTS", "WAITS FOR", "LAST SYNC", "ERRORS", "DETAIL")
 
 
@@ -125,6 +128,9 @@ def _detail(name: str, process: dict[str, Any]) -> str:
     if name == "map_writer" and "services" in process:
         policy = process["policy_not_enforced"]
         note = f", POLICY NOT ENFORCED for {policy} workloads" if policy else ""
+        missing = process["policies_missing"]
+        named = [*islice(missing, POLICIES_NAMED), *(["…"] if len(missing) > POLICIES_NAMED else [])]
+        note += f", POLICY NOT SENT: {', '.join(named)}" if missing else ""
         refused = f", {len(process['refused'])} refused" if process["refused"] else ""
         return f"{process['services']} services, {process['workloads']} workloads{refused}{note}"
     if name == "bpf_loader" and "enrolled" in process:

@@ -275,6 +275,7 @@ class MapWriter:
             "locality": mesh.here._asdict(),
             "policies": len(mesh.policies),
             "policy_not_enforced": mesh.unenforced(),
+            "policies_missing": mesh.missing_policies(),
             "maps": {
                 name: [size, limit]
                 for name, size, limit in zip(Limits._fields, held.sizes, self.maps.limits, strict=True)
@@ -298,6 +299,11 @@ class MapWriter:
             "mesh_policy_unenforced_workloads",
             "Workloads with policies, which are not enforced.",
             mesh.unenforced(),
+        )
+        yield metrics.gauge(
+            "mesh_policies_missing",
+            "Policies that workloads name and the control plane has not sent.",
+            len(mesh.missing_policies()),
         )
 
 

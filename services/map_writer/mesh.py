@@ -90,6 +90,7 @@ class Mesh:
         """Such workloads."""
         self.pod_owners: dict[Place, Owners] = {}
         self._named_policies = 0
+        self._policy_users: Counter[str] = Counter()
         self._without_policies: Counter[str] = Counter()
 
     def as_it_is(self) -> Mesh:
@@ -400,6 +401,10 @@ class Mesh:
         scopes = self._policy_scopes()
         return "" in scopes or workload.namespace in scopes
 
+    def missing_policies(self) -> dict[str, int]:
+        """Policies that workloads name and nobody has sent, and how many workloads name each."""
+        return {name: users for name, users in self._policy_users.items() if name not in self.policies}
+
     def _policy_scopes(self) -> set[str]:
         """Namespaces with policies for all that is in them; "" for everything."""
         return {policy.namespace for policy in self.policies.values() if policy.namespace is not None}
@@ -409,6 +414,10 @@ class Mesh:
             self._named_policies += step
         else:
             self._without_policies[workload.namespace] += step
+        for name in workload.policies:
+            self._policy_users[name] += step
+            if not self._policy_users[name]:
+                del self._policy_users[name]
 
 
 def _copied(part: Any) -> Any:

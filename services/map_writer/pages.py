@@ -171,6 +171,7 @@ def _workload(mesh: Mesh, workload: Workload) -> dict[str, Any]:
         "healthy": workload.healthy,
         "services": {name: {str(p): t for p, t in ports} for name, ports in workload.services},
         "policy_not_enforced": mesh.has_policy(workload),
+        "policies_missing": [name for name in workload.policies if name not in mesh.policies],
     }
 
 

@@ -108,12 +108,16 @@ class XdsClient:
         except grpc.aio.AioRpcError as error:
             code, detail = error.code(), error.details()
             self._exhausted |= code is grpc.StatusCode.RESOURCE_EXHAUSTED
-            if code in _ORDINARY or any(word in (detail or "").lower() for word in _ORDINARY_DETAILS):
+            if any(word in (detail or "").lower() for word in _ORDINARY_DETAILS) or (
+                code in _ORDINARY and self._understood
+            ):
                 log.info("stream_ended", code=code.name, detail=detail)
                 return True
+            # Of an ordinary code, before anything came: a refusal. istiod without ambient says UNKNOWN.
             self._runtime.note_error(
                 "stream_failed", address=self._settings.xds_address, code=code.name, detail=detail
             )
+            return code in _ORDINARY
         return False
 
     async def _follow(self, stream: connection.Stream) -> bool:

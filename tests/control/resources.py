@@ -36,12 +36,18 @@ def service_message(
 
 
 def pod_message(
-    name: str, *addresses: str, services: Sequence[str] = (), namespace: str = "shop", healthy: bool = True
+    name: str,
+    *addresses: str,
+    services: Sequence[str] = (),
+    policies: Sequence[str] = (),
+    namespace: str = "shop",
+    healthy: bool = True,
 ) -> workload_pb2.Address:
     message = workload_pb2.Address()
     found = message.workload
     found.uid, found.name, found.namespace = uid(name, namespace), name, namespace
     found.addresses.extend(ipaddress.ip_address(address).packed for address in addresses)
+    found.authorization_policies.extend(policies)
     found.status = workload_pb2.HEALTHY if healthy else workload_pb2.UNHEALTHY
     for service in services:
         found.services[host(service, namespace)].ports.add(service_port=80, target_port=8080)
@@ -52,8 +58,14 @@ def service(name: str, *vips: str, ports: Mapping[int, int] | None = None) -> Re
     return resource(host(name), service_message(name, *vips, ports=ports).SerializeToString())
 
 
-def pod(name: str, *addresses: str, services: Sequence[str] = (), healthy: bool = True) -> Resource:
-    message = pod_message(name, *addresses, services=services, healthy=healthy)
+def pod(
+    name: str,
+    *addresses: str,
+    services: Sequence[str] = (),
+    policies: Sequence[str] = (),
+    healthy: bool = True,
+) -> Resource:
+    message = pod_message(name, *addresses, services=services, policies=policies, healthy=healthy)
     return resource(uid(name), message.SerializeToString(deterministic=True))
 
 

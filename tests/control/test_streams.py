@@ -56,6 +56,19 @@ async def test_after_an_ordinary_end_it_comes_back_at_once_with_all_versions(
     assert (await held.node.page("xds_client"))["errors"] == []
 
 
+async def test_a_control_plane_that_ends_a_stream_before_it_said_anything_is_told_with_its_words(
+    held: Client,
+) -> None:
+    held.plane.answers_subscriptions = False
+    number = len(held.plane.streams)
+    await held.plane.stream.end()
+    stream = await held.plane.next_stream(number)
+    await stream.end(grpc.StatusCode.UNKNOWN)  # istiod without ambient: "ztunnel requires …"
+    said = await held.node.until_page("xds_client", lambda said: said["errors"], "told")
+    assert said["errors"][-1]["event"] == "stream_failed"
+    assert (said["errors"][-1]["code"], said["errors"][-1]["detail"]) == ("UNKNOWN", "as the test wants it")
+
+
 async def test_a_failure_after_a_response_does_not_lengthen_the_next_back_off(held: Client) -> None:
     for _ in range(8):
         assert (await held.plane.push()).accepted

@@ -111,11 +111,11 @@ async def _until_view(node: Any, holds: Any) -> None:
     await until("maps as they should be", lambda: holds(kernel_view.read(node.maps_dir)))
 
 
-async def _unconfirmed_acks(node: MeshNode) -> float:
+async def _metric(node: MeshNode, process: str, name: str) -> float:
     """As Prometheus is told."""
-    text = await anyio.to_thread.run_sync(_scraped, node.instance.ports.xds_client)
+    text = await anyio.to_thread.run_sync(_scraped, getattr(node.instance.ports, process))
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-    (found,) = [sample for sample in samples if sample.name == "mesh_xds_unconfirmed_acks_total"]
+    (found,) = [sample for sample in samples if sample.name == name]
     return found.value
 
 
@@ -144,7 +144,8 @@ async def test_while_map_writer_is_stopped_answers_come_after_its_absence_and_st
         assert status["map_writer"] == "away"
         assert status["not_in_kernel"] == 2
         assert status["unconfirmed_acks"] == earlier["unconfirmed_acks"] + 2
-        assert await _unconfirmed_acks(mesh.node) == status["unconfirmed_acks"]
+        unconfirmed = await _metric(mesh.node, "xds_client", "mesh_xds_unconfirmed_acks_total")
+        assert unconfirmed == status["unconfirmed_acks"]
         assert _said_unconfirmed(mesh.node) == said + 1, "the first of a series"
         assert kernel_view.read(mesh.node.maps_dir) == before
     finally:
@@ -190,6 +191,28 @@ async def test_a_client_that_restarts_without_map_writer_says_that_nothing_is_in
     finally:
         mesh.node.signal("map_writer", signal.SIGCONT)
     await mesh.node.until_page("xds_client", lambda said: said["not_in_kernel"] == 0, "followed again")
+
+
+async def test_a_policy_that_a_workload_names_and_nobody_sent_is_told(mesh: Whole) -> None:
+    api = pod("api", "10.1.0.1", policies=["shop/sent", "shop/missing"])
+    await mesh.plane.push(api, pod("web", "10.1.0.2"))
+    assert await _missing(mesh.node) == {"shop/sent": 1, "shop/missing": 1}
+    await mesh.plane.push(policy("sent"), type_url=AUTHORIZATION)
+    assert await _missing(mesh.node) == {"shop/missing": 1}
+    workloads = await mesh.node.page("map_writer", "/workloads")
+    assert {w["name"]: w["policies_missing"] for w in workloads} == {"api": ["shop/missing"], "web": []}
+    await mesh.plane.push(policy("missing"), type_url=AUTHORIZATION)
+    assert await _missing(mesh.node) == {}
+    await mesh.plane.push(removed=["shop/sent"], type_url=AUTHORIZATION)
+    assert await _missing(mesh.node) == {"shop/sent": 1}
+    await mesh.plane.push(removed=[uid("api")])
+    assert await _missing(mesh.node) == {}
+
+
+async def _missing(node: MeshNode) -> dict[str, int]:
+    found: dict[str, int] = (await node.page("map_writer"))["policies_missing"]
+    assert await _metric(node, "map_writer", "mesh_policies_missing") == len(found)
+    return found
 
 
 @pytest.mark.parametrize("padding", [30_000, 3_000_000])

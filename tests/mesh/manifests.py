@@ -18,7 +18,8 @@ def pod(
 ) -> Object:
     status: Object = {"phase": "Running", "podIPs": [{"ip": address} for address in addresses]}
     status["conditions"] = [{"type": "Ready", "status": "True" if ready else "False"}]
-    container = {"name": "main", "ports": [{"name": n, "containerPort": p} for n, p in (ports or {}).items()]}
+    named = [{"name": n, "containerPort": p} for n, p in (ports or {}).items()]
+    container = {"name": "main", "image": "none", "ports": named}
     return {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -29,18 +30,18 @@ def pod(
 
 
 def service(name: str, *addresses: str, app: str, ports: dict[int, int | str]) -> Object:
+    """Without addresses: of both families, chosen by who serves it."""
     families = ["IPv6" if ":" in address else "IPv4" for address in addresses if address != "None"]
     spec: Object = {
-        "clusterIP": addresses[0],
-        "clusterIPs": list(addresses),
         "selector": {"app": app},
         "ports": [{"name": f"p{port}", "port": port, "targetPort": target} for port, target in ports.items()],
     }
+    if addresses:
+        spec |= {"clusterIP": addresses[0], "clusterIPs": list(addresses)}
     if families:
-        spec |= {
-            "ipFamilies": families,
-            "ipFamilyPolicy": "RequireDualStack" if len(families) > 1 else "SingleStack",
-        }
+        spec["ipFamilies"] = families
+    if "None" not in addresses:
+        spec["ipFamilyPolicy"] = "SingleStack" if len(families) == 1 else "RequireDualStack"
     return {
         "apiVersion": "v1",
         "kind": "Service",

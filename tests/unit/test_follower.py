@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Coroutine
 from typing import Any
 
@@ -33,7 +33,8 @@ def address(seed: int) -> Resource:
     name, variant = _NAMES[seed % 4], seed // 4 % 5
     if seed % 3:
         members = [other for bit, other in enumerate(_NAMES) if variant >> bit & 1]
-        found = pod(f"p-{name}", f"10.1.0.{variant + 1}", services=members)
+        named = [f"shop/{other}" for other in members] if variant % 2 else []
+        found = pod(f"p-{name}", f"10.1.0.{variant + 1}", services=members, policies=named)
     else:
         found = service(name, f"10.96.0.{variant + 1}")
     return Resource(found.name, found.resource.value)
@@ -182,6 +183,10 @@ def _assert_same(world: World) -> None:
     assert mesh.policies == {
         name: decode_policy(name, found.value) for name, found in held[ResourceType.AUTHORIZATION].items()
     }
+    named = Counter(
+        policy for found in wanted.values() if isinstance(found, Workload) for policy in found.policies
+    )
+    assert mesh.missing_policies() == {name: n for name, n in named.items() if name not in mesh.policies}
     one_by_one = Mesh()
     for name, found in wanted.items():
         one_by_one.put(name, found, Touched())
