@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import http.client
 import os
+import random
 import secrets
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final, Self
 
@@ -23,6 +24,7 @@ from tests.istio.processes import Process
 SERVER_NAME: Final = "istiod.istio-system.svc"
 """In the certificate of istiod's TLS port."""
 _SERVICE_ADDRESSES: Final = "10.96.0.0/16,fd00:10:96::/112"
+FIRST_PORT: Final = 20_000
 _PORTS: Final = ("etcd", "etcd_peers", "api", "xds", "xds_tls", "http", "monitoring")
 _ISTIOD: Final = {
     "PILOT_ENABLE_AMBIENT": "true",
@@ -200,7 +202,15 @@ def _is_ok(port: int, path: str) -> bool:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports of loopback that were free a moment ago."""
+    """Free, and none that the kernel gives to a client meanwhile: istiod comes back on its own."""
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    candidates = [*range(FIRST_PORT, first), *range(last + 1, 65536)]
+    found: list[int] = []
     with ExitStack() as held:
-        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [found.getsockname()[1] for found in sockets]
+        for port in random.sample(candidates, len(candidates)):
+            with suppress(OSError):
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+                found.append(port)
+            if len(found) == count:
+                return found
+    raise AssertionError(f"no {count} ports are free outside of {first} to {last}")

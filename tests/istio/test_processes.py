@@ -26,9 +26,13 @@ def test_a_process_ends_with_its_parent_that_is_killed(tmp_path: Path) -> None:
     with subprocess.Popen(words, cwd=root, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
-        assert _runs(child)
+        until(lambda: Path(f"/proc/{child}/comm").read_text() == "sleep\n", "tied, by setpriv")
         os.kill(parent.pid, signal.SIGKILL)
-    until(lambda: not _runs(child), "ended")
+    try:
+        until(lambda: not _runs(child), "ended", 5)
+    finally:
+        if _runs(child):
+            os.kill(child, signal.SIGKILL)
 
 
 def test_a_process_that_ends_is_told_with_what_it_wrote(tmp_path: Path) -> None:
