@@ -456,8 +456,10 @@ def test_one_cgroup_that_cannot_be_mended_keeps_no_other_from_it(loader: Loader,
     other = loader.network.add("other", 20)
     broken, whole = (loader.enroll(each.cgroup, each.netns) for each in (pod, other))
     names = {each: loader.links / f"{each.cgroup_id}@{each.netns_cookie}" for each in (broken, whole)}
-    for directory in names.values():
+    for each, directory in zip((pod, other), names.values(), strict=True):
         (directory / PIN).unlink()
+        # The kernel takes what nothing holds off its cgroup a moment later.
+        until(lambda e=each: attached(e.cgroup) == len(HOOKS) - 1, "detached")
     (names[broken] / PIN).mkdir()
     try:
         with capture_logs() as logs:
