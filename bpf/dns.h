@@ -3,13 +3,14 @@
  * Called by connect, sendmsg, recvmsg and getpeername: what an enrolled pod asks of port 53 goes to the DNS
  * proxy, which listens in the pod's own network namespace; the answer comes from the server that was asked.
  *
- * The proxy has DNS_SLOTS ports in a namespace. A server that is asked gets one of them, for all sockets of
- * the namespace: so the port says which server was meant, to the proxy and on the way back, and a socket may
- * talk to several servers at once.
+ * The proxy has DNS_SLOTS ports in a namespace, half of them of either family. A server that is asked gets
+ * one of them, for all sockets of the namespace: so the port says which server was meant, to the proxy and on
+ * the way back, and a socket may talk to several servers at once.
  *
  * Reads `dns_listeners`; writes `dns_servers`. Fails open, to the server itself: where the proxy has not
  * listened here yet, has been silent for DNS_SILENCE_NS, or is gone (its socket is looked for), when more
- * servers are asked than there are slots, and for a socket that is bound to a device.
+ * servers are asked than there are slots, for a socket that is bound to a device, and for a server that is
+ * known by its link alone.
  */
 #pragma once
 
@@ -61,22 +62,26 @@ static __noinline __u32 dns_port_for(struct bpf_sock_addr *ctx, const struct des
 	for (slot = 0; slot < DNS_SLOTS; slot++) {
 		struct dns_listener *listener;
 		struct dns_server *server;
-		__be16 port;
 
 		key.slot = slot;
 		listener = bpf_map_lookup_elem(&dns_listeners, &key);
-		if (!listener || now - listener->beat_ns > DNS_SILENCE_NS)
+		if (!listener || listener->is_6 == is_4 || now - listener->beat_ns > DNS_SILENCE_NS)
 			continue;
-		port = is_4 ? listener->port4 : listener->port6;
 		server = bpf_map_lookup_elem(&dns_servers, &key);
 		if (!server) {
 			bpf_map_update_elem(&dns_servers, &key, &wanted, BPF_NOEXIST);
 			server = bpf_map_lookup_elem(&dns_servers, &key);
 		}
 		if (server && ip_equal(&server->address, &to->address))
-			return port;
+			return listener->port;
 	}
 	return 0;
+}
+
+/* Which link is meant would be lost. */
+static __always_inline bool is_link_local(const struct ip *address)
+{
+	return (address->word[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000);
 }
 
 /* True when a question to `to` goes to `proxy`. */
@@ -86,7 +91,7 @@ static __always_inline bool dns_redirect(struct bpf_sock_addr *ctx, const struct
 	bool is_4 = ip_is_v4(&to->address);
 	struct bpf_sock *sk = ctx->sk;
 
-	if (to->port != DNS_PORT || !sk || sk->bound_dev_if)
+	if (to->port != DNS_PORT || !sk || sk->bound_dev_if || is_link_local(&to->address))
 		return false;
 	proxy->port = dns_port_for(ctx, to);
 	if (!proxy->port || !dns_listens(ctx, is_4, proxy->port))
@@ -112,7 +117,7 @@ static __noinline bool dns_restore(struct bpf_sock_addr *ctx, struct destination
 
 		key.slot = slot;
 		listener = bpf_map_lookup_elem(&dns_listeners, &key);
-		if (!listener || (is_4 ? listener->port4 : listener->port6) != from->port)
+		if (!listener || listener->is_6 == is_4 || listener->port != from->port)
 			continue;
 		server = bpf_map_lookup_elem(&dns_servers, &key);
 		if (!server)

@@ -186,7 +186,8 @@ struct affinity_value {
 };
 
 enum dns_limit {
-	DNS_SLOTS = 4, /* servers of names that a network namespace may ask by way of the proxy */
+	/* Servers of names that a network namespace may ask by way of the proxy, of both families. */
+	DNS_SLOTS = 8,
 };
 
 struct dns_key {
@@ -195,11 +196,11 @@ struct dns_key {
 	__u32 pad;
 };
 
-/* Where the proxy listens in a network namespace, on 127.0.0.1 and ::1, UDP and TCP. */
+/* Where the proxy listens in a network namespace, on 127.0.0.1 or ::1, UDP and TCP. */
 struct dns_listener {
 	__u64 beat_ns; /* CLOCK_MONOTONIC, when the proxy was last well */
-	__be16 port4;  /* 0: it does not listen there */
-	__be16 port6;
+	__be16 port;
+	__u16 is_6; /* 1: for servers with IPv6 addresses, on ::1 */
 	__u32 pad;
 	__u8 reserved[8];
 };

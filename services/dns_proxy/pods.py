@@ -34,7 +34,7 @@ from pykmesh.kernel.records import (
     port_number,
 )
 from services.dns_proxy.resolver import Client, Resolver
-from services.dns_proxy.slots import NO_PORTS, Ports, Slot, listen
+from services.dns_proxy.slots import Slot, listen
 
 log = structlog.get_logger(__name__)
 
@@ -192,7 +192,7 @@ class Pods:
             if cookie not in namespaces:
                 self._tell(cookie, "no process of the pod is there yet")
         for cookie, netns_fd in namespaces.items():
-            wanted = [(number, self._ports_before(cookie, number)) for number in range(DNS_SLOTS)]
+            wanted = [(number, self._port_before(cookie, number)) for number in range(DNS_SLOTS)]
             try:
                 slots = await anyio.to_thread.run_sync(listen, netns_fd, cookie, wanted)
             except OSError as error:
@@ -203,7 +203,7 @@ class Pods:
             pod = self._pods[cookie] = Pod(cookie, client, slots)
             self._told.pop(cookie, None)
             tasks.start_soon(pod.serve, self._resolver)
-            log.info("pod_served", netns_cookie=cookie, ports=[slot.ports.v4 for slot in slots])
+            log.info("pod_served", netns_cookie=cookie, ports=[slot.port for slot in slots])
         self._beat()
 
     def _tell(self, cookie: int, why: str) -> None:
@@ -211,13 +211,10 @@ class Pods:
             log.info("pod_not_served", netns_cookie=cookie, why=why)
         self._told[cookie] = why
 
-    def _ports_before(self, cookie: int, number: int) -> Ports:
-        """Those of the process before this one: sockets that are connected to them go on."""
+    def _port_before(self, cookie: int, number: int) -> int:
+        """That of the process before this one: sockets that are connected to it go on. 0: none."""
         value = self._pins.listeners.get(DNS_KEY.pack(cookie, number))
-        if value is None:
-            return NO_PORTS
-        _, port4, port6 = DNS_LISTENER.unpack(value)
-        return Ports(port_number(port4), port_number(port6))
+        return 0 if value is None else port_number(DNS_LISTENER.unpack(value)[1])
 
     def _server_of(self, slot: Slot) -> bytes | None:
         value = self._pins.servers.get(slot.key)
@@ -240,9 +237,7 @@ class Pods:
         pod.end(resting)
         self._pins.servers.remove(resting.key)
         try:
-            [slot] = await anyio.to_thread.run_sync(
-                listen, pod.client.netns_fd, pod.cookie, [(number, NO_PORTS)]
-            )
+            [slot] = await anyio.to_thread.run_sync(listen, pod.client.netns_fd, pod.cookie, [(number, 0)])
         except OSError as error:
             log.warning("slot_lost", netns_cookie=pod.cookie, slot=number, error=str(error))
             return

@@ -18,7 +18,7 @@ from pykmesh.kernel.records import ip_to_text
 from services.dns_proxy import wire
 from services.dns_proxy.answers import Answers
 from services.dns_proxy.health import Health
-from services.dns_proxy.slots import Pair, Slot
+from services.dns_proxy.slots import Slot
 from services.dns_proxy.upstream import ServerSilentError, Target, Upstream, UpstreamError, receive, send
 
 log = structlog.get_logger(__name__)
@@ -59,9 +59,8 @@ class Resolver:
         """Runs until cancelled."""
         turn = anyio.Semaphore(OPEN_OF_POD_MAX)
         async with anyio.create_task_group() as tasks:
-            for pair in slot.pairs:
-                tasks.start_soon(self._datagrams, pair, slot, client, turn, tasks)
-                tasks.start_soon(self._connections, pair, slot, client, turn, tasks)
+            tasks.start_soon(self._datagrams, slot, client, turn, tasks)
+            tasks.start_soon(self._connections, slot, client, turn, tasks)
 
     @contextlib.contextmanager
     def _counted(self, turn: anyio.Semaphore) -> Iterator[None]:
@@ -82,18 +81,18 @@ class Resolver:
         return False
 
     async def _datagrams(
-        self, pair: Pair, slot: Slot, client: Client, turn: anyio.Semaphore, tasks: anyio.abc.TaskGroup
+        self, slot: Slot, client: Client, turn: anyio.Semaphore, tasks: anyio.abc.TaskGroup
     ) -> None:
         while True:
-            await anyio.wait_readable(pair.udp)
+            await anyio.wait_readable(slot.udp)
             with contextlib.suppress(BlockingIOError):
                 for _ in range(BURST):
-                    data, sender = pair.udp.recvfrom(wire.MESSAGE_BYTES_MAX)
+                    data, sender = slot.udp.recvfrom(wire.MESSAGE_BYTES_MAX)
                     if len(data) >= wire.HEADER_BYTES and self._has_room(turn):
-                        tasks.start_soon(self._answer_datagram, pair, slot, client, turn, data, sender)
+                        tasks.start_soon(self._answer_datagram, slot, client, turn, data, sender)
 
     async def _answer_datagram(
-        self, pair: Pair, slot: Slot, client: Client, turn: anyio.Semaphore, data: bytes, sender: Any
+        self, slot: Slot, client: Client, turn: anyio.Semaphore, data: bytes, sender: Any
     ) -> None:
         with self._counted(turn), contextlib.suppress(ServerSilentError):
             found = await self._prepare(slot, client, data)
@@ -108,15 +107,15 @@ class Resolver:
                     log.debug("upstream_failed", error=str(error))
                     reply = wire.failure(data)
             with contextlib.suppress(OSError):  # its asker has gone, or takes no more
-                pair.udp.sendto(reply, sender)
+                slot.udp.sendto(reply, sender)
 
     async def _connections(
-        self, pair: Pair, slot: Slot, client: Client, turn: anyio.Semaphore, tasks: anyio.abc.TaskGroup
+        self, slot: Slot, client: Client, turn: anyio.Semaphore, tasks: anyio.abc.TaskGroup
     ) -> None:
         while True:
-            await anyio.wait_readable(pair.tcp)
+            await anyio.wait_readable(slot.tcp)
             try:
-                connection, _ = pair.tcp.accept()
+                connection, _ = slot.tcp.accept()
             except OSError:  # it went again
                 continue
             connection.setblocking(False)

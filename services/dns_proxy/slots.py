@@ -7,77 +7,49 @@ import errno
 import socket
 import time
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 from pykmesh.kernel.netns import run_in
-from pykmesh.kernel.records import DNS_KEY, DNS_LISTENER, port_bytes
+from pykmesh.kernel.records import DNS_KEY, DNS_LISTENER, DNS_SLOTS, port_bytes
 
 TRIES: Final = 8
 BACKLOG: Final = 64
 _LOOPBACK: Final = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
 
 
-class Pair(NamedTuple):
-    """UDP and TCP at one port of one family."""
-
-    udp: socket.socket
-    tcp: socket.socket
-
-    @property
-    def port(self) -> int:
-        return int(self.udp.getsockname()[1])
-
-
-class Ports(NamedTuple):
-    """0: not listened on."""
-
-    v4: int
-    v6: int
-
-
-NO_PORTS: Final = Ports(0, 0)
-
-
 class Slot:
-    """The listening sockets of one slot in one network namespace. `used_at`: when a question came last."""
+    """UDP and TCP at one port of one slot in one network namespace. `used_at`: when a question came last."""
 
-    def __init__(self, key: bytes, pairs: list[Pair]) -> None:
+    def __init__(self, key: bytes, udp: socket.socket, tcp: socket.socket) -> None:
         self.key = key
-        self.pairs = pairs
+        self.udp = udp
+        self.tcp = tcp
+        self.port = int(udp.getsockname()[1])
         self.used_at = time.monotonic()
-
-    @property
-    def ports(self) -> Ports:
-        by_family = {pair.udp.family: pair.port for pair in self.pairs}
-        return Ports(by_family.get(socket.AF_INET, 0), by_family.get(socket.AF_INET6, 0))
 
     def value(self, beat_ns: int) -> bytes:
         """What the programs read."""
-        ports = self.ports
-        return DNS_LISTENER.pack(beat_ns, port_bytes(ports.v4), port_bytes(ports.v6))
+        return DNS_LISTENER.pack(beat_ns, port_bytes(self.port), self.udp.family == socket.AF_INET6)
 
     def close(self) -> None:
-        for pair in self.pairs:
-            pair.udp.close()
-            pair.tcp.close()
+        self.udp.close()
+        self.tcp.close()
 
 
-def listen(netns_fd: int, cookie: int, wanted: Sequence[tuple[int, Ports]]) -> list[Slot]:
+def listen(netns_fd: int, cookie: int, wanted: Sequence[tuple[int, int]]) -> list[Slot]:
     """Opens slots, by number, at the ports wanted or, where these are taken or 0, at others.
 
-    A pod without loopback addresses of a family is not listened to in that family. OSError.
+    The first half are IPv4's. A pod without the loopback address of a family has none of it. OSError.
     """
 
     def inside() -> list[Slot]:
         with contextlib.ExitStack() as undo:
             slots = []
-            for number, ports in wanted:
-                slot = Slot(DNS_KEY.pack(cookie, number), [])
-                undo.callback(slot.close)
-                for family, port in ((socket.AF_INET, ports.v4), (socket.AF_INET6, ports.v6)):
-                    with contextlib.suppress(_NoSuchFamilyError):
-                        slot.pairs.append(_pair(family, port))
-                slots.append(slot)
+            for number, port in wanted:
+                family = socket.AF_INET if number < DNS_SLOTS // 2 else socket.AF_INET6
+                with contextlib.suppress(_NoSuchFamilyError):
+                    slots.append(Slot(DNS_KEY.pack(cookie, number), *_pair(family, port)))
+                    undo.callback(slots[-1].close)
             undo.pop_all()
         return slots
 
@@ -88,8 +60,8 @@ class _NoSuchFamilyError(Exception):
     """Neither kernel nor namespace have the family's loopback address."""
 
 
-def _pair(family: int, wanted: int) -> Pair:
-    """A port that is free for both."""
+def _pair(family: int, wanted: int) -> tuple[socket.socket, socket.socket]:
+    """UDP and TCP at a port that is free for both."""
     for port in (wanted, *[0] * TRIES):
         with contextlib.ExitStack() as undo:
             try:
@@ -103,7 +75,7 @@ def _pair(family: int, wanted: int) -> Pair:
                     raise
                 continue
             undo.pop_all()
-            return Pair(udp, tcp)
+            return udp, tcp
     raise OSError(errno.EADDRINUSE, "no port is free for UDP and TCP")
 
 
