@@ -25,6 +25,8 @@ TTL_S: Final = 30
 UDP_BYTES_MIN: Final = 512
 MESSAGE_BYTES_MAX: Final = 65535
 HEADER_BYTES: Final = 12
+_RECORD_BYTES: Final = (16, 28)
+"""Of an A and an AAAA record whose name stood in the message before."""
 _TRANSFERS: Final = frozenset({dns.rdatatype.AXFR, dns.rdatatype.IXFR})
 
 
@@ -66,10 +68,21 @@ def read(data: bytes) -> Query | None:
 
 
 def answer(query: Query, addresses: Sequence[str], alias: str, max_bytes: int) -> bytes:
-    """Addresses in the order given, perhaps none; at `alias` when the asked name is one for it.
+    """Addresses, perhaps none, in any order; at `alias` when the asked name is one for it.
 
-    What does not fit is left away, and the message says so (TC).
+    Of more than fit the first come, and the message says so (TC): not every resolver asks again by TCP.
     """
+    whole = _answer(query, addresses, alias).to_wire(max_size=MESSAGE_BYTES_MAX)
+    if len(whole) <= max_bytes:
+        return whole
+    each = _RECORD_BYTES[query.is_6]
+    fitting = (max_bytes - len(whole)) // each + len(addresses)
+    part = _answer(query, addresses[: max(fitting, 0)], alias)
+    part.flags |= dns.flags.TC
+    return part.to_wire(max_size=max_bytes, prefer_truncation=True)
+
+
+def _answer(query: Query, addresses: Sequence[str], alias: str) -> dns.message.Message:
     message = dns.message.make_response(query.message, recursion_available=True)
     message.flags |= dns.flags.AA
     owner = query.message.question[0].name
@@ -81,7 +94,7 @@ def answer(query: Query, addresses: Sequence[str], alias: str, max_bytes: int) -
     if addresses:
         kind = dns.rdtypes.IN.AAAA.AAAA if query.is_6 else dns.rdtypes.IN.A.A
         message.answer.append(_records(owner, [kind(dns.rdataclass.IN, query.kind, ip) for ip in addresses]))
-    return message.to_wire(max_size=max_bytes, prefer_truncation=True)
+    return message
 
 
 def _records(owner: dns.name.Name, found: Collection[dns.rdata.Rdata]) -> dns.rrset.RRset:

@@ -68,6 +68,17 @@ import socket, sys
 for name in sys.argv[1:]:
     print(name, *sorted({place[0] for *_, place in socket.getaddrinfo(name, 80, type=socket.SOCK_STREAM)}))
 """
+# Asks again by the same unconnected socket, which musl does.
+ASK_AGAIN = """
+import socket, sys, dns.message
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(0.3)
+wire = dns.message.make_query("other.test", "A").to_wire()
+for _ in range(30):
+    s.sendto(wire, (sys.argv[1], 53))
+    try: data, source = s.recvfrom(4096)
+    except TimeoutError: continue
+    print(dns.message.from_wire(data).answer[0][0]); break
+"""
 # Resolves again and again until told to end; what failed is counted.
 LOOK_UP_ON = """
 import signal, socket, sys, time
@@ -342,22 +353,24 @@ def test_killing_the_proxy_again_and_again_fails_no_resolution(names: Names) -> 
     process.send_signal(signal.SIGTERM)
     asked, failed = process.communicate(timeout=30)[0].split(" ", 1)
     assert failed.strip() == "[]"
-    assert int(asked) > 100
+    assert int(asked) > 10
 
 
-def test_a_proxy_that_stands_still_fails_no_resolution(names: Names) -> None:
+def test_a_proxy_that_stands_still_is_passed_by_within_a_second(names: Names) -> None:
     server, pid = str(names.servers[0].address4), names.node.pid_of("dns_proxy")
     until(lambda: is_served(names.client, server), "the client to be served")
-    process = looking_up(names, "other.test.")
     os.kill(pid, signal.SIGSTOP)
     try:
-        until(lambda: asks_directly(names.client, server), "questions to go past it")
+        assert run(ASK_AGAIN, names.client, server) == ["192.0.2.1"]
+        process = looking_up(names, "other.test.")
+        assert asks_directly(names.client, server)
     finally:
         os.kill(pid, signal.SIGCONT)
-    process.send_signal(signal.SIGTERM)
-    _, failed = process.communicate(timeout=30)[0].split(" ", 1)
-    assert failed.strip() == "[]"
     until(lambda: is_served(names.client, server), "the client to be served again")
+    process.send_signal(signal.SIGTERM)
+    asked, failed = process.communicate(timeout=30)[0].split(" ", 1)
+    assert failed.strip() == "[]"
+    assert int(asked) > 10
 
 
 def asks_directly(pod: Pod, server: str) -> bool:
