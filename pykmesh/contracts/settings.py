@@ -117,6 +117,8 @@ class DnsProxySettings(CommonSettings, frozen=True, kw_only=True):
     """How long map_writer is waited for; then the server that the pod asked is asked."""
     upstream_timeout_s: float = 5.0
     """How long a server's answer is waited for."""
+    slot_rest_s: float = 60.0
+    """Where a pod asks more servers than there is room for, one that was not asked for so long gives way."""
 
 
 class ControlPlaneSettings(CommonSettings, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -40,8 +41,6 @@ log = structlog.get_logger(__name__)
 
 BEAT_S: Final = 0.2
 LOOK_S: Final = 0.5
-REST_S: Final = 60.0
-"""A slot whose server was not asked for so long is freed when all are taken."""
 
 
 class Pins:
@@ -98,10 +97,11 @@ class Pod:
 
 
 class Pods:
-    def __init__(self, opened: Pins, enroll_socket: Path, resolver: Resolver) -> None:
+    def __init__(self, opened: Pins, enroll_socket: Path, resolver: Resolver, rest_s: float) -> None:
         self._pins = opened
         self._enroll_socket = enroll_socket
         self._resolver = resolver
+        self._rest_s = rest_s
         self._pods: dict[int, Pod] = {}
         self._told: dict[int, str] = {}
         self.loader_error = ""
@@ -221,15 +221,19 @@ class Pods:
         return None if value is None else bytes(DNS_SERVER.unpack(value)[0])
 
     async def _free_one(self, pod: Pod) -> None:
-        """Where all slots are taken, the one that rested longest gets other ports and no server.
+        """Where all slots of a family are taken, the one that rested longest gets another port and no server.
 
         First the programs stop to name it, then it ends: a question never meets another server's port.
         """
-        resting = min(pod.slots, key=lambda slot: slot.used_at)
-        if time.monotonic() - resting.used_at < REST_S or any(
-            self._server_of(slot) is None for slot in pod.slots
-        ):
-            return
+        for family in (socket.AF_INET, socket.AF_INET6):
+            slots = [slot for slot in pod.slots if slot.udp.family == family]
+            resting = min(slots, key=lambda slot: slot.used_at, default=None)
+            if resting is None or time.monotonic() - resting.used_at < self._rest_s:
+                continue
+            if all(self._server_of(slot) is not None for slot in slots):
+                await self._free(pod, resting)
+
+    async def _free(self, pod: Pod, resting: Slot) -> None:
         number = DNS_KEY.unpack(resting.key)[1]
         pod.slots.remove(resting)
         self._pins.listeners.remove(resting.key)

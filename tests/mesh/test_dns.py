@@ -422,3 +422,30 @@ def test_questions_are_counted(names: Names, other: Pod) -> None:
     assert grown["istio_dns_upstream_failures_total"] == 1
     assert grown["istio_dns_upstream_request_duration_seconds_count"] == 2
     assert after['mesh_map_entries{map="dns_listeners"}'] >= 4
+
+
+def test_a_server_that_is_asked_no_more_gives_way(tmp_path: Path) -> None:
+    node = Node(tmp_path, subnet=44)
+    try:
+        with node.network as network:
+            client, *servers = (network.add(name, at) for at, name in enumerate(("client", "one", "two"), 50))
+            for number, server in enumerate(servers, 1):
+                start_server(server, number)
+            first, last = (str(server.address4) for server in servers)
+            node.write(
+                "all",
+                text(
+                    pod("client", *addresses(client), app="client"),
+                    service("web", VIP4, VIP6, app="nobody", ports={80: 8080}),
+                ),
+            )
+            node.start("--dns", "--set", "slot_rest_s=2")
+            enroll(node, client)
+            until(lambda: is_served(client, first), "the client to be served")
+            for number in (1, 2, 3):
+                assert is_served(client, f"10.9.9.{number}")
+            assert ask(client, last, f"{WEB}/A") == ["NOERROR 192.0.2.2"]
+            until(lambda: is_served(client, last), "a server to give way")
+            assert ask(client, last, "other.test/A") == ["NOERROR 192.0.2.2"]
+    finally:
+        node.end()
