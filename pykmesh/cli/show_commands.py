@@ -132,6 +132,9 @@ def _detail(name: str, process: dict[str, Any]) -> str:
         return f"{process['services']} services, {process['workloads']} workloads{refused}{note}"
     if name == "bpf_loader" and "enrolled" in process:
         return f"{len(process['enrolled'])} enrolled"
+    if name == "dns_proxy" and "pods" in process:
+        waiting = f", {len(process['waiting'])} waiting" if process["waiting"] else ""
+        return f"{process['pods']} pods{waiting}, {process['answered']} of {process['requests']} answered"
     if name == "nats" and process["pid"]:
         return f"pid {process['pid']}"
     if name == "control_plane":

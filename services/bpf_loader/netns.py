@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -54,15 +55,17 @@ def of_cookie(cgroup: Path, cookie: int) -> int | None:
     seen: set[int] = set()
     for inner in cgroups.with_descendants(cgroup):
         for pid in _processes(inner):
-            try:
-                fd = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
-            except OSError:
-                continue
-            number = os.fstat(fd).st_ino
-            if number not in seen and run_in(fd, own_cookie) == cookie:
-                return fd
-            seen.add(number)
-            os.close(fd)
+            with contextlib.ExitStack() as opened:
+                try:
+                    fd = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
+                except OSError:
+                    continue
+                opened.callback(os.close, fd)
+                number = os.fstat(fd).st_ino
+                if number not in seen and run_in(fd, own_cookie) == cookie:
+                    opened.pop_all()
+                    return fd
+                seen.add(number)
     return None
 
 

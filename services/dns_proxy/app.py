@@ -40,7 +40,7 @@ async def run(runtime: Runtime[DnsProxySettings]) -> None:
     resolver = Resolver(answers, Upstream(settings.upstream_timeout_s, health), health)
     opened = await _open_pins(runtime)
     with contextlib.closing(opened):
-        pods = Pods(opened, settings.enroll_socket, resolver, settings.slot_rest_s)
+        pods = Pods(opened, settings.enroll_socket, resolver, settings.slot_rest_s, runtime.note_error)
         runtime.details = lambda: {**pods.status(), **_status(answers, resolver, health)}
         metrics.add_page(runtime.admin, lambda: _health(health, pods, resolver))
         async with anyio.create_task_group() as tasks:

@@ -10,7 +10,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ from prometheus_client.core import Metric
 from pykmesh import metrics
 from pykmesh.contracts.enrollment import EnrollmentError, ask_for_namespaces
 from pykmesh.kernel import pins
-from pykmesh.kernel.maps import PinnedMap
+from pykmesh.kernel.maps import MapFullError, PinnedMap
 from pykmesh.kernel.records import (
     DNS_KEY,
     DNS_LISTENER,
@@ -97,11 +97,19 @@ class Pod:
 
 
 class Pods:
-    def __init__(self, opened: Pins, enroll_socket: Path, resolver: Resolver, rest_s: float) -> None:
+    def __init__(
+        self,
+        opened: Pins,
+        enroll_socket: Path,
+        resolver: Resolver,
+        rest_s: float,
+        note_error: Callable[..., None],
+    ) -> None:
         self._pins = opened
         self._enroll_socket = enroll_socket
         self._resolver = resolver
         self._rest_s = rest_s
+        self._note_error = note_error
         self._pods: dict[int, Pod] = {}
         self._told: dict[int, str] = {}
         self.loader_error = ""
@@ -143,10 +151,13 @@ class Pods:
         """From the event loop: where that stands still, the beat is missing."""
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         slots = [slot for pod in self._pods.values() for slot in pod.slots]
-        if slots:
-            self._pins.listeners.write(
-                b"".join(slot.key for slot in slots), b"".join(slot.value(now) for slot in slots)
-            )
+        if not slots:
+            return
+        keys, values = (slot.key for slot in slots), (slot.value(now) for slot in slots)
+        try:
+            self._pins.listeners.write(b"".join(keys), b"".join(values))
+        except MapFullError as error:
+            self._note_error("dns_listeners_full", error=error, effect="some pods ask past the proxy")
 
     def _end(self) -> None:
         """Questions go past the proxy from here on."""

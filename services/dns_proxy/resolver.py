@@ -6,7 +6,7 @@ import contextlib
 import random
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 import anyio
@@ -131,20 +131,21 @@ class Resolver:
             while (data := await receive(connection, IDLE_S)) is not None:
                 if len(data) < wire.HEADER_BYTES:
                     return
-                async for reply in self._stream_of_replies(slot, client, data):
-                    await send(connection, reply, IDLE_S)
+                async with contextlib.aclosing(self._replies(slot, client, data)) as replies:
+                    async for reply in replies:
+                        await send(connection, reply, IDLE_S)
 
-    async def _stream_of_replies(self, slot: Slot, client: Client, data: bytes) -> AsyncIterator[bytes]:
+    async def _replies(self, slot: Slot, client: Client, data: bytes) -> AsyncGenerator[bytes, None]:
         found = await self._prepare(slot, client, data)
         if found.answer is not None:
             yield found.answer(wire.MESSAGE_BYTES_MAX)
             return
         is_transfer = found.query is not None and found.query.is_transfer
+        stream = self._upstream.ask_by_stream(client.netns_fd, found.targets, data, until_closed=is_transfer)
         try:
-            async for reply in self._upstream.ask_by_stream(
-                client.netns_fd, found.targets, data, until_closed=is_transfer
-            ):
-                yield reply
+            async with contextlib.aclosing(stream) as replies:
+                async for reply in replies:
+                    yield reply
         except ServerSilentError:
             raise
         except UpstreamError as error:

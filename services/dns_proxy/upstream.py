@@ -12,7 +12,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Final
 
 import anyio
@@ -70,7 +70,7 @@ class Upstream:
 
     async def ask_by_stream(
         self, netns_fd: int, targets: Sequence[Target], query: bytes, *, until_closed: bool
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """By TCP. One answer, or all that come until the server closes (a zone's transfer); UpstreamError."""
         started = time.monotonic()
         try:

@@ -1,7 +1,8 @@
 """A server of names, with answers that say which server it is: python -m tests.mesh.dns_server NUMBER.
 
 A of any name is 192.0.2.NUMBER, AAAA 2001:db8::NUMBER, TXT `server NUMBER`; of big.test. TXT is far more
-than fits a datagram, refused.test. is REFUSED, silent.test. has no answer. UDP and TCP, of both families.
+than fits a datagram, refused.test. is REFUSED, silent.test. has no answer. A zone's transfer is two messages.
+UDP and TCP, of both families.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import dns.flags
 import dns.message
 import dns.rcode
+import dns.rdatatype
 import dns.rrset
 
 BIG = [f"part {number} " + "x" * 200 for number in range(40)]
@@ -45,10 +47,13 @@ def connection(server: socket.socket, number: str) -> None:
     client, _ = server.accept()
     with client, client.makefile("rwb") as stream:
         while length := stream.read(2):
-            answer = reply(stream.read(int.from_bytes(length, "big")), number, 65535)
+            data = stream.read(int.from_bytes(length, "big"))
+            answer = reply(data, number, 65535)
             if answer is None:
                 return
-            stream.write(len(answer).to_bytes(2, "big") + answer)
+            is_transfer = dns.message.from_wire(data).question[0].rdtype == dns.rdatatype.AXFR
+            for _ in range(1 + is_transfer):
+                stream.write(len(answer).to_bytes(2, "big") + answer)
             stream.flush()
 
 

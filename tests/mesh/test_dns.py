@@ -272,6 +272,19 @@ print(bool(reply.flags & dns.flags.TC), len(reply.to_wire()) <= 512)"""
     assert run(code, names.client, str(names.servers[0].address4)) == ["True True"]
 
 
+def test_a_transfer_of_a_zone_comes_whole(names: Names) -> None:
+    code = """
+import socket, sys, dns.message
+s = socket.create_connection((sys.argv[1], 53), 4)
+wire = dns.message.make_query("zone.test", "AXFR").to_wire()
+s.sendall(len(wire).to_bytes(2, "big") + wire)
+stream = s.makefile("rb")
+for _ in range(2):
+    data = stream.read(int.from_bytes(stream.read(2), "big"))
+    print(data[:2] == wire[:2])"""
+    assert run(code, names.client, str(names.servers[0].address4)) == ["True", "True"]
+
+
 @FAMILIES
 @TRANSPORTS
 def test_a_server_that_is_a_service_is_reached_at_an_endpoint(
