@@ -9,7 +9,7 @@
  */
 #pragma once
 
-#include "choose.h"
+#include "dns.h"
 
 #define ALLOW  1
 #define REFUSE 0
@@ -95,11 +95,18 @@ SEC("cgroup/connect4")
 int pykmesh_conn4(struct bpf_sock_addr *ctx)
 {
 	struct destination to = { .address = ip_from_v4(ctx->user_ip4), .port = ctx->user_port };
+	struct destination proxy;
 	struct choice choice = {};
 	enum reason reason;
 
 	if (!is_served(ctx))
 		return ALLOW;
+	if (dns_redirect(ctx, &to, &proxy)) {
+		forget(ctx);
+		ctx->user_ip4 = proxy.address.word[3];
+		ctx->user_port = proxy.port;
+		return ALLOW;
+	}
 	reason = decide_connect(ctx, &to, &choice);
 	if (is_refusal(reason))
 		return refuse(reason);
@@ -118,11 +125,18 @@ SEC("cgroup/connect6")
 int pykmesh_conn6(struct bpf_sock_addr *ctx)
 {
 	struct destination to = { .address = ip_from_v6(ctx), .port = ctx->user_port };
+	struct destination proxy;
 	struct choice choice = {};
 	enum reason reason;
 
 	if (!is_served(ctx))
 		return ALLOW;
+	if (dns_redirect(ctx, &to, &proxy)) {
+		forget(ctx);
+		set_v6(ctx, &proxy.address);
+		ctx->user_port = proxy.port;
+		return ALLOW;
+	}
 	reason = decide_connect(ctx, &to, &choice);
 	if (is_refusal(reason))
 		return refuse(reason);

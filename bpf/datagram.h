@@ -18,9 +18,12 @@ static __always_inline bool restore_source(struct bpf_sock_addr *ctx, struct des
 				    .address = from->address,
 				    .port = from->port,
 				    .is_reply = 1 };
-	struct datagram_value *sent = bpf_map_lookup_elem(&datagrams, &key);
+	struct datagram_value *sent;
 	struct socket_state *state;
 
+	if (dns_restore(ctx, from))
+		return true;
+	sent = bpf_map_lookup_elem(&datagrams, &key);
 	if (sent) {
 		from->address = sent->address;
 		from->port = sent->port;
@@ -122,8 +125,15 @@ int pykmesh_send4(struct bpf_sock_addr *ctx)
 {
 	struct destination to = { .address = ip_from_v4(ctx->user_ip4), .port = ctx->user_port };
 	struct choice choice = {};
-	enum reason reason = decide_datagram(ctx, &to, &choice);
+	struct destination proxy;
+	enum reason reason;
 
+	if (dns_redirect(ctx, &to, &proxy)) {
+		ctx->user_ip4 = proxy.address.word[3];
+		ctx->user_port = proxy.port;
+		return ALLOW;
+	}
+	reason = decide_datagram(ctx, &to, &choice);
 	if (reason == REASON_PASSTHROUGH)
 		return ALLOW;
 	if (reason != REASON_ROUTED)
@@ -140,8 +150,14 @@ int pykmesh_send6(struct bpf_sock_addr *ctx)
 {
 	struct destination to = { .address = ip_from_v6(ctx), .port = ctx->user_port };
 	struct choice choice = {};
+	struct destination proxy;
 	enum reason reason;
 
+	if (dns_redirect(ctx, &to, &proxy)) {
+		set_v6(ctx, &proxy.address);
+		ctx->user_port = proxy.port;
+		return ALLOW;
+	}
 	reason = decide_datagram(ctx, &to, &choice);
 	if (reason == REASON_PASSTHROUGH)
 		return ALLOW;

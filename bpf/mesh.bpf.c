@@ -4,6 +4,7 @@
 
 #include "connect.h"
 #include "datagram.h"
+#include "dns.h"
 #include "peer.h"
 #include "telemetry.h"
 
@@ -14,6 +15,7 @@ struct shared_types {
 	enum direction direction;
 	enum flow_kind flow_kind;
 	enum address_kind address_kind;
+	enum dns_limit dns_limit;
 };
 const struct shared_types *const volatile shared_types = NULL;
 

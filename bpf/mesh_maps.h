@@ -100,6 +100,24 @@ struct {
 	__type(value, __u64);
 } shunned SEC(".maps");
 
+/* Writer: dns_proxy. Reader: connect, sendmsg, recvmsg, getpeername. Full: that pod asks past the proxy. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 16384);
+	__type(key, struct dns_key);
+	__type(value, struct dns_listener);
+} dns_listeners SEC(".maps");
+
+/* Writer: connect, sendmsg. Reader: these, recvmsg, getpeername; dns_proxy, which frees what rests. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 16384);
+	__type(key, struct dns_key);
+	__type(value, struct dns_server);
+} dns_servers SEC(".maps");
+
 /* Writer: the programs. Reader and remover of what rests: telemetry. Full: counted as open_lost. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);

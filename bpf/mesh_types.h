@@ -185,6 +185,31 @@ struct affinity_value {
 	__u32 slot;
 };
 
+enum dns_limit {
+	/* Servers of names that a network namespace may ask by way of the proxy, of both families. */
+	DNS_SLOTS = 8,
+};
+
+struct dns_key {
+	__u64 netns_cookie;
+	__u32 slot;
+	__u32 pad;
+};
+
+/* Where the proxy listens in a network namespace, on 127.0.0.1 or ::1, UDP and TCP. */
+struct dns_listener {
+	__u64 beat_ns; /* CLOCK_MONOTONIC, when the proxy was last well */
+	__be16 port;
+	__u16 is_6; /* 1: for servers with IPv6 addresses, on ::1 */
+	__u32 pad;
+	__u8 reserved[8];
+};
+
+/* Whom the questions to a slot's ports are meant for. */
+struct dns_server {
+	struct ip address;
+};
+
 enum direction {
 	DIRECTION_OUTBOUND = 1,
 	DIRECTION_INBOUND = 2,
@@ -265,5 +290,7 @@ _Static_assert(sizeof(struct datagram_key) == 32, "datagram_key");
 _Static_assert(sizeof(struct datagram_value) == 32, "datagram_value");
 _Static_assert(sizeof(struct peer_key) == 24, "peer_key");
 _Static_assert(sizeof(struct affinity_value) == 32, "affinity_value");
+_Static_assert(sizeof(struct dns_key) == 16, "dns_key");
+_Static_assert(sizeof(struct dns_listener) == 24, "dns_listener");
 _Static_assert(sizeof(struct open_key) == 48, "open_key");
 _Static_assert(sizeof(struct flow_record) == 128, "flow_record");

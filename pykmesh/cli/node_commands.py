@@ -104,6 +104,11 @@ def _parse_settings(values: tuple[str, ...]) -> dict[str, str]:
     help="Refuse connections to workloads with policies, which are not enforced yet.",
 )
 @click.option(
+    "--dns",
+    is_flag=True,
+    help="Answer enrolled pods' questions about names of services; all others go where they were meant to.",
+)
+@click.option(
     "--otlp-endpoint",
     default="",
     envvar="OTEL_EXPORTER_OTLP_ENDPOINT",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Container
 from itertools import islice
 from typing import Any
 
@@ -64,7 +65,7 @@ def status(instance: Instance, wait_s: float, output: str) -> None:
     while True:
         supervisor = supervised(found)
         processes = {"nats": _broker_status(found, supervisor.get("nats", {}).get("pid"))}
-        processes |= {name: _process_status(getattr(found.ports, name)) for name in _names(found)}
+        processes |= {name: _process_status(getattr(found.ports, name)) for name in _names(found, supervisor)}
         ready = all(process and process["ready"] for process in processes.values())
         if ready or time.monotonic() >= deadline:
             break
@@ -94,10 +95,12 @@ def _broker_status(instance: Instance, pid: int | None) -> dict[str, Any] | None
     return {**entry, "ready": True, "waits_for": [], "errors": []}
 
 
-def _names(instance: Instance) -> list[str]:
+def _names(instance: Instance, supervised: Container[str]) -> list[str]:
     names = ["bpf_loader", "map_writer", "xds_client", "telemetry"]
     if _process_status(instance.ports.control_plane) is not None:
         names.insert(0, "control_plane")
+    if "dns_proxy" in supervised or _process_status(instance.ports.dns_proxy) is not None:
+        names.append("dns_proxy")
     return names
 
 
@@ -135,6 +138,9 @@ def _detail(name: str, process: dict[str, Any]) -> str:
         return f"{process['services']} services, {process['workloads']} workloads{refused}{note}"
     if name == "bpf_loader" and "enrolled" in process:
         return f"{len(process['enrolled'])} enrolled"
+    if name == "dns_proxy" and "pods" in process:
+        waiting = f", {len(process['waiting'])} waiting" if process["waiting"] else ""
+        return f"{process['pods']} pods{waiting}, {process['answered']} of {process['requests']} answered"
     if name == "nats" and process["pid"]:
         return f"pid {process['pid']}"
     if name == "control_plane":
@@ -191,7 +197,7 @@ def version(instance: Instance, output: str) -> None:
     found = find(instance)
     versions = {"pykmesh": __version__}
     if found is not None:
-        for name in _names(found):
+        for name in _names(found, ()):
             process = _process_status(getattr(found.ports, name))
             versions[name] = process["version"] if process else "does not answer"
     show(output, versions, ("PROCESS", "VERSION"), list(versions.items()))

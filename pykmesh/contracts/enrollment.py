@@ -16,19 +16,24 @@ import msgspec
 
 MESSAGE_BYTES: Final = 1 << 20
 TIMEOUT_S: Final = 10.0
+NAMESPACES_MAX: Final = 64
+"""Descriptors of namespaces in one reply; the kernel lets 253 come with a message (SCM_MAX_FD)."""
 
 
 class Action(StrEnum):
     ENROLL = "enroll"
     UNENROLL = "unenroll"
     LIST = "list"
+    NAMESPACES = "namespaces"
 
 
 class Request(msgspec.Struct, frozen=True):
-    """Descriptors follow in the order cgroup, network namespace; LIST takes none."""
+    """Descriptors follow in the order cgroup, network namespace; LIST and NAMESPACES take none."""
 
     action: Action
     has_netns: bool = False
+    cookies: list[int] = []
+    """Of NAMESPACES: which ones, at most NAMESPACES_MAX."""
 
 
 class Enrolled(msgspec.Struct, frozen=True):
@@ -47,6 +52,8 @@ class Reply(msgspec.Struct, frozen=True):
 
     error: str = ""
     enrolled: list[Enrolled] = []
+    namespaces: list[int] = []
+    """The cookies of the network namespaces whose descriptors follow, in their order."""
 
 
 class EnrollmentError(Exception):
@@ -55,12 +62,35 @@ class EnrollmentError(Exception):
 
 def ask(path: Path, request: Request, descriptors: list[int]) -> Reply:
     """Asks the loader; raises EnrollmentError with what it said."""
+    reply, received = _ask(path, request, descriptors)
+    for fd in received:
+        os.close(fd)
+    return reply
+
+
+def ask_for_namespaces(path: Path, cookies: list[int]) -> dict[int, int]:
+    """Descriptors of enrolled pods' network namespaces, by cookie, for the caller to close.
+
+    Those in which no process of the pod runs are missing, and all after the first NAMESPACES_MAX.
+    Raises EnrollmentError.
+    """
+    request = Request(Action.NAMESPACES, cookies=cookies[:NAMESPACES_MAX])
+    reply, received = _ask(path, request, [])
+    if len(received) != len(reply.namespaces):
+        for fd in received:
+            os.close(fd)
+        raise EnrollmentError(f"bpf_loader at {path}: {len(received)} descriptors came")
+    return dict(zip(reply.namespaces, received, strict=True))
+
+
+def _ask(path: Path, request: Request, descriptors: list[int]) -> tuple[Reply, list[int]]:
+    received: list[int] = []
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.settimeout(TIMEOUT_S)
         try:
             connection.connect(str(path))
             socket.send_fds(connection, [msgspec.json.encode(request)], descriptors)
-            data = connection.recv(MESSAGE_BYTES)
+            data, received, _, _ = socket.recv_fds(connection, MESSAGE_BYTES, NAMESPACES_MAX)
         except (OSError, TimeoutError) as error:
             raise EnrollmentError(
                 f"bpf_loader at {path}: {error.strerror or error}; is the mesh up?"
@@ -71,7 +101,7 @@ def ask(path: Path, request: Request, descriptors: list[int]) -> Reply:
         raise EnrollmentError(f"bpf_loader at {path} answered {data[:80]!r}") from error
     if reply.error:
         raise EnrollmentError(reply.error)
-    return reply
+    return reply, received
 
 
 def ask_for_cgroup(path: Path, action: Action, cgroup: Path, netns: Path | None) -> Reply:

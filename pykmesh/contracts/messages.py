@@ -23,6 +23,7 @@ class Subject(StrEnum):
     CONFIG_SNAPSHOT = "pykmesh.v1.config.snapshot"  # xds_client answers SnapshotRequest with SnapshotPage
     MAP_REPORT = "pykmesh.v1.map.report"  # map_writer publishes MapReport
     MAP_RESOLVE = "pykmesh.v1.map.resolve"  # map_writer answers ResolveRequest with ResolveReply
+    DNS_RESOLVE = "pykmesh.v1.dns.resolve"  # map_writer answers DnsRequest with DnsReply
 
 
 class ResourceType(IntEnum):
@@ -163,7 +164,49 @@ class ResolveReply(_Message, frozen=True):
     addresses: list[WorkloadName | None]
 
 
-Message = ConfigBatch | SnapshotRequest | SnapshotPage | MapReport | ResolveRequest | ResolveReply
+class DnsRequest(_Message, frozen=True):
+    """Who asks which server what. `client`: the pod's addresses, sixteen bytes each, as is `server`.
+
+    `name` is in lower case and without its last dot; "" asks for nothing but the way to the server.
+    """
+
+    version: int
+    network: str
+    client: list[bytes]
+    server: bytes
+    name: str
+    is_6: bool
+    """For IPv6 addresses (AAAA), not IPv4 (A)."""
+
+
+class DnsOutcome(IntEnum):
+    NOT_READY = 0  # the mesh is not whole yet
+    FORWARD = 1  # the server that was asked knows
+    ANSWER = 2  # the name is the mesh's, also where it has no address
+    UNKNOWN_CLIENT = 3  # no workload has the client's addresses
+
+
+class DnsReply(_Message, frozen=True):
+    """`alias`: the name at which the addresses stand, where it is not the one that was asked."""
+
+    version: int
+    outcome: DnsOutcome
+    alias: str = ""
+    addresses: list[bytes] = []
+    upstreams: list[tuple[bytes, int]] | None = None
+    """Endpoints (address, port) of the server, where it is a service; None: it is none."""
+
+
+Message = (
+    ConfigBatch
+    | SnapshotRequest
+    | SnapshotPage
+    | MapReport
+    | ResolveRequest
+    | ResolveReply
+    | DnsRequest
+    | DnsReply
+)
 _M = TypeVar("_M", bound=Message)
 
 

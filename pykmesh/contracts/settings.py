@@ -77,6 +77,8 @@ class MapWriterSettings(CommonSettings, frozen=True, kw_only=True):
     """Services whose clients keep their endpoint, `namespace/hostname=seconds`, separated by commas."""
     least_connections: str = ""
     """Services whose endpoints are drawn by open connections, `namespace/hostname`, separated by commas."""
+    cluster_domain: str = "cluster.local"
+    """The domain of Kubernetes services' names, which answers to questions about names go by."""
     hostname_refresh_s: float = 30.0
     """How often the host names of workloads are looked up again."""
 
@@ -108,6 +110,17 @@ class TelemetrySettings(CommonSettings, frozen=True, kw_only=True):
     observe_buffer: int = 4096
 
 
+class DnsProxySettings(CommonSettings, frozen=True, kw_only=True):
+    admin_port: int = 15214
+    enroll_socket: Path = Path("/run/pykmesh/default/enroll.sock")
+    answer_deadline_s: float = 0.25
+    """How long map_writer is waited for; then the server that the pod asked is asked."""
+    upstream_timeout_s: float = 5.0
+    """How long a server's answer is waited for."""
+    slot_rest_s: float = 60.0
+    """Where a pod asks more servers than there is room for, one that was not asked for so long gives way."""
+
+
 class ControlPlaneSettings(CommonSettings, frozen=True, kw_only=True):
     """Of the embedded one. `listen_port` 0 takes any free port."""
 
@@ -135,6 +148,7 @@ PROCESSES: Final = (
     MapWriterSettings,
     LoaderSettings,
     TelemetrySettings,
+    DnsProxySettings,
     ControlPlaneSettings,
 )
 NAMES: Final = frozenset(name for kind in PROCESSES for name in kind.__struct_fields__)

@@ -73,6 +73,11 @@ def path_of(root: Path, cgroup_id: int) -> Path | None:
     return paths_of(root, [cgroup_id]).get(cgroup_id)
 
 
+def with_descendants(path: Path) -> Iterator[Path]:
+    """A cgroup and all below it; none of it when it is gone."""
+    return (Path(found) for found, _ in _with_descendants(path))
+
+
 def contains(outer: Path, inner: Path) -> bool:
     return outer == inner or outer in inner.parents
 
@@ -129,6 +134,5 @@ def _programs_at(path: Path) -> set[int]:
 
 def standing_around(root: Path, path: Path) -> list[Standing]:
     """Who has programs on the cgroup, above it or below it."""
-    below = (Path(inner) for inner, _ in _with_descendants(path))
-    places = [*below, *_ancestors(root, path)]
+    places = [*with_descendants(path), *_ancestors(root, path)]
     return [Standing(place, instance) for place in places for instance in sorted(_instances_at(place))]

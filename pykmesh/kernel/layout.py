@@ -164,6 +164,11 @@ class ServiceFlag(IntFlag):
     LEAST_CONNECTIONS = 2
 
 
+def dns_slots() -> int:
+    """How many servers of names a network namespace may ask by way of the proxy."""
+    return _enum("dns_limit")["DNS_SLOTS"]
+
+
 def flag_text(flags: int) -> str:
     """The words of a service's flags."""
     return ", ".join(flag.name.lower() for flag in ServiceFlag if flag & flags and flag.name)

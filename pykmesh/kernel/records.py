@@ -7,7 +7,7 @@ import ipaddress
 from functools import lru_cache
 from typing import Final, NewType
 
-from pykmesh.kernel.layout import codec, offset
+from pykmesh.kernel.layout import codec, dns_slots, offset
 
 Ip = NewType("Ip", bytes)
 """Sixteen bytes, IPv4 as ::ffff:a.b.c.d."""
@@ -30,6 +30,10 @@ RANGE_KEY: Final = codec("range_key", "prefix_bits", "network", "address")
 RANGE_VALUE: Final = codec("range_value", "address", "network")
 POD_KEY: Final = codec("pod_key", "netns_cookie")
 POD_VALUE: Final = codec("pod_value", "address4", "address6", "network", "cgroup_id")
+DNS_KEY: Final = codec("dns_key", "netns_cookie", "slot")
+DNS_LISTENER: Final = codec("dns_listener", "beat_ns", "port", "is_6")
+DNS_SERVER: Final = codec("dns_server", "address")
+DNS_SLOTS: Final = dns_slots()
 OPEN_KEY: Final = codec("open_key", "local", "remote", "service", "direction", "protocol")
 
 

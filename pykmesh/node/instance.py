@@ -42,6 +42,7 @@ class Ports(msgspec.Struct, frozen=True, kw_only=True):
     map_writer: int = 15211
     bpf_loader: int = 15212
     telemetry: int = 15213
+    dns_proxy: int = 15214
     control_plane: int = 15215
 
 

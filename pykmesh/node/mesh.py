@@ -9,6 +9,7 @@ import msgspec
 from pykmesh.contracts.settings import (
     CommonSettings,
     ControlPlaneSettings,
+    DnsProxySettings,
     LoaderSettings,
     MapWriterSettings,
     TelemetrySettings,
@@ -20,7 +21,8 @@ from pykmesh.node.instance import Instance
 from pykmesh.node.supervisor import Spec, python
 
 SERVICES = ("bpf_loader", "map_writer", "xds_client", "telemetry")
-PROCESSES = ("nats", "control_plane", *SERVICES)
+DNS = "dns_proxy"
+PROCESSES = ("nats", "control_plane", *SERVICES, DNS)
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,13 +41,20 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     otlp_endpoint: str = ""
     log_level: str = "info"
     refuse_unenforced_policy: bool = False
+    dns: bool = False
+    """Answer enrolled pods' questions about names of services."""
     settings: dict[str, str] = {}
     """Further settings by their environment names, over all others."""
 
 
+def service_names(options: Options) -> list[str]:
+    """The services that run with these options."""
+    return [*SERVICES, DNS] if options.dns else list(SERVICES)
+
+
 def port_names(options: Options) -> list[str]:
     """The ports that are listened on with these options."""
-    names = ["nats", "metrics", *SERVICES]
+    names = ["nats", "metrics", *service_names(options)]
     return [*names, "xds", "control_plane"] if options.config_dir else names
 
 
@@ -65,7 +74,7 @@ def specs(instance: Instance, options: Options) -> list[Spec]:
                 instance, options, "control_plane", "pykmesh.controlplane", _control_plane(instance, options)
             )
         )
-    services = ((name, _service(instance, options, name)) for name in SERVICES)
+    services = ((name, _service(instance, options, name)) for name in service_names(options))
     found += [_spec(instance, options, name, f"services.{name}", settings) for name, settings in services]
     return found
 
@@ -110,6 +119,8 @@ def _service(instance: Instance, options: Options, name: str) -> CommonSettings:
         )
     if name == "telemetry":
         return TelemetrySettings(**common, metrics_port=instance.ports.metrics)  # type: ignore[arg-type]
+    if name == DNS:
+        return DnsProxySettings(**common, enroll_socket=instance.enroll_socket)  # type: ignore[arg-type]
     return LoaderSettings(
         **common,  # type: ignore[arg-type]
         enroll_socket=instance.enroll_socket,

@@ -86,7 +86,8 @@ def find(instance: Instance) -> Instance | None:
 
 def processes(options: Options) -> list[str]:
     """Those that have an administrative page."""
-    return [*mesh.SERVICES, "control_plane"] if options.config_dir else list(mesh.SERVICES)
+    names = mesh.service_names(options)
+    return [*names, "control_plane"] if options.config_dir else names
 
 
 async def until_ready(instance: Instance, names: list[str], deadline_s: float) -> None:

@@ -13,7 +13,7 @@ from pykmesh.contracts.settings import LoaderSettings
 from pykmesh.kernel import cgroups, pins
 from pykmesh.kernel.hooks import Programs, ProgramSettings, can_set_retval
 from pykmesh.kernel.layout import check_enums
-from pykmesh.kernel.records import network_id
+from pykmesh.kernel.records import DNS_SLOTS, network_id
 from pykmesh.process import Runtime
 from services.bpf_loader.door import Door
 from services.bpf_loader.enrollment import Enrollment
@@ -62,6 +62,8 @@ def _load(settings: LoaderSettings) -> Programs:
         "opens": settings.opens_max,
         "datagrams": settings.datagrams_max,
         "affinities": settings.affinities_max,
+        "dns_listeners": settings.pods_max * DNS_SLOTS,
+        "dns_servers": settings.pods_max * DNS_SLOTS,
         "flows": settings.flows_bytes,
     }
     fixed = ProgramSettings(

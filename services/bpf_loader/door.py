@@ -13,7 +13,15 @@ import anyio.to_thread
 import msgspec
 import structlog
 
-from pykmesh.contracts.enrollment import MESSAGE_BYTES, TIMEOUT_S, Action, EnrollmentError, Reply, Request
+from pykmesh.contracts.enrollment import (
+    MESSAGE_BYTES,
+    NAMESPACES_MAX,
+    TIMEOUT_S,
+    Action,
+    EnrollmentError,
+    Reply,
+    Request,
+)
 from pykmesh.kernel.cgroups import CgroupError
 from services.bpf_loader.enrollment import Enrollment
 
@@ -51,31 +59,42 @@ class Door:
             try:
                 with anyio.fail_after(TIMEOUT_S):
                     await anyio.wait_readable(connection)
-                    reply = await self._handle(connection)
-                    connection.send(msgspec.json.encode(reply))
+                    reply, handed_out = await self._handle(connection)
+                    try:
+                        socket.send_fds(connection, [msgspec.json.encode(reply)], handed_out)
+                    finally:
+                        for fd in handed_out:
+                            os.close(fd)
             except (OSError, TimeoutError) as error:
                 log.warning("enrollment_connection_lost", error=str(error))
 
-    async def _handle(self, connection: socket.socket) -> Reply:
+    async def _handle(self, connection: socket.socket) -> tuple[Reply, list[int]]:
+        """The reply, and the descriptors that go with it."""
         data, ancillary, _, _ = connection.recvmsg(
             MESSAGE_BYTES, socket.CMSG_SPACE(DESCRIPTORS_MAX * array.array("i").itemsize)
         )
         descriptors = _descriptors(ancillary)
         try:
             if not _is_trusted(connection):
-                return Reply(error="only root, or the loader's own user, may enroll")
+                return Reply(error="only root, or the loader's own user, may enroll"), []
             request = msgspec.json.decode(data, type=Request)
             async with self._turn:
                 return await anyio.to_thread.run_sync(self._act, request, descriptors)
         except (EnrollmentError, CgroupError, msgspec.MsgspecError) as error:
-            return Reply(error=str(error))
+            return Reply(error=str(error)), []
         except OSError as error:
-            return Reply(error=f"{request.action}: {error.strerror or error}")
+            return Reply(error=f"{request.action}: {error.strerror or error}"), []
         finally:
             for fd in descriptors:
                 os.close(fd)
 
-    def _act(self, request: Request, descriptors: list[int]) -> Reply:
+    def _act(self, request: Request, descriptors: list[int]) -> tuple[Reply, list[int]]:
+        if request.action is Action.NAMESPACES:
+            found = self._enrollment.namespaces(request.cookies[:NAMESPACES_MAX])
+            return Reply(namespaces=[*found]), [*found.values()]
+        return self._enroll(request, descriptors), []
+
+    def _enroll(self, request: Request, descriptors: list[int]) -> Reply:
         if request.action is Action.LIST:
             return Reply(enrolled=self._enrollment.enrolled())
         if len(descriptors) != 1 + request.has_netns:

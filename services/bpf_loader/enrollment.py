@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 
 import structlog
@@ -247,6 +248,21 @@ class Enrollment:
                 by_cookie[each.netns_cookie].add(each.cgroup_id)
         self._pods.settle(by_cookie)
         self.enrolled()
+
+    def namespaces(self, cookies: Collection[int]) -> dict[int, int]:
+        """Descriptors of pods' network namespaces by cookie, for the caller to close.
+
+        They are found by the pods' processes: none is kept here, which would keep the namespace itself.
+        """
+        links = [each for each in self._all_links() if each.netns_cookie in cookies]
+        paths, found = self._find(self._all_links()), dict[int, int]()
+        for each in links:
+            path, cookie = paths.get(each.cgroup_id), each.netns_cookie
+            if path is None or cookie is None or cookie in found:
+                continue
+            if (fd := netns.of_cookie(path, cookie)) is not None:
+                found[cookie] = fd
+        return found
 
     def enrolled(self) -> list[Enrolled]:
         """What is enrolled now; `shown` becomes the same."""

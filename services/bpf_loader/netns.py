@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Final, NamedTuple
 
 from pyroute2 import IPRoute
 
+from pykmesh.kernel import cgroups
 from pykmesh.kernel.netns import own_cookie, run_in
 from pykmesh.kernel.records import NO_IP, Ip, ip_from_text
 
@@ -40,16 +42,39 @@ def _is_own(netns_fd: int) -> bool:
 
 def of_first_process(cgroup: Path) -> int | None:
     """A descriptor of the namespace of a cgroup's first process; None while there is none."""
-    try:
-        pids = (cgroup / "cgroup.procs").read_text().split()
-    except OSError:  # it went, or holds threads of processes that are elsewhere
-        return None
-    for pid in pids:
+    for pid in _processes(cgroup):
         try:
             return os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
         except OSError:
             continue
     return None
+
+
+def of_cookie(cgroup: Path, cookie: int) -> int | None:
+    """A descriptor of the namespace of a cookie, by the processes of a cgroup and those below it."""
+    seen: set[int] = set()
+    for inner in cgroups.with_descendants(cgroup):
+        for pid in _processes(inner):
+            with contextlib.ExitStack() as opened:
+                try:
+                    fd = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
+                except OSError:
+                    continue
+                opened.callback(os.close, fd)
+                number = os.fstat(fd).st_ino
+                if number not in seen and run_in(fd, own_cookie) == cookie:
+                    opened.pop_all()
+                    return fd
+                seen.add(number)
+    return None
+
+
+def _processes(cgroup: Path) -> list[str]:
+    """None of a cgroup that went, or that holds threads of processes that are elsewhere."""
+    try:
+        return (cgroup / "cgroup.procs").read_text().split()
+    except OSError:
+        return []
 
 
 def _read_here() -> Namespace:

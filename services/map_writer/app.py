@@ -42,6 +42,8 @@ from pykmesh.kernel.maps import MapFullError, PinError
 from pykmesh.kernel.records import Ip
 from pykmesh.process import Runtime
 from services.map_writer.desired import Rules
+from services.map_writer.directory import Directory
+from services.map_writer.dns import Dns
 from services.map_writer.follower import Change, Follower, GapError
 from services.map_writer.hosts import HostNames
 from services.map_writer.locality import Locality
@@ -89,6 +91,7 @@ class MapWriter:
         self._bus = bus
         self.maps = maps
         self.follower = Follower(_here(settings))
+        self.directory = Directory()
         self.rules = Rules(settings.network, settings.refuse_unenforced_policy, selections(settings))
         self.planner: Planner
         self._applied = ("", 0)
@@ -200,6 +203,7 @@ class MapWriter:
         return messages.decode(SnapshotPage, data)
 
     async def _write(self, change: Change, headers: Headers) -> None:
+        self.directory.follow(self.follower.mesh, change.touched.services)
         with tracing.tracer.start_as_current_span(
             "map_writer apply", context=tracing.parent(headers)
         ) as span:
@@ -348,6 +352,8 @@ async def run(runtime: Runtime[MapWriterSettings]) -> None:
         await bus.subscribe(Subject.CONFIG_LOG, writer.receive)
         await writer.open()
         await bus.serve(Subject.MAP_RESOLVE, Names(writer.follower, lambda: writer.planner).answer)
+        dns = Dns(writer.follower, lambda: writer.planner, writer.directory, runtime.settings.cluster_domain)
+        await bus.serve(Subject.DNS_RESOLVE, dns.answer)
         runtime.details = writer.status
         Inspection(writer.follower, lambda: writer.planner, maps, writer.rules, writer.is_settled).add_pages(
             runtime.admin

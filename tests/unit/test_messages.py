@@ -12,6 +12,9 @@ from pykmesh.contracts.messages import (
     VERSION,
     ConfigBatch,
     ContractError,
+    DnsOutcome,
+    DnsReply,
+    DnsRequest,
     MapReport,
     Message,
     ResolveReply,
@@ -70,8 +73,26 @@ GOLDEN: list[tuple[Message, str]] = [
         ResolveReply(VERSION, [], [WorkloadName(*NAMES)]),
         "93 01 90 919c a3756964 a46e616d65" + "".join(f"a2{name.encode().hex()}" for name in NAMES[2:]),
     ),
+    (
+        DnsRequest(VERSION, "", [b"\0" * 16], b"\0" * 16, "web", is_6=True),
+        "96 01 a0 91c410" + "00" * 16 + "c410" + "00" * 16 + "a3776562 c3",
+    ),
+    (
+        DnsReply(VERSION, DnsOutcome.ANSWER, "web", [b"\0" * 16], [(b"\0" * 16, 53)]),
+        "95 01 02 a3776562 91c410" + "00" * 16 + "91 92c410" + "00" * 16 + "35",
+    ),
+    (DnsReply(VERSION, DnsOutcome.NOT_READY), "95 01 00 a0 90 c0"),
 ]
-KINDS = [ConfigBatch, SnapshotRequest, SnapshotPage, MapReport, ResolveRequest, ResolveReply]
+KINDS = [
+    ConfigBatch,
+    SnapshotRequest,
+    SnapshotPage,
+    MapReport,
+    ResolveRequest,
+    ResolveReply,
+    DnsRequest,
+    DnsReply,
+]
 
 
 @pytest.mark.parametrize(("message", "encoded"), GOLDEN, ids=lambda value: type(value).__name__)
@@ -86,6 +107,7 @@ def test_the_subjects_and_types_are_what_they_always_were() -> None:
         "pykmesh.v1.config.snapshot",
         "pykmesh.v1.map.report",
         "pykmesh.v1.map.resolve",
+        "pykmesh.v1.dns.resolve",
     }
     assert messages.TYPE_URLS == {
         0: "type.googleapis.com/istio.workload.Address",

@@ -13,6 +13,7 @@ from pykmesh.contracts import settings
 from pykmesh.contracts.settings import (
     CommonSettings,
     ControlPlaneSettings,
+    DnsProxySettings,
     LoaderSettings,
     MapWriterSettings,
     SettingsError,
@@ -23,7 +24,14 @@ from pykmesh.contracts.settings import (
 )
 from pykmesh.process import EXIT_SETTINGS
 
-KINDS = [XdsClientSettings, MapWriterSettings, LoaderSettings, TelemetrySettings, ControlPlaneSettings]
+KINDS = [
+    XdsClientSettings,
+    MapWriterSettings,
+    LoaderSettings,
+    TelemetrySettings,
+    DnsProxySettings,
+    ControlPlaneSettings,
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,176 @@
+"""What a name stands for, in the eyes of a client: ztunnel's rules (xDS of the workload API, ambient DNS).
+
+Pure: from the mesh to addresses. What is no service's name here is for the server that was asked.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from typing import Final, NamedTuple
+
+from pykmesh.contracts import messages
+from pykmesh.contracts.address import Families, Mode, Service, Workload
+from pykmesh.contracts.messages import ContractError, DnsOutcome, DnsReply, DnsRequest
+from pykmesh.kernel.records import ENDPOINT_VALUE, IP_BYTES, Ip, is_v4, port_number
+from services.map_writer.desired import PortId
+from services.map_writer.directory import Directory
+from services.map_writer.follower import Follower
+from services.map_writer.mesh import Mesh, place_of, view_network
+from services.map_writer.planner import Planner
+
+DNS_PORT: Final = 53
+ADDRESSES_MAX: Final = 256
+"""Addresses of one answer: of IPv6 about 7 KiB. Of a service with more a part is drawn."""
+UPSTREAMS_MAX: Final = 16
+
+
+class Candidate(NamedTuple):
+    """A name that may be meant. `stripped` is what is left of the asked one without a search domain."""
+
+    name: str
+    stripped: str = ""
+
+
+class Meaning(NamedTuple):
+    """Addresses, perhaps none: the name is known all the same. `alias` is the name that they stand at."""
+
+    addresses: list[Ip]
+    alias: str = ""
+
+
+def candidates(name: str, namespace: str, domain: str) -> Iterator[Candidate]:
+    """In the order in which they count; a name may come twice."""
+    yield Candidate(name)
+    for expanded in _expanded(name, namespace, domain):
+        yield Candidate(expanded)
+    for search in (f"{namespace}.svc.{domain}", f"svc.{domain}", domain):
+        if name.endswith(f".{search}"):
+            stripped = name.removesuffix(f".{search}")
+            for found in (stripped, *_expanded(stripped, namespace, domain)):
+                yield Candidate(found, stripped)
+
+
+def _expanded(name: str, namespace: str, domain: str) -> Iterator[str]:
+    """The names of Kubernetes services that a short one may mean."""
+    labels = name.split(".")
+    if name.endswith(f".svc.{domain}"):
+        return
+    if len(labels) == 1:
+        yield f"{name}.{namespace}.svc.{domain}"
+    elif len(labels) == 2:
+        yield f"{name}.svc.{domain}"
+        yield f"{name}.{namespace}.svc.{domain}"
+    elif labels[-1] == "svc":
+        yield f"{name}.{domain}"
+        if len(labels) == 3:
+            yield f"{name}.svc.{domain}"
+    elif len(labels) == 3:
+        yield f"{name}.svc.{domain}"
+
+
+def _with_wildcards(name: str) -> Iterator[str]:
+    """The name, then the wildcards that it falls under, the longest first."""
+    yield name
+    _, _, parent = name.partition(".")
+    while parent:
+        yield f"*.{parent}"
+        _, _, parent = parent.partition(".")
+
+
+def look_up(
+    mesh: Mesh, directory: Directory, client: Workload, name: str, domain: str, *, is_6: bool
+) -> Meaning | None:
+    """What a client means by a name in lower case, without the last dot; None: nothing of the mesh."""
+    for candidate in candidates(name, client.namespace, domain):
+        for hostname in _with_wildcards(candidate.name):
+            service = _preferred(directory.services(mesh, hostname), client.namespace)
+            if service is None:
+                continue
+            if not service.vips and not hostname.endswith(f".svc.{domain}"):
+                return None
+            alias = "" if hostname.startswith("*.") else candidate.stripped
+            return Meaning(_addresses(mesh, service, client, is_6=is_6), alias)
+    return None
+
+
+def _preferred(services: Iterator[Service], namespace: str) -> Service | None:
+    """Of the services of one hostname that a namespace sees: its own, a canonical one, the first."""
+    seen = (service for service in services if not service.hidden or service.namespace == namespace)
+    return min(seen, key=lambda s: (s.namespace != namespace, not s.canonical, s.name), default=None)
+
+
+def _addresses(mesh: Mesh, service: Service, client: Workload, *, is_6: bool) -> list[Ip]:
+    if service.families is (Families.V4 if is_6 else Families.V6):
+        return []
+    found: Iterator[Ip]
+    if service.vips:
+        found = (ip for network, ip in service.vips if network == client.network)
+    else:
+        found = _endpoints(mesh, service, client.network)
+    unique = list(dict.fromkeys(ip for ip in found if is_v4(ip) != is_6))
+    return unique if len(unique) <= ADDRESSES_MAX else random.sample(unique, ADDRESSES_MAX)
+
+
+def _endpoints(mesh: Mesh, service: Service, network: str) -> Iterator[Ip]:
+    """Addresses of a headless service's workloads. What is in groups is healthy, and stays undecoded."""
+    groups = mesh.ordinary_members.get(service.name)
+    if groups is not None:
+        own = (group.addresses for group in groups if group.network == network)
+        yield from (Ip(ips[at : at + IP_BYTES]) for ips in own for at in range(0, len(ips), IP_BYTES))
+        return
+    for member in mesh.members_of(service.name):
+        if (member.healthy or service.allows_unhealthy) and member.network == network:
+            yield from mesh.addresses_of(member)
+
+
+class Dns:
+    """Answers dns_proxy. Reads the state that the loop owns; never changes it."""
+
+    def __init__(
+        self, follower: Follower, planner: Callable[[], Planner], directory: Directory, domain: str
+    ) -> None:
+        self._follower = follower
+        self._planner = planner
+        self._directory = directory
+        self._domain = domain
+
+    async def answer(self, data: bytes) -> bytes:
+        """A request that is not understood, or that comes too early, is for the server that was asked."""
+        try:
+            reply = self._answer(messages.decode(DnsRequest, data))
+        except ContractError:
+            reply = DnsReply(messages.VERSION, DnsOutcome.NOT_READY)
+        return messages.encode(reply)
+
+    def _answer(self, request: DnsRequest) -> DnsReply:
+        mesh = self._follower.mesh
+        if not self._follower.synced:
+            return DnsReply(messages.VERSION, DnsOutcome.NOT_READY)
+        places = (place_of(request.network, Ip(ip)) for ip in request.client)
+        client = next(filter(None, map(mesh.pod_at, places)), None)
+        upstreams = self._upstreams(request.network, client, Ip(request.server))
+        if not request.name:
+            return DnsReply(messages.VERSION, DnsOutcome.FORWARD, "", [], upstreams)
+        if client is None:
+            return DnsReply(messages.VERSION, DnsOutcome.UNKNOWN_CLIENT, "", [], upstreams)
+        found = look_up(mesh, self._directory, client, request.name, self._domain, is_6=request.is_6)
+        if found is None:
+            return DnsReply(messages.VERSION, DnsOutcome.FORWARD, "", [], upstreams)
+        addresses: list[bytes] = [*found.addresses]
+        return DnsReply(messages.VERSION, DnsOutcome.ANSWER, found.alias, addresses, upstreams)
+
+    def _upstreams(self, network: str, client: Workload | None, server: Ip) -> list[tuple[bytes, int]] | None:
+        """Where a server that is a service is reached; None: at its own address. As the maps hold it."""
+        mesh, place = self._follower.mesh, place_of(network, server)
+        own = place_of(view_network(network, client.namespace), server) if client else place
+        owner = mesh.vip_owner(own) or mesh.vip_owner(place)
+        if owner is None or mesh.services[owner].mode is Mode.PASSTHROUGH:
+            return None
+        families = (4, 6) if is_v4(server) else (6, 4)
+        held = self._planner().held.lists
+        lists = (held.get(PortId(owner, DNS_PORT, family).id, ()) for family in families)
+        values = next(filter(None, lists), ())
+        chosen = random.sample(list(itertools.islice(values, 4096)), min(len(values), UPSTREAMS_MAX))
+        return [(ip, port_number(port)) for _, ip, port in map(ENDPOINT_VALUE.unpack, chosen)]
