@@ -55,6 +55,8 @@ def connection(server: socket.socket, number: str) -> None:
             for _ in range(1 + is_transfer):
                 stream.write(len(answer).to_bytes(2, "big") + answer)
             stream.flush()
+            if is_transfer:
+                return  # the proxy waits for what may come, and nobody else is served meanwhile
 
 
 def main(number: str) -> None:
