@@ -38,8 +38,8 @@ def arrange(before: Sequence[bytes], wanted: Mapping[bytes, object]) -> list[byt
 
 
 def plain(value: bytes) -> bytes:
-    """A value without its weighing."""
-    return value[:ENDPOINT_OTHER] + bytes(len(value) - ENDPOINT_OTHER)
+    """A value without its weighing; a hole (empty) stays one."""
+    return value[:ENDPOINT_OTHER] + bytes(len(value) - ENDPOINT_OTHER) if value else value
 
 
 def weighed(values: Sequence[bytes], weights: Mapping[bytes, int]) -> list[bytes]:

@@ -7,7 +7,8 @@ from fractions import Fraction
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from services.map_writer.slots import arrange, share
+from pykmesh.kernel.records import ENDPOINT_VALUE, ip_from_text, port_bytes
+from services.map_writer.slots import arrange, plain, share, weighed
 
 VALUES = st.lists(st.integers(0, 9).map(lambda n: bytes([n])), max_size=10)
 
@@ -37,3 +38,11 @@ def test_every_slot_is_drawn_by_its_weight(weights: list[int]) -> None:
         drawn[other] += 1 - own
     for got, weight in zip(drawn, weights, strict=True):
         assert abs(got / len(weights) - Fraction(weight, sum(weights))) < Fraction(1, 2**31)
+
+
+def test_a_hole_that_a_crash_left_in_a_weighed_list_is_a_free_slot() -> None:
+    first, second = (ENDPOINT_VALUE.pack(7, ip_from_text(f"10.0.0.{n}"), port_bytes(80)) for n in (1, 2))
+    held = weighed([first, second], {first: 1, second: 3})
+    known = list(map(plain, [held[0], b"", held[1]]))
+    assert known == [first, b"", second]
+    assert arrange(known, dict.fromkeys([first, second])) == [first, second]
