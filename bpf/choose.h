@@ -75,6 +75,8 @@ static __always_inline bool read_address(const struct address_key *key, struct a
 	}
 	found->kind = ADDRESS_SERVICE;
 	found->verdict = REASON_ROUTED;
+	found->view = 0;
+	found->scoped = 0;
 	return true;
 }
 
@@ -204,7 +206,7 @@ static __always_inline __s64 load_of(const struct destination *endpoint)
 	struct peer_key key = peer_of(endpoint);
 	__s64 *load = bpf_map_lookup_elem(&loads, &key);
 
-	return load ? *load : 0;
+	return load && *load > 0 ? *load : 0; /* an entry that was evicted and made anew counts from 0 */
 }
 
 static __always_inline bool is_shunned(const struct destination *endpoint)
@@ -336,7 +338,6 @@ static __always_inline enum reason choose(const struct destination *to, const st
 	if (!find_service(to, client, &key, &service, &verdict))
 		return verdict;
 	choice->service = service.id;
-	choice->flags = service.flags;
 	if (service.affinity_s && preferred < 0)
 		preferred = affine_slot(client, &service, choice);
 	if (service.verdict == REASON_ROUTED && find_kept(&service, preferred, choice))
@@ -347,7 +348,9 @@ static __always_inline enum reason choose(const struct destination *to, const st
 		if (!service.endpoints)
 			return REASON_NO_ENDPOINT;
 		if (!draw_endpoint(&service, choice)) {
-			read_service(&key, &service);
+			if (!read_service(&key, &service))
+				break;
+			choice->service = service.id;
 			continue;
 		}
 		if (!shun_ns || attempt >= SHUN_DRAWS || !is_shunned(&choice->endpoint))
@@ -357,6 +360,7 @@ static __always_inline enum reason choose(const struct destination *to, const st
 	return REASON_ENDPOINT_VANISHED;
 routed:
 	choice->rewrite = true;
+	choice->flags = service.flags;
 	if (service.affinity_s)
 		keep_affinity(client, choice);
 	return REASON_ROUTED;

@@ -47,8 +47,7 @@ static __always_inline struct datagram_key way_back(__u64 cookie, const struct c
 }
 
 /* Two services may have one endpoint: its answers are then taken for those of the service asked last. */
-static __always_inline bool leads_back(__u64 cookie, const struct destination *to,
-				       const struct choice *choice)
+static __noinline bool leads_back(__u64 cookie, const struct destination *to, const struct choice *choice)
 {
 	struct datagram_key back = way_back(cookie, choice);
 	struct datagram_value *service = bpf_map_lookup_elem(&datagrams, &back);
@@ -56,7 +55,7 @@ static __always_inline bool leads_back(__u64 cookie, const struct destination *t
 	return service && service->port == to->port && ip_equal(&service->address, &to->address);
 }
 
-static __always_inline bool keep_way(__u64 cookie, const struct destination *to, const struct choice *choice)
+static __noinline bool keep_way(__u64 cookie, const struct destination *to, const struct choice *choice)
 {
 	struct datagram_key there = { .socket_cookie = cookie, .address = to->address, .port = to->port };
 	struct datagram_key back = way_back(cookie, choice);

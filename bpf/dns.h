@@ -85,8 +85,8 @@ static __always_inline bool is_link_local(const struct ip *address)
 }
 
 /* True when a question to `to` goes to `proxy`. */
-static __always_inline bool dns_redirect(struct bpf_sock_addr *ctx, const struct destination *to,
-					 struct destination *proxy)
+static __noinline bool dns_redirect(struct bpf_sock_addr *ctx, const struct destination *to,
+				    struct destination *proxy)
 {
 	bool is_4 = ip_is_v4(&to->address);
 	struct bpf_sock *sk = ctx->sk;

@@ -15,6 +15,7 @@ struct shared_types {
 	enum direction direction;
 	enum flow_kind flow_kind;
 	enum address_kind address_kind;
+	enum service_flag service_flag;
 	enum dns_limit dns_limit;
 };
 const struct shared_types *const volatile shared_types = NULL;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
  * Every map. All but the sockets' state are pinned under their name and the hash of their layout.
- * The sizes here are defaults: the loader's settings replace them. Not preallocated: an empty map
- * costs next to nothing.
+ * The sizes here are defaults: the loader's settings replace them. Not preallocated where the type
+ * allows it (the LRU maps are): an empty map costs next to nothing.
  */
 #pragma once
 

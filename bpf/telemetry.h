@@ -112,12 +112,14 @@ static __always_inline void disconnected(struct bpf_sock_ops *ops)
 	struct bpf_sock *sk = ops->sk;
 	struct tcp_sock *tcp;
 
-	if (!state || !state->service || !sk)
+	if (!state || !sk)
 		return;
 	if (state->balanced == BALANCED_COUNTED) {
 		balance(state, -1);
 		state->balanced = BALANCED_NOT;
 	}
+	if (!state->service)
+		return;
 	tcp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
 	if (shun_ns && tcp && ops->args[0] == BPF_TCP_SYN_SENT &&
 	    BPF_CORE_READ((struct sock *)tcp, sk_err) == ECONNREFUSED) {

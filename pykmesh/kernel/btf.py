@@ -163,7 +163,7 @@ def layout(elf: bytes) -> dict[str, Any]:
     for described in maps.values():
         described["hash"] = _hash(described, structures)
     enums = {}
-    for name in ("reason", "direction", "flow_kind", "address_kind", "dns_limit"):
+    for name in ("reason", "direction", "flow_kind", "address_kind", "service_flag", "dns_limit"):
         rest = btf.types[btf.by_name(_ENUM, name)].rest
         enums[name] = {btf.string(rest[i]): rest[i + 1] for i in range(0, len(rest), 2)}
     return {"structures": structures, "maps": maps, "enums": enums, "settings": _settings(btf)}

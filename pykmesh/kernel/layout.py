@@ -114,10 +114,18 @@ def dtype(structure: str) -> np.dtype[np.void]:
     )
 
 
+_PREFIXES = {
+    "reason": "REASON_",
+    "direction": "DIRECTION_",
+    "flow_kind": "FLOW_",
+    "address_kind": "ADDRESS_",
+    "service_flag": "SERVICE_",
+}
+
+
 def _enum(name: str) -> dict[str, int]:
     values: dict[str, int] = _document()["enums"][name]
-    prefix = {"reason": "REASON_", "direction": "DIRECTION_", "flow_kind": "FLOW_"}.get(name, "")
-    return {key.removeprefix(prefix): value for key, value in values.items()}
+    return {key.removeprefix(_PREFIXES.get(name, "")): value for key, value in values.items()}
 
 
 class Reason(IntEnum):
@@ -174,9 +182,18 @@ def flag_text(flags: int) -> str:
     return ", ".join(flag.name.lower() for flag in ServiceFlag if flag & flags and flag.name)
 
 
+_ENUMS: dict[str, type[IntEnum | IntFlag]] = {
+    "reason": Reason,
+    "direction": Direction,
+    "flow_kind": FlowKind,
+    "address_kind": AddressKind,
+    "service_flag": ServiceFlag,
+}
+
+
 def check_enums() -> None:
     """Raises LayoutError when a name or number here differs from the headers'."""
-    for name, here in (("reason", Reason), ("direction", Direction), ("flow_kind", FlowKind)):
+    for name, here in _ENUMS.items():
         there = {key: value for key, value in _enum(name).items() if key != "COUNT"}
         if there != {member.name: member.value for member in here}:
             raise LayoutError(f"enum {name} is {there} in the object")
