@@ -14,11 +14,20 @@ import click
 
 from pykmesh.cli.output import escaped, table
 from pykmesh.kernel import pins
-from pykmesh.kernel.explain import NOTHING, Choice, Chooser, Client, Destination, Endpoint, Step
-from pykmesh.kernel.hooks import HOOKS
+from pykmesh.kernel.explain import NOTHING, Choice, Chooser, Client, Endpoint, Step
+from pykmesh.kernel.hooks import HOOKS, count_pinned
 from pykmesh.kernel.layout import Reason
 from pykmesh.kernel.maps import PinError, PinnedMap
-from pykmesh.kernel.records import NO_IP, POD_KEY, POD_VALUE, Ip, ip_from_text, ip_to_text, network_id
+from pykmesh.kernel.records import (
+    NO_IP,
+    POD_KEY,
+    POD_VALUE,
+    Destination,
+    Ip,
+    ip_from_text,
+    ip_to_text,
+    network_id,
+)
 from pykmesh.node.instance import Instance
 from pykmesh.node.run import fetch, find
 
@@ -154,7 +163,7 @@ def enrolment(instance: Instance, pod: Pod | None, asked: str) -> list[Step]:
         ),
         None,
     )
-    count = sum((links.path / hook.program).exists() for hook in HOOKS) if links else 0
+    count = count_pinned(links.path) if links else 0
     means = "its connections are decided here" if count == len(HOOKS) else "NOT all hooks are there"
     return [*steps, Step("links", f"cgroup {pod.cgroup_id}", f"{count} of {len(HOOKS)} programs", means)]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pykmesh.kernel import pins
-from pykmesh.kernel.hooks import HOOKS
+from pykmesh.kernel.hooks import count_pinned
 from pykmesh.kernel.layout import AddressKind, Reason
 from pykmesh.kernel.maps import PinError, PinnedMap
 from pykmesh.kernel.records import (
@@ -18,6 +18,7 @@ from pykmesh.kernel.records import (
     POD_KEY,
     POD_VALUE,
     RANGE_KEY,
+    RANGE_NETWORK_BITS,
     RANGE_VALUE,
     SERVICE_KEY,
     SERVICE_VALUE,
@@ -30,7 +31,6 @@ from pykmesh.node.run import fetch, find
 
 Entry = dict[str, Any]
 TIMEOUT_S = 120.0
-NETWORK_BITS = 32
 _NOWHERE = {
     ("endpoints", "xds"): "the control plane names no endpoints: they follow from its workloads",
     ("pods", "xds"): "the control plane does not say who is enrolled here",
@@ -121,7 +121,7 @@ def _ranges(instance: Instance) -> dict[tuple[bytes, int], str]:
     """By what stands for each in `services` and `addresses`."""
     with PinnedMap(pins.maps_dir(instance.pin_dir), "ranges") as ranges:
         return {
-            RANGE_VALUE.unpack(value): range_to_text(ip, bits - NETWORK_BITS)
+            RANGE_VALUE.unpack(value): range_to_text(ip, bits - RANGE_NETWORK_BITS)
             for bits, _, ip, value in ((*RANGE_KEY.unpack(key), value) for key, value in ranges.items())
         }
 
@@ -168,7 +168,7 @@ def _pods(instance: Instance) -> list[Entry]:
             {
                 "cgroup_id": links.cgroup_id,
                 "path": None,
-                "programs": sum((links.path / hook.program).exists() for hook in HOOKS),
+                "programs": count_pinned(links.path),
                 "netns_cookie": links.netns_cookie,
                 "address4": None if address4 == NO_IP else ip_to_text(address4),
                 "address6": None if address6 == NO_IP else ip_to_text(address6),

@@ -20,7 +20,9 @@ from pykmesh.kernel.records import (
     RANGE_VALUE,
     SERVICE_KEY,
     SERVICE_VALUE,
+    Destination,
     Ip,
+    in_network,
     ip_to_text,
     is_v4,
     port_bytes,
@@ -36,15 +38,6 @@ class Tables(Protocol):
     """The maps by name. In `ranges` the longest prefix that a key has is found."""
 
     def get(self, name: str, key: bytes) -> bytes | None: ...
-
-
-class Destination(NamedTuple):
-    ip: Ip
-    port: int
-
-    def __str__(self) -> str:
-        text = ip_to_text(self.ip)
-        return f"[{text}]:{self.port}" if ":" in text else f"{text}:{self.port}"
 
 
 class Step(NamedTuple):
@@ -161,7 +154,7 @@ class Chooser:
             return None
         self._tell(
             "addresses",
-            f"{ip_to_text(client.ip)}{_in_network(client.network)}",
+            f"{ip_to_text(client.ip)}{in_network(client.network)}",
             f"a workload's, looks in network {own.view:08x} first",
             "its namespace sees another service there",
         )
@@ -169,7 +162,7 @@ class Chooser:
 
     def _read_service(self, key: bytes) -> _Service | None:
         ip, network, port = SERVICE_KEY.unpack(key)
-        asked = f"{Destination(ip, port_number(port))}{_in_network(network)}"
+        asked = f"{Destination(ip, port_number(port))}{in_network(network)}"
         value = self._tables.get("services", key)
         if value is None:
             self._tell("services", asked, NOTHING, "no port of a service")
@@ -205,7 +198,7 @@ class Chooser:
 
     def _widen(self, key: bytes) -> bytes | None:
         ip, network, port = SERVICE_KEY.unpack(key)
-        asked = f"{ip_to_text(ip)}{_in_network(network)}"
+        asked = f"{ip_to_text(ip)}{in_network(network)}"
         value = self._tables.get("ranges", RANGE_KEY.pack(160, network, ip))
         if value is None:
             self._tell("ranges", asked, NOTHING, "in no range of a service")
@@ -220,7 +213,7 @@ class Chooser:
 
     def _unserved_verdict(self, key: bytes) -> Reason:
         ip, network, _ = SERVICE_KEY.unpack(key)
-        asked = f"{ip_to_text(ip)}{_in_network(network)}"
+        asked = f"{ip_to_text(ip)}{in_network(network)}"
         kind, verdict, _, _ = self._read_address(key)
         if not kind:
             self._tell("addresses", asked, NOTHING, "not of the mesh: left alone")
@@ -277,10 +270,6 @@ def _drawn(service: _Service, affinity_s: int) -> str:
     if service.flags & ServiceFlag.LEAST_CONNECTIONS:
         how = "of two endpoints drawn the one with fewer open connections is taken"
     return f"{how}; a client keeps its own for {affinity_s} s" if affinity_s else how
-
-
-def _in_network(network: int) -> str:
-    return f" in network {network:08x}" if network else ""
 
 
 def _means(verdict: Reason) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 from functools import lru_cache
-from typing import Final, NewType
+from typing import Final, NamedTuple, NewType
 
 from pykmesh.kernel.layout import codec, dns_slots, offset
 
@@ -26,6 +26,8 @@ ENDPOINT_OTHER: Final = offset("endpoint_value", "other")
 ENDPOINT_ADDRESS: Final = offset("endpoint_value", "address")
 ADDRESS_KEY: Final = codec("address_key", "address", "network")
 ADDRESS_VALUE: Final = codec("address_value", "kind", "verdict", "view", "scoped")
+RANGE_NETWORK_BITS: Final = 32
+"""Of a range's prefix, those of the network."""
 RANGE_KEY: Final = codec("range_key", "prefix_bits", "network", "address")
 RANGE_VALUE: Final = codec("range_value", "address", "network")
 POD_KEY: Final = codec("pod_key", "netns_cookie")
@@ -84,12 +86,46 @@ def network_id(name: str) -> int:
     return _network_id(name) if name else 0
 
 
+def view_network(network: str, namespace: str) -> str:
+    """The network in which the maps hold what one namespace's clients see of another one."""
+    return f"{network}{_VIEW}{namespace}"
+
+
+def is_view(key: bytes) -> bool:
+    """Whether a key of `services` or `addresses` is in such a network."""
+    return key[_NETWORK_END - 1] >= _VIEW_BIT >> 24
+
+
+_VIEW: Final = "\0ns/"
+_VIEW_BIT: Final = 1 << 31
+"""Set in the ids of views alone."""
+_NETWORK_END: Final = offset("address_key", "network") + 4
+
+
 @lru_cache(maxsize=4096)
 def _network_id(name: str) -> int:
-    found = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little") or 1
+    found = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little") % _VIEW_BIT or 1
+    if _VIEW in name:
+        found |= _VIEW_BIT
     if _networks.setdefault(found, name) != name:
         raise ValueError(f"the ids of networks {name!r} and {_networks[found]!r} collide")
     return found
+
+
+class Destination(NamedTuple):
+    """An address and port, and as people write them."""
+
+    ip: Ip
+    port: int
+
+    def __str__(self) -> str:
+        text = ip_to_text(self.ip)
+        return f"[{text}]:{self.port}" if ":" in text else f"{text}:{self.port}"
+
+
+def in_network(network: int) -> str:
+    """What is said after an address of a network that has a name."""
+    return f" in network {network:08x}" if network else ""
 
 
 def stable_id(name: str) -> int:

@@ -27,9 +27,10 @@ from pykmesh.kernel.records import (
     network_id,
     port_bytes,
     stable_id,
+    view_network,
 )
 from services.map_writer.locality import is_ranked, near
-from services.map_writer.mesh import Mesh, Place, place_of, view_network
+from services.map_writer.mesh import Mesh, Place, place_of
 
 NO_FLAG: Final = ServiceFlag(0)
 
@@ -283,14 +284,15 @@ def _address_value(kind: AddressKind, verdict: Reason, view: int, *, scoped: boo
     return ADDRESS_VALUE.pack(kind, verdict, view, scoped)[ADDRESS_KEY.size :]
 
 
-def is_but_for_the_view(value: bytes, other: bytes) -> bool:
-    """Whether two values say the same, but for where a workload's namespace sees services of its own."""
-    return _without_view(value) == _without_view(other)
+@cache
+def with_view_of(value: bytes, other: bytes) -> bytes:
+    """A workload's value that says where to look for services of its namespace's own as another says it."""
+    return value[:_VIEW] + other[_VIEW : _VIEW + 4] + value[_VIEW + 4 :]
 
 
 @cache
-def _without_view(value: bytes) -> bytes:
-    return value[:_VIEW] + bytes(4) + value[_VIEW + 4 :]
+def has_view(value: bytes) -> bool:
+    return any(value[_VIEW : _VIEW + 4])
 
 
 _VIEW: Final = offset("address_value", "view") - ADDRESS_KEY.size

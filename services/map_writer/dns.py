@@ -13,11 +13,11 @@ from typing import Final, NamedTuple
 from pykmesh.contracts import messages
 from pykmesh.contracts.address import Families, Mode, Service, Workload
 from pykmesh.contracts.messages import ContractError, DnsOutcome, DnsReply, DnsRequest
-from pykmesh.kernel.records import ENDPOINT_VALUE, IP_BYTES, Ip, is_v4, port_number
+from pykmesh.kernel.records import ENDPOINT_VALUE, IP_BYTES, Ip, is_v4, port_number, view_network
 from services.map_writer.desired import PortId
 from services.map_writer.directory import Directory
 from services.map_writer.follower import Follower
-from services.map_writer.mesh import Mesh, place_of, view_network
+from services.map_writer.mesh import Mesh, place_of
 from services.map_writer.planner import Planner
 
 DNS_PORT: Final = 53

@@ -19,15 +19,18 @@ from pykmesh.kernel.records import (
     ENDPOINT_SHARE,
     ENDPOINT_VALUE,
     RANGE_KEY,
+    RANGE_NETWORK_BITS,
     RANGE_VALUE,
     SERVICE_KEY,
     SERVICE_VALUE,
+    Destination,
+    in_network,
     ip_to_text,
     port_number,
     range_to_text,
 )
 from services.map_writer.desired import PortId, Rules
-from services.map_writer.mesh import RANGE_NETWORK_BITS, Mesh
+from services.map_writer.mesh import Mesh
 from services.map_writer.planner import Held, Limits, Planner
 from services.map_writer.slots import plain
 
@@ -156,18 +159,9 @@ def _list_name(list_id: int, owners: _Owners) -> str:
     return f"{owner.service} port {owner.port} IPv{owner.family}" if owner else f"list {list_id:016x}"
 
 
-def _address(ip: bytes, port: bytes) -> str:
-    shown = ip_to_text(ip)
-    return f"[{shown}]:{port_number(port)}" if ":" in shown else f"{shown}:{port_number(port)}"
-
-
-def _in_network(network: int) -> str:
-    return f" in network {network:08x}" if network else ""
-
-
 def _service_where(key: bytes) -> str:
     ip, network, port = SERVICE_KEY.unpack(key)
-    return f"{_address(ip, port)}{_in_network(network)}"
+    return f"{Destination(ip, port_number(port))}{in_network(network)}"
 
 
 def _service_text(value: bytes, owners: _Owners) -> str:
@@ -181,7 +175,7 @@ def _endpoint_text(list_id: int, value: bytes) -> str:
     if not value:
         return NOTHING
     owner, ip, port = ENDPOINT_VALUE.unpack(value)
-    text = _address(ip, port)
+    text = str(Destination(ip, port_number(port)))
     if value != plain(value):
         other, share = ENDPOINT_SHARE.unpack(value)
         text += f" ({share} of 2^32 draws, the others to slot {other})"
@@ -190,7 +184,7 @@ def _endpoint_text(list_id: int, value: bytes) -> str:
 
 def _address_where(key: bytes) -> str:
     ip, network = ADDRESS_KEY.unpack(key)
-    return f"{ip_to_text(ip)}{_in_network(network)}"
+    return f"{ip_to_text(ip)}{in_network(network)}"
 
 
 def _address_text(key: bytes, rest: bytes) -> str:
@@ -213,9 +207,9 @@ def _ranges(held: Held) -> dict[bytes, bytes]:
 
 def _range_where(key: bytes) -> str:
     bits, network, ip = RANGE_KEY.unpack(key)
-    return f"{range_to_text(ip, bits - RANGE_NETWORK_BITS)}{_in_network(network)}"
+    return f"{range_to_text(ip, bits - RANGE_NETWORK_BITS)}{in_network(network)}"
 
 
 def _range_text(_: bytes, value: bytes) -> str:
     ip, network = RANGE_VALUE.unpack(value)
-    return f"looked up as {ip_to_text(ip)}{_in_network(network)}"
+    return f"looked up as {ip_to_text(ip)}{in_network(network)}"

@@ -15,11 +15,19 @@ from typing import Any, Final, NewType, TypeVar, cast
 
 from pykmesh.contracts.address import Policy, Range, Service, Workload, decode_address
 from pykmesh.contracts.bulk import Group
-from pykmesh.kernel.records import ADDRESS_KEY, IP_BYTES, NO_IP, RANGE_KEY, Ip, network_id
+from pykmesh.kernel.records import (
+    ADDRESS_KEY,
+    IP_BYTES,
+    NO_IP,
+    RANGE_KEY,
+    RANGE_NETWORK_BITS,
+    Ip,
+    network_id,
+    view_network,
+)
 from pykmesh.proto.workload_pb2 import Workload as WorkloadMessage
 from services.map_writer.locality import NOWHERE, Locality, is_ranked, locality
 
-RANGE_NETWORK_BITS: Final = 32
 _K = TypeVar("_K")
 Place = NewType("Place", bytes)
 """A network and an address, as the key of the map `addresses`."""
@@ -38,11 +46,6 @@ def _rest_of_key(network: str) -> bytes:
     """What follows the address in a key: the address stands first in it."""
     key = ADDRESS_KEY.pack(NO_IP, network_id(network))
     return key[len(NO_IP) :]
-
-
-def view_network(network: str, namespace: str) -> str:
-    """The network in which the maps hold what one namespace's clients see of another one."""
-    return f"{network}\0ns/{namespace}"
 
 
 class Touched:
@@ -350,7 +353,10 @@ class Mesh:
         """Takes what a host name stands for now; nothing: it is known no more."""
         if self.resolved.get(hostname, ()) == addresses:
             return
-        self.resolved[hostname] = addresses
+        if addresses:
+            self.resolved[hostname] = addresses
+        else:
+            del self.resolved[hostname]
         for name in self.by_hostname.get(hostname, ()):
             touched.add((service for service, _ in self.workload(name).services), ())
 

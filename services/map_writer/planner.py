@@ -6,8 +6,11 @@ Pure. Every step leaves the maps in a state that is right for the connections ma
 1. lists that shrink: free slots take what is new and what lies last, then their length is lowered
 2. lists that change or grow: endpoints are overwritten or appended, then their length is raised
 3. new service ports appear when their list is complete, then the addresses that they stand on, then
-   the ranges that lead there
-4. what nothing names any more is deleted
+   the ranges that lead there; what only some namespaces see before what sends them there to look,
+   which therefore is neither shortened nor refused before this either
+4. what nothing names any more is deleted, what leads there first: ranges, addresses, ports, those
+   that only some namespaces see, endpoints
+5. workloads of a namespace that has no view of its own any more look where all do
 
 so a removed endpoint is out before its address serves another workload, and nothing is deleted
 before its replacement is there. What is to be deleted takes room until then: what did not fit for it
@@ -21,8 +24,8 @@ from collections.abc import Container, Iterable, Iterator
 from itertools import islice
 from typing import Final, NamedTuple, TypeVar
 
-from pykmesh.kernel.layout import Reason
-from pykmesh.kernel.records import ADDRESS_KEY, ENDPOINT_KEY, RANGE_VALUE, SERVICE_VALUE
+from pykmesh.kernel.layout import Reason, ServiceFlag
+from pykmesh.kernel.records import ADDRESS_KEY, ENDPOINT_KEY, RANGE_VALUE, SERVICE_VALUE, is_view
 from services.map_writer.desired import (
     NOTHING,
     PLAIN_WORKLOAD,
@@ -32,7 +35,8 @@ from services.map_writer.desired import (
     Rules,
     desired_address,
     desired_service,
-    is_but_for_the_view,
+    has_view,
+    with_view_of,
 )
 from services.map_writer.mesh import Mesh, Place, Touched
 from services.map_writer.slots import arrange, plain, weighed
@@ -138,8 +142,10 @@ STEP_ENTRIES: Final = 8192
 """Entries of a step that need not wait for others: it is written while what follows is planned."""
 MANY_PLACES: Final = 128
 _PLAIN_OR_NEW: Final = {PLAIN_WORKLOAD, None}
-_UNNAMED, _FILL, _LOWER, _ENDPOINTS, _RAISE, _ADDRESSES, _RANGES = range(7)
-_DROP_RANGES, _DROP_PORTS, _DROP_ENDPOINTS, _DROP_ADDRESSES = range(7, 11)
+_UNNAMED, _FILL, _LOWER, _ENDPOINTS = range(4)
+_VIEW_PORTS, _VIEW_ADDRESSES, _VIEW_RANGES, _RAISE, _ADDRESSES, _RANGES = range(4, 10)
+_DROP_RANGES, _DROP_ADDRESSES, _DROP_PORTS = range(10, 13)
+_DROP_VIEW_RANGES, _DROP_VIEW_ADDRESSES, _DROP_VIEW_PORTS, _DROP_ENDPOINTS, _LEAVE_VIEWS = range(13, 18)
 
 
 class Planner:
@@ -197,12 +203,12 @@ class Planner:
         touched.add((), mesh.vip_places(self._refused_services))
         batches = _Batches()
         before = {name: self._claims.get(name, _NO_CLAIM) for name in touched.services}
-        yield from self._plan_views(mesh, batches)
+        yield from self._plan_views(mesh, touched, batches)
         yield from self._plan_services(mesh, touched.services, batches)
         for name, claim in before.items():
             self._drop(name, claim, batches)
         yield from self._plan_addresses(mesh, touched.places, batches)
-        yield from batches.steps(_DROP_ADDRESSES)
+        yield from batches.steps(_LEAVE_VIEWS)
 
     def sweep(self, mesh: Mesh) -> Iterator[Step]:
         """The writes that make the maps say this mesh and nothing else: mark, then delete the rest."""
@@ -214,7 +220,7 @@ class Planner:
         self._refused_places.clear()
         batches = _Batches()
         self._seen_by = frozenset()
-        yield from self._plan_views(mesh, batches)
+        yield from self._plan_views(mesh, Touched(), batches)
         yield from self._plan_services(mesh, mesh.services, batches)
         for key in [key for key in self.held.services if key not in self._owner_of_key]:
             self._remove_port(key, batches)
@@ -229,17 +235,21 @@ class Planner:
             self._remove_address(key, batches)
         for place in [place for place in self.held.ranges if not mesh.is_a_services(place)]:
             self._remove_range(place, batches)
-        yield from batches.steps(_DROP_ADDRESSES)
+        yield from batches.steps(_LEAVE_VIEWS)
         yield from self._plan_refused(mesh)
 
-    def _plan_views(self, mesh: Mesh, batches: _Batches) -> Iterator[Step]:
-        """Workloads that are there know where their namespace looks before there is anything to see."""
+    def _plan_views(self, mesh: Mesh, touched: Touched, batches: _Batches) -> Iterator[Step]:
+        """Workloads that are there know where their namespace looks before there is anything to see.
+
+        Those of a namespace that sees what all do again are touched: they look on until all is there.
+        """
         namespaces = frozenset(mesh.view_namespaces)
-        for place in mesh.places_in(namespaces ^ self._seen_by):
+        for place in mesh.places_in(namespaces - self._seen_by):
             value, current = desired_address(mesh, place, self._rules, ()), self.held.addresses.get(place)
-            if current and value and value != current and is_but_for_the_view(value, current):
-                self.held.addresses[place] = value
-                batches.put(_UNNAMED, "addresses", place, place + value)
+            if value and current and has_view(value) and not has_view(current):
+                self.held.addresses[place] = seeing = with_view_of(current, value)
+                batches.put(_UNNAMED, "addresses", place, place + seeing)
+        touched.add((), mesh.places_in(self._seen_by - namespaces))
         self._seen_by = namespaces
         yield from batches.steps(_UNNAMED)
 
@@ -315,7 +325,8 @@ class Planner:
 
     def _lower(self, list_id: int, length: int, service: DesiredService, batches: _Batches) -> None:
         for key, frontend in service.frontends.items():
-            if frontend.list_id == list_id and self._names_list(key, list_id):
+            waits = ServiceFlag.SCOPED in frontend.flags
+            if frontend.list_id == list_id and self._names_list(key, list_id) and not waits:
                 value = _service_value(key, length, frontend)
                 self.held.services[key] = value
                 batches.put(_LOWER, "services", key, value)
@@ -347,8 +358,12 @@ class Planner:
         if current is None and len(self.held.services) >= self._limits.services:
             refused[name] = f"map services is full ({self._limits.services} entries)"
             return
+        waits = ServiceFlag.SCOPED in frontend.flags
+        rank = _VIEW_PORTS if is_view(key) else _RAISE
+        if frontend.verdict is not Reason.ROUTED and not waits:
+            rank = _LOWER
         self.held.services[key] = value
-        batches.put(_LOWER if frontend.verdict is not Reason.ROUTED else _RAISE, "services", key, value)
+        batches.put(rank, "services", key, value)
 
     def _drop(self, name: str, before: Claim, batches: _Batches) -> None:
         """What a service held before and nobody claims now."""
@@ -365,17 +380,21 @@ class Planner:
     def _remove_port(self, key: bytes, batches: _Batches) -> None:
         if self.held.services.pop(key, None) is not None:
             self._leaving["services"] += 1
-            batches.remove(_DROP_PORTS, "services", key)
+            batches.remove(_DROP_VIEW_PORTS if is_view(key) else _DROP_PORTS, "services", key)
 
     def _remove_address(self, key: bytes, batches: _Batches) -> None:
         if self.held.addresses.pop(key, None) is not None:
             self._leaving["addresses"] += 1
-            batches.remove(_DROP_ADDRESSES, "addresses", key)
+            batches.remove(_DROP_VIEW_ADDRESSES if is_view(key) else _DROP_ADDRESSES, "addresses", key)
 
     def _plan_addresses(self, mesh: Mesh, places: Iterable[Place], batches: _Batches) -> Iterator[Step]:
-        yield from batches.steps(_RAISE)
         # The services that miss a port in the maps.
         crowded = {name for name, refused in self._refused_services.items() if name in refused}
+        if mesh.view_namespaces:
+            places = list(places)
+            for place in filter(is_view, places):
+                self._plan_address(mesh, place, crowded, batches)
+        yield from batches.steps(_RAISE)
         left = iter(places)
         while many := list(islice(left, MANY_PLACES)):
             if not self._plan_pods(mesh, many, batches):
@@ -416,7 +435,11 @@ class Planner:
             return
         elif current != value:
             held[place] = value
-            batches.put(_ADDRESSES, "addresses", place, place + value)
+            if current and has_view(current) and not has_view(value):
+                batches.put(_LEAVE_VIEWS, "addresses", place, place + value)
+                value = with_view_of(value, current)
+            rank = _VIEW_ADDRESSES if is_view(place) else _ADDRESSES
+            batches.put(rank, "addresses", place, place + value)
         self._refused_places.pop(place, None)
         if mesh.is_a_services(place) or place in self.held.ranges:
             self._plan_range(mesh, place, batches)
@@ -433,13 +456,14 @@ class Planner:
         elif current is None:
             self.held.ranges[place] = key
             ip, network = ADDRESS_KEY.unpack(place)
-            batches.put(_RANGES, "ranges", key, RANGE_VALUE.pack(ip, network))
+            rank = _VIEW_RANGES if is_view(place) else _RANGES
+            batches.put(rank, "ranges", key, RANGE_VALUE.pack(ip, network))
 
     def _remove_range(self, place: bytes, batches: _Batches) -> None:
         key = self.held.ranges.pop(place, None)
         if key is not None:
             self._leaving["ranges"] += 1
-            batches.remove(_DROP_RANGES, "ranges", key)
+            batches.remove(_DROP_VIEW_RANGES if is_view(place) else _DROP_RANGES, "ranges", key)
 
 
 def _service_value(key: bytes, length: int, frontend: Frontend) -> bytes:

@@ -143,6 +143,14 @@ def put(mesh: Mesh, response: Sequence[Change], touched: Touched) -> None:
             mesh.put(name, resource, touched)
 
 
+class _Found(NamedTuple):
+    """What is at an address and port of one network."""
+
+    verdict: Reason
+    list_id: int
+    scoped: bool
+
+
 class Maps:
     """The kernel's maps; a write beyond a limit fails, and every single one must leave them safe."""
 
@@ -196,6 +204,31 @@ class Maps:
             slots = (self.maps["endpoints"][ENDPOINT_KEY.pack(list_id, slot)] for slot in range(count))
             found[key] = {_shown(slot) for slot in slots}
         return found
+
+    def decision(self, client: tuple[Ip, int], ip: Ip, port: int) -> tuple[Reason, int]:
+        """What becomes of a connection of a client (its address and network), as bpf/choose.h has it.
+
+        With the list of endpoints that it gets; 0 where it gets none of a service's.
+        """
+        here, network = client
+        found = self._find(ip, network, port)
+        if found.scoped:
+            said = self.maps["addresses"].get(ADDRESS_KEY.pack(here, network))
+            kind, _, view, _ = ADDRESS_VALUE.unpack(said) if said else (0, 0, 0, 0)
+            if kind == AddressKind.WORKLOAD and view and ADDRESS_KEY.pack(ip, view) in self.maps["addresses"]:
+                found = self._find(ip, view, port)
+        return found.verdict, found.list_id
+
+    def _find(self, ip: Ip, network: int, port: int) -> _Found:
+        served = self.maps["services"].get(SERVICE_KEY.pack(ip, network, port.to_bytes(2, "big")))
+        if served:
+            list_id, _, verdict, flags, _ = SERVICE_VALUE.unpack(served)
+            return _Found(Reason(verdict), list_id, bool(flags & ServiceFlag.SCOPED))
+        known = self.maps["addresses"].get(ADDRESS_KEY.pack(ip, network))
+        kind, verdict, _, scoped = ADDRESS_VALUE.unpack(known) if known else (0, Reason.ROUTED, 0, 0)
+        if kind == AddressKind.SERVICE and verdict == Reason.ROUTED:
+            return _Found(Reason.NO_PORT, 0, bool(scoped))
+        return _Found(Reason(verdict), 0, bool(scoped))
 
     def members(self) -> dict[int, set[str]]:
         """The endpoints of each list."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,10 +17,11 @@ from pykmesh.kernel.records import (
     RANGE_VALUE,
     Ip,
     ip_from_text,
+    network_id,
     range_to_text,
 )
 from services.map_writer.desired import Rules
-from services.map_writer.mesh import Mesh, Touched
+from services.map_writer.mesh import Mesh, Touched, place_of
 from services.map_writer.planner import Held, Limits, Planner
 from tests.unit import mesh_model as model
 from tests.unit.mesh_model import Change, Maps, Plain, responses
@@ -95,6 +96,45 @@ def test_what_stays_is_reachable_at_every_step_and_nobody_else_ever_is(script: l
                 assert endpoints <= own | members.get(world.maps.list_of(key), set())
             for key in stays:
                 assert before[key] & after[key] <= now[key]
+
+
+@EXAMPLES
+@given(responses())
+def test_a_client_is_sent_where_it_was_before_or_will_be_after_and_nowhere_else(
+    script: list[list[Change]],
+) -> None:
+    """Also while its namespace gains a view of its own, or loses it."""
+    world = World()
+    for response in script:
+        clients = set(_clients(world.mesh))
+        before = _decisions(world.maps, clients)
+        touched = Touched()
+        model.put(world.mesh, response, touched)
+        steps = list(world.planner.plan(world.mesh, touched))
+        done = copy.deepcopy(world.maps)
+        done.apply(steps)
+        stay = clients & set(_clients(world.mesh))
+        after = _decisions(done, stay)
+        for _ in world.maps.writes(steps):
+            for where, decision in _decisions(world.maps, stay).items():
+                assert decision in (before[where], after[where]), where
+
+
+def _clients(mesh: Mesh) -> Iterator[tuple[Ip, int, str]]:
+    """The workloads that are found by an address, with their namespace."""
+    for workload in mesh.all_workloads():
+        for ip in workload.addresses:
+            if mesh.pod_at(place_of(workload.network, ip)) == workload:
+                yield ip, network_id(workload.network), workload.namespace
+
+
+def _decisions(maps: Maps, clients: set[tuple[Ip, int, str]]) -> dict[tuple[object, ...], object]:
+    return {
+        (ip, network, vip, port): maps.decision((ip, network), vip, port)
+        for ip, network, _ in clients
+        for vip in model.VIPS
+        for port in model.PORTS
+    }
 
 
 @EXAMPLES
