@@ -13,7 +13,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import anyio
@@ -26,7 +26,7 @@ from prometheus_client.core import Metric
 from pykmesh import metrics, tracing
 from pykmesh.bus import Bus, BusUnavailableError, Headers
 from pykmesh.contracts import messages
-from pykmesh.contracts.address import Selection
+from pykmesh.contracts.address import AFFINITY_S_MAX, Selection
 from pykmesh.contracts.messages import (
     ConfigBatch,
     ContractError,
@@ -61,8 +61,6 @@ REPORT_INTERVAL_S = 1.0
 REPORT_EVERY_BATCHES = 16
 MANY_ENTRIES = 10_000
 RETRY_S = 0.2
-AFFINITY_S_MAX = 86_400
-"""As in Kubernetes."""
 REFUSED_NAMED = 20_000
 """Names in a report, at most: about 3 MB. More do not fit only where the maps are far too small."""
 
@@ -316,7 +314,7 @@ def selections(settings: MapWriterSettings) -> dict[str, Selection]:
     found: defaultdict[str, Selection] = defaultdict(Selection)
     for text in filter(None, map(str.strip, settings.session_affinity.split(","))):
         name, _, seconds = text.partition("=")
-        if "/" not in name or not seconds.isdigit() or not 0 < int(seconds) <= AFFINITY_S_MAX:
+        if "/" not in name or not seconds.isdecimal() or not 0 < int(seconds) <= AFFINITY_S_MAX:
             raise SettingsError(f"session_affinity has {text!r}: namespace/hostname=seconds")
         found[name] = Selection(int(seconds))
     for name in filter(None, map(str.strip, settings.least_connections.split(","))):
@@ -345,7 +343,7 @@ async def run(runtime: Runtime[MapWriterSettings]) -> None:
     check_enums()
     for task in ("pins", "maps", "snapshot"):
         runtime.readiness.wait_for(task)
-    maps = await _open_maps(runtime)
+    maps = await runtime.open_pins(Maps, PinError)
     bus = await runtime.connect_bus()
     writer = MapWriter(runtime, bus, maps)
     async with anyio.create_task_group() as tasks:
@@ -358,26 +356,11 @@ async def run(runtime: Runtime[MapWriterSettings]) -> None:
         Inspection(writer.follower, lambda: writer.planner, maps, writer.rules, writer.is_settled).add_pages(
             runtime.admin
         )
-        metrics.add_page(runtime.admin, writer.health)
-        tasks.start_soon(_report_each_second, writer)
         names = HostNames(writer.follower, runtime.settings.hostname_refresh_s)
+        metrics.add_page(runtime.admin, lambda: chain(writer.health(), names.health()))
+        tasks.start_soon(_report_each_second, writer)
         tasks.start_soon(names.run, writer.resolved)
         await writer.run()
-
-
-async def _open_maps(runtime: Runtime[MapWriterSettings]) -> Maps:
-    told = ""
-    while True:
-        try:
-            maps = Maps(runtime.settings.pin_dir)
-        except PinError as error:
-            if str(error) != told:
-                told = str(error)
-                log.info("pins_awaited", error=told)
-            await anyio.sleep(RETRY_S)
-            continue
-        runtime.readiness.done("pins")
-        return maps
 
 
 async def _report_each_second(writer: MapWriter) -> None:

@@ -1,19 +1,22 @@
 """Looks up the host names of workloads that have no address, again and again, and beside all else.
 
 The node's own resolver answers, as its resolv.conf and hosts file say. A name that fails keeps what it
-stood for, and is tried again sooner; one that never was found has no endpoints.
+stood for, and is tried again sooner; one that never was found has no endpoints. It is told once, and
+again when it fails after it was found.
 """
 
 from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Final
 
 import anyio
 import structlog
+from prometheus_client.core import Metric
 
+from pykmesh import metrics
 from pykmesh.kernel.records import Ip, ip_from_text
 from services.map_writer.follower import Follower
 
@@ -33,7 +36,8 @@ class HostNames:
         self._follower = follower
         self._refresh_s = refresh_s
         self._due: dict[str, float] = {}
-        self.failures = 0
+        self._failed: dict[str, str] = {}
+        """Why each name that is not found is not."""
 
     async def run(self, tell: Tell) -> None:
         """`tell` takes what a name stands for, each time. Runs until cancelled."""
@@ -41,8 +45,10 @@ class HostNames:
         async with anyio.create_task_group() as tasks:
             while True:
                 now, names = time.monotonic(), self._follower.mesh.by_hostname
-                for gone in self._due.keys() - names.keys():
+                for gone in self._due.keys() - names.keys() if self._follower.synced else ():
                     del self._due[gone]
+                    self._failed.pop(gone, None)
+                    await tell(gone, ())
                 for name in [name for name in names if self._due.get(name, 0.0) <= now]:
                     self._due[name] = float("inf")
                     tasks.start_soon(self._look_up, name, tell, limit)
@@ -51,16 +57,23 @@ class HostNames:
     async def _look_up(self, name: str, tell: Tell, limit: anyio.CapacityLimiter) -> None:
         try:
             found = await anyio.to_thread.run_sync(addresses_of, name, limiter=limit)
-        except OSError as error:
-            self.failures += 1
-            log.warning("hostname_not_found", hostname=name, error=str(error))
+        except (OSError, ValueError) as error:  # ValueError: what can be no name
+            if self._failed.get(name) != str(error):
+                log.warning("hostname_not_found", hostname=name, error=str(error))
+            self._failed[name] = str(error)
             self._due[name] = time.monotonic() + min(RETRY_S, self._refresh_s)
             return
+        self._failed.pop(name, None)
         self._due[name] = time.monotonic() + self._refresh_s
         await tell(name, found)
 
+    def health(self) -> Iterator[Metric]:
+        yield metrics.gauge(
+            "mesh_hostnames_not_found", "Host names of workloads that stand for nothing.", len(self._failed)
+        )
+
 
 def addresses_of(name: str) -> tuple[Ip, ...]:
-    """Blocks. OSError when the name stands for nothing, or nobody answers."""
+    """Blocks. OSError when the name stands for nothing, or nobody answers; ValueError for what is no name."""
     found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     return tuple(sorted({ip_from_text(str(place[0]).partition("%")[0]) for *_, place in found}))
