@@ -12,54 +12,43 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-from bench.sync import ControlPlane, cpu_s, pss_mib, room, spread
-from tests.mesh.node import Node
+from bench.sync import cpu_s, pss_mib, spread, warm_node
 
 SAMPLE_S = 5.0
 
 
 def churn(services: int, pods: int, rate: float, minutes: float) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as directory:
-        plane = ControlPlane(services, pods)
-        node = Node(Path(directory), "--xds-address", f"127.0.0.1:{plane.port}", *room(services, pods))
-        try:
-            node.start()
-            plane.until_acked("first")
-            plane.tell(mesh=True)
-            plane.until_acked("mesh")
-            children = node.children()
-            before, start = cpu_s(list(children)), time.monotonic()
-            taken: list[float] = []
-            memory: dict[str, list[float]] = {name: [] for name in children.values()}
-            next_sample = start
-            while (now := time.monotonic()) < start + minutes * 60:
-                if now >= next_sample:
-                    next_sample += SAMPLE_S
-                    for pid, name in children.items():
-                        memory[name].append(pss_mib([pid]))
-                delay = start + len(taken) / rate - now
-                if delay > 0:
-                    time.sleep(delay)
-                plane.tell(replace=len(taken))
-                taken.append(plane.until_acked(f"push-{len(taken) + 1}"))
-            took_s = time.monotonic() - start
-            difference = node.cli("diff", check=False)
-            return {
-                "services": services, "workloads": services * pods, "minutes": round(took_s / 60, 1),
-                "push": spread(taken), "rate": round(len(taken) / took_s, 1),
-                "cpu_percent": round((cpu_s(list(children)) - before) / took_s * 100, 1),
-                "pss_mib": {name: _quarters(found) for name, found in memory.items()},
-                "restarts": len(set(node.children()) - set(children)),
-                "diff": difference.stdout.strip().splitlines()[-1],
-            }  # fmt: skip
-        finally:
-            node.end()
-            plane.end()
+    with warm_node(services, pods) as (plane, node):
+        plane.tell(mesh=True)
+        plane.until_acked("mesh")
+        children = node.children()
+        before, start = cpu_s(list(children)), time.monotonic()
+        taken: list[float] = []
+        memory: dict[str, list[float]] = {name: [] for name in children.values()}
+        next_sample = start
+        while (now := time.monotonic()) < start + minutes * 60:
+            if now >= next_sample:
+                next_sample += SAMPLE_S
+                for pid, name in children.items():
+                    memory[name].append(pss_mib([pid]))
+            delay = start + len(taken) / rate - now
+            if delay > 0:
+                time.sleep(delay)
+            plane.tell(replace=len(taken))
+            taken.append(plane.until_acked(f"push-{len(taken) + 1}"))
+        took_s = time.monotonic() - start
+        difference = node.cli("diff", check=False)
+        return {
+            "services": services, "workloads": services * pods, "minutes": round(took_s / 60, 1),
+            "push": spread(taken), "rate": round(len(taken) / took_s, 1),
+            "cpu_percent": round((cpu_s(list(children)) - before) / took_s * 100, 1),
+            "pss_mib": {name: _quarters(found) for name, found in memory.items()},
+            "restarts": len(set(node.children()) - set(children)),
+            "diff": difference.stdout.strip().splitlines()[-1],
+        }  # fmt: skip
 
 
 def _quarters(samples: list[float]) -> dict[str, float]:

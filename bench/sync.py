@@ -12,12 +12,14 @@ resident at the most.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,42 +105,49 @@ def cpu_s(pids: list[int]) -> float:
     return ticks / 100
 
 
-def measure(services: int, pods: int, pushes: int, rate: float) -> dict[str, Any]:
+@contextlib.contextmanager
+def warm_node(services: int, pods: int) -> Iterator[tuple[ControlPlane, Node]]:
+    """A mesh that is up and holds nothing yet, and the control plane that will give it this much."""
     with tempfile.TemporaryDirectory() as directory:
         plane = ControlPlane(services, pods)
         node = Node(Path(directory), "--xds-address", f"127.0.0.1:{plane.port}", *room(services, pods))
         try:
             node.start()
             plane.until_acked("first")
-            children = node.children()
-            idle = {name: cpu_s([pid]) for pid, name in children.items()}
-            plane.tell(mesh=True)
-            sync_ms = plane.until_acked("mesh")
-            busy = {name: cpu_s([pid]) - idle[name] for pid, name in children.items()}
-            writer = node.status()["processes"]["map_writer"]
-            found: dict[str, Any] = {
-                "services": services, "workloads": services * pods,
-                "response_mb": round(plane.bytes / 1e6, 1),
-                "sync_ms": round(sync_ms, 1),
-                "floor_ms": round(plane.floor_ms, 1),
-                "sync_to_floor": round(sync_ms / plane.floor_ms, 2), "write": writer["last_write"],
-                "sync_cpu_s": {name: round(seconds, 2) for name, seconds in busy.items()},
-                "pss_mib": {name: round(pss_mib([pid]), 1) for pid, name in children.items()},
-                "peak_rss_mib": round(peak_mib(list(children)), 1),
-                "maps_mib": round(sum(writer["map_memory_bytes"].values()) / 2**20, 1),
-            }  # fmt: skip
-            found["total_mib"] = round(sum(found["pss_mib"].values()) + found["maps_mib"], 1)
-            with PinnedMap(pins.maps_dir(node.pin_dir), "services") as held:
-                found["push"] = _pushes(plane, held, pushes)
-            before, started = cpu_s(list(children)), time.monotonic()
-            found["replace"] = _replacements(plane, pushes, rate)
-            found["replace"]["cpu_percent"] = round(
-                (cpu_s(list(children)) - before) / (time.monotonic() - started) * 100, 1
-            )
-            return found
+            yield plane, node
         finally:
             node.end()
             plane.end()
+
+
+def measure(services: int, pods: int, pushes: int, rate: float) -> dict[str, Any]:
+    with warm_node(services, pods) as (plane, node):
+        children = node.children()
+        idle = {name: cpu_s([pid]) for pid, name in children.items()}
+        plane.tell(mesh=True)
+        sync_ms = plane.until_acked("mesh")
+        busy = {name: cpu_s([pid]) - idle[name] for pid, name in children.items()}
+        writer = node.status()["processes"]["map_writer"]
+        found: dict[str, Any] = {
+            "services": services, "workloads": services * pods,
+            "response_mb": round(plane.bytes / 1e6, 1),
+            "sync_ms": round(sync_ms, 1),
+            "floor_ms": round(plane.floor_ms, 1),
+            "sync_to_floor": round(sync_ms / plane.floor_ms, 2), "write": writer["last_write"],
+            "sync_cpu_s": {name: round(seconds, 2) for name, seconds in busy.items()},
+            "pss_mib": {name: round(pss_mib([pid]), 1) for pid, name in children.items()},
+            "peak_rss_mib": round(peak_mib(list(children)), 1),
+            "maps_mib": round(sum(writer["map_memory_bytes"].values()) / 2**20, 1),
+        }  # fmt: skip
+        found["total_mib"] = round(sum(found["pss_mib"].values()) + found["maps_mib"], 1)
+        with PinnedMap(pins.maps_dir(node.pin_dir), "services") as held:
+            found["push"] = _pushes(plane, held, pushes)
+        before, started = cpu_s(list(children)), time.monotonic()
+        found["replace"] = _replacements(plane, pushes, rate)
+        found["replace"]["cpu_percent"] = round(
+            (cpu_s(list(children)) - before) / (time.monotonic() - started) * 100, 1
+        )
+        return found
 
 
 def room(services: int, pods: int) -> list[str]:

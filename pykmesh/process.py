@@ -13,6 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import anyio
@@ -31,7 +32,9 @@ EXIT_SETTINGS = 2
 ERRORS_KEPT = 20
 GC_THRESHOLDS = (50_000, 20, 100)
 BUS = "bus"
+RETRY_S = 0.2
 _S = TypeVar("_S", bound=CommonSettings)
+_P = TypeVar("_P")
 
 
 class Runtime(Generic[_S]):
@@ -76,6 +79,24 @@ class Runtime(Generic[_S]):
             "errors": list(self.errors),
             **self.details(),
         }
+
+    async def open_pins(self, opener: Callable[[Path], _P], *awaited: type[Exception]) -> _P:
+        """What the opener makes of the pin directory, when bpf_loader has pinned it all.
+
+        `awaited`: the errors that say that it has not yet.
+        """
+        told = ""
+        while True:
+            try:
+                opened = opener(self.settings.pin_dir)
+            except awaited as error:
+                if str(error) != told:
+                    told = str(error)
+                    log.info("pins_awaited", error=told)
+                await anyio.sleep(RETRY_S)
+                continue
+            self.readiness.done("pins")
+            return opened
 
     async def connect_bus(self) -> bus.NatsBus:
         """Waits for the broker; the status says so meanwhile."""

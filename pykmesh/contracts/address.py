@@ -79,6 +79,10 @@ class Range(NamedTuple):
         return f"{self.network}\0{self.bits}"
 
 
+AFFINITY_S_MAX: Final = 86_400
+"""As in Kubernetes."""
+
+
 class Selection(NamedTuple):
     """How endpoints are chosen, beyond what the API says. `affinity_s` 0: each connection anew."""
 

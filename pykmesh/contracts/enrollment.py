@@ -76,15 +76,11 @@ def ask_for_namespaces(path: Path, cookies: list[int]) -> dict[int, int]:
     """
     request = Request(Action.NAMESPACES, cookies=cookies[:NAMESPACES_MAX])
     reply, received = _ask(path, request, [])
-    if len(received) != len(reply.namespaces):
-        for fd in received:
-            os.close(fd)
-        raise EnrollmentError(f"bpf_loader at {path}: {len(received)} descriptors came")
     return dict(zip(reply.namespaces, received, strict=True))
 
 
 def _ask(path: Path, request: Request, descriptors: list[int]) -> tuple[Reply, list[int]]:
-    received: list[int] = []
+    """The caller closes what was received; after an error nothing is left open."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.settimeout(TIMEOUT_S)
         try:
@@ -97,10 +93,16 @@ def _ask(path: Path, request: Request, descriptors: list[int]) -> tuple[Reply, l
             ) from error
     try:
         reply = msgspec.json.decode(data, type=Reply)
-    except msgspec.MsgspecError as error:
+        if reply.error:
+            raise EnrollmentError(reply.error)
+        if len(received) != len(reply.namespaces):
+            raise EnrollmentError(f"bpf_loader at {path}: {len(received)} descriptors came")
+    except (msgspec.MsgspecError, EnrollmentError) as error:
+        for fd in received:
+            os.close(fd)
+        if isinstance(error, EnrollmentError):
+            raise
         raise EnrollmentError(f"bpf_loader at {path} answered {data[:80]!r}") from error
-    if reply.error:
-        raise EnrollmentError(reply.error)
     return reply, received
 
 

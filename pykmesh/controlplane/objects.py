@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
+from pykmesh.contracts.address import AFFINITY_S_MAX
 from pykmesh.controlplane.addresses import HEADLESS, IP, ClusterIP, IPFamily, IPRange, parse_text
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
@@ -162,7 +163,7 @@ class SessionAffinity(Enum):
 
 
 class ClientIPConfig(_Manifest, frozen=True, kw_only=True):
-    timeout_seconds: Annotated[int, msgspec.Meta(ge=1, le=86_400)] = 10_800
+    timeout_seconds: Annotated[int, msgspec.Meta(ge=1, le=AFFINITY_S_MAX)] = 10_800
 
 
 class SessionAffinityConfig(_Manifest, frozen=True, kw_only=True):

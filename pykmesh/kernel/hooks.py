@@ -103,6 +103,11 @@ class Programs:
         self._object.close()
 
 
+def count_pinned(links: Path) -> int:
+    """How many of the hooks have their link in a cgroup's directory of links."""
+    return sum((links / hook.program).exists() for hook in HOOKS)
+
+
 def instance_of(program_id: int) -> str | None:
     """The name of the instance that loaded a program; None when it is not one of this project's."""
     name, map_ids = libbpf.program_name_and_maps(program_id)

@@ -17,7 +17,7 @@ import structlog
 
 from pykmesh.contracts.enrollment import Enrolled, EnrollmentError
 from pykmesh.kernel import cgroups, libbpf, pins
-from pykmesh.kernel.hooks import HOOKS, Hook, Programs
+from pykmesh.kernel.hooks import HOOKS, Hook, Programs, count_pinned
 from pykmesh.kernel.netns import own_cookie
 from pykmesh.kernel.pins import CgroupLinks
 from pykmesh.kernel.records import NO_IP, ip_to_text, network_id
@@ -312,7 +312,7 @@ def _describe(links: CgroupLinks, path: Path | None, pods: dict[int, Pod]) -> En
     return Enrolled(
         cgroup_id=links.cgroup_id,
         path=str(path) if path else None,
-        programs=sum((links.path / hook.program).exists() for hook in HOOKS),
+        programs=count_pinned(links.path),
         netns_cookie=links.netns_cookie,
         address4=ip_to_text(pod.address4) if pod and pod.address4 != NO_IP else None,
         address6=ip_to_text(pod.address6) if pod and pod.address6 != NO_IP else None,

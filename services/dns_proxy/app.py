@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import resource
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any
 
 import anyio
 import structlog
@@ -27,8 +27,6 @@ from services.dns_proxy.upstream import Upstream
 
 log = structlog.get_logger(__name__)
 
-RETRY_S: Final = 0.2
-
 
 async def run(runtime: Runtime[DnsProxySettings]) -> None:
     """Waits for the pins, then serves until cancelled. Questions go past the proxy from then on."""
@@ -38,7 +36,7 @@ async def run(runtime: Runtime[DnsProxySettings]) -> None:
     _raise_file_limit()
     health, answers = Health(), Answers(settings.network, settings.answer_deadline_s)
     resolver = Resolver(answers, Upstream(settings.upstream_timeout_s, health), health)
-    opened = await _open_pins(runtime)
+    opened = await runtime.open_pins(Pins, PinError)
     with contextlib.closing(opened):
         pods = Pods(opened, settings.enroll_socket, resolver, settings.slot_rest_s, runtime.note_error)
         runtime.details = lambda: {**pods.status(), **_status(answers, resolver, health)}
@@ -71,18 +69,3 @@ def _raise_file_limit() -> None:
     """Sixteen sockets a pod, and one for each question that is sent on."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-async def _open_pins(runtime: Runtime[DnsProxySettings]) -> Pins:
-    told = ""
-    while True:
-        try:
-            opened = Pins(runtime.settings.pin_dir)
-        except PinError as error:
-            if str(error) != told:
-                told = str(error)
-                log.info("pins_awaited", error=told)
-            await anyio.sleep(RETRY_S)
-            continue
-        runtime.readiness.done("pins")
-        return opened

@@ -185,7 +185,7 @@ async def run(runtime: Runtime[TelemetrySettings]) -> None:
         # The pins are closed after the last task has ended: a thread may be reading them until then.
         async with anyio.create_task_group() as tasks:
             port = await _listen(runtime, tasks, metrics)
-            opened = await _open_pins(runtime)
+            opened = await runtime.open_pins(Pins, PinError, RingHeldError)
             held.callback(opened.close)
             telemetry = Telemetry(runtime, opened)
             await tasks.start(telemetry.run)
@@ -206,18 +206,3 @@ async def _listen(runtime: Runtime[TelemetrySettings], tasks: anyio.abc.TaskGrou
             f"metrics port {host}:{port}: {error.strerror or error}; set PYKMESH_METRICS_PORT"
         ) from error
     return found
-
-
-async def _open_pins(runtime: Runtime[TelemetrySettings]) -> Pins:
-    told = ""
-    while True:
-        try:
-            opened = Pins(runtime.settings.pin_dir)
-        except (PinError, RingHeldError) as error:
-            if str(error) != told:
-                told = str(error)
-                log.info("pins_awaited", error=told)
-            await anyio.sleep(RETRY_S)
-            continue
-        runtime.readiness.done("pins")
-        return opened
