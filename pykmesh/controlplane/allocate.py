@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
-from pykmesh.controlplane.addresses import IP, ClusterIP, IPFamily, is_ip
-from pykmesh.controlplane.objects import (
+from pykmesh.controlplane.settings import AddressRanges
+from pykmesh.manifests.addresses import IP, ClusterIP, IPFamily, is_ip
+from pykmesh.manifests.objects import (
     EndpointSlice,
     HostAddress,
     Node,
@@ -29,7 +30,6 @@ from pykmesh.controlplane.objects import (
     WorkloadEntry,
     ref_of,
 )
-from pykmesh.controlplane.settings import AddressRanges
 
 _RESERVED_HOSTS = 2  # the address of the network itself, and the first one, which is often a gateway's
 _HASHED_TRIES = 32  # then on from the last one, address by address

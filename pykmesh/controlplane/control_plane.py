@@ -19,13 +19,13 @@ import structlog
 
 from pykmesh.contracts.settings import ControlPlaneSettings
 from pykmesh.controlplane.allocate import Shortage, allocate
-from pykmesh.controlplane.folder import Content, Folder, Sight
-from pykmesh.controlplane.manifests import ConfigError, Located
-from pykmesh.controlplane.objects import ref_of
 from pykmesh.controlplane.server import Client, DeltaServer, Nack
 from pykmesh.controlplane.settings import AddressRanges, MeshSettings
 from pykmesh.controlplane.snapshot import Snapshot
 from pykmesh.controlplane.translate import Cluster, translate
+from pykmesh.manifests.folder import Content, Folder, Sight
+from pykmesh.manifests.objects import ref_of
+from pykmesh.manifests.parse import ConfigError, Located
 from pykmesh.proto import workload_pb2 as wire
 
 log = structlog.get_logger(__name__)

@@ -9,7 +9,7 @@ import msgspec
 
 from pykmesh.contracts.settings import ControlPlaneSettings
 from pykmesh.controlplane.control_plane import ControlPlane
-from pykmesh.controlplane.manifests import ConfigError
+from pykmesh.manifests.parse import ConfigError
 from pykmesh.process import Runtime, main
 from pykmesh.readiness import Readiness
 

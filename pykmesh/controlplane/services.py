@@ -8,9 +8,10 @@ from enum import Enum
 import msgspec
 
 from pykmesh.contracts.address import SELECTION_EXTENSION
-from pykmesh.controlplane.addresses import IPFamily, IPRange
 from pykmesh.controlplane.dialect import Dialect, Scopes
-from pykmesh.controlplane.objects import (
+from pykmesh.controlplane.settings import MeshSettings
+from pykmesh.manifests.addresses import IPFamily, IPRange
+from pykmesh.manifests.objects import (
     EntryPort,
     Labels,
     Metadata,
@@ -22,7 +23,6 @@ from pykmesh.controlplane.objects import (
     ServicePort,
     SessionAffinity,
 )
-from pykmesh.controlplane.settings import MeshSettings
 from pykmesh.proto import workload_pb2 as wire
 
 TRAFFIC_DISTRIBUTION = "networking.istio.io/traffic-distribution"

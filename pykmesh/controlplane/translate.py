@@ -11,16 +11,6 @@ from typing import TypeVar
 
 import msgspec
 
-from pykmesh.controlplane.objects import (
-    EndpointSlice,
-    Namespace,
-    Node,
-    Object,
-    Pod,
-    Service,
-    ServiceEntry,
-    WorkloadEntry,
-)
 from pykmesh.controlplane.services import mesh_services
 from pykmesh.controlplane.settings import MeshSettings
 from pykmesh.controlplane.workloads import (
@@ -29,6 +19,16 @@ from pykmesh.controlplane.workloads import (
     service_entry_workloads,
     slice_workloads,
     surroundings,
+)
+from pykmesh.manifests.objects import (
+    EndpointSlice,
+    Namespace,
+    Node,
+    Object,
+    Pod,
+    Service,
+    ServiceEntry,
+    WorkloadEntry,
 )
 from pykmesh.proto import workload_pb2 as wire
 

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import msgspec
 from google.protobuf.wrappers_pb2 import UInt32Value
 
-from pykmesh.controlplane.addresses import IP, is_ip
-from pykmesh.controlplane.objects import (
+from pykmesh.controlplane.services import MeshService, PortNames, Source, service_hostname
+from pykmesh.controlplane.settings import MeshSettings
+from pykmesh.manifests.addresses import IP, is_ip
+from pykmesh.manifests.objects import (
     EndpointSlice,
     Labels,
     Metadata,
@@ -24,8 +26,6 @@ from pykmesh.controlplane.objects import (
     WorkloadEntry,
     WorkloadEntrySpec,
 )
-from pykmesh.controlplane.services import MeshService, PortNames, Source, service_hostname
-from pykmesh.controlplane.settings import MeshSettings
 from pykmesh.proto import workload_pb2 as wire
 
 REDIRECTION = "ambient.istio.io/redirection"

@@ -12,8 +12,8 @@ import grpc.aio
 
 from pykmesh.contracts.settings import ControlPlaneSettings
 from pykmesh.controlplane.control_plane import ControlPlane
-from pykmesh.controlplane.manifests import ConfigError
 from pykmesh.controlplane.server import ADDRESS_TYPE, METHOD, SERVICE
+from pykmesh.manifests.parse import ConfigError
 from pykmesh.proto.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status
 
 DEADLINE_S = 10.0

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pykmesh.controlplane.addresses import IP
 from pykmesh.controlplane.allocate import Allocation, allocate
-from pykmesh.controlplane.objects import Node, Object, Pod, Service, ServiceEntry, from_plain
 from pykmesh.controlplane.settings import AddressRanges
+from pykmesh.manifests.addresses import IP
+from pykmesh.manifests.objects import Node, Object, Pod, Service, ServiceEntry, from_plain
 
 from .manifest_texts import pod, service, service_entry
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from pykmesh.controlplane.folder import Content, Folder
+from pykmesh.manifests.folder import Content, Folder
 
 from .manifest_texts import pod, service, write
 

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pykmesh.controlplane.addresses import IP
 from pykmesh.controlplane.control_plane import translate_content
-from pykmesh.controlplane.folder import Content
-from pykmesh.controlplane.manifests import Parsed, parse, without_duplicates
-from pykmesh.controlplane.objects import Pod, Service
 from pykmesh.controlplane.settings import AddressRanges, MeshSettings
 from pykmesh.controlplane.snapshot import Snapshot
+from pykmesh.manifests.addresses import IP
+from pykmesh.manifests.folder import Content
+from pykmesh.manifests.objects import Pod, Service
+from pykmesh.manifests.parse import Parsed, parse, without_duplicates
 
 SERVICE = "apiVersion: v1\nkind: Service\nmetadata: {name: web}\n"
 POD = "apiVersion: v1\nkind: Pod\nmetadata: {name: web-1}\n"

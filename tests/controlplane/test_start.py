@@ -10,8 +10,8 @@ import anyio
 import pytest
 from structlog.testing import capture_logs
 
-from pykmesh.controlplane.manifests import ConfigError
 from pykmesh.controlplane.process import ManifestsTask
+from pykmesh.manifests.parse import ConfigError
 from pykmesh.readiness import Readiness
 
 from .ads_client import begun, connected, running

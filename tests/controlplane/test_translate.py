@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from pykmesh.controlplane.dialect import Dialect
-from pykmesh.controlplane.objects import KINDS, from_plain
 from pykmesh.controlplane.settings import MeshSettings
 from pykmesh.controlplane.translate import Cluster, translate
+from pykmesh.manifests.objects import KINDS, from_plain
 from pykmesh.proto import workload_pb2 as wire
 
 from .manifest_texts import pod, service, service_entry

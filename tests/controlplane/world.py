@@ -12,8 +12,9 @@ from typing import Any
 
 import msgspec
 
-from pykmesh.controlplane.addresses import IP
-from pykmesh.controlplane.objects import (
+from pykmesh.controlplane.translate import Cluster
+from pykmesh.manifests.addresses import IP
+from pykmesh.manifests.objects import (
     KINDS,
     HostAddress,
     Object,
@@ -21,7 +22,6 @@ from pykmesh.controlplane.objects import (
     ServiceEntryStatus,
     from_plain,
 )
-from pykmesh.controlplane.translate import Cluster
 
 Plain = dict[str, Any]
 Key = tuple[str, str, str]

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeAlias
 import msgspec
 
 from pykmesh.contracts.address import AFFINITY_S_MAX
-from pykmesh.controlplane.addresses import HEADLESS, IP, ClusterIP, IPFamily, IPRange, parse_text
+from pykmesh.manifests.addresses import HEADLESS, IP, ClusterIP, IPFamily, IPRange, parse_text
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
 PortNumber = Annotated[int, msgspec.Meta(ge=1, le=65535)]
@@ -322,7 +322,40 @@ class ServiceEntry(_Object, frozen=True, kw_only=True):
         return self.wants_addresses and (not is_wildcard or self.spec.resolution is Resolution.DYNAMIC_DNS)
 
 
-Object: TypeAlias = Namespace | Node | Pod | Service | EndpointSlice | ServiceEntry | WorkloadEntry
+class GatewayListener(_Manifest, frozen=True, kw_only=True):
+    name: str
+    port: PortNumber
+    protocol: str
+
+
+class GatewayAddress(_Manifest, frozen=True, kw_only=True):
+    value: str
+    type: str = "IPAddress"
+
+
+class GatewaySpec(_Manifest, frozen=True, kw_only=True):
+    gateway_class_name: str
+    listeners: tuple[GatewayListener, ...] = ()
+
+
+class GatewayStatus(_Manifest, frozen=True, kw_only=True):
+    addresses: tuple[GatewayAddress, ...] = ()
+
+
+class Gateway(_Object, frozen=True, kw_only=True):
+    spec: GatewaySpec
+    status: GatewayStatus = GatewayStatus()
+
+    @property
+    def is_waypoint(self) -> bool:
+        return self.spec.gateway_class_name in WAYPOINT_CLASSES
+
+
+WAYPOINT_CLASSES = ("istio-waypoint", "pykmesh-waypoint")
+"""Gateway classes whose Gateways are waypoints."""
+
+
+Object: TypeAlias = Namespace | Node | Pod | Service | EndpointSlice | ServiceEntry | WorkloadEntry | Gateway
 
 KINDS: dict[tuple[str, str], type[Object]] = {
     ("", "Namespace"): Namespace,
@@ -332,6 +365,7 @@ KINDS: dict[tuple[str, str], type[Object]] = {
     ("discovery.k8s.io", "EndpointSlice"): EndpointSlice,
     ("networking.istio.io", "ServiceEntry"): ServiceEntry,
     ("networking.istio.io", "WorkloadEntry"): WorkloadEntry,
+    ("gateway.networking.k8s.io", "Gateway"): Gateway,
 }
 """The types that are read, by API group and kind; the version within a group does not matter."""
 

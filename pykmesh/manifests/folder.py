@@ -22,8 +22,8 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from pykmesh.controlplane.manifests import ConfigError, Located, Parsed, parse, without_duplicates
-from pykmesh.controlplane.objects import ObjectRef, ref_of
+from pykmesh.manifests.objects import ObjectRef, ref_of
+from pykmesh.manifests.parse import ConfigError, Located, Parsed, parse, without_duplicates
 
 log = structlog.get_logger(__name__)
 

@@ -15,7 +15,7 @@ import msgspec
 import yaml
 from yaml.constructor import SafeConstructor
 
-from pykmesh.controlplane.objects import KINDS, Object, from_plain, ref_of
+from pykmesh.manifests.objects import KINDS, Object, from_plain, ref_of
 
 _Loader: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 

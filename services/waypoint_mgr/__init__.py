@@ -1,0 +1,1 @@
+"""Waypoints: which exist, their Envoys, and how those are configured."""
