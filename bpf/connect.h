@@ -61,6 +61,7 @@ static __always_inline void remember(struct bpf_sock_addr *ctx, const struct des
 	state->vip_port = to->port;
 	state->endpoint = choice->endpoint.address;
 	state->endpoint_port = choice->endpoint.port;
+	state->handed_over = !!(choice->flags & SERVICE_WAYPOINT);
 	state->balanced = choice->flags & SERVICE_LEAST_CONNECTIONS ? BALANCED_WANTED : BALANCED_NOT;
 	if (!state->opened_ns && ctx->protocol == IPPROTO_UDP)
 		state->opened_ns = bpf_ktime_get_ns();
@@ -75,6 +76,12 @@ static __always_inline void forget(struct bpf_sock_addr *ctx)
 		state->service = 0;
 }
 
+/* A waypoint takes no datagrams. */
+static __always_inline bool by_waypoint(const struct choice *choice)
+{
+	return choice->rewrite && (choice->flags & SERVICE_WAYPOINT);
+}
+
 /* Returns REASON_ROUTED with choice->rewrite, or what to do instead. */
 static __always_inline enum reason decide_connect(struct bpf_sock_addr *ctx, const struct destination *to,
 						  struct choice *choice)
@@ -82,6 +89,8 @@ static __always_inline enum reason decide_connect(struct bpf_sock_addr *ctx, con
 	struct client client = client_of(ctx);
 	enum reason reason = choose(to, &client, -1, choice);
 
+	if (reason == REASON_ROUTED && ctx->protocol == IPPROTO_UDP && by_waypoint(choice))
+		reason = REASON_WAYPOINT_UNSUPPORTED;
 	if (reason == REASON_ROUTED || reason == REASON_PASSTHROUGH) {
 		if (choice->rewrite && ctx->protocol == IPPROTO_UDP)
 			count_datagram_open(client.pod, choice->service, &choice->endpoint);

@@ -95,6 +95,8 @@ static __always_inline enum reason decide_datagram(struct bpf_sock_addr *ctx, co
 		bpf_map_delete_elem(&datagrams, &key);
 		return reason;
 	}
+	if (reason == REASON_ROUTED && by_waypoint(choice))
+		reason = REASON_WAYPOINT_UNSUPPORTED;
 	/* The kernel sends no v4-mapped datagram for an IPv6 destination (net/ipv6/udp.c). */
 	if (reason == REASON_ROUTED && ip_is_v4(&to->address) != ip_is_v4(&choice->endpoint.address))
 		reason = REASON_FAMILY;

@@ -7,6 +7,7 @@
 #include "dns.h"
 #include "peer.h"
 #include "telemetry.h"
+#include "waypoint.h"
 
 /* Keeps in BTF what no map names: user space takes its layout from there. */
 struct shared_types {

@@ -100,6 +100,17 @@ struct {
 	__type(value, __u64);
 } shunned SEC(".maps");
 
+/*
+ * Connections on their way to a waypoint of this node. Writer: sockops, before the SYN leaves. Reader and
+ * remover: getsockopt, when it is accepted. Evicts the least recently used: the waypoint closes that one.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct handoff_key);
+	__type(value, struct handoff_value);
+} handoffs SEC(".maps");
+
 /* Writer: dns_proxy. Reader: connect, sendmsg, recvmsg, getpeername. Full: that pod asks past the proxy. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

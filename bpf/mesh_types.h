@@ -48,6 +48,8 @@ struct service_value {
 enum service_flag {
 	SERVICE_SCOPED = 1,	       /* some namespaces see another service at this address */
 	SERVICE_LEAST_CONNECTIONS = 2, /* of two draws the endpoint with fewer open connections */
+	SERVICE_WAYPOINT =
+		4, /* the endpoints are a waypoint's instances, to which connections are handed over */
 };
 
 struct endpoint_key {
@@ -152,8 +154,8 @@ struct socket_state {
 	__be16 endpoint_port;
 	__u8 direction; /* enum direction, 0 until the connection is under way */
 	__u8 established;
-	__u8 balanced; /* enum balanced */
-	__u8 pad;
+	__u8 balanced;	  /* enum balanced */
+	__u8 handed_over; /* 1: the endpoint is a waypoint's instance, which is told what was asked for */
 };
 
 /* Whether a socket counts among the open connections of its endpoint. */
@@ -161,6 +163,25 @@ enum balanced {
 	BALANCED_NOT = 0,
 	BALANCED_WANTED = 1,
 	BALANCED_COUNTED = 2,
+};
+
+/* A connection to a waypoint's instance, as both its ends see it. */
+struct handoff_key {
+	struct ip client;
+	struct ip waypoint;
+	__be16 client_port;
+	__be16 waypoint_port;
+	__u32 pad;
+};
+
+/* What the client asked for. */
+struct handoff_value {
+	__u64 service;
+	struct ip vip;
+	__be16 vip_port;
+	__u16 pad;
+	__u32 pad2;
+	__u8 reserved[16];
 };
 
 /* Who is connected to, of what is known for a while: open connections, and refused ones. */
@@ -264,7 +285,7 @@ enum reason {
 	REASON_PASSTHROUGH,	     /* the service asks for its traffic to be left alone */
 	REASON_NO_ENDPOINT,	     /* refused: the service has no usable endpoint */
 	REASON_NO_PORT,		     /* refused: the service has no such port */
-	REASON_WAYPOINT_UNSUPPORTED, /* refused: must go by way of a waypoint, which is not built yet */
+	REASON_WAYPOINT_UNSUPPORTED, /* refused: must go by way of a waypoint that takes nothing but HBONE */
 	REASON_POLICY_UNSUPPORTED,   /* refused: has policies, which are not enforced yet */
 	REASON_FAMILY,		     /* refused: the endpoints have no address of the socket's family */
 	REASON_ENDPOINT_VANISHED,    /* refused: the endpoints changed faster than they could be read */
@@ -274,6 +295,7 @@ enum reason {
 	REASON_DATAGRAM_LOST, /* refused: no room to remember the way back */
 	REASON_NO_ROOM,	      /* refused: the maps have no room for a port of the service, or its endpoints */
 	REASON_SHUNNED,	      /* not refused: another endpoint was drawn for one that refused a connection */
+	REASON_WAYPOINT_UNAVAILABLE, /* refused: its waypoint is unknown, or has no instance */
 	REASON_COUNT,
 };
 
@@ -289,6 +311,8 @@ _Static_assert(sizeof(struct pod_value) == 64, "pod_value");
 _Static_assert(sizeof(struct datagram_key) == 32, "datagram_key");
 _Static_assert(sizeof(struct datagram_value) == 32, "datagram_value");
 _Static_assert(sizeof(struct peer_key) == 24, "peer_key");
+_Static_assert(sizeof(struct handoff_key) == 40, "handoff_key");
+_Static_assert(sizeof(struct handoff_value) == 48, "handoff_value");
 _Static_assert(sizeof(struct affinity_value) == 32, "affinity_value");
 _Static_assert(sizeof(struct dns_key) == 16, "dns_key");
 _Static_assert(sizeof(struct dns_listener) == 24, "dns_listener");

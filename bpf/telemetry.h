@@ -2,7 +2,7 @@
 /*
  * sockops and cgroup/sock_release: one record for each socket of an enrolled pod at its close, TCP
  * by its state changes (failed connects too), UDP when it is released. Opens are counted, not sent.
- * Keeps `loads` and `shunned`, by which endpoints are drawn, also where nothing is recorded.
+ * Keeps `loads` and `shunned`, by which endpoints are drawn, and `handoffs`, also where nothing is recorded.
  * Decides nothing: traffic goes on whatever fails here, and what is lost is counted.
  */
 #pragma once
@@ -12,6 +12,7 @@
 
 #include "connect.h"
 #include "kernel_types.h"
+#include "waypoint.h"
 
 /* One load at a fixed offset: the verifier refuses a context pointer that the compiler has moved. */
 #define CONTEXT(context, field)                                                                              \
@@ -98,6 +99,14 @@ static __always_inline void connecting(struct bpf_sock_ops *ops)
 
 	if (!state || !state->service)
 		return;
+	if (state->handed_over) {
+		struct handoff_key key = { .client = sockops_local(ops),
+					   .waypoint = state->endpoint,
+					   .client_port = bpf_htons(ops->local_port),
+					   .waypoint_port = state->endpoint_port };
+
+		note_handoff(&key, state);
+	}
 	if (state->balanced == BALANCED_WANTED) {
 		balance(state, 1);
 		state->balanced = BALANCED_COUNTED;

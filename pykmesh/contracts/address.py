@@ -90,6 +90,21 @@ class Selection(NamedTuple):
     least_connections: bool = False
 
 
+class Waypoint(NamedTuple):
+    """What a service's traffic goes by way of: a service, by name or by address. Neither: it is not told."""
+
+    service: str = ""
+    network: str = ""
+    ip: Ip | None = None
+
+
+HANDOFF_PORT: Final = 15019
+"""The port of a waypoint's service at which its instances take connections that the kernel hands over.
+
+Istio's own waypoints have none: they take HBONE at 15008. The port that a GatewayAddress says is always that.
+"""
+
+
 class Service(msgspec.Struct, frozen=True, gc=False):
     """A service, as far as it decides traffic. `ports` maps service port to target port, 0 by name.
 
@@ -105,7 +120,7 @@ class Service(msgspec.Struct, frozen=True, gc=False):
     mode: Mode
     scopes: tuple[int, ...]
     allows_unhealthy: bool
-    has_waypoint: bool
+    waypoint: Waypoint | None
     canonical: bool
     hidden: bool = False
     selection: Selection = Selection()
@@ -224,11 +239,28 @@ def _service(message: workload_pb2.ServiceOutline) -> Service:
         mode,
         scopes,
         allows_unhealthy,
-        message.HasField("waypoint") or bool(message.weighted_waypoints),
+        _waypoint(message) if message.HasField("waypoint") or message.weighted_waypoints else None,
         message.canonical,
         _is_hidden(message.visibility),
         _selection(message.extensions) if message.extensions else _ANY,
     )
+
+
+def _waypoint(message: workload_pb2.ServiceOutline) -> Waypoint:
+    """Of weighted ones none is chosen yet."""
+    if message.weighted_waypoints:
+        return Waypoint()
+    try:
+        found = workload_pb2.GatewayAddress.FromString(message.waypoint)
+    except DecodeError as error:
+        raise FieldError("service.waypoint", f"not a GatewayAddress message: {error}") from error
+    if found.HasField("hostname"):
+        return Waypoint(service=f"{found.hostname.namespace}/{found.hostname.hostname}")
+    if found.HasField("address"):
+        network = network_name("service.waypoint.address.network", found.address.network)
+        ip = _ip("service.waypoint.address", found.address.address)
+        return Waypoint(network=network, ip=ip)
+    return Waypoint()
 
 
 def _is_hidden(visibility: int) -> bool:

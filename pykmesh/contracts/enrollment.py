@@ -25,6 +25,7 @@ class Action(StrEnum):
     UNENROLL = "unenroll"
     LIST = "list"
     NAMESPACES = "namespaces"
+    ENROLL_WAYPOINT = "enroll-waypoint"
 
 
 class Request(msgspec.Struct, frozen=True):

@@ -11,6 +11,8 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from pykmesh.contracts.waypoints import WaypointsReply, WaypointsRequest
+
 VERSION: Final = 1
 BATCH_BYTES: Final = 256 * 1024
 """About how much a batch or a snapshot page carries: large ones move ten times the bytes a second."""
@@ -24,6 +26,7 @@ class Subject(StrEnum):
     MAP_REPORT = "pykmesh.v1.map.report"  # map_writer publishes MapReport
     MAP_RESOLVE = "pykmesh.v1.map.resolve"  # map_writer answers ResolveRequest with ResolveReply
     DNS_RESOLVE = "pykmesh.v1.dns.resolve"  # map_writer answers DnsRequest with DnsReply
+    WAYPOINTS = "pykmesh.v1.map.waypoints"  # map_writer answers WaypointsRequest with WaypointsReply
 
 
 class ResourceType(IntEnum):
@@ -206,6 +209,8 @@ Message = (
     | ResolveReply
     | DnsRequest
     | DnsReply
+    | WaypointsRequest
+    | WaypointsReply
 )
 _M = TypeVar("_M", bound=Message)
 

@@ -126,6 +126,8 @@ class ControlPlaneSettings(CommonSettings, frozen=True, kw_only=True):
 
     admin_port: int = 15215
     config_dir: Path = Path("config")
+    waypoints_dir: Path | None = None
+    """Where waypoint_mgr says which instances waypoints have."""
     listen_host: str = "127.0.0.1"
     listen_port: int = 15010
     cluster_id: str = "Kubernetes"

@@ -1,16 +1,18 @@
 """What waypoint_mgr asks map_writer about the mesh: who goes by way of a waypoint, and where endpoints are.
 
-A service is named `namespace/hostname`, as in the workload API.
+A service is named `namespace/hostname`, as in the workload API. Messages of the bus as those in `messages`.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-VERSION = 1
+
+class _Part(msgspec.Struct, array_like=True, frozen=True):
+    pass
 
 
-class Endpoint(msgspec.Struct, frozen=True, array_like=True):
+class Endpoint(_Part, frozen=True):
     """Where a connection may go. Of endpoints with weight 0 all weigh the same."""
 
     address: str
@@ -18,12 +20,12 @@ class Endpoint(msgspec.Struct, frozen=True, array_like=True):
     weight: int = 0
 
 
-class ServicePort(msgspec.Struct, frozen=True):
+class ServicePort(_Part, frozen=True):
     port: int
     endpoints: list[Endpoint] = []
 
 
-class MeshService(msgspec.Struct, frozen=True):
+class MeshService(_Part, frozen=True):
     """`vips` are the addresses in the node's network at which clients ask for it."""
 
     name: str
@@ -31,7 +33,7 @@ class MeshService(msgspec.Struct, frozen=True):
     ports: list[ServicePort] = []
 
 
-class WaypointsRequest(msgspec.Struct, frozen=True):
+class WaypointsRequest(_Part, frozen=True):
     """`waypoints`: the waypoints' own services. `backends`: services whose endpoints are wanted too."""
 
     version: int
@@ -39,14 +41,13 @@ class WaypointsRequest(msgspec.Struct, frozen=True):
     backends: list[str]
 
 
-class WaypointsReply(msgspec.Struct, frozen=True):
-    """`users`: of each waypoint, the services whose traffic goes by way of it. Services that are unknown miss.
+class WaypointsReply(_Part, frozen=True):
+    """`users`: of each waypoint, the services that go by way of it. Services that are unknown miss.
 
-    `seq` is the last batch of `epoch` that the answer knows of.
+    Before the mesh is whole nothing is said: `is_synced` is false.
     """
 
     version: int
-    epoch: str
-    seq: int
+    is_synced: bool
     users: dict[str, list[str]] = {}
     services: list[MeshService] = []

@@ -23,7 +23,7 @@ from pykmesh.controlplane.server import Client, DeltaServer, Nack
 from pykmesh.controlplane.settings import AddressRanges, MeshSettings
 from pykmesh.controlplane.snapshot import Snapshot
 from pykmesh.controlplane.translate import Cluster, translate
-from pykmesh.manifests.folder import Content, Folder, Sight
+from pykmesh.manifests.folder import Content, Folders, Sights
 from pykmesh.manifests.objects import ref_of
 from pykmesh.manifests.parse import ConfigError, Located
 from pykmesh.proto import workload_pb2 as wire
@@ -59,7 +59,7 @@ class ControlPlane:
     def __init__(self, settings: ControlPlaneSettings) -> None:
         self._settings = settings
         self._mesh, self._ranges = MeshSettings.of(settings), AddressRanges.of(settings)
-        self._folder = Folder(settings.config_dir)
+        self._folder = Folders(filter(None, (settings.config_dir, settings.waypoints_dir)))
         self._server = DeltaServer()
         self._content: Content | None = None
         self._whole = anyio.Event()
@@ -110,7 +110,7 @@ class ControlPlane:
             if self._folder.has_changed(sight):
                 await self._read(await self._quiet(sight), refused)
 
-    async def _quiet(self, sight: Sight) -> Sight:
+    async def _quiet(self, sight: Sights) -> Sights:
         """Waits until the folder has stayed as it is for the debounce time."""
         for _ in range(_MOST_DEBOUNCES):
             await anyio.sleep(self._settings.debounce_ms / 1000)
@@ -120,9 +120,9 @@ class ControlPlane:
             sight = latest
         return sight
 
-    async def _read(self, sight: Sight, refused: Callable[[Sequence[ConfigError]], None]) -> None:
+    async def _read(self, sight: Sights, refused: Callable[[Sequence[ConfigError]], None]) -> None:
         content = await anyio.to_thread.run_sync(self._folder.read, sight)
-        if not (sight.files or content.refused or self._whole.is_set()):
+        if not (any(one.files for one in sight) or content.refused or self._whole.is_set()):
             content = self._nothing_yet()
         if content == self._content:
             return

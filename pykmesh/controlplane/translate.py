@@ -13,6 +13,7 @@ import msgspec
 
 from pykmesh.controlplane.services import mesh_services
 from pykmesh.controlplane.settings import MeshSettings
+from pykmesh.controlplane.waypoints import set_waypoints
 from pykmesh.controlplane.workloads import (
     entry_workload,
     pod_workload,
@@ -22,6 +23,7 @@ from pykmesh.controlplane.workloads import (
 )
 from pykmesh.manifests.objects import (
     EndpointSlice,
+    Gateway,
     Namespace,
     Node,
     Object,
@@ -45,6 +47,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     slices: tuple[EndpointSlice, ...] = ()
     service_entries: tuple[ServiceEntry, ...] = ()
     workload_entries: tuple[WorkloadEntry, ...] = ()
+    gateways: tuple[Gateway, ...] = ()
 
     @classmethod
     def of(cls, objects: Iterable[Object]) -> Cluster:
@@ -61,12 +64,14 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
             slices=all_of(EndpointSlice),
             service_entries=all_of(ServiceEntry),
             workload_entries=all_of(WorkloadEntry),
+            gateways=all_of(Gateway),
         )
 
 
 def translate(cluster: Cluster, mesh: MeshSettings) -> Mapping[str, wire.Address]:
     """All resources by name: services by `namespace/hostname`, workloads by uid."""
     services = mesh_services(cluster.services, cluster.service_entries, cluster.namespaces, mesh)
+    set_waypoints(services, cluster.namespaces, cluster.gateways, mesh)
     around = surroundings(services, cluster.nodes, cluster.slices, mesh)
     resources = {key: wire.Address(service=service.message) for key, service in services.items()}
     for pod in cluster.pods:

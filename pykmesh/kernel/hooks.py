@@ -34,6 +34,9 @@ HOOKS: Final = (
     Hook("pykmesh_conn6", 11),
 )
 
+# Of a waypoint's cgroup.
+WAYPOINT_HOOKS: Final = (Hook("pykmesh_origdst", 21),)
+
 
 class ProgramSettings(NamedTuple):
     """What is fixed in the programs when they are loaded (bpf/mesh_helpers.h)."""
@@ -71,7 +74,7 @@ class Programs:
                     self._pin(map_dir, name, sizes.get(name, 0))
             self._write_settings(settings)
             self._object.load()
-            self.fds = {hook: self._object.program_fd(hook.program) for hook in HOOKS}
+            self.fds = {hook: self._object.program_fd(hook.program) for hook in (*HOOKS, *WAYPOINT_HOOKS)}
         except BaseException:
             self._object.close()
             raise

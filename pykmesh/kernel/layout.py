@@ -145,6 +145,7 @@ class Reason(IntEnum):
     DATAGRAM_LOST = 11
     NO_ROOM = 12
     SHUNNED = 13
+    WAYPOINT_UNAVAILABLE = 14
 
     @property
     def label(self) -> str:
@@ -170,6 +171,7 @@ class AddressKind(IntEnum):
 class ServiceFlag(IntFlag):
     SCOPED = 1
     LEAST_CONNECTIONS = 2
+    WAYPOINT = 4
 
 
 def dns_slots() -> int:

@@ -60,6 +60,11 @@ def links_dir(pin_dir: Path) -> Path:
     return pin_dir / "links"
 
 
+def waypoints_dir(pin_dir: Path) -> Path:
+    """Links to the cgroups of waypoints."""
+    return pin_dir / "waypoints"
+
+
 def is_bpffs(path: Path) -> bool:
     """True when the nearest directory that exists lies on a bpffs."""
     while not path.exists():
@@ -98,7 +103,7 @@ def prepare(pin_dir: Path) -> bool:
     nothing is left mounted or made. PinDirectoryError.
     """
     pin_dir = pin_dir.resolve()
-    parts = (links_dir(pin_dir), maps_dir(pin_dir), pin_dir)
+    parts = (*_parts(pin_dir), pin_dir)
     with contextlib.ExitStack() as undo, _told(pin_dir):
         undo.callback(_remove_empty, [path for path in (*parts, *pin_dir.parents) if not path.exists()])
         mounted = not is_bpffs(pin_dir)
@@ -186,15 +191,20 @@ def uninstall(pin_dir: Path) -> Removed:
 
 def _remove_pins(pin_dir: Path) -> Removed:
     links = maps = 0
-    for each in read_links(links_dir(pin_dir)).cgroups:
-        links += remove_links(each.path)
+    for directory in (links_dir(pin_dir), waypoints_dir(pin_dir)):
+        for each in read_links(directory).cgroups:
+            links += remove_links(each.path)
     for pin in maps_dir(pin_dir).glob("*"):
         pin.unlink()
         maps += 1
-    for directory in (links_dir(pin_dir), maps_dir(pin_dir), pin_dir):
-        _check_empty(directory, but={maps_dir(pin_dir), links_dir(pin_dir)})
-    _remove_empty([links_dir(pin_dir), maps_dir(pin_dir)])
+    for directory in (*_parts(pin_dir), pin_dir):
+        _check_empty(directory, but=set(_parts(pin_dir)))
+    _remove_empty(list(_parts(pin_dir)))
     return Removed(links, maps)
+
+
+def _parts(pin_dir: Path) -> tuple[Path, ...]:
+    return links_dir(pin_dir), waypoints_dir(pin_dir), maps_dir(pin_dir)
 
 
 def _check_empty(directory: Path, but: set[Path]) -> None:

@@ -16,8 +16,9 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 import structlog
@@ -260,3 +261,28 @@ def _errors_of(sight: Sight) -> tuple[ConfigError, ...]:
 def _shown(name: str) -> str:
     """Names of files are bytes; a text that goes out as JSON is UTF-8."""
     return os.fsencode(name).decode(errors="replace")
+
+
+Sights: TypeAlias = tuple[Sight, ...]
+
+
+class Folders:
+    """Several folders as one: an object that two of them have is that of the first."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._folders = [Folder(path) for path in paths]
+
+    def look(self) -> Sights:
+        return tuple(folder.look() for folder in self._folders)
+
+    def has_changed(self, sights: Sights) -> bool:
+        return any(folder.has_changed(sight) for folder, sight in zip(self._folders, sights, strict=True))
+
+    def read(self, sights: Sights) -> Content:
+        contents = [folder.read(sight) for folder, sight in zip(self._folders, sights, strict=True)]
+        objects, duplicates = without_duplicates(obj for content in contents for obj in content.objects)
+        return Content(
+            objects,
+            errors=(*(error for content in contents for error in content.errors), *duplicates),
+            refused=tuple(error for content in contents for error in content.refused),
+        )

@@ -18,10 +18,11 @@ PERMISSIONS: Final[dict[str, tuple[list[Subject], list[Subject]]]] = {
     "xds_client": ([Subject.CONFIG_LOG], [Subject.MAP_REPORT, Subject.CONFIG_SNAPSHOT]),
     "map_writer": (
         [Subject.CONFIG_SNAPSHOT, Subject.MAP_REPORT],
-        [Subject.CONFIG_LOG, Subject.MAP_RESOLVE, Subject.DNS_RESOLVE],
+        [Subject.CONFIG_LOG, Subject.MAP_RESOLVE, Subject.DNS_RESOLVE, Subject.WAYPOINTS],
     ),
     "telemetry": ([Subject.MAP_RESOLVE], []),
     "dns_proxy": ([Subject.DNS_RESOLVE], []),
+    "waypoint_mgr": ([Subject.WAYPOINTS], [Subject.MAP_REPORT]),
 }
 
 

@@ -17,6 +17,7 @@ from pykmesh.kernel.records import DNS_SLOTS, network_id
 from pykmesh.process import Runtime
 from services.bpf_loader.door import Door
 from services.bpf_loader.enrollment import Enrollment
+from services.bpf_loader.waypoints import Waypoints
 
 log = structlog.get_logger(__name__)
 
@@ -37,15 +38,17 @@ async def run(runtime: Runtime[LoaderSettings]) -> None:
     for kept in programs.kept_sizes:
         runtime.note_error("map_size_kept", **kept._asdict(), to_change=HOW_TO_RESIZE)
     enrollment = Enrollment(settings.pin_dir, root, settings.instance, settings.network, programs)
+    waypoints = Waypoints(settings.pin_dir, programs)
     turn = anyio.Lock()
     updated = await anyio.to_thread.run_sync(enrollment.adopt)
+    updated += await anyio.to_thread.run_sync(waypoints.adopt)
     log.info("programs_loaded", links_updated=updated, pin_dir=str(settings.pin_dir))
     refuses_with = "ECONNREFUSED" if await anyio.to_thread.run_sync(can_set_retval) else "EPERM"
     runtime.details = lambda: _details(settings, enrollment, refuses_with)
     try:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(Door(settings.enroll_socket, enrollment, turn).serve)
-            tasks.start_soon(_sweep, enrollment, turn)
+            tasks.start_soon(Door(settings.enroll_socket, enrollment, waypoints, turn).serve)
+            tasks.start_soon(_sweep, enrollment, waypoints, turn)
             runtime.readiness.done("programs")
     finally:
         programs.close()
@@ -76,11 +79,12 @@ def _load(settings: LoaderSettings) -> Programs:
     return Programs(pins.maps_dir(settings.pin_dir), sizes, fixed)
 
 
-async def _sweep(enrollment: Enrollment, turn: anyio.Lock) -> None:
+async def _sweep(enrollment: Enrollment, waypoints: Waypoints, turn: anyio.Lock) -> None:
     while True:
         await anyio.sleep(SWEEP_INTERVAL_S)
         async with turn:
             await anyio.to_thread.run_sync(enrollment.sweep)
+            await anyio.to_thread.run_sync(waypoints.sweep)
 
 
 def _details(settings: LoaderSettings, enrollment: Enrollment, refuses_with: str) -> dict[str, Any]:

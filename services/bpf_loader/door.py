@@ -24,6 +24,7 @@ from pykmesh.contracts.enrollment import (
 )
 from pykmesh.kernel.cgroups import CgroupError
 from services.bpf_loader.enrollment import Enrollment
+from services.bpf_loader.waypoints import Waypoints
 
 log = structlog.get_logger(__name__)
 
@@ -33,9 +34,10 @@ DESCRIPTORS_MAX = 2
 class Door:
     """Serves one request at a time, in turn with all else that has `turn`: enrolment is for one at once."""
 
-    def __init__(self, path: Path, enrollment: Enrollment, turn: anyio.Lock) -> None:
+    def __init__(self, path: Path, enrollment: Enrollment, waypoints: Waypoints, turn: anyio.Lock) -> None:
         self._path = path
         self._enrollment = enrollment
+        self._waypoints = waypoints
         self._turn = turn
 
     async def serve(self) -> None:
@@ -99,6 +101,9 @@ class Door:
             return Reply(enrolled=self._enrollment.enrolled())
         if len(descriptors) != 1 + request.has_netns:
             raise EnrollmentError(f"{request.action}: {len(descriptors)} descriptors came")
+        if request.action is Action.ENROLL_WAYPOINT:
+            self._waypoints.enroll(descriptors[0])
+            return Reply()
         if request.action is Action.UNENROLL:
             self._enrollment.unenroll(descriptors[0])
             return Reply()

@@ -7,7 +7,6 @@ others take away (a pin, a link) the sweep puts back.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections import defaultdict
 from collections.abc import Collection
@@ -17,11 +16,11 @@ import structlog
 
 from pykmesh.contracts.enrollment import Enrolled, EnrollmentError
 from pykmesh.kernel import cgroups, libbpf, pins
-from pykmesh.kernel.hooks import HOOKS, Hook, Programs, count_pinned
+from pykmesh.kernel.hooks import HOOKS, Programs, count_pinned
 from pykmesh.kernel.netns import own_cookie
 from pykmesh.kernel.pins import CgroupLinks
 from pykmesh.kernel.records import NO_IP, ip_to_text, network_id
-from services.bpf_loader import netns
+from services.bpf_loader import netns, pinned
 from services.bpf_loader.netns import Namespace
 from services.bpf_loader.pods import Pod, Pods
 
@@ -59,7 +58,9 @@ class Enrollment:
         self._adopt_cookies()
         self.sweep()
         return sum(
-            self._adopt_link(each.path / hook.program, hook) for each in self._all_links() for hook in HOOKS
+            pinned.adopt(each.path / hook.program, hook, self._programs)
+            for each in self._all_links()
+            for hook in HOOKS
         )
 
     def _adopt_cookies(self) -> None:
@@ -68,23 +69,6 @@ class Enrollment:
         for each in self._all_links():
             if each.netns_cookie is None and each.cgroup_id in cookies:
                 self._name(each, each.cgroup_id, cookies[each.cgroup_id])
-
-    def _adopt_link(self, pin: Path, hook: Hook) -> int:
-        if not pin.exists():
-            return 0
-        with libbpf.closing(libbpf.obj_get(str(pin))) as fd:
-            attach_type = libbpf.link_info(fd)[2]
-            if attach_type != hook.attach_type:
-                raise libbpf.KernelError(
-                    22, f"{pin} is attached as type {attach_type}, not {hook.attach_type}"
-                )
-            try:
-                libbpf.link_update(fd, self._programs.fds[hook])
-            except libbpf.KernelError as error:
-                if error.errno != errno.ENOLINK:  # its cgroup went just now
-                    raise
-                return 0
-        return 1
 
     def sweep(self) -> int:
         """Clears what is left of cgroups that were removed; mends and completes the others.
@@ -111,7 +95,7 @@ class Enrollment:
             self._mend(links, path)
             self._learn(links, path)
             return False
-        if any(_is_attached(links.path / hook.program) for hook in HOOKS):
+        if any(pinned.is_attached(links.path / hook.program) for hook in HOOKS):
             return False
         pins.remove_links(links.path)
         log.info("cgroup_vanished", cgroup_id=links.cgroup_id)
@@ -128,17 +112,8 @@ class Enrollment:
             if cgroups.id_of(fd) == links.cgroup_id and (attached := self._attach_missing(fd, links)):
                 log.warning("hooks_attached_again", cgroup=str(path), hooks=attached)
 
-    def _attach_missing(self, cgroup_fd: int, links: CgroupLinks) -> list[str]:
-        """Attaches the hooks that have no pin, or whose link was detached; returns their programs."""
-        missing = [hook for hook in HOOKS if not _is_attached(links.path / hook.program)]
-        for hook in missing:
-            pin = links.path / hook.program
-            pin.unlink(missing_ok=True)
-            with libbpf.closing(
-                libbpf.link_create(self._programs.fds[hook], cgroup_fd, hook.attach_type)
-            ) as link:
-                libbpf.obj_pin(link, str(pin))
-        return [hook.program for hook in missing]
+    def _attach_missing(self, cgroup_fd: int, found: CgroupLinks) -> list[str]:
+        return pinned.attach_missing(found.path, HOOKS, self._programs, cgroup_fd)
 
     def _learn(self, links: CgroupLinks, path: Path) -> None:
         """The namespace of a cgroup that had no process when it was enrolled, or an entry that was lost.
@@ -294,17 +269,6 @@ def _namespace(cgroup: Path, netns_fd: int | None) -> Namespace | None:
         return None
     with libbpf.closing(found):
         return netns.inspect(found)
-
-
-def _is_attached(pin: Path) -> bool:
-    """A link outlives its pin and its cgroup; this one has both."""
-    try:
-        with libbpf.closing(libbpf.obj_get(str(pin))) as fd:
-            return libbpf.link_info(fd)[1] != 0
-    except libbpf.KernelError as error:
-        if error.errno != errno.ENOENT:
-            raise
-        return False
 
 
 def _describe(links: CgroupLinks, path: Path | None, pods: dict[int, Pod]) -> Enrolled:

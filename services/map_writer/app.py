@@ -50,6 +50,7 @@ from services.map_writer.locality import Locality
 from services.map_writer.names import Names
 from services.map_writer.pages import Inspection
 from services.map_writer.planner import Limits, Planner, Step
+from services.map_writer.waypoints import Waypoints
 from services.map_writer.writer import Maps
 
 log = structlog.get_logger(__name__)
@@ -352,6 +353,7 @@ async def run(runtime: Runtime[MapWriterSettings]) -> None:
         await bus.serve(Subject.MAP_RESOLVE, Names(writer.follower, lambda: writer.planner).answer)
         dns = Dns(writer.follower, lambda: writer.planner, writer.directory, runtime.settings.cluster_domain)
         await bus.serve(Subject.DNS_RESOLVE, dns.answer)
+        await bus.serve(Subject.WAYPOINTS, Waypoints(writer.follower, writer.rules).answer)
         runtime.details = writer.status
         Inspection(writer.follower, lambda: writer.planner, maps, writer.rules, writer.is_settled).add_pages(
             runtime.admin

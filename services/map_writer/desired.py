@@ -11,8 +11,18 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from functools import cache, partial
 from typing import Final, NamedTuple
 
-from pykmesh.contracts.address import Families, Mode, Selection, Service, ServicePorts, Workload
+from pykmesh.contracts.address import (
+    HANDOFF_PORT,
+    Families,
+    Mode,
+    Selection,
+    Service,
+    ServicePorts,
+    Waypoint,
+    Workload,
+)
 from pykmesh.contracts.bulk import Group
+from pykmesh.contracts.waypoints import Endpoint
 from pykmesh.kernel.layout import AddressKind, Reason, ServiceFlag, offset
 from pykmesh.kernel.records import (
     ADDRESS_KEY,
@@ -23,9 +33,11 @@ from pykmesh.kernel.records import (
     NO_IP,
     SERVICE_KEY,
     Ip,
+    ip_to_text,
     is_v4,
     network_id,
     port_bytes,
+    port_number,
     stable_id,
     view_network,
 )
@@ -96,13 +108,59 @@ def desired_service(mesh: Mesh, name: str, rules: Rules) -> DesiredService:
     if not vips:
         return NOTHING
     found = DesiredService({}, {}, {}, {})
-    verdict = _verdict(service)
+    if service.waypoint is not None:
+        _add_ports_by_waypoint(found, mesh, service, vips, rules)
+        return found
+    verdict = Reason.PASSTHROUGH if service.mode is Mode.PASSTHROUGH else Reason.ROUTED
     endpoints = _endpoints(mesh, service, rules, found.weights) if verdict is Reason.ROUTED else _nothing
     if verdict is Reason.ROUTED and endpoints is _nothing:
         verdict = _verdict_without_endpoints(mesh, service, rules)
     for port, target in service.ports:
         _add_port(found, service, port, target, vips, verdict, endpoints)
     return found
+
+
+def own_endpoints(mesh: Mesh, service: Service, rules: Rules) -> dict[int, list[Endpoint]]:
+    """Of each port where the own endpoints of a service are, also of one with a waypoint."""
+    weights: dict[bytes, int] = {}
+    endpoints = _endpoints(mesh, service, rules, weights)
+    found: dict[int, list[Endpoint]] = {}
+    for port, target in service.ports:
+        found[port] = [
+            Endpoint(ip_to_text(ip), port_number(own), weights.get(value, 0))
+            for part in endpoints(port, target, 0, 0)
+            for value in part
+            for _, ip, own in [ENDPOINT_VALUE.unpack(value)]
+        ]
+    return found
+
+
+def _add_ports_by_waypoint(
+    found: DesiredService, mesh: Mesh, service: Service, vips: list[Vip], rules: Rules
+) -> None:
+    """All ports lead to the instances of the waypoint."""
+    verdict, endpoints = _by_waypoint(mesh, service, rules, found.weights)
+    seen = [vip._replace(flags=vip.flags | ServiceFlag.WAYPOINT, affinity_s=0) for vip in vips]
+    for port, _ in service.ports:
+        _add_port(found, service, port, 0, seen, verdict, endpoints)
+
+
+def _by_waypoint(
+    mesh: Mesh, service: Service, rules: Rules, weights: dict[bytes, int]
+) -> tuple[Reason, EndpointsOf]:
+    """Refused where the waypoint is unknown, has no instance, or takes nothing but HBONE: never past it."""
+    waypoint, said = mesh.waypoint_of(service), service.waypoint
+    if said is None or said == Waypoint():
+        return Reason.WAYPOINT_UNSUPPORTED, _nothing
+    if waypoint is None:
+        return Reason.WAYPOINT_UNAVAILABLE, _nothing
+    target = dict(waypoint.ports).get(HANDOFF_PORT)
+    if target is None:
+        return Reason.WAYPOINT_UNSUPPORTED, _nothing
+    own = _endpoints(mesh, waypoint, rules, weights)
+    if own is _nothing:
+        return Reason.WAYPOINT_UNAVAILABLE, _nothing
+    return Reason.ROUTED, lambda _port, _target, id4, id6: own(HANDOFF_PORT, target, id4, id6)
 
 
 def _add_port(
@@ -147,14 +205,6 @@ def _vips(mesh: Mesh, service: Service, rules: Rules) -> Iterator[Vip]:
             yield Vip(network, ip, least | scoped, selection.affinity_s)
         if views and (view := views.get(service.namespace)) and mesh.vip_owner(view) == service.name:
             yield Vip(view_network(network, service.namespace), ip, least, selection.affinity_s)
-
-
-def _verdict(service: Service) -> Reason:
-    if service.has_waypoint:
-        return Reason.WAYPOINT_UNSUPPORTED
-    if service.mode is Mode.PASSTHROUGH:
-        return Reason.PASSTHROUGH
-    return Reason.ROUTED
 
 
 def _verdict_without_endpoints(mesh: Mesh, service: Service, rules: Rules) -> Reason:
@@ -304,5 +354,5 @@ PLAIN_WORKLOAD: Final = _address_value(AddressKind.WORKLOAD, Reason.ROUTED, 0, s
 
 def _address_verdict(service: Service) -> Reason:
     """For ports that the service does not have: refused, unless all its traffic is left alone."""
-    passes = service.mode is Mode.PASSTHROUGH and not service.has_waypoint
+    passes = service.mode is Mode.PASSTHROUGH and service.waypoint is None
     return Reason.PASSTHROUGH if passes else Reason.ROUTED

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from pykmesh.contracts.address import Service, Workload, workload_message
+from pykmesh.contracts.address import HANDOFF_PORT, Service, Workload, workload_message
 from pykmesh.kernel.records import ip_to_text, is_v4
 from pykmesh.proto import workload_pb2
 from services.map_writer.desired import PortId, Rules, desired_service, target_port
@@ -69,8 +69,11 @@ def members(mesh: Mesh, owners: Mapping[int, PortId], rules: Rules, list_id: int
     if owner is None or service is None:
         return None
     used = set(desired_service(mesh, service.name, rules).lists.get(list_id, {}).values())
+    waypoint = mesh.waypoint_of(service)
+    if service.waypoint is not None and waypoint is not None:
+        owner, service = owner._replace(port=HANDOFF_PORT), waypoint
     return {
-        "service": service.name,
+        "service": service.name if waypoint is None else f"waypoint {waypoint.name}",
         "port": owner.port,
         "family": owner.family,
         "mode": service.mode.name,

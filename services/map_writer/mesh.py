@@ -48,6 +48,16 @@ def _rest_of_key(network: str) -> bytes:
     return key[len(NO_IP) :]
 
 
+def _reference(service: Service) -> str | Place | None:
+    """What names a service's waypoint; None where there is none, or it cannot be told."""
+    waypoint = service.waypoint
+    if waypoint is None:
+        return None
+    if waypoint.ip is not None:
+        return place_of(waypoint.network, waypoint.ip)
+    return waypoint.service or None
+
+
 class Touched:
     """What must be planned anew, in the order in which it came: memory is then read in order too."""
 
@@ -69,6 +79,8 @@ class Mesh:
         """`here`: where this node is. With a node and no region it is what workloads of the node say."""
         self.here = here
         self._on_this_node = b"" if here.region else WorkloadMessage(node=here.node).SerializeToString()
+        self._waypoint_users: defaultdict[str | Place, dict[str, None]] = defaultdict(dict)
+        """The services that go by way of a service, by its name or one of its addresses."""
         self.ranked: dict[str, None] = {}
         """Services that prefer near endpoints."""
         self.services: dict[str, Service] = {}
@@ -217,6 +229,9 @@ class Mesh:
         touched.services[name] = None
         if is_ranked(service):
             self.ranked[name] = None
+        if (reference := _reference(service)) is not None:
+            self._waypoint_users[reference][name] = None
+        touched.add(self.waypoint_users(service), ())
         for network, ip in service.places:
             place = place_of(network, ip)
             self._touch_rivals(place, touched)
@@ -225,6 +240,28 @@ class Mesh:
                 self.vip_owners[place] = _owners(self.vip_owners, place)
             touched.places[place] = None
             self._set_views(network, ip, touched)
+
+    def waypoint_users(self, waypoint: Service) -> Iterator[str]:
+        """The services whose traffic goes by way of this one."""
+        if self._waypoint_users:
+            yield from self._waypoint_users.get(waypoint.name, ())
+            for vip in waypoint.vips:
+                yield from self._waypoint_users.get(place_of(*vip), ())
+
+    def touch_waypoint_users(self, touched: Touched) -> None:
+        """Whose waypoint has changed, or an instance of it, has changed."""
+        if self._waypoint_users:
+            for name in list(touched.services):
+                if (service := self.services.get(name)) is not None:
+                    touched.add(self.waypoint_users(service), ())
+
+    def waypoint_of(self, service: Service) -> Service | None:
+        """The service by way of which the traffic of this one goes; None while it is unknown."""
+        reference = _reference(service)
+        if reference is None:
+            return None
+        name = reference if isinstance(reference, str) else self.vip_owner(reference)
+        return None if name is None else self.services.get(name)
 
     def range_of(self, place: Place) -> bytes | None:
         """The key of the range that a place stands for; also where only some see a service."""
@@ -245,6 +282,9 @@ class Mesh:
     def _unlink_service(self, name: str, service: Service, touched: Touched) -> None:
         touched.services[name] = None
         self.ranked.pop(name, None)
+        if (reference := _reference(service)) is not None:
+            _drop(self._waypoint_users, reference, name)
+        touched.add(self.waypoint_users(service), ())
         for network, ip in service.places:
             place = place_of(network, ip)
             _disown(self.vip_owners, place, name)

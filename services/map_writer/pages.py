@@ -17,9 +17,10 @@ from pykmesh.admin import Admin, Page, Query, as_json
 from pykmesh.contracts.address import Service, Workload, workload_message
 from pykmesh.contracts.digest import digest
 from pykmesh.contracts.messages import ResourceType
+from pykmesh.kernel.layout import Reason
 from pykmesh.kernel.records import ENDPOINT_VALUE, ip_to_text, port_number, range_to_text
 from services.map_writer import lookup
-from services.map_writer.desired import PortId, Rules
+from services.map_writer.desired import PortId, Rules, desired_service
 from services.map_writer.drift import Readable, drift
 from services.map_writer.follower import Follower
 from services.map_writer.mesh import Mesh, place_of
@@ -38,6 +39,7 @@ class View(NamedTuple):
     lists: dict[int, list[bytes]]
     refused: dict[str, list[str]]
     """Services of which something does not fit, and what."""
+    rules: Rules
 
 
 class Inspection:
@@ -76,7 +78,11 @@ class Inspection:
         planner = self._planner()
         refused = {name: planner.refusals_of(name) for name in planner.refused_services}
         return View(
-            self._follower.mesh.as_it_is(), planner.owner_of_list.copy(), planner.held.lists.copy(), refused
+            self._follower.mesh.as_it_is(),
+            planner.owner_of_list.copy(),
+            planner.held.lists.copy(),
+            refused,
+            self._rules,
         )
 
     async def _now(self, look: Callable[[View], Any], _: Query) -> Page:
@@ -135,13 +141,27 @@ def _service(view: View, service: Service) -> dict[str, Any]:
         + [f"{found.network}/{range_to_text(found.ip, found.bits)}" for found in service.ranges],
         "ports": {str(port): target for port, target in service.ports},
         "endpoints": view.mesh.count_members(service.name),
+        "waypoint": _waypoint(view.mesh, service),
         "refused": ", ".join(_refusals(view, service)),
     }
 
 
+def _waypoint(mesh: Mesh, service: Service) -> str:
+    """Its name, or what is said of it; empty where there is none."""
+    said = service.waypoint
+    if said is None:
+        return ""
+    found = mesh.waypoint_of(service)
+    return found.name if found else said.service or (ip_to_text(said.ip) if said.ip else "weighted")
+
+
 def _refusals(view: View, service: Service) -> list[str]:
     """Why connections to a service, or to a part of it, do not get there."""
-    found = ["waypoint_unsupported"] if service.has_waypoint else [*view.refused.get(service.name, ())]
+    found = [*view.refused.get(service.name, ())]
+    if service.waypoint is not None:
+        desired = desired_service(view.mesh, service.name, view.rules)
+        verdicts = {frontend.verdict for frontend in desired.frontends.values()}
+        found += sorted(verdict.label for verdict in verdicts if verdict is not Reason.ROUTED)
     for network, ip in service.places:
         place = place_of(network, ip)
         owner, own_view = view.mesh.vip_owner(place), view.mesh.scoped.get(place, {}).get(service.namespace)

@@ -201,6 +201,7 @@ class Planner:
         self._leaving.clear()
         touched.add(self._refused_services, self._refused_places)
         touched.add((), mesh.vip_places(self._refused_services))
+        mesh.touch_waypoint_users(touched)
         batches = _Batches()
         before = {name: self._claims.get(name, _NO_CLAIM) for name in touched.services}
         yield from self._plan_views(mesh, touched, batches)

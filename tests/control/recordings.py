@@ -105,9 +105,17 @@ def _has_waypoint(service: Plain) -> bool:
     return bool(service["waypoint"] or service["weighted_waypoints"])
 
 
+def _by_istios_waypoint(state: Plain, service: Plain) -> str:
+    """A waypoint of Istio's own takes HBONE; one that nothing is known of cannot be judged."""
+    said = str(service["waypoint"] or "").rpartition(":")[0]
+    known = {*state["services"], *(vip for found in state["services"].values() for vip in found["vips"])}
+    is_known = service["weighted_waypoints"] or said in known
+    return "waypoint_unsupported" if is_known else "waypoint_unavailable"
+
+
 def _entry(state: Plain, service: Plain, address: str, port: int) -> Entry:
     if _has_waypoint(service):
-        return Entry("waypoint_unsupported")
+        return Entry(_by_istios_waypoint(state, service))
     if _mode(service) == "PASSTHROUGH":
         return Entry("passthrough")
     found: dict[bool, set[str]] = {False: set(), True: set()}

@@ -12,7 +12,17 @@ from typing import NamedTuple
 import msgspec
 from hypothesis import strategies as st
 
-from pykmesh.contracts.address import Families, Mode, Policy, Selection, Service, Workload, workload_message
+from pykmesh.contracts.address import (
+    HANDOFF_PORT,
+    Families,
+    Mode,
+    Policy,
+    Selection,
+    Service,
+    Waypoint,
+    Workload,
+    workload_message,
+)
 from pykmesh.kernel.layout import AddressKind, Reason, ServiceFlag
 from pykmesh.kernel.records import (
     ADDRESS_KEY,
@@ -53,7 +63,7 @@ NAMESPACES = ("shop", "bank")
 UIDS = [f"C//Pod/shop/p{number}" for number in range(6)]
 VIPS = [ip_from_text(text) for text in ("10.96.0.1", "10.96.0.2", "fd96::1", "fd96::2")]
 POD_IPS = [ip_from_text(text) for text in ("10.1.0.1", "10.1.0.2", "10.1.0.3", "fd01::1", "fd01::2")]
-PORTS = (80, 443)
+PORTS = (80, HANDOFF_PORT)
 HERE = Locality(node="here")
 """Where that is, workloads on the node say."""
 
@@ -90,11 +100,19 @@ def _service(draw: random.Random) -> Service:
         mode=draw.choice([Mode.UNSPECIFIED, Mode.UNSPECIFIED, Mode.FAILOVER, Mode.STRICT, Mode.PASSTHROUGH]),
         scopes=draw.choice([(), (), (1,), (1, 2)]),
         allows_unhealthy=draw.random() < 0.5,
-        has_waypoint=draw.random() < 0.2,
+        waypoint=_draw_waypoint(draw),
         canonical=draw.random() < 0.5,
         hidden=draw.random() < 0.3,
         selection=draw.choice([Selection(), Selection(60), Selection(least_connections=True)]),
     )
+
+
+def _draw_waypoint(draw: random.Random) -> Waypoint | None:
+    """By name or by address; of a service that may be there or not."""
+    drawn = draw.random()
+    if drawn < 0.1:
+        return Waypoint(service=draw.choice(NAMES))
+    return Waypoint(ip=draw.choice(VIPS)) if drawn < 0.2 else None
 
 
 def _workload(draw: random.Random) -> Workload:
@@ -328,24 +346,46 @@ def _expected_services(mesh: Mesh) -> dict[str, tuple[object, ...]]:
                 assert service is not None
                 name = f"{f'@{namespace}' if namespace else ''} {_text(ip)} {port}"
                 flags = ServiceFlag(service.selection.least_connections * ServiceFlag.LEAST_CONNECTIONS)
+                flags |= ServiceFlag(bool(service.waypoint) * ServiceFlag.WAYPOINT)
                 if views and namespace is None:
                     flags |= ServiceFlag.SCOPED
                 said = _expected_port(mesh, service, ip, port, target)
-                found[name] = (said[0], flags, service.selection.affinity_s, *said[1:])
+                affinity_s = 0 if service.waypoint else service.selection.affinity_s
+                found[name] = (said[0], flags, affinity_s, *said[1:])
     return found
 
 
 def _expected_port(mesh: Mesh, service: Service, ip: Ip, port: int, target: int) -> tuple[object, ...]:
+    if service.waypoint is not None:
+        return _expected_by_waypoint(mesh, service, ip)
     verdict = Reason.ROUTED
-    if service.has_waypoint:
-        verdict = Reason.WAYPOINT_UNSUPPORTED
-    elif service.mode is Mode.PASSTHROUGH:
+    if service.mode is Mode.PASSTHROUGH:
         verdict = Reason.PASSTHROUGH
-    all_of_them = _endpoints(mesh, service, port, target) if verdict is Reason.ROUTED else []
+    return _expected_list(verdict, _endpoints(mesh, service, port, target), ip)
+
+
+def _expected_list(verdict: Reason, all_of_them: list[tuple[str, int]], ip: Ip) -> tuple[object, ...]:
+    if verdict is not Reason.ROUTED:
+        all_of_them = []
     wanted = [e for e in all_of_them if is_v6(e[0]) == is_v6(_text(ip))]
     if is_v6(_text(ip)) and not wanted:
         wanted = [e for e in all_of_them if not is_v6(e[0])]
     return (verdict, *_expected_shares(wanted))
+
+
+def _expected_by_waypoint(mesh: Mesh, service: Service, ip: Ip) -> tuple[object, ...]:
+    """The endpoints of the waypoint's port, whatever the service's own are."""
+    said = service.waypoint
+    assert said is not None
+    waypoint = owner(mesh, said.ip) if said.ip else mesh.services.get(said.service)
+    if waypoint is None:
+        return (Reason.WAYPOINT_UNAVAILABLE,)
+    target = dict(waypoint.ports).get(HANDOFF_PORT)
+    if target is None:
+        return (Reason.WAYPOINT_UNSUPPORTED,)
+    if not _near(mesh, waypoint):
+        return (Reason.WAYPOINT_UNAVAILABLE,)
+    return _expected_list(Reason.ROUTED, _endpoints(mesh, waypoint, HANDOFF_PORT, target), ip)
 
 
 def _expected_shares(wanted: list[tuple[str, int]]) -> list[str]:
@@ -369,6 +409,20 @@ def _text(ip: Ip) -> str:
 
 def _endpoints(mesh: Mesh, service: Service, port: int, target: int) -> list[tuple[str, int]]:
     """Endpoints of those workloads that are near enough, and weights: 0 when all weigh the same."""
+    near = _near(mesh, service)
+    found = []
+    for workload in near:
+        own = dict(dict(workload.services)[service.name]).get(port) or target
+        for ip in workload.addresses if own else ():
+            text = _text(ip)
+            family = Families.V6 if is_v6(text) else Families.V4
+            if service.families in (Families.AUTOMATIC, Families.DUAL, family):
+                found.append((f"{text} {own}", workload.capacity))
+    differ = len({w.capacity for w in near}) > 1
+    return found if differ else [(endpoint, 0) for endpoint, _ in found]
+
+
+def _near(mesh: Mesh, service: Service) -> list[Workload]:
     usable = [
         workload
         for workload in mesh.all_workloads()
@@ -381,17 +435,7 @@ def _endpoints(mesh: Mesh, service: Service, port: int, target: int) -> list[tup
     if service.mode is Mode.STRICT:
         best = len(service.scopes)
     ranked = service.scopes and service.mode in (Mode.STRICT, Mode.FAILOVER)
-    near = [w for w in usable if not ranked or _matches(service, w, mesh.here) == best]
-    found = []
-    for workload in near:
-        own = dict(dict(workload.services)[service.name]).get(port) or target
-        for ip in workload.addresses if own else ():
-            text = _text(ip)
-            family = Families.V6 if is_v6(text) else Families.V4
-            if service.families in (Families.AUTOMATIC, Families.DUAL, family):
-                found.append((f"{text} {own}", workload.capacity))
-    differ = len({w.capacity for w in near}) > 1
-    return found if differ else [(endpoint, 0) for endpoint, _ in found]
+    return [w for w in usable if not ranked or _matches(service, w, mesh.here) == best]
 
 
 def _matches(service: Service, workload: Workload, here: Locality) -> int:
@@ -415,7 +459,7 @@ def _expected_addresses(mesh: Mesh) -> dict[str, tuple[object, ...]]:
             service, scoped = owner(mesh, ip, namespace), bool(views) and namespace is None
             name = f"{f'@{namespace}' if namespace else ''} {_text(ip)}"
             if service is not None:
-                passes = service.mode is Mode.PASSTHROUGH and not service.has_waypoint
+                passes = service.mode is Mode.PASSTHROUGH and service.waypoint is None
                 verdict = Reason.PASSTHROUGH if passes else Reason.ROUTED
                 found[name] = (AddressKind.SERVICE, verdict, "", scoped)
             elif scoped:

@@ -18,6 +18,7 @@ from pykmesh.contracts.address import (
     Policy,
     Range,
     Service,
+    Waypoint,
     Workload,
     decode_address,
     decode_policy,
@@ -40,7 +41,7 @@ DEFAULT_SERVICE = Service(
     mode=Mode.UNSPECIFIED,
     scopes=(),
     allows_unhealthy=False,
-    has_waypoint=False,
+    waypoint=None,
     canonical=False,
 )
 
@@ -99,10 +100,14 @@ SERVICES: dict[str, tuple[Fields, Fields]] = {
     "families": ({"ipFamilies": "DUAL"}, {"families": Families.DUAL}),
     "a waypoint by name": (
         {"waypoint": {"hostname": {"namespace": "shop", "hostname": "wp"}, "hboneMtlsPort": 15008}},
-        {"has_waypoint": True},
+        {"waypoint": Waypoint(service="shop/wp")},
     ),
-    "a waypoint of which nothing is said": ({"waypoint": {}}, {"has_waypoint": True}),
-    "weighted waypoints": ({"weightedWaypoints": [{"weight": 1}]}, {"has_waypoint": True}),
+    "a waypoint by address": (
+        {"waypoint": {"address": {"network": "n", "address": V4}, "hboneMtlsPort": 15008}},
+        {"waypoint": Waypoint(network="n", ip=IP4)},
+    ),
+    "a waypoint of which nothing is said": ({"waypoint": {}}, {"waypoint": Waypoint()}),
+    "weighted waypoints": ({"weightedWaypoints": [{"weight": 1}]}, {"waypoint": Waypoint()}),
     "unhealthy endpoints wanted": (
         {"loadBalancing": {"healthPolicy": "ALLOW_ALL"}},
         {"allows_unhealthy": True},

@@ -317,6 +317,6 @@ def made(name: str, *, vips: tuple[tuple[str, Ip], ...] = (), ranges: tuple[Rang
         mode=Mode.UNSPECIFIED,
         scopes=(),
         allows_unhealthy=False,
-        has_waypoint=False,
+        waypoint=None,
         canonical=False,
     )

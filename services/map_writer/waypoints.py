@@ -1,0 +1,49 @@
+"""Answers who goes by way of a waypoint, and where the endpoints of services are, for waypoint_mgr."""
+
+from __future__ import annotations
+
+from pykmesh.contracts import messages
+from pykmesh.contracts.messages import ContractError
+from pykmesh.contracts.waypoints import MeshService, ServicePort, WaypointsReply, WaypointsRequest
+from pykmesh.kernel.records import ip_to_text
+from services.map_writer.desired import Rules, own_endpoints
+from services.map_writer.follower import Follower
+
+
+class Waypoints:
+    """Reads the state that the loop owns; never changes it."""
+
+    def __init__(self, follower: Follower, rules: Rules) -> None:
+        self._follower = follower
+        self._rules = rules
+
+    async def answer(self, data: bytes) -> bytes:
+        """A request that is not understood is answered as if the mesh were not whole yet."""
+        try:
+            request = messages.decode(WaypointsRequest, data)
+        except ContractError:
+            return messages.encode(WaypointsReply(messages.VERSION, is_synced=False))
+        return messages.encode(self._reply(request))
+
+    def _reply(self, request: WaypointsRequest) -> WaypointsReply:
+        mesh = self._follower.mesh
+        if not self._follower.synced:
+            return WaypointsReply(messages.VERSION, is_synced=False)
+        users = {
+            name: sorted(mesh.waypoint_users(mesh.services[name]))
+            for name in request.waypoints
+            if name in mesh.services
+        }
+        wanted = dict.fromkeys([*(user for names in users.values() for user in names), *request.backends])
+        services = [self._service(name) for name in wanted if name in mesh.services]
+        return WaypointsReply(messages.VERSION, is_synced=True, users=users, services=services)
+
+    def _service(self, name: str) -> MeshService:
+        mesh = self._follower.mesh
+        service = mesh.services[name]
+        ports = own_endpoints(mesh, service, self._rules)
+        return MeshService(
+            name,
+            [ip_to_text(ip) for network, ip in service.vips if network == self._rules.network],
+            [ServicePort(port, endpoints) for port, endpoints in ports.items()],
+        )
