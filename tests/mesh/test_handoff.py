@@ -1,0 +1,201 @@
+"""Connections to a service with a waypoint: where they go, what the waypoint is told, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from pykmesh.contracts.enrollment import Action, ask_for_cgroup
+from pykmesh.demo.pods import Pod
+from pykmesh.kernel import pins
+from pykmesh.kernel.layout import Reason
+from pykmesh.kernel.maps import PinnedMap
+from tests.mesh.manifests import Object, host, pod, service, text
+from tests.mesh.node import Node, python, serve, until
+
+VIP4, VIP6 = "10.96.0.10", "fd96::10"
+PORT = 15400
+HEAR = """
+import socket
+with socket.create_connection(({address!r}, {port}), 5) as s:
+    s.settimeout(5)
+    print(s.recv(100).decode(), s.getpeername()[0], s.getpeername()[1], sep="|")
+"""
+CONNECT = """
+import socket
+try:
+    socket.create_connection(("10.96.0.10", 80), 5)
+except OSError as error:
+    print(type(error).__name__)
+"""
+SEND = """
+import socket
+s = socket.socket({family}, socket.SOCK_DGRAM)
+try:
+    {act}
+except OSError as error:
+    print(type(error).__name__)
+"""
+
+
+class Mesh(NamedTuple):
+    node: Node
+    client: Pod
+    web: Pod
+    waypoint: Pod
+
+
+def waypoint_service(*instances: Pod, families: tuple[str, ...] = ("IPv4", "IPv6")) -> list[Object]:
+    """The waypoint's own service and its instances, as waypoint_mgr writes them."""
+    name = "wp"
+    found: list[Object] = [
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {
+                "name": name,
+                "namespace": "shop",
+                "labels": {"gateway.networking.k8s.io/gateway-name": name},
+            },
+            "spec": {
+                "ipFamilyPolicy": "PreferDualStack",
+                "ports": [{"name": "handoff", "port": 15019}],
+            },
+        }
+    ]
+    for instance in instances:
+        for family in families:
+            address = instance.address4 if family == "IPv4" else instance.address6
+            found.append(
+                {
+                    "apiVersion": "discovery.k8s.io/v1",
+                    "kind": "EndpointSlice",
+                    "metadata": {
+                        "name": f"{name}-{instance.name}-{family.lower()}",
+                        "namespace": "shop",
+                        "labels": {"kubernetes.io/service-name": name},
+                    },
+                    "addressType": family,
+                    "endpoints": [{"addresses": [address]}],
+                    "ports": [{"name": "handoff", "port": PORT}],
+                }
+            )
+    return found
+
+
+def web(*, waypoint: str | None) -> Object:
+    found = service("web", VIP4, VIP6, app="web", ports={80: 8080})
+    if waypoint:
+        found["metadata"]["labels"] = {"istio.io/use-waypoint": waypoint}
+    return found
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    node = Node(tmp_path_factory.mktemp("handoff"), subnet=9)
+    try:
+        with node.network as network:
+            found = Mesh(node, *(network.add(name, 10 + n) for n, name in enumerate(("c", "web", "wp"))))
+            serve(found.web, "--http", "8080")
+            command = (sys.executable, "-m", "tests.mesh.waypoint_server", str(PORT))
+            listener = found.waypoint.spawn(*command, stdout=subprocess.PIPE, text=True)
+            assert listener.stdout is not None
+            assert listener.stdout.readline() == "ready\n"
+            pods = (found.client, found.web)
+            known = [pod(p.name, str(p.address4), str(p.address6), app=p.name) for p in pods]
+            node.write("pods", text(*known))
+            node.write("waypoint", text(*waypoint_service(found.waypoint)))
+            node.write("web", text(web(waypoint="wp")))
+            node.start()
+            node.enroll(found.client)
+            ask_for_cgroup(node.instance.enroll_socket, Action.ENROLL_WAYPOINT, found.waypoint.cgroup, None)
+            yield found
+    finally:
+        node.end()
+
+
+@pytest.fixture
+def handed_over(mesh: Mesh) -> Mesh:
+    mesh.node.write("waypoint", text(*waypoint_service(mesh.waypoint)))
+    mesh.node.write("web", text(web(waypoint="wp")))
+    expected = {f"{address}:{PORT}" for address in (mesh.waypoint.address4, mesh.waypoint.address6)}
+    mesh.node.until_endpoints(host("web"), expected)
+    return mesh
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [(VIP4, VIP4), (VIP6, VIP6), (f"::ffff:{VIP4}", VIP4)],
+    ids=["IPv4", "IPv6", "IPv4-mapped"],
+)
+def test_the_waypoint_is_told_what_was_asked_for_before_a_byte_is_sent(
+    handed_over: Mesh, asked: str, told: str
+) -> None:
+    heard = python(handed_over.client, HEAR.format(address=asked, port=80))
+    assert heard == f"{told} 80|{asked}|80"
+
+
+def test_an_ipv6_service_reaches_a_waypoint_of_ipv4_alone_and_is_told_as_such(handed_over: Mesh) -> None:
+    node = handed_over.node
+    node.write("waypoint", text(*waypoint_service(handed_over.waypoint, families=("IPv4",))))
+    node.until_endpoints(host("web"), {f"{handed_over.waypoint.address4}:{PORT}"})
+    heard = python(handed_over.client, HEAR.format(address=VIP6, port=80))
+    assert heard == f"{VIP6} 80|{VIP6}|80"
+
+
+def test_who_connects_to_the_waypoint_by_himself_is_no_client_of_a_service(handed_over: Mesh) -> None:
+    address = handed_over.waypoint.address4
+    heard = python(handed_over.client, HEAR.format(address=address, port=PORT))
+    assert heard == f"nothing|{address}|{PORT}"
+
+
+def test_a_thousand_connections_are_all_told_right(handed_over: Mesh) -> None:
+    code = """
+import socket
+wrong = 0
+for _ in range(1000):
+    with socket.create_connection(("10.96.0.10", 80), 5) as s:
+        wrong += s.recv(100) != b"10.96.0.10 80"
+print(wrong)
+"""
+    assert python(handed_over.client, code) == "0"
+
+
+@pytest.mark.parametrize("act", ['s.connect(("10.96.0.10", 80))', 's.sendto(b"x", ("10.96.0.10", 80))'])
+def test_datagrams_are_refused(handed_over: Mesh, act: str) -> None:
+    before = refusals(handed_over.node)["waypoint_unsupported"]
+    said = python(handed_over.client, SEND.format(family="socket.AF_INET", act=act))
+    assert said == "ConnectionRefusedError"
+    assert refusals(handed_over.node)["waypoint_unsupported"] == before + 1
+
+
+def test_without_an_instance_or_a_waypoint_it_is_refused_and_never_bypassed(handed_over: Mesh) -> None:
+    node = handed_over.node
+    for name, objects in ("waypoint", waypoint_service()), ("web", [web(waypoint="nobody")]):
+        node.write(name, text(*objects))
+        until(lambda: not node.endpoints(host("web")), "no way to the service")
+        before = refusals(node)["waypoint_unavailable"]
+        assert python(handed_over.client, CONNECT) == "ConnectionRefusedError"
+        assert refusals(node)["waypoint_unavailable"] == before + 1
+
+
+def test_a_service_loses_its_waypoint_and_gets_it_back(handed_over: Mesh) -> None:
+    node = handed_over.node
+    node.write("web", text(web(waypoint=None)))
+    own = handed_over.web
+    node.until_endpoints(host("web"), {f"{own.address4}:8080", f"{own.address6}:8080"})
+    said = handed_over.client.run("curl", "-gsS", "--max-time", "5", f"http://{VIP4}/")
+    assert said.stdout == "web\n"
+    node.write("web", text(web(waypoint="wp")))
+    until(lambda: handed_over.waypoint.address4 in str(node.endpoints(host("web"))), "the waypoint again")
+    assert python(handed_over.client, HEAR.format(address=VIP4, port=80)).startswith(f"{VIP4} 80")
+
+
+def refusals(node: Node) -> dict[str, int]:
+    """Decisions by reason, as the kernel counts them."""
+    with PinnedMap(pins.maps_dir(node.pin_dir), "counters") as counters:
+        return {Reason(index).label: count for index, count in enumerate(counters.counter_sums())}
