@@ -21,7 +21,7 @@ from pykmesh.node.mesh import Options
 from pykmesh.node.supervisor import Supervisor
 
 T = TypeVar("T")
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 POLL_S = 0.02
 CLIENT = ("nats", "xds_client")
 ALL = ("nats", "bpf_loader", "map_writer", "xds_client")
