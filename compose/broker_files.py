@@ -19,7 +19,7 @@ from pykmesh.node.broker import PERMISSIONS, configuration
 from pykmesh.node.instance import Ports
 
 NOBODY, ROOT = 65534, 0
-READERS = {"nats": NOBODY, "xds_client": NOBODY, "map_writer": ROOT, "telemetry": ROOT, "dns_proxy": ROOT}
+READERS = {**dict.fromkeys(PERMISSIONS, ROOT), "nats": NOBODY, "xds_client": NOBODY}
 """The group that each runs in (compose.yaml)."""
 
 

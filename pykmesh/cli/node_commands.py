@@ -109,6 +109,17 @@ def _parse_settings(values: tuple[str, ...]) -> dict[str, str]:
     help="Answer enrolled pods' questions about names of services; all others go where they were meant to.",
 )
 @click.option(
+    "--waypoint-address",
+    default="",
+    metavar="IP",
+    help="Where waypoints listen, for this node's pods (the address of its default route).",
+)
+@click.option(
+    "--waypoint-netns",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The network namespace that waypoints run in (this one).",
+)
+@click.option(
     "--otlp-endpoint",
     default="",
     envvar="OTEL_EXPORTER_OTLP_ENDPOINT",
@@ -294,15 +305,19 @@ def _is_zombie(pid: int) -> bool:
 @click.pass_obj
 def uninstall(instance: Instance) -> None:
     """Remove every program, map, link and pin of the instance: its services end with them."""
+    from pykmesh.kernel.cgroups import CgroupError, find_root
     from pykmesh.kernel.libbpf import KernelError
     from pykmesh.kernel.pins import PinDirectoryError
     from pykmesh.kernel.pins import uninstall as remove
+    from pykmesh.node import waypoints
     from pykmesh.node.instance import remove_files
     from pykmesh.node.mesh import PROCESSES
 
     if running(instance.run_dir) is not None:
         raise Failure(f"instance {instance.name} is running: {command(instance, 'down')} first")
     try:
+        with contextlib.suppress(CgroupError):  # without cgroups there are none
+            waypoints.remove(instance, find_root())
         removed = remove(instance.pin_dir)
     except (PinDirectoryError, KernelError, OSError) as error:
         raise Failure(str(error)) from error

@@ -99,8 +99,11 @@ def _names(instance: Instance, supervised: Container[str]) -> list[str]:
     names = ["bpf_loader", "map_writer", "xds_client", "telemetry"]
     if _process_status(instance.ports.control_plane) is not None:
         names.insert(0, "control_plane")
-    if "dns_proxy" in supervised or _process_status(instance.ports.dns_proxy) is not None:
-        names.append("dns_proxy")
+    names += [
+        name
+        for name in ("dns_proxy", "waypoint_mgr")
+        if name in supervised or _process_status(getattr(instance.ports, name)) is not None
+    ]
     return names
 
 
@@ -141,6 +144,10 @@ def _detail(name: str, process: dict[str, Any]) -> str:
     if name == "dns_proxy" and "pods" in process:
         waiting = f", {len(process['waiting'])} waiting" if process["waiting"] else ""
         return f"{process['pods']} pods{waiting}, {process['answered']} of {process['requests']} answered"
+    if name == "waypoint_mgr" and "waypoints" in process:
+        waypoints = process["waypoints"]
+        ready = sum(instance["ready"] for waypoint in waypoints for instance in waypoint["instances"])
+        return f"{len(waypoints)} waypoints, {ready} instances ready"
     if name == "nats" and process["pid"]:
         return f"pid {process['pid']}"
     if name == "control_plane":

@@ -121,6 +121,29 @@ class DnsProxySettings(CommonSettings, frozen=True, kw_only=True):
     """Where a pod asks more servers than there is room for, one that was not asked for so long gives way."""
 
 
+class WaypointMgrSettings(CommonSettings, frozen=True, kw_only=True):
+    admin_port: int = 15216
+    enroll_socket: Path = Path("/run/pykmesh/default/enroll.sock")
+    config_dir: Path = Path("config")
+    """Gateways, routes and services, as YAML."""
+    waypoints_dir: Path = Path("/run/pykmesh/default/waypoints")
+    """Where the control plane is told which instances waypoints have."""
+    envoys_dir: Path = Path("/run/pykmesh/default/envoys")
+    """What instances keep: one directory each."""
+    waypoint_cgroup: Path = Path("/sys/fs/cgroup/pykmesh-default-waypoints")
+    """The cgroup v2 directory below which instances run."""
+    waypoint_address: str = ""
+    """Where instances listen, for pods of this node; empty: the address of the host's default route."""
+    waypoint_netns: Path | None = None
+    """The network namespace in which instances run; None: this process's own."""
+    waypoint_port: int = 15400
+    """Instances listen on this port and those after it."""
+    envoy: Path | None = None
+    """The Envoy to run; None: the one beside this Python, else the one on the PATH."""
+    cluster_domain: str = "cluster.local"
+    poll_ms: int = 100
+
+
 class ControlPlaneSettings(CommonSettings, frozen=True, kw_only=True):
     """Of the embedded one. `listen_port` 0 takes any free port."""
 
@@ -151,6 +174,7 @@ PROCESSES: Final = (
     LoaderSettings,
     TelemetrySettings,
     DnsProxySettings,
+    WaypointMgrSettings,
     ControlPlaneSettings,
 )
 NAMES: Final = frozenset(name for kind in PROCESSES for name in kind.__struct_fields__)

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -31,7 +32,16 @@ from pykmesh.node.instance import Instance, command, running
 from pykmesh.node.run import fetch
 
 INSTANCE: Final = "demo"
-PROCESSES: Final = ("xds_client", "map_writer", "bpf_loader", "telemetry", "control_plane", "nats")
+PROCESSES: Final = (
+    "xds_client",
+    "map_writer",
+    "bpf_loader",
+    "telemetry",
+    "waypoint_mgr",
+    "control_plane",
+    "nats",
+)
+REQUESTS: Final = 100
 INTERRUPT_AGAIN_S: Final = 0.5
 EFFECT_DEADLINE_S: Final = 10.0
 FLOWS_SHOWN: Final = 6
@@ -93,6 +103,7 @@ class Demo:
         self.client = network.add("client", 10)
         self._web = [network.add(name, 20 + i) for i, name in enumerate(("web-v1-a", "web-v1-b", "web-v2-a"))]
         echo = network.add("echo-a", 30)
+        waypoint = network.add("waypoint", 40)
         for pod in self._web:
             self._endpoints[pod.name] = Counted(pod, "endpoint", pod.name, "--http", str(manifests.HTTP_PORT))
         self._endpoints[echo.name] = Counted(echo, "endpoint", echo.name, "--udp", str(manifests.UDP_PORT))
@@ -103,9 +114,10 @@ class Demo:
         self._write_web(self._web)
         self._say.line("Starting nats-server, the embedded control plane and the mesh's processes")
         up = [*self._place(), "up", "--free-ports", "--config-dir", str(self._folder)]
+        up += ["--waypoint-address", str(waypoint.address4), "--waypoint-netns", str(waypoint.netns)]
         self._behind = Behind(self.instance, up)
         self._behind.until_ready()
-        for pod in network.pods.values():
+        for pod in (self.client, *self._web, echo):
             self._cli("enroll", "--cgroup", str(pod.cgroup), "--netns", str(pod.netns))
 
     def _write_web(self, pods: list[Pod]) -> None:
@@ -202,6 +214,11 @@ class Demo:
             "connection refused at once",
             lambda: self._refused(manifests.WEB4, 81),
         )
+        self._say.line("\nA waypoint (Envoy) for one service, by a Gateway and an HTTPRoute")
+        self._flows_to_show = FLOWS_SHOWN
+        manifests.write(self._folder, "waypoint", manifests.by_waypoint())
+        self._try("a request with a header", "always an answer of v2", self._canary)
+        self._try("requests without it", "answers of v1 and v2 by weight", self._split)
         prober = Counted(self.client, "prober", manifests.WEB4, "80")
         self._say.line("\nA client connects every 10 ms from here on")
         self._flows_to_show = FLOWS_SHOWN
@@ -218,6 +235,7 @@ class Demo:
                 "no connection failed, ready again",
                 partial(self._kill, prober, process),
             )
+        self._try("the waypoint after all that", "always an answer of v2", self._canary)
         self._try("a change after all that", "web-v2-a serves again", self._scale_back)
         return self._summary(prober, time.monotonic() - begun)
 
@@ -243,6 +261,27 @@ class Demo:
     def _refused(self, address: str, port: int) -> tuple[bool, str]:
         result = self.client.run("curl", "-sS", "--max-time", "5", f"http://{address}:{port}/")
         return result.returncode == 7, result.stderr.strip()
+
+    def _asked(self, *options: str) -> Counter[str]:
+        """What many requests to the service with the waypoint are answered, by version."""
+        url = f"http://{manifests.SHOP4}/"
+        result = self.client.run("curl", "-sS", "--max-time", "5", *options, *[url] * REQUESTS)
+        return Counter(line.rpartition("-")[0] for line in result.stdout.splitlines())
+
+    def _canary(self) -> tuple[bool, str]:
+        header = ("-H", f"{manifests.CANARY_HEADER}: yes")
+        ready = _until(lambda: self._asked(*header).total() == REQUESTS)
+        found = self._asked(*header)
+        return ready and found == {"web-v2": REQUESTS}, f"{_listed(found)} of {REQUESTS}"
+
+    def _split(self) -> tuple[bool, str]:
+        """Within five standard deviations: one run in two million says wrong for nothing."""
+        found = self._asked()
+        expected = REQUESTS * manifests.CANARY_WEIGHT / 100
+        allowed = 5 * (expected * (1 - manifests.CANARY_WEIGHT / 100)) ** 0.5
+        ok = found.total() == REQUESTS and abs(found["web-v2"] - expected) < allowed
+        weights = f"{manifests.STABLE_WEIGHT} to {manifests.CANARY_WEIGHT}"
+        return ok, f"{_listed(found)} of {REQUESTS}, weighted {weights}"
 
     def _shares(self) -> tuple[bool, str]:
         before = self._connections()
@@ -336,7 +375,7 @@ def _difference(after: dict[str, int], before: dict[str, int]) -> dict[str, int]
     return {name: after[name] - before[name] for name in after}
 
 
-def _listed(counts: dict[str, int]) -> str:
+def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 

@@ -5,6 +5,8 @@
 <run_dir>/supervisor.sock   says what runs, and how often it was started again
 <run_dir>/secrets/<name>    the bus's passwords
 <run_dir>/logs/<name>.log   what each process said
+<run_dir>/waypoints/        which instances waypoints have, for the embedded control plane
+<run_dir>/envoys/<name>/    what a waypoint's instance keeps
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class Ports(msgspec.Struct, frozen=True, kw_only=True):
     telemetry: int = 15213
     dns_proxy: int = 15214
     control_plane: int = 15215
+    waypoint_mgr: int = 15216
 
 
 PORT_NAMES: Final = Ports.__struct_fields__
@@ -63,6 +66,14 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def enroll_socket(self) -> Path:
         return self.run_dir / "enroll.sock"
+
+    @property
+    def waypoints_dir(self) -> Path:
+        return self.run_dir / "waypoints"
+
+    @property
+    def envoys_dir(self) -> Path:
+        return self.run_dir / "envoys"
 
     def secret(self, process: str) -> Path:
         return self.run_dir / "secrets" / process
@@ -150,7 +161,8 @@ def take_back(made: list[Path]) -> None:
 
 
 def _directories(instance: Instance) -> list[Path]:
-    return [instance.run_dir / "secrets", instance.run_dir / "logs"]
+    names = ("secrets", "logs", "waypoints", "envoys")
+    return [instance.run_dir / name for name in names]
 
 
 def _files(instance: Instance, processes: Iterable[str]) -> list[Path]:

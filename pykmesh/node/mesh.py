@@ -13,16 +13,19 @@ from pykmesh.contracts.settings import (
     LoaderSettings,
     MapWriterSettings,
     TelemetrySettings,
+    WaypointMgrSettings,
     XdsClientSettings,
     to_environment,
 )
-from pykmesh.node import broker
+from pykmesh.kernel.cgroups import find_root
+from pykmesh.node import broker, waypoints
 from pykmesh.node.instance import Instance
 from pykmesh.node.supervisor import Spec, python
 
 SERVICES = ("bpf_loader", "map_writer", "xds_client", "telemetry")
 DNS = "dns_proxy"
-PROCESSES = ("nats", "control_plane", *SERVICES, DNS)
+WAYPOINTS = "waypoint_mgr"
+PROCESSES = ("nats", "control_plane", *SERVICES, DNS, WAYPOINTS)
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,13 +46,17 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     refuse_unenforced_policy: bool = False
     dns: bool = False
     """Answer enrolled pods' questions about names of services."""
+    waypoint_address: str = ""
+    """Where waypoints listen, for this node's pods."""
+    waypoint_netns: Path | None = None
     settings: dict[str, str] = {}
     """Further settings by their environment names, over all others."""
 
 
 def service_names(options: Options) -> list[str]:
     """The services that run with these options."""
-    return [*SERVICES, DNS] if options.dns else list(SERVICES)
+    names = [*SERVICES, DNS] if options.dns else list(SERVICES)
+    return [*names, WAYPOINTS] if options.config_dir else names
 
 
 def port_names(options: Options) -> list[str]:
@@ -121,6 +128,17 @@ def _service(instance: Instance, options: Options, name: str) -> CommonSettings:
         return TelemetrySettings(**common, metrics_port=instance.ports.metrics)  # type: ignore[arg-type]
     if name == DNS:
         return DnsProxySettings(**common, enroll_socket=instance.enroll_socket)  # type: ignore[arg-type]
+    if name == WAYPOINTS:
+        return WaypointMgrSettings(
+            **common,  # type: ignore[arg-type]
+            enroll_socket=instance.enroll_socket,
+            config_dir=options.config_dir or Path(),
+            waypoints_dir=instance.waypoints_dir,
+            envoys_dir=instance.envoys_dir,
+            waypoint_cgroup=waypoints.cgroup(instance, options.cgroup_root or find_root()),
+            waypoint_address=options.waypoint_address,
+            waypoint_netns=options.waypoint_netns,
+        )
     return LoaderSettings(
         **common,  # type: ignore[arg-type]
         enroll_socket=instance.enroll_socket,
@@ -132,6 +150,7 @@ def _control_plane(instance: Instance, options: Options) -> CommonSettings:
     return ControlPlaneSettings(
         **_common(instance, options, "control_plane"),  # type: ignore[arg-type]
         config_dir=options.config_dir or Path(),
+        waypoints_dir=instance.waypoints_dir,
         listen_port=instance.ports.xds,
         cluster_id=options.cluster_id,
     )

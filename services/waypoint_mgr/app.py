@@ -1,0 +1,276 @@
+"""Wires waypoint_mgr: the folder -> waypoints and their instances; the bus -> their configuration -> Envoys.
+
+An Envoy gets its configuration by ADS and goes on with what it has while this process, map_writer or the
+bus is away.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Any, Final
+
+import anyio
+import anyio.to_thread
+import structlog
+
+from pykmesh.bus import BusUnavailableError, Headers
+from pykmesh.contracts import messages
+from pykmesh.contracts.enrollment import Action, EnrollmentError, ask_for_cgroup
+from pykmesh.contracts.messages import ContractError, MapReport, Subject
+from pykmesh.contracts.settings import WaypointMgrSettings
+from pykmesh.contracts.waypoints import MeshService, WaypointsReply, WaypointsRequest
+from pykmesh.manifests.objects import Gateway, HTTPRoute, ObjectRef, ref_of
+from pykmesh.process import Runtime
+from services.waypoint_mgr import announce, fleet
+from services.waypoint_mgr.ads import AdsServer
+from services.waypoint_mgr.announce import Announcements
+from services.waypoint_mgr.encode import EncodeError, resources
+from services.waypoint_mgr.fleet import Fleet
+from services.waypoint_mgr.routes import Configuration, translate
+from services.waypoint_mgr.source import Objects, mesh_name, watch
+
+log = structlog.get_logger(__name__)
+
+TICK_S: Final = 1.0
+ENROLL_S: Final = 5.0
+RETRY_S: Final = 0.1
+
+
+class WaypointMgr:
+    """What shall be, and the loop that makes it so."""
+
+    def __init__(self, runtime: Runtime[WaypointMgrSettings], ads: AdsServer, members: Fleet) -> None:
+        self._runtime = runtime
+        self._settings = runtime.settings
+        self._ads = ads
+        self._fleet = members
+        self._announcements = Announcements(runtime.settings.waypoints_dir)
+        self._objects: Objects | None = None
+        self._mesh: WaypointsReply | None = None
+        self._configurations: dict[str, Configuration] = {}
+        self._good_routes: dict[ObjectRef, HTTPRoute] = {}
+        self._report = ("", -1)
+        self.is_enrolled = False
+        """Connections to instances are told what they are for."""
+        self._due = anyio.Event()
+
+    def wake(self) -> None:
+        self._due.set()
+
+    def configured(self, objects: Objects) -> None:
+        """From the folder."""
+        self._objects = objects
+        self._runtime.readiness.done("configuration")
+        self.wake()
+
+    async def reported(self, data: bytes, _: Headers) -> None:
+        """From map_writer: the mesh may have changed."""
+        try:
+            report = messages.decode(MapReport, data)
+        except ContractError as error:
+            self._runtime.note_error("report_not_understood", error=error)
+            return
+        if self._report != (report.epoch, report.applied_seq):
+            self._report = report.epoch, report.applied_seq
+            self.wake()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            with anyio.move_on_after(TICK_S):
+                await self._due.wait()
+            self._due = anyio.Event()
+            if self._objects is not None:
+                await self._reconcile(self._objects)
+
+    async def _reconcile(self, objects: Objects) -> None:
+        self._fleet.want(objects.waypoints)
+        await self._ask(objects)
+        if self._mesh is not None:
+            for name, waypoint in objects.waypoints.items():
+                await self._configure(name, waypoint, objects, self._mesh)
+        self._configurations = {
+            name: found for name, found in self._configurations.items() if name in objects.waypoints
+        }
+        self._announce(objects)
+
+    async def _ask(self, objects: Objects) -> None:
+        """What is not answered stays as it was known."""
+        bus = self._runtime.bus
+        if bus is None or not objects.waypoints:
+            return
+        request = WaypointsRequest(messages.VERSION, [*objects.waypoints], self._backends(objects))
+        try:
+            data = await bus.request(Subject.WAYPOINTS, messages.encode(request))
+            reply = messages.decode(WaypointsReply, data)
+        except (BusUnavailableError, ContractError) as error:
+            log.info("mesh_awaited", error=str(error))
+            return
+        if reply.is_synced:
+            self._mesh = reply
+
+    def _backends(self, objects: Objects) -> list[str]:
+        """The services that routes name, whether they are there or not."""
+        domain = self._settings.cluster_domain
+        found = dict.fromkeys(
+            mesh_name(ref.namespace or route.namespace, ref.name, domain)
+            for route in objects.routes
+            for ref in route.backends
+        )
+        return list(found)
+
+    async def _configure(self, name: str, waypoint: Gateway, objects: Objects, mesh: WaypointsReply) -> None:
+        known = {service.name: service for service in mesh.services}
+        users = [known[user] for user in mesh.users.get(name, ()) if user in known]
+        found = await anyio.to_thread.run_sync(self._translate, waypoint, users, known, objects)
+        members = [member for member in self._fleet.members.values() if member.waypoint == name]
+        for member in members:
+            try:
+                made = await anyio.to_thread.run_sync(resources, found, self._fleet.address, member.port)
+            except EncodeError as error:
+                self._runtime.note_error("configuration_not_encoded", waypoint=name, error=error)
+                return
+            self._ads.publish(member.name, made)
+        self._configurations[name] = found
+
+    def _translate(
+        self,
+        waypoint: Gateway,
+        users: list[MeshService],
+        known: dict[str, MeshService],
+        objects: Objects,
+    ) -> Configuration:
+        """A route that is wrong counts as it was when it was right."""
+        domain, services = self._settings.cluster_domain, objects.services
+        found = translate(waypoint, users, known, services, objects.routes, domain)
+        refused = found.refused
+        good = {ref_of(route): route for route in objects.routes if ref_of(route) not in refused}
+        self._good_routes = {
+            ref: route for ref, route in (self._good_routes | good).items() if ref in good or ref in refused
+        }
+        earlier = [self._good_routes[ref] for ref in refused if ref in self._good_routes]
+        if not earlier:
+            return found
+        routes = [*good.values(), *earlier]
+        kept = translate(waypoint, users, known, services, routes, domain)
+        told = tuple(c for c in found.conditions if c.route in refused)
+        rest = tuple(c for c in kept.conditions if c.route not in refused)
+        return Configuration(**{**_fields(kept), "conditions": (*rest, *told)})
+
+    def _announce(self, objects: Objects) -> None:
+        """Nothing is taken back before it is known what runs."""
+        said = {
+            f"{waypoint.namespace}.{waypoint.name}": self._manifests(name, waypoint)
+            for name, waypoint in objects.waypoints.items()
+        }
+        try:
+            self._announcements.put(said)
+        except OSError as error:
+            self._runtime.note_error("instances_not_announced", error=error)
+
+    def _manifests(self, name: str, waypoint: Gateway) -> list[dict[str, Any]] | None:
+        places = self._fleet.places(name) if self.is_enrolled else None
+        return None if places is None else announce.objects(waypoint, places)
+
+    @property
+    def has_waypoints(self) -> bool:
+        return self._objects is not None and bool(self._objects.waypoints)
+
+    def status(self) -> dict[str, Any]:
+        objects = self._objects or Objects()
+        return {
+            "waypoints": [self._waypoint(name, found) for name, found in sorted(objects.waypoints.items())],
+            "manifest_errors": list(objects.errors),
+        }
+
+    def _waypoint(self, name: str, gateway: Gateway) -> dict[str, Any]:
+        found = self._configurations.get(name, Configuration())
+        members = [member for member in self._fleet.members.values() if member.waypoint == name]
+        return {
+            "name": f"{gateway.namespace}/{gateway.name}",
+            "class": gateway.spec.gateway_class_name,
+            "services": sorted(self._mesh.users.get(name, ())) if self._mesh else [],
+            "instances": [
+                {**member.status(), "configuration": self._ads.status(member.name)} for member in members
+            ],
+            "routes": [
+                {
+                    "route": str(condition.route),
+                    "type": condition.type,
+                    "status": condition.status,
+                    "reason": condition.reason,
+                    "message": condition.message,
+                }
+                for condition in found.conditions
+            ],
+            "conflicts": list(found.conflicts),
+        }
+
+
+def _fields(found: Configuration) -> dict[str, Any]:
+    return {name: getattr(found, name) for name in found.__struct_fields__}
+
+
+async def run(runtime: Runtime[WaypointMgrSettings]) -> None:
+    """Runs until cancelled; Envoys run on."""
+    settings = runtime.settings
+    runtime.readiness.wait_for("configuration")
+    settings.envoys_dir.mkdir(parents=True, exist_ok=True)
+    ads = AdsServer()
+    ads_socket = settings.envoys_dir / "ads.sock"
+    members = Fleet(
+        fleet.Settings(
+            envoy=settings.envoy,
+            envoys_dir=settings.envoys_dir,
+            cgroup=settings.waypoint_cgroup,
+            netns=settings.waypoint_netns,
+            address=settings.waypoint_address or default_address(),
+            first_port=settings.waypoint_port,
+            ads_socket=ads_socket,
+        ),
+        lambda: manager.wake(),
+    )
+    manager = WaypointMgr(runtime, ads, members)
+    runtime.details = manager.status
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(ads.serve, ads_socket)
+        await tasks.start(members.run)
+        tasks.start_soon(_enroll, settings, manager)
+        poll_s = settings.poll_ms / 1000
+        tasks.start_soon(watch, settings.config_dir, settings.cluster_domain, poll_s, manager.configured)
+        tasks.start_soon(manager.run)
+        bus = await runtime.connect_bus()
+        await bus.subscribe(Subject.MAP_REPORT, manager.reported)
+        await anyio.sleep_forever()
+
+
+async def _enroll(settings: WaypointMgrSettings, manager: WaypointMgr) -> None:
+    """Again and again: it may have been undone, and to ask for what is there costs nothing."""
+    told = ""
+    while True:
+        await anyio.sleep(ENROLL_S if manager.is_enrolled else RETRY_S)
+        if not manager.has_waypoints:
+            continue
+        try:
+            settings.waypoint_cgroup.mkdir(exist_ok=True)
+            await anyio.to_thread.run_sync(
+                ask_for_cgroup, settings.enroll_socket, Action.ENROLL_WAYPOINT, settings.waypoint_cgroup, None
+            )
+        except (EnrollmentError, OSError) as error:
+            if told != str(error):
+                told = str(error)
+                log.info("waypoints_not_enrolled", error=told)
+            continue
+        if not manager.is_enrolled:
+            manager.is_enrolled, told = True, ""
+            manager.wake()
+
+
+def default_address() -> str:
+    """The address that this host has towards its default route; empty where there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # of a range for documentation; nothing is sent
+        except OSError:
+            return ""
+        return str(probe.getsockname()[0])
