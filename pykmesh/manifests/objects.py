@@ -15,9 +15,9 @@ import msgspec
 
 from pykmesh.contracts.address import AFFINITY_S_MAX
 from pykmesh.manifests.addresses import HEADLESS, IP, ClusterIP, IPFamily, IPRange, parse_text
+from pykmesh.manifests.http_route import HTTPRouteSpec
+from pykmesh.manifests.names import Name, PortNumber
 
-Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
-PortNumber = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 TargetPort = Annotated[int, msgspec.Meta(ge=0, le=65535)] | str
 """A number or the name of a container's port; 0 and "" are as good as none."""
 Labels: TypeAlias = dict[str, str]
@@ -351,11 +351,17 @@ class Gateway(_Object, frozen=True, kw_only=True):
         return self.spec.gateway_class_name in WAYPOINT_CLASSES
 
 
+class HTTPRoute(_Object, frozen=True, kw_only=True):
+    spec: HTTPRouteSpec = HTTPRouteSpec()
+
+
 WAYPOINT_CLASSES = ("istio-waypoint", "pykmesh-waypoint")
 """Gateway classes whose Gateways are waypoints."""
 
 
-Object: TypeAlias = Namespace | Node | Pod | Service | EndpointSlice | ServiceEntry | WorkloadEntry | Gateway
+Object: TypeAlias = (
+    Namespace | Node | Pod | Service | EndpointSlice | ServiceEntry | WorkloadEntry | Gateway | HTTPRoute
+)
 
 KINDS: dict[tuple[str, str], type[Object]] = {
     ("", "Namespace"): Namespace,
@@ -366,6 +372,7 @@ KINDS: dict[tuple[str, str], type[Object]] = {
     ("networking.istio.io", "ServiceEntry"): ServiceEntry,
     ("networking.istio.io", "WorkloadEntry"): WorkloadEntry,
     ("gateway.networking.k8s.io", "Gateway"): Gateway,
+    ("gateway.networking.k8s.io", "HTTPRoute"): HTTPRoute,
 }
 """The types that are read, by API group and kind; the version within a group does not matter."""
 

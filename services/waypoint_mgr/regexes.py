@@ -1,0 +1,44 @@
+r"""Whether a regular expression is one that Envoy takes: of RE2's syntax, without look-around and the like.
+
+Python's compiler finds what is malformed; what it knows and RE2 does not is looked for by name. The few
+things that only RE2 knows (`\pN`, `\z`, `\Q…\E`) are refused as well.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Final
+
+_REPEAT_MAX: Final = 1000
+_FOREIGN: Final = (
+    (r"\(\?<?[=!]", "look-around"),
+    (r"\(\?>", "an atomic group"),
+    (r"\(\?\(", "a conditional group"),
+    (r"\(\?P=|\\[1-9]", "a back-reference"),
+    (r"\(\?#", "a comment"),
+    (r"\(\?[a-zA-Z]*[aLux]", "a flag other than i, m and s"),
+    (r"\(\?-?[a-z]*-?[a-z]*$", "a group without end"),
+    (r"\\[ZuUN]", "an escape that RE2 does not have"),
+    (r"(?:[*+?]|\{[0-9,]+\})\+", "a possessive repetition"),
+)
+_ESCAPE: Final = re.compile(r"\\[^1-9ZuUN]")
+_CLASS: Final = re.compile(r"\[\^?\]?[^]\\]*\]")
+_REPEAT: Final = re.compile(r"\{(\d+)(?:,(\d*))?\}")
+
+
+def error_in(pattern: str) -> str:
+    """What is wrong with it; "" if nothing is."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"{pattern!r} does not compile: {error}"
+    plain = _CLASS.sub("x", _ESCAPE.sub("x", pattern.replace(r"\\", "x")))
+    for foreign, what in _FOREIGN:
+        if re.search(foreign, plain):
+            return f"{pattern!r} does not compile: {what}"
+    if any(int(count or 0) > _REPEAT_MAX for found in _REPEAT.findall(plain) for count in found):
+        return f"{pattern!r} does not compile: a repetition of more than {_REPEAT_MAX}"
+    return ""

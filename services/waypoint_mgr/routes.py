@@ -1,0 +1,171 @@
+"""Services and HTTPRoutes, translated to the configuration of a waypoint's Envoys. Pure.
+
+Routes attached to a Service go before those attached to the waypoint's Gateway; a service without any is
+reached straight. Among all matches for a host and port the order is Gateway API's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from pykmesh.contracts.waypoints import MeshService
+from pykmesh.manifests.http_route import RouteMatch
+from pykmesh.manifests.objects import Gateway, HTTPRoute, ObjectRef, Service
+from services.waypoint_mgr import envoy
+from services.waypoint_mgr.attachments import (
+    ACCEPTED,
+    UNSUPPORTED_VALUE,
+    Condition,
+    Mesh,
+    age,
+    attach,
+)
+from services.waypoint_mgr.envoy import Json, Port
+from services.waypoint_mgr.protocols import AppProtocol
+from services.waypoint_mgr.rules import action_of, match_fields, rank, straight_to
+
+ACCESS_LOG: Final = "pykmesh.io/access-log"
+"""An annotation of the Gateway; "true": its Envoys log each request on their standard output."""
+
+_ANY_HOST: Final = "*"
+
+
+class Configuration(msgspec.Struct, frozen=True):
+    """A waypoint's resources by name, in proto JSON, but for the listener: its address is an instance's."""
+
+    chains: tuple[Json, ...] = ()
+    routes: Mapping[str, Json] = {}
+    clusters: Mapping[str, Json] = {}
+    assignments: Mapping[str, Json] = {}
+    protocols: Mapping[Port, AppProtocol] = {}
+    """What each port is taken to carry."""
+    conditions: tuple[Condition, ...] = ()
+    conflicts: tuple[str, ...] = ()
+    """Services that claim an address and port that another one has; the first by name keeps it."""
+
+    def listener(self, address: str, port: int) -> Json:
+        return envoy.listener(address, port, self.chains)
+
+    @property
+    def refused(self) -> frozenset[ObjectRef]:
+        """Routes that are wrong in themselves: what they said before may be put in their place."""
+        return frozenset(
+            condition.route
+            for condition in self.conditions
+            if condition.type == ACCEPTED and condition.reason == UNSUPPORTED_VALUE
+        )
+
+
+def translate(
+    waypoint: Gateway,
+    users: Sequence[MeshService],
+    known: Mapping[str, MeshService],
+    services: Mapping[str, Service],
+    routes: Sequence[HTTPRoute],
+    domain: str,
+) -> Configuration:
+    """`users`: services whose traffic goes by way of it. `known`, `services`: by `namespace/hostname`."""
+    mesh = Mesh(users, known, services, domain)
+    attached = attach(waypoint, mesh, routes)
+    logs = waypoint.metadata.annotations.get(ACCESS_LOG) == "true"
+    taken, conflicts = dict[tuple[str, int], str](), list[str]()
+    chains, configurations = list[Json](), dict[str, Json]()
+    protocols, backends = dict[Port, AppProtocol](), set[Port]()
+    for user in mesh.users.values():
+        for at in mesh.ports(user):
+            own = attached.to_ports.get(at)
+            protocol = protocols[at] = mesh.protocol(at, is_routed=bool(own))
+            backends.add(at)
+            vips = _free(user.vips, at, taken, conflicts)
+            if protocol is AppProtocol.TCP:
+                chains += [envoy.tcp_chain(at, vips, logs)] if vips else []
+                continue
+            if not vips:
+                continue
+            chains.append(envoy.http_chain(at, vips, logs))
+            configurations[at.cluster], used = _route_configuration(at, own or attached.to_gateway, mesh)
+            backends |= used
+    for at in backends - protocols.keys():
+        protocols[at] = mesh.protocol(at, is_routed=True)
+    return Configuration(
+        chains=tuple(chains),
+        routes=configurations,
+        clusters={at.cluster: envoy.cluster(at, protocols[at]) for at in sorted(backends)},
+        assignments={at.cluster: envoy.load_assignment(at, mesh.endpoints(at)) for at in sorted(backends)},
+        protocols=protocols,
+        conditions=tuple(attached.conditions),
+        conflicts=tuple(conflicts),
+    )
+
+
+def _free(
+    vips: Iterable[str], at: Port, taken: dict[tuple[str, int], str], conflicts: list[str]
+) -> list[str]:
+    """The addresses at which nobody else is: Envoy refuses a listener with two chains for one."""
+    free = []
+    for vip in vips:
+        owner = taken.setdefault((vip, at.port), at.service)
+        if owner == at.service:
+            free.append(vip)
+        else:
+            conflicts.append(f"{at.service}: {vip} port {at.port} is {owner}'s")
+    return free
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    """One match of one rule."""
+
+    route: HTTPRoute
+    order: tuple[object, ...]
+    """Among all entries of a host."""
+    fields: Json
+
+
+def _route_configuration(at: Port, routes: Sequence[HTTPRoute], mesh: Mesh) -> tuple[Json, frozenset[Port]]:
+    """Without routes, straight to the service. Also returns the backends that it names."""
+    if not routes:
+        hosts = [_virtual_host(_ANY_HOST, [straight_to(at)])]
+        return _with_hosts(at, hosts), frozenset()
+    entries, backends = list[_Entry](), set[Port]()
+    for route in routes:
+        for index, rule in enumerate(route.spec.rules):
+            action = action_of(rule, at, lambda ref, route=route: mesh.resolve(ref, route.namespace))  # type: ignore[misc]
+            backends |= action.backends
+            name = {"name": f"{route.namespace}/{route.name}/{rule.name or index}"}
+            for match in rule.matches or (RouteMatch(),):
+                fields = name | {"match": match_fields(match)} | action.fields
+                entries.append(_Entry(route, (rank(match), age(route), len(entries)), fields))
+    names = sorted({name for route in routes for name in route.spec.hostnames or (_ANY_HOST,)})
+    return _with_hosts(at, [_host(name, entries) for name in names]), frozenset(backends)
+
+
+def _with_hosts(at: Port, hosts: list[Json]) -> Json:
+    return {"name": at.cluster, "virtualHosts": hosts, "ignorePortInHostMatching": True}
+
+
+def _host(name: str, entries: Iterable[_Entry]) -> Json:
+    """Requests of a host go by the routes that name it, then by those that name it less exactly."""
+    found = []
+    for entry in entries:
+        nearness = [
+            near for host in entry.route.spec.hostnames or (_ANY_HOST,) if (near := _covers(host, name))
+        ]
+        if nearness:
+            found.append((-max(nearness), entry.order, entry.fields))
+    found.sort(key=lambda item: item[:2])
+    return _virtual_host(name, [fields for _, _, fields in found])
+
+
+def _covers(host: str, name: str) -> int:
+    """How exactly `host` means `name`, both may have a wildcard; 0 if it does not."""
+    if host == name:
+        return len(host) + 1000
+    is_below = host.startswith("*") and name.endswith(host[1:])
+    return len(host) if is_below else 0
+
+
+def _virtual_host(name: str, routes: list[Json]) -> Json:
+    return {"name": name, "domains": [name], "routes": routes}
