@@ -28,7 +28,7 @@ class _Handler(BaseHTTPRequestHandler):
             "backend": self.server.name,
             "method": self.command,
             "path": self.path,
-            "headers": {name.lower(): value for name, value in self.headers.items()},
+            "headers": {name.lower(): ",".join(self.headers.get_all(name, [])) for name in self.headers},
             "body": body.decode(),
         }
         self.server.seen.put(seen)
@@ -41,6 +41,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(answer)))
         self.send_header("X-Backend", self.server.name)
+        self.send_header("X-Extra", "extra")
         self.end_headers()
         self.wfile.write(answer)
 
