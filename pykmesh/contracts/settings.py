@@ -138,8 +138,6 @@ class WaypointMgrSettings(CommonSettings, frozen=True, kw_only=True):
     """The network namespace in which instances run; None: this process's own."""
     waypoint_port: int = 15400
     """Instances listen on this port and those after it."""
-    envoy: Path | None = None
-    """The Envoy to run; None: the one beside this Python, else the one on the PATH."""
     cluster_domain: str = "cluster.local"
     poll_ms: int = 100
 

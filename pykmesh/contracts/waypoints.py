@@ -34,11 +34,15 @@ class MeshService(_Part, frozen=True):
 
 
 class WaypointsRequest(_Part, frozen=True):
-    """`waypoints`: the waypoints' own services. `backends`: services whose endpoints are wanted too."""
+    """`waypoints`: the waypoints' own services.
+
+    What is wanted besides those that go by way of them: services by name, and all those of namespaces.
+    """
 
     version: int
     waypoints: list[str]
     backends: list[str]
+    namespaces: list[str]
 
 
 class WaypointsReply(_Part, frozen=True):

@@ -8,6 +8,7 @@ can they be named.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from enum import Enum
 from typing import Annotated, Any, Final
 
@@ -333,3 +334,12 @@ class HTTPRouteSpec(_Part, frozen=True, kw_only=True):
     parent_refs: tuple[ParentRef, ...] = ()
     hostnames: tuple[Hostname, ...] = ()
     rules: tuple[RouteRule, ...] = (RouteRule(),)
+
+    @property
+    def backends(self) -> Iterator[BackendObjectRef]:
+        """Everything that requests, or copies of them, may be sent to."""
+        for rule in self.rules:
+            yield from rule.backend_refs
+            for item in (*rule.filters, *(item for ref in rule.backend_refs for item in ref.filters)):
+                if item.request_mirror:
+                    yield item.request_mirror.backend_ref

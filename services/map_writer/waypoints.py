@@ -35,6 +35,9 @@ class Waypoints:
             if name in mesh.services
         }
         wanted = dict.fromkeys([*(user for names in users.values() for user in names), *request.backends])
+        if request.namespaces:
+            namespaces = set(request.namespaces)
+            wanted |= dict.fromkeys(n for n in mesh.services if n.partition("/")[0] in namespaces)
         services = [self._service(name) for name in wanted if name in mesh.services]
         return WaypointsReply(messages.VERSION, is_synced=True, users=users, services=services)
 

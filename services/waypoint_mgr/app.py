@@ -39,11 +39,11 @@ RETRY_S: Final = 0.1
 class WaypointMgr:
     """What shall be, and the loop that makes it so."""
 
-    def __init__(self, runtime: Runtime[WaypointMgrSettings], ads: AdsServer, members: Fleet) -> None:
+    def __init__(self, runtime: Runtime[WaypointMgrSettings], ads: AdsServer) -> None:
         self._runtime = runtime
         self._settings = runtime.settings
         self._ads = ads
-        self._fleet = members
+        self.members: Fleet
         self._announcements = Announcements(runtime.settings.waypoints_dir)
         self._objects: Objects | None = None
         self._mesh: WaypointsReply | None = None
@@ -84,7 +84,7 @@ class WaypointMgr:
                 await self._reconcile(self._objects)
 
     async def _reconcile(self, objects: Objects) -> None:
-        self._fleet.want(objects.waypoints)
+        self.members.want(objects.waypoints)
         await self._ask(objects)
         if self._mesh is not None:
             for name, waypoint in objects.waypoints.items():
@@ -99,7 +99,10 @@ class WaypointMgr:
         bus = self._runtime.bus
         if bus is None or not objects.waypoints:
             return
-        request = WaypointsRequest(messages.VERSION, [*objects.waypoints], self._backends(objects))
+        namespaces = sorted({waypoint.namespace for waypoint in objects.waypoints.values()})
+        request = WaypointsRequest(
+            messages.VERSION, [*objects.waypoints], self._backends(objects), namespaces
+        )
         try:
             data = await bus.request(Subject.WAYPOINTS, messages.encode(request))
             reply = messages.decode(WaypointsReply, data)
@@ -115,18 +118,24 @@ class WaypointMgr:
         found = dict.fromkeys(
             mesh_name(ref.namespace or route.namespace, ref.name, domain)
             for route in objects.routes
-            for ref in route.backends
+            for ref in route.spec.backends
         )
         return list(found)
 
     async def _configure(self, name: str, waypoint: Gateway, objects: Objects, mesh: WaypointsReply) -> None:
+        """Also for services that may come by way of it: their connections must find it ready for them."""
         known = {service.name: service for service in mesh.services}
-        users = [known[user] for user in mesh.users.get(name, ()) if user in known]
+        users = [
+            service
+            for service in mesh.services
+            if service.name in mesh.users.get(name, ())
+            or (service.name.startswith(f"{waypoint.namespace}/") and service.name not in objects.waypoints)
+        ]
         found = await anyio.to_thread.run_sync(self._translate, waypoint, users, known, objects)
-        members = [member for member in self._fleet.members.values() if member.waypoint == name]
+        members = [member for member in self.members.members.values() if member.waypoint == name]
         for member in members:
             try:
-                made = await anyio.to_thread.run_sync(resources, found, self._fleet.address, member.port)
+                made = await anyio.to_thread.run_sync(resources, found, self.members.address, member.port)
             except EncodeError as error:
                 self._runtime.note_error("configuration_not_encoded", waypoint=name, error=error)
                 return
@@ -169,7 +178,7 @@ class WaypointMgr:
             self._runtime.note_error("instances_not_announced", error=error)
 
     def _manifests(self, name: str, waypoint: Gateway) -> list[dict[str, Any]] | None:
-        places = self._fleet.places(name) if self.is_enrolled else None
+        places = self.members.places(name) if self.is_enrolled else None
         return None if places is None else announce.objects(waypoint, places)
 
     @property
@@ -185,13 +194,14 @@ class WaypointMgr:
 
     def _waypoint(self, name: str, gateway: Gateway) -> dict[str, Any]:
         found = self._configurations.get(name, Configuration())
-        members = [member for member in self._fleet.members.values() if member.waypoint == name]
+        members = [member for member in self.members.members.values() if member.waypoint == name]
+        states = self._ads.status()
         return {
             "name": f"{gateway.namespace}/{gateway.name}",
             "class": gateway.spec.gateway_class_name,
             "services": sorted(self._mesh.users.get(name, ())) if self._mesh else [],
             "instances": [
-                {**member.status(), "configuration": self._ads.status(member.name)} for member in members
+                {**member.status(), "configuration": states.get(member.name)} for member in members
             ],
             "routes": [
                 {
@@ -218,9 +228,9 @@ async def run(runtime: Runtime[WaypointMgrSettings]) -> None:
     settings.envoys_dir.mkdir(parents=True, exist_ok=True)
     ads = AdsServer()
     ads_socket = settings.envoys_dir / "ads.sock"
+    manager = WaypointMgr(runtime, ads)
     members = Fleet(
         fleet.Settings(
-            envoy=settings.envoy,
             envoys_dir=settings.envoys_dir,
             cgroup=settings.waypoint_cgroup,
             netns=settings.waypoint_netns,
@@ -228,12 +238,12 @@ async def run(runtime: Runtime[WaypointMgrSettings]) -> None:
             first_port=settings.waypoint_port,
             ads_socket=ads_socket,
         ),
-        lambda: manager.wake(),
+        manager.wake,
     )
-    manager = WaypointMgr(runtime, ads, members)
+    manager.members = members
     runtime.details = manager.status
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(ads.serve, ads_socket)
+        tasks.start_soon(ads.serve, ads_socket, manager.wake)
         await tasks.start(members.run)
         tasks.start_soon(_enroll, settings, manager)
         poll_s = settings.poll_ms / 1000

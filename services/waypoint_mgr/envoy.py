@@ -48,11 +48,17 @@ def listener(address: str, port: int, chains: Sequence[Json]) -> Json:
         "name": LISTENER,
         "address": socket_address(address, port),
         "listenerFilters": [_extension("filters.listener.original_dst.v3.OriginalDst")],
-        "filterChains": list(chains),
+        "filterChains": list(chains) or [_nobodys_chain()],
         "enableReusePort": False,
         "connectionBalanceConfig": {"exactBalance": {}},
         "trafficDirection": "INBOUND",
     }
+
+
+def _nobodys_chain() -> Json:
+    """Envoy refuses a listener without chains; at this address there is nobody."""
+    proxy = _typed("filters.network.tcp_proxy.v3.TcpProxy") | {"statPrefix": "nobody", "cluster": "nobody"}
+    return _chain(Port("nobody", 1), ("255.255.255.255",), "envoy.filters.network.tcp_proxy", proxy)
 
 
 def socket_address(address: str, port: int) -> Json:

@@ -18,7 +18,7 @@ import msgspec
 import structlog
 
 from services.waypoint_mgr.announce import Place
-from services.waypoint_mgr.instances import EnvoyProcess, InstanceError, Spec, adopt, find_envoy, start
+from services.waypoint_mgr.instances import EnvoyProcess, InstanceError, Spec, adopt, start
 
 READY_POLL_S: Final = 0.05
 RESTART_S: Final = 0.5
@@ -40,8 +40,6 @@ class _Kept(msgspec.Struct, frozen=True):
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What is the same for all."""
 
-    envoy: Path | None
-    """None: found when it is needed."""
     envoys_dir: Path
     cgroup: Path
     netns: Path | None
@@ -137,7 +135,7 @@ class Fleet:
     async def _keep_running(self, member: Member) -> None:
         while not member.is_leaving:
             try:
-                member.process = await self._begin(member)
+                member.process = self._begin(member)
                 member.error = ""
             except (InstanceError, OSError) as error:
                 member.error, member.is_known = str(error), True
@@ -151,7 +149,7 @@ class Fleet:
                 log.warning("instance_ended", instance=member.name)
                 await anyio.sleep(RESTART_S)
 
-    async def _begin(self, member: Member) -> EnvoyProcess:
+    def _begin(self, member: Member) -> EnvoyProcess:
         """Adopts it, or starts it anew."""
         if not self._settings.address:
             raise InstanceError("no default route: say where waypoints listen (--waypoint-address)")
@@ -168,12 +166,12 @@ class Fleet:
             cgroup=cgroup,
             netns=settings.netns,
         )
-        found = adopt(spec.node_id, state_dir)
+        found = adopt(state_dir)
         if found is not None:
             log.info("instance_adopted", instance=member.name, pid=found.pid)
             return found
         member.is_known = True
-        process = await start(spec, settings.envoy or find_envoy())
+        process = start(spec)
         log.info("instance_started", instance=member.name, pid=process.pid, port=member.port)
         return process
 
@@ -188,7 +186,7 @@ class Fleet:
         self._changed()
 
     async def _await_ready(self, member: Member, process: EnvoyProcess) -> None:
-        while not await process.is_ready():
+        while not await process.is_ready():  # noqa: ASYNC110  (an Envoy tells nobody)
             await anyio.sleep(READY_POLL_S)
         member.is_ready = member.is_known = True
         log.info("instance_ready", instance=member.name)
