@@ -207,7 +207,7 @@ class WaypointMgr:
                 {
                     "route": str(condition.route),
                     "type": condition.type,
-                    "status": condition.status,
+                    "status": str(condition.status),
                     "reason": condition.reason,
                     "message": condition.message,
                 }

@@ -1,0 +1,238 @@
+"""A waypoint as users have one: a Gateway, a label, a route; real Envoy, real traffic of an enrolled pod."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from pykmesh.demo.pods import Pod
+from pykmesh.kernel.cgroups import find_root
+from tests.mesh.manifests import Object, host, pod, service, text
+from tests.mesh.node import Node, finish, probe, python, serve, until
+
+SHOP4, SHOP6 = "10.96.0.40", "fd96::40"
+ASK = """
+import json, socket
+answers = []
+for _ in range({count}):
+    with socket.create_connection(({address!r}, {port}), 5) as s:
+        s.sendall(b"GET /{path} HTTP/1.1\\r\\nhost: shop\\r\\nconnection: close\\r\\n{header}\\r\\n")
+        head, _, body = s.makefile("rb").read().partition(b"\\r\\n\\r\\n")
+        answers.append([int(head.split()[1]) if head else 0, body.decode().strip()])
+print(json.dumps(answers))
+"""
+
+
+class Mesh(NamedTuple):
+    node: Node
+    client: Pod
+    waypoint: Pod
+
+
+def gateway(name: str = "wp") -> Object:
+    return {
+        "apiVersion": "gateway.networking.k8s.io/v1",
+        "kind": "Gateway",
+        "metadata": {"name": name, "namespace": "shop"},
+        "spec": {"gatewayClassName": "pykmesh-waypoint"},
+    }
+
+
+def shop(*, waypoint: str | None = "wp") -> Object:
+    found = service("shop", SHOP4, SHOP6, app="web", ports={80: 8080, 90: 8080})
+    found["spec"]["ports"][0]["name"] = "http"
+    found["spec"]["ports"][1]["name"] = "tcp"
+    found["metadata"]["labels"] = {"istio.io/use-waypoint": waypoint} if waypoint else {}
+    return found
+
+
+def version(name: str, address: str) -> Object:
+    found = service(name, address, app="web", ports={80: 8080})
+    found["spec"]["selector"] = {"app": "web", "version": name}
+    found["spec"]["ports"][0]["name"] = "http"
+    return found
+
+
+def route(*rules: Object) -> Object:
+    return {
+        "apiVersion": "gateway.networking.k8s.io/v1",
+        "kind": "HTTPRoute",
+        "metadata": {"name": "shop", "namespace": "shop"},
+        "spec": {"parentRefs": [{"group": "", "kind": "Service", "name": "shop"}], "rules": list(rules)},
+    }
+
+
+CANARY: Object = {
+    "matches": [{"headers": [{"name": "x-canary", "value": "yes"}]}],
+    "backendRefs": [{"name": "v2", "port": 80}],
+}
+SPLIT: Object = {
+    "backendRefs": [{"name": "v1", "port": 80, "weight": 3}, {"name": "v2", "port": 80, "weight": 1}]
+}
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    node = Node(tmp_path_factory.mktemp("wp"), subnet=12)
+    try:
+        with node.network as network:
+            client, waypoint = network.add("client", 10), network.add("waypoint", 11)
+            web = [network.add(name, 20 + n) for n, name in enumerate(("v1", "v2"))]
+            known = [pod("client", str(client.address4), str(client.address6), app="client")]
+            for each in web:
+                serve(each, "--http", "8080")
+                found = pod(each.name, str(each.address4), str(each.address6), app="web")
+                found["metadata"]["labels"]["version"] = each.name
+                known.append(found)
+            node.write("pods", text(*known))
+            node.write("versions", text(version("v1", "10.96.0.41"), version("v2", "10.96.0.42")))
+            node.write("gateway", text(gateway()))
+            node.write("shop", text(shop()))
+            node.write("route", text(route(CANARY, SPLIT)))
+            address = ("--waypoint-address", str(waypoint.address4), "--waypoint-netns", str(waypoint.netns))
+            node.start(*address)
+            node.enroll(client)
+            found_mesh = Mesh(node, client, waypoint)
+            until_handed_over(found_mesh)
+            yield found_mesh
+    finally:
+        node.end()
+
+
+def until_handed_over(mesh: Mesh) -> None:
+    until(
+        lambda: any(e.startswith(f"{mesh.waypoint.address4}:") for e in mesh.node.endpoints(host("shop"))),
+        "the waypoint to be the service's way",
+    )
+
+
+def ask(
+    mesh: Mesh, count: int = 1, header: str = "", *, address: str = SHOP4, port: int = 80
+) -> Counter[Any]:
+    """Answers, by status and body, each over a connection of its own."""
+    code = ASK.format(
+        count=count, address=address, port=port, path="", header=f"{header}\\r\\n" if header else ""
+    )
+    return Counter(map(tuple, json.loads(python(mesh.client, code, timeout_s=60))))
+
+
+@pytest.fixture
+def routed(mesh: Mesh) -> Mesh:
+    mesh.node.write("shop", text(shop()))
+    mesh.node.write("route", text(route(CANARY, SPLIT)))
+    until_handed_over(mesh)
+    until(lambda: ask(mesh, 20, "x-canary: yes") == {(200, "v2"): 20}, "the route")
+    return mesh
+
+
+@pytest.mark.parametrize("address", [SHOP4, SHOP6, f"::ffff:{SHOP4}"])
+def test_a_header_chooses_and_weights_split(routed: Mesh, address: str) -> None:
+    assert ask(routed, 20, "x-canary: yes", address=address) == {(200, "v2"): 20}
+    found = ask(routed, 200, address=address)
+    assert found.total() == found[200, "v1"] + found[200, "v2"]
+    assert 110 < found[200, "v1"] < 190
+
+
+def test_a_port_that_is_no_http_goes_through_as_it_is(routed: Mesh) -> None:
+    found = ask(routed, 20, port=90)
+    assert set(found) <= {(200, "v1"), (200, "v2")}
+
+
+def test_who_connects_to_the_waypoint_by_himself_is_closed(routed: Mesh) -> None:
+    port = status(routed)["instances"][0]["port"]
+    code = f"""
+import socket
+with socket.create_connection(({routed.waypoint.address4!r}, {port}), 5) as s:
+    s.settimeout(5)
+    try:
+        s.sendall(b"GET / HTTP/1.1\\r\\nhost: shop\\r\\n\\r\\n")
+        print(s.recv(100))
+    except ConnectionError as error:
+        print(b"")
+"""
+    assert python(routed.client, code) == "b''"
+
+
+def test_a_service_gains_and_loses_its_waypoint_without_a_failed_request(routed: Mesh) -> None:
+    node = routed.node
+    prober = probe(routed.client, SHOP4, 80)
+    for _ in range(3):
+        node.write("shop", text(shop(waypoint=None)))
+        until(lambda: all(e.endswith(":8080") for e in node.endpoints(host("shop"))), "past the waypoint")
+        node.write("shop", text(shop()))
+        until_handed_over(routed)
+    counted = finish(prober)
+    assert counted["connections"] > 0
+    assert counted["failed"] == 0, counted["errors"]
+
+
+def test_an_envoy_that_is_killed_is_started_again_and_nothing_passes_by_meanwhile(routed: Mesh) -> None:
+    before = status(routed)["instances"][0]
+    os.kill(before["pid"], signal.SIGKILL)
+    until(lambda: status(routed)["instances"][0]["restarts"] == before["restarts"] + 1, "started again")
+    until(lambda: status(routed)["instances"][0]["ready"], "ready again")
+    until_handed_over(routed)
+    until(lambda: ask(routed, 5, "x-canary: yes") == {(200, "v2"): 5}, "served again")
+
+
+@pytest.mark.parametrize("process", ["waypoint_mgr", "map_writer", "bpf_loader", "xds_client", "nats"])
+def test_killing_the_meshs_own_processes_costs_no_request(routed: Mesh, process: str) -> None:
+    pid = status(routed)["instances"][0]["pid"]
+    prober = probe(routed.client, SHOP4, 80)
+    routed.node.kill(process)
+    routed.node.until_ready()
+    counted = finish(prober)
+    assert counted["connections"] > 0
+    assert counted["failed"] == 0, counted["errors"]
+    assert status(routed)["instances"][0]["pid"] == pid, "the Envoy is the same"
+
+
+def test_a_route_that_is_wrong_keeps_the_last_good_one_and_is_told(routed: Mesh) -> None:
+    wrong = {"matches": [{"path": {"type": "RegularExpression", "value": "("}}], **SPLIT}
+    routed.node.write("route", text(route(wrong)))
+    told = until(lambda: conditions(routed, "Accepted", "False"), "the route refused")
+    assert told[0]["reason"] == "UnsupportedValue"
+    assert ask(routed, 20, "x-canary: yes") == {(200, "v2"): 20}
+
+
+def test_a_backend_that_does_not_exist_is_500_and_told(routed: Mesh) -> None:
+    routed.node.write("route", text(route({"backendRefs": [{"name": "nobody", "port": 80}]})))
+    told = until(lambda: conditions(routed, "ResolvedRefs", "False"), "the backend missed")
+    assert told[0]["reason"] == "BackendNotFound"
+    until(lambda: {code for code, _ in ask(routed)} == {500}, "answered with 500")
+
+
+def status(mesh: Mesh) -> Any:
+    """Of the waypoint."""
+    return next(w for w in mesh.node.status()["processes"]["waypoint_mgr"]["waypoints"])
+
+
+def conditions(mesh: Mesh, kind: str, value: str) -> list[Any]:
+    return [c for c in status(mesh)["routes"] if c["type"] == kind and c["status"] == value]
+
+
+def test_uninstall_ends_the_envoys(tmp_path: Path) -> None:
+    node = Node(tmp_path, subnet=13)
+    try:
+        with node.network as network:
+            waypoint = network.add("waypoint", 11)
+            node.write("gateway", text(gateway()))
+            node.start("--waypoint-address", str(waypoint.address4), "--waypoint-netns", str(waypoint.netns))
+            mesh = Mesh(node, waypoint, waypoint)
+            until(lambda: status(mesh)["instances"][0]["ready"], "an instance")
+            pid = status(mesh)["instances"][0]["pid"]
+            node.cli("down")
+            cgroup = find_root() / f"pykmesh-{node.name}-waypoints"
+            assert str(pid) in "".join(path.read_text() for path in cgroup.glob("*/cgroup.procs")).split()
+            node.cli("uninstall")
+            assert not cgroup.exists(), "its processes have ended"
+            assert not list(node.run_dir.glob("*"))
+    finally:
+        node.end()
