@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from pykmesh import __version__
-from pykmesh.cli import look_commands, node_commands, observe, place, show_commands
+from pykmesh.cli import look_commands, node_commands, observe, place, show_commands, waypoint_commands
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -28,7 +28,8 @@ main.params[:0] = place.options(before=True)
 def _add(commands: list[Callable[..., Any]]) -> None:
     for command in commands:
         if isinstance(command, click.Command):
-            command.params += place.options(before=False)
+            for each in (command, *getattr(command, "commands", {}).values()):
+                each.params += place.options(before=False)
             main.add_command(command)
 
 
@@ -42,6 +43,7 @@ _add(
         *node_commands.COMMANDS,
         *show_commands.COMMANDS,
         *look_commands.COMMANDS,
+        *waypoint_commands.COMMANDS,
         observe.command(_telemetry_address),
     ]
 )

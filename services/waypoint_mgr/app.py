@@ -190,6 +190,7 @@ class WaypointMgr:
         return {
             "waypoints": [self._waypoint(name, found) for name, found in sorted(objects.waypoints.items())],
             "manifest_errors": list(objects.errors),
+            "config_dir": str(self._settings.config_dir.resolve()),
         }
 
     def _waypoint(self, name: str, gateway: Gateway) -> dict[str, Any]:

@@ -1,0 +1,195 @@
+"""`pykmesh waypoint`: Gateways of waypoints in the configuration folder, and what became of them."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pykmesh.cli.node_commands import Failure
+from pykmesh.cli.output import output_option, show
+from pykmesh.cli.show_commands import require_running
+from pykmesh.node.instance import Instance
+
+CLASS = "pykmesh-waypoint"
+FOR = ("service", "workload", "all", "none")
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+_COLUMNS = ("WAYPOINT", "CLASS", "READY", "SERVICES", "ROUTES", "PROBLEMS")
+
+
+def _check_name(_: click.Context, parameter: click.Parameter, value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise click.BadParameter(f"{value!r} is no name of Kubernetes'", param_hint=f"--{parameter.name}")
+    return value
+
+
+def _which(function: Any) -> Any:
+    for option in (
+        click.option(
+            "-n", "--namespace", default="default", callback=_check_name, help="Of the Gateway (default)."
+        ),
+        click.option("--name", default="waypoint", callback=_check_name, help="Of the Gateway (waypoint)."),
+    ):
+        function = option(function)
+    return function
+
+
+@click.group()
+def waypoint() -> None:
+    """Waypoints: Envoys that services with the label istio.io/use-waypoint go by way of."""
+
+
+@waypoint.command()
+@_which
+@click.option("--for", "for_", type=click.Choice(FOR), default="service", help="What goes by way of it.")
+def generate(namespace: str, name: str, for_: str) -> None:
+    """Print the Gateway of a waypoint."""
+    click.echo(_manifest(namespace, name, for_), nl=False)
+
+
+@waypoint.command()
+@_which
+@click.option("--for", "for_", type=click.Choice(FOR), default="service", help="What goes by way of it.")
+@click.pass_obj
+def apply(instance: Instance, /, namespace: str, name: str, for_: str) -> None:
+    """Write the Gateway of a waypoint into the folder that the embedded control plane serves."""
+    path = _file(instance, namespace, name)
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        temporary.write_text(_manifest(namespace, name, for_))
+        temporary.rename(path)
+    except OSError as error:
+        raise Failure(f"{path}: {error.strerror}") from error
+    label = f"istio.io/use-waypoint: {name}"
+    click.echo(f"waypoint {namespace}/{name} written to {path}; label services or namespaces {label!r}")
+
+
+@waypoint.command()
+@_which
+@click.pass_obj
+def delete(instance: Instance, /, namespace: str, name: str) -> None:
+    """Remove what `apply` wrote. Services that still ask for the waypoint are refused from then on."""
+    path = _file(instance, namespace, name)
+    try:
+        path.unlink()
+    except FileNotFoundError as error:
+        raise Failure(f"{path} is not there: a Gateway that you wrote yourself is yours to remove") from error
+    except OSError as error:
+        raise Failure(f"{path}: {error.strerror}") from error
+    click.echo(f"waypoint {namespace}/{name} removed from {path.parent}")
+
+
+@waypoint.command(name="list")
+@output_option
+@click.pass_obj
+def list_(instance: Instance, /, output: str) -> None:
+    """Every waypoint, in a line."""
+    found = _waypoints(instance)
+    show(output, {"waypoints": found}, _COLUMNS, [_row(each) for each in found])
+
+
+@waypoint.command()
+@click.argument("which", metavar="[NAMESPACE/NAME]", default="")
+@output_option
+@click.pass_obj
+def status(instance: Instance, /, which: str, output: str) -> None:
+    """Instances, services and routes of waypoints, and what is wrong with them.
+
+    Exit status 1 when one has no instance that is ready, or something is wrong.
+    """
+    found = [each for each in _waypoints(instance) if which in ("", each["name"])]
+    if which and not found:
+        raise Failure(f"no waypoint {which}")
+    if output == "table":
+        for each in found:
+            _tell(each)
+    else:
+        show(output, {"waypoints": found}, (), ())
+    if any(_problems(each) or not _ready(each) for each in found):
+        sys.exit(1)
+
+
+def _manifest(namespace: str, name: str, for_: str) -> str:
+    import yaml
+
+    metadata: dict[str, Any] = {"name": name, "namespace": namespace}
+    if for_ != "service":
+        metadata["labels"] = {"istio.io/waypoint-for": for_}
+    listener = {"name": "mesh", "port": 15008, "protocol": "HBONE"}
+    return yaml.safe_dump(
+        {
+            "apiVersion": "gateway.networking.k8s.io/v1",
+            "kind": "Gateway",
+            "metadata": metadata,
+            "spec": {"gatewayClassName": CLASS, "listeners": [listener]},
+        },
+        sort_keys=False,
+    )
+
+
+def _file(instance: Instance, namespace: str, name: str) -> Path:
+    return Path(_status(instance)["config_dir"]) / f"waypoint-{namespace}-{name}.yaml"
+
+
+def _status(instance: Instance) -> dict[str, Any]:
+    from pykmesh.node.run import fetch
+
+    found = require_running(instance)
+    try:
+        status: dict[str, Any] = fetch(found.ports.waypoint_mgr, "/status")
+    except OSError as error:
+        why = "it runs with the embedded control plane only" if error.errno else str(error)
+        raise Failure(f"waypoint_mgr does not answer: {why}") from error
+    return status
+
+
+def _waypoints(instance: Instance) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = _status(instance)["waypoints"]
+    return found
+
+
+def _ready(found: dict[str, Any]) -> int:
+    return sum(instance["ready"] for instance in found["instances"])
+
+
+def _problems(found: dict[str, Any]) -> list[str]:
+    """What is wrong, a line each."""
+    lines = [
+        f"{route['route']}: {route['type']} is {route['status']}: {route['reason']}: {route['message']}"
+        for route in found["routes"]
+        if (route["status"] == "True") != (route["type"] in ("Accepted", "ResolvedRefs"))
+    ]
+    lines += [f"conflict: {conflict}" for conflict in found["conflicts"]]
+    for instance in found["instances"]:
+        if instance["error"]:
+            lines.append(f"{instance['name']}: {instance['error']}")
+        refusals = (instance["configuration"] or {}).get("refusals", ())
+        lines += [f"{instance['name']} refused its configuration: {each['message']}" for each in refusals]
+    return lines
+
+
+def _row(found: dict[str, Any]) -> tuple[Any, ...]:
+    ready = f"{_ready(found)}/{len(found['instances'])}"
+    routes = len({route["route"] for route in found["routes"]})
+    return found["name"], found["class"], ready, len(found["services"]), routes, len(_problems(found))
+
+
+def _tell(found: dict[str, Any]) -> None:
+    click.echo(f"{found['name']} ({found['class']})")
+    for instance in found["instances"]:
+        state = "ready" if instance["ready"] else "leaving" if instance["leaving"] else "not ready"
+        restarts = f", started again {instance['restarts']} times" if instance["restarts"] else ""
+        where = f"pid {instance['pid']}, port {instance['port']}"
+        click.echo(f"  instance {instance['name']}: {state}, {where}{restarts}")
+    for service in found["services"]:
+        click.echo(f"  service {service}")
+    for route in sorted({route["route"] for route in found["routes"]}):
+        click.echo(f"  route {route}")
+    for problem in _problems(found):
+        click.echo(f"  ! {problem}")
+
+
+COMMANDS = [waypoint]
