@@ -12,7 +12,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import anyio
 import grpc
@@ -124,9 +124,16 @@ class _Subscription:
             self.sent.pop(name, None)
 
     def forget(self, names: Iterable[str]) -> None:
-        """They are to be sent again: a cluster that changed waits until it gets its endpoints once more."""
+        """They are to be sent again."""
         for name in names:
             self.sent.pop(name, None)
+
+    def respond(self, nonce: str, changed: _Versions, gone: set[str]) -> None:
+        self.under_way = (nonce, changed)
+        self.is_answered = True
+        self.missing = (self.missing | gone) - changed.keys()
+        self.forget(gone)
+        self.sent |= changed
 
     def answer(self, request: _Request) -> None:
         if self.under_way is None or self.under_way[0] != request.response_nonce:
@@ -141,6 +148,14 @@ class _Subscription:
         self.refusal = Refusal(self.type_url, request.error_detail.message, time.time())
 
 
+class _Due(NamedTuple):
+    """A response to give."""
+
+    sub: _Subscription
+    changed: _Versions
+    gone: set[str]
+
+
 class _Stream:
     """One Envoy's conversation: requests come in by `take`, responses go out by `push`."""
 
@@ -150,6 +165,7 @@ class _Stream:
         self._subscriptions: dict[str, _Subscription] = {}
         self._due = anyio.Event()
         self._nonces = 0
+        self._sent_clusters: set[str] = set()
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
@@ -157,15 +173,19 @@ class _Stream:
 
     @property
     def is_current(self) -> bool:
-        """All is taken: nothing is under way, refused, or to be sent."""
-        subs = self._subscriptions
-        if self._published is None or not all(type_url in subs for type_url in _WILDCARDS):
+        """All is asked for and taken."""
+        if self._published is None or self.refusals:
             return False
-        for type_url, versions in self._published.versions.items():
-            names = subs[type_url].names if type_url in subs else set()
-            if type_url not in _WILDCARDS and versions.keys() - names:
-                return False  # it has not come so far as to ask for them
-        return all(self._is_settled(sub) for sub in subs.values())
+        return all(self._is_asked_for(type_url) for type_url in _ORDER) and self._is_at_rest
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing happens any more: all is taken, or what was refused holds up the rest."""
+        return self.is_current or (bool(self.refusals) and self._is_at_rest)
+
+    @property
+    def _is_at_rest(self) -> bool:
+        return self._next() is None and not any(sub.under_way for sub in self._subscriptions.values())
 
     def publish(self, published: _Published) -> None:
         self._published = published
@@ -176,6 +196,8 @@ class _Stream:
         if sub is None:
             sub = _Subscription(request.type_url, request.initial_resource_versions)
             self._subscriptions[request.type_url] = sub
+            if request.type_url == ENDPOINT_TYPE:
+                sub.forget(self._sent_clusters)
         if request.response_nonce:
             sub.answer(request)
             if sub.refusal:
@@ -197,30 +219,31 @@ class _Stream:
                 await write(response)
 
     def _next_response(self) -> _Response | None:
-        """Additions and changes in order, then removals in the opposite one."""
+        due = self._next()
+        return self._respond(*due) if due else None
+
+    def _next(self) -> _Due | None:
+        """Additions and changes in order, then removals in the opposite one; None while there is to wait."""
         if self._published is None:
             return None
         for type_url in _ORDER:
             sub = self._subscriptions.get(type_url)
-            if sub is None:
-                continue
-            if sub.under_way:
+            if sub and sub.under_way:
                 return None
-            response = self._additions(sub)
-            if response:
-                return response
-            if type_url == CLUSTER_TYPE and sub.refusal:
+            if sub and (due := self._additions(sub)):
+                return due
+            is_refused = bool(sub and sub.refusal)
+            if type_url in (CLUSTER_TYPE, ENDPOINT_TYPE) and (is_refused or not self._is_asked_for(type_url)):
                 return None
-        if any(sub.refusal for sub in self._subscriptions.values()):
+        if self.refusals or not self._is_asked_for(ROUTE_TYPE):
             return None  # what is old may be in use still
         for type_url in reversed(_WILDCARDS):
             sub = self._subscriptions.get(type_url)
-            gone = sub.gone(self._wanted(sub)) if sub else set()
-            if sub and gone:
-                return self._respond(sub, {}, gone)
+            if sub and (gone := sub.gone(self._wanted(sub))):
+                return _Due(sub, {}, gone)
         return None
 
-    def _additions(self, sub: _Subscription) -> _Response | None:
+    def _additions(self, sub: _Subscription) -> _Due | None:
         """The first answer is given though it be empty: a new Envoy waits for it, or for a name's."""
         wanted = self._wanted(sub)
         changed = sub.changed(wanted)
@@ -228,7 +251,15 @@ class _Stream:
         gone = set() if is_wildcard else sub.gone(wanted)
         if not changed and not gone and (sub.is_answered or not is_wildcard):
             return None
-        return self._respond(sub, changed, gone)
+        return _Due(sub, changed, gone)
+
+    def _is_asked_for(self, type_url: str) -> bool:
+        """Envoy asks for endpoints when it has a cluster, and for routes when it has a listener."""
+        sub = self._subscriptions.get(type_url)
+        if type_url in _WILDCARDS:
+            return sub is not None
+        published = self._published.versions.get(type_url, {}) if self._published else {}
+        return published.keys() <= (sub.names if sub else set())
 
     def _respond(self, sub: _Subscription, changed: _Versions, gone: set[str]) -> _Response:
         self._nonces += 1
@@ -238,15 +269,10 @@ class _Stream:
             resource = response.resources.add(name=name, version=version)
             resource.resource.type_url = sub.type_url
             resource.resource.value = bodies[name]
-        sub.under_way = (response.nonce, changed)
-        sub.is_answered = True
-        sub.missing |= gone
-        sub.forget(gone)
-        sub.sent |= changed
-        sub.missing -= changed.keys()
-        endpoints = self._subscriptions.get(ENDPOINT_TYPE)
-        if sub.type_url == CLUSTER_TYPE and endpoints:
-            endpoints.forget(changed)
+        sub.respond(response.nonce, changed, gone)
+        if sub.type_url == CLUSTER_TYPE:
+            self._sent_clusters |= changed.keys()
+            self._send_endpoints_again(changed)
         log.info(
             "configuration_sent",
             node=self.node_id,
@@ -257,13 +283,15 @@ class _Stream:
         )
         return response
 
+    def _send_endpoints_again(self, clusters: Iterable[str]) -> None:
+        """A cluster that changed waits until it gets its endpoints once more."""
+        endpoints = self._subscriptions.get(ENDPOINT_TYPE)
+        if endpoints:
+            endpoints.forget(clusters)
+
     def _wanted(self, sub: _Subscription) -> _Versions:
         versions = self._published.versions.get(sub.type_url, {}) if self._published else {}
         return sub.wanted(versions)
-
-    def _is_settled(self, sub: _Subscription) -> bool:
-        wanted = self._wanted(sub)
-        return not (sub.under_way or sub.refusal or sub.changed(wanted) or sub.gone(wanted))
 
 
 class AdsServer:
@@ -300,11 +328,9 @@ class AdsServer:
 
     async def settled(self, node_id: str) -> NodeStatus:
         """When the node has taken, or refused, what was published to it."""
-        while True:
-            status = self.status().get(node_id)
-            if status and (status.is_current or status.refusals):
-                return status
+        while not any(one.node_id == node_id and one.is_settled for one in self._streams):
             await self._turn.wait()
+        return self.status()[node_id]
 
     async def serve(self, path: Path, started: Callable[[], None]) -> None:
         """Serves at a unix socket until cancelled. Raises `OSError` if it cannot be had."""

@@ -20,6 +20,7 @@ DEADLINE_S = 10.0
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body in one segment
     server: Backend
 
     def do_GET(self) -> None:
