@@ -25,6 +25,7 @@ from pykmesh.kernel.pins import PinDirectoryError
 from services.bpf_loader import app, enrollment
 from services.bpf_loader.door import Door
 from services.bpf_loader.enrollment import Enrollment
+from services.bpf_loader.waypoints import Waypoints
 from tests.mesh.node import until
 
 pytestmark = pytest.mark.kernel
@@ -498,6 +499,8 @@ class Recorder:
 async def test_the_door_waits_for_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "SWEEP_INTERVAL_S", 0.0)
     recorder: Any = Recorder()
+    programs: Any = None
+    waypoints = Waypoints(tmp_path, programs)
     turn, socket = anyio.Lock(), tmp_path / "door"
     replies: list[Reply] = []
 
@@ -507,8 +510,8 @@ async def test_the_door_waits_for_the_sweep(tmp_path: Path, monkeypatch: pytest.
 
     with anyio.fail_after(20):
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(app._sweep, recorder, turn)
-            tasks.start_soon(Door(socket, recorder, turn).serve)
+            tasks.start_soon(app._sweep, recorder, waypoints, turn)
+            tasks.start_soon(Door(socket, recorder, waypoints, turn).serve)
             await anyio.to_thread.run_sync(recorder.sweeping.wait, 10)
             tasks.start_soon(ask_door)
             while not turn.statistics().tasks_waiting:
