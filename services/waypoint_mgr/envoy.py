@@ -48,11 +48,18 @@ def listener(address: str, port: int, chains: Sequence[Json]) -> Json:
         "name": LISTENER,
         "address": socket_address(address, port),
         "listenerFilters": [_extension("filters.listener.original_dst.v3.OriginalDst")],
-        "filterChains": list(chains),
+        "filterChains": [_NOBODYS, *chains],
         "enableReusePort": False,
         "connectionBalanceConfig": {"exactBalance": {}},
         "trafficDirection": "INBOUND",
     }
+
+
+_NOBODYS: Final[Json] = {
+    "name": "nobody's",
+    "filterChainMatch": {"prefixRanges": [{"addressPrefix": "0.0.0.0", "prefixLen": 32}]},  # noqa: S104
+}
+"""No connection goes there, and it would be closed: Envoy wants a chain even where there are no services."""
 
 
 def socket_address(address: str, port: int) -> Json:
