@@ -51,18 +51,17 @@ def listener(address: str, port: int, chains: Sequence[Json]) -> Json:
         "name": LISTENER,
         "address": where,
         "listenerFilters": [_extension("filters.listener.original_dst.v3.OriginalDst")],
-        "filterChains": [_NOBODYS, *chains],
+        "filterChains": list(chains) or [_nobodys_chain()],
         "enableReusePort": False,
         "connectionBalanceConfig": {"exactBalance": {}},
         "trafficDirection": "INBOUND",
     }
 
 
-_NOBODYS: Final[Json] = {
-    "name": "nobody's",
-    "filterChainMatch": {"prefixRanges": [{"addressPrefix": "0.0.0.0", "prefixLen": 32}]},  # noqa: S104
-}
-"""No connection goes there, and it would be closed: Envoy wants a chain even where there are no services."""
+def _nobodys_chain() -> Json:
+    """Envoy refuses a listener without chains; at this address there is nobody."""
+    proxy = _typed("filters.network.tcp_proxy.v3.TcpProxy") | {"statPrefix": "nobody", "cluster": "nobody"}
+    return _chain(Port("nobody", 1), ("255.255.255.255",), "envoy.filters.network.tcp_proxy", proxy)
 
 
 def socket_address(address: str, port: int) -> Json:
