@@ -227,6 +227,10 @@ REFUSED = {
         "matches: [{path: {value: /a//b}}]",
         "matches[0].path: value must not contain '//'",
     ),
+    "a path with a query": (
+        "matches: [{path: {value: '/a?b'}}]",
+        "matches[0].path: value must be of the characters",
+    ),
     "a path that climbs": (
         "matches: [{path: {type: Exact, value: /a/..}}]",
         "matches[0].path: value must not contain '/..'",
