@@ -35,6 +35,7 @@ Path = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x20\x7f]*\Z", max_length=1
 
 _UNIT_MS: Final = {"h": 3_600_000, "m": 60_000, "s": 1000, "ms": 1}
 _NOT_IN_PATHS: Final = ("//", "/./", "/../", "%2f", "%2F", "#")
+_PATH_CHARACTERS: Final = re.compile(r"(?:[-A-Za-z0-9/._~!$&'()*+,;=:@]|%[0-9a-fA-F]{2})+")
 _PATH_ENDS_REFUSED: Final = ("/..", "/.")
 
 
@@ -100,6 +101,8 @@ class PathMatch(_Part, frozen=True, kw_only=True):
         refused += [text for text in _PATH_ENDS_REFUSED if self.value.endswith(text)]
         if refused:
             raise ValueError(f"value must not contain {refused[0]!r}: {self.value!r}")
+        if not _PATH_CHARACTERS.fullmatch(self.value):
+            raise ValueError(f"value must be of the characters of a path: {self.value!r}")
 
 
 class HeaderMatch(_Part, frozen=True, kw_only=True):

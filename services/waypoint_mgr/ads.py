@@ -1,9 +1,9 @@
 """Delta ADS for Envoys, over a unix socket: each node, by its id, gets resources of its own.
 
-What is new is made before what is old is broken: clusters, endpoints, listeners, routes go out in this order,
-each when Envoy has taken the one before, and clusters are removed when Envoy has taken listeners and routes
-without them. While clusters are refused nothing that may need them is sent: what was good last stays.
-One response a type is under way at a time; changes that come meanwhile go as one.
+What is new is made before what is old is broken: clusters with their endpoints, then listeners, then routes,
+each when Envoy has taken the one before; clusters are removed when it has taken listeners and routes without
+them. While clusters are refused nothing that may need them is sent: what was good last stays. One response
+a type is under way at a time; changes that come meanwhile go as one.
 """
 
 from __future__ import annotations
@@ -223,17 +223,14 @@ class _Stream:
         return self._respond(*due) if due else None
 
     def _next(self) -> _Due | None:
-        """Additions and changes in order, then removals in the opposite one; None while there is to wait."""
+        """Additions and changes in order, then removals in the opposite one. None: nothing, or not yet."""
         if self._published is None:
             return None
         for type_url in _ORDER:
             sub = self._subscriptions.get(type_url)
-            if sub and sub.under_way:
-                return None
-            if sub and (due := self._additions(sub)):
+            if sub and not sub.under_way and (due := self._additions(sub)):
                 return due
-            is_refused = bool(sub and sub.refusal)
-            if type_url in (CLUSTER_TYPE, ENDPOINT_TYPE) and (is_refused or not self._is_asked_for(type_url)):
+            if not self._may_go_on_from(type_url):
                 return None
         if self.refusals or not self._is_asked_for(ROUTE_TYPE):
             return None  # what is old may be in use still
@@ -242,6 +239,19 @@ class _Stream:
             if sub and (gone := sub.gone(self._wanted(sub))):
                 return _Due(sub, {}, gone)
         return None
+
+    def _may_go_on_from(self, type_url: str) -> bool:
+        """Endpoints go with clusters: Envoy answers for these when they have all of those."""
+        subs = self._subscriptions
+        if type_url == CLUSTER_TYPE:
+            return CLUSTER_TYPE in subs
+        if type_url in subs and subs[type_url].under_way:
+            return False
+        if type_url != ENDPOINT_TYPE:
+            return True
+        clusters = subs[CLUSTER_TYPE]
+        are_refused = clusters.refusal or (ENDPOINT_TYPE in subs and subs[ENDPOINT_TYPE].refusal)
+        return not clusters.under_way and not are_refused and self._is_asked_for(ENDPOINT_TYPE)
 
     def _additions(self, sub: _Subscription) -> _Due | None:
         """The first answer is given though it be empty: a new Envoy waits for it, or for a name's."""
@@ -269,6 +279,9 @@ class _Stream:
             resource = response.resources.add(name=name, version=version)
             resource.resource.type_url = sub.type_url
             resource.resource.value = bodies[name]
+        routes = self._subscriptions.get(ROUTE_TYPE)
+        if sub.type_url == LISTENER_TYPE and sub.refusal and routes:
+            routes.forget(list(routes.sent))  # they may have come for a listener that was refused
         sub.respond(response.nonce, changed, gone)
         if sub.type_url == CLUSTER_TYPE:
             self._sent_clusters |= changed.keys()

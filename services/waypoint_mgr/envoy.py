@@ -43,10 +43,13 @@ class Port(msgspec.Struct, frozen=True, order=True):
 
 
 def listener(address: str, port: int, chains: Sequence[Json]) -> Json:
-    """A port that another holds is refused, not shared: no SO_REUSEPORT."""
+    """`::` takes IPv4 as well. A port that another holds is refused, not shared: no SO_REUSEPORT."""
+    where = socket_address(address, port)
+    if address == "::":
+        where["socketAddress"]["ipv4Compat"] = True
     return {
         "name": LISTENER,
-        "address": socket_address(address, port),
+        "address": where,
         "listenerFilters": [_extension("filters.listener.original_dst.v3.OriginalDst")],
         "filterChains": list(chains) or [_nobodys_chain()],
         "enableReusePort": False,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -36,6 +37,7 @@ _START: Final = (
 """Notes which process it is, joins the cgroup, and becomes Envoy: all before Envoy's first instruction."""
 _START_TIME_FIELD: Final = 22
 """In /proc/PID/stat, counted from 1; proc(5)."""
+_CLIENTS: Final = re.compile(r"listener\.(?!admin\.)(?!.*\.worker_).*\.downstream_cx_active")
 _ENDED: Final = ("Z", "X")
 _BOOTSTRAP: Final = "bootstrap.json"
 _LOG: Final = "envoy.log"
@@ -99,6 +101,7 @@ def bootstrap(spec: Spec) -> dict[str, Any]:
             "adsConfig": {
                 "apiType": "DELTA_GRPC",
                 "transportApiVersion": "V3",
+                "setNodeOnFirstMessageOnly": True,
                 "grpcServices": [{"envoyGrpc": {"clusterName": "ads", "retryPolicy": backoff}}],
             },
             "cdsConfig": ads,
@@ -273,12 +276,8 @@ class EnvoyProcess:
     async def connections(self) -> int:
         """Open connections of clients. Raises `OSError` or `TimeoutError` if it does not say."""
         _, body = await self._admin("GET", "/stats?filter=downstream_cx_active&format=json")
-        stats = json.loads(body)["stats"]
-        return sum(
-            stat["value"]
-            for stat in stats
-            if stat.get("name", "").startswith("listener.") and ".admin." not in stat["name"]
-        )
+        stats = {stat["name"]: stat["value"] for stat in json.loads(body)["stats"] if "name" in stat}
+        return sum(value for name, value in stats.items() if _CLIENTS.fullmatch(name))
 
     async def _drain(self) -> None:
         try:

@@ -19,12 +19,14 @@ _FOREIGN: Final = (
     (r"\(\?#", "a comment"),
     (r"\(\?[a-zA-Z]*[aLux]", "a flag other than i, m and s"),
     (r"\(\?-?[a-z]*-?[a-z]*$", "a group without end"),
-    (r"\\[ZuUN]", "an escape that RE2 does not have"),
+    (r"\\[^\x00-\x7f]|\\[ZuUN]", "an escape that RE2 does not have"),
     (r"(?:[*+?]|\{[0-9,]+\})\+", "a possessive repetition"),
 )
-_ESCAPE: Final = re.compile(r"\\[^1-9ZuUN]")
+_ESCAPE: Final = re.compile(r"\\(?![1-9NUuZ])[\x00-\x7f]")
+"""Of those that both have."""
+_BACKSPACE: Final = re.compile(r"\[[^]]*\\b")
 _CLASS: Final = re.compile(r"\[\^?\]?[^]\\]*\]")
-_REPEAT: Final = re.compile(r"\{(\d+)(?:,(\d*))?\}")
+_REPEAT: Final = re.compile(r"(\))?\{(\d+)(?:,(\d*))?\}")
 
 
 def error_in(pattern: str) -> str:
@@ -35,10 +37,24 @@ def error_in(pattern: str) -> str:
             re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         return f"{pattern!r} does not compile: {error}"
+    if _BACKSPACE.search(pattern.replace(r"\\", "x")):
+        return f"{pattern!r} does not compile: \\b within brackets"
     plain = _CLASS.sub("x", _ESCAPE.sub("x", pattern.replace(r"\\", "x")))
     for foreign, what in _FOREIGN:
         if re.search(foreign, plain):
             return f"{pattern!r} does not compile: {what}"
-    if any(int(count or 0) > _REPEAT_MAX for found in _REPEAT.findall(plain) for count in found):
+    if _most_repeated(plain) > _REPEAT_MAX:
         return f"{pattern!r} does not compile: a repetition of more than {_REPEAT_MAX}"
     return ""
+
+
+def _most_repeated(plain: str) -> int:
+    """How often something may be repeated: counts of groups multiply those within, taken as the largest."""
+    of_groups, largest = 1, 1
+    for group, least, most in _REPEAT.findall(plain):
+        count = max(int(least), int(most or 0))
+        if group:
+            of_groups *= max(count, 1)
+        else:
+            largest = max(largest, count)
+    return of_groups * largest

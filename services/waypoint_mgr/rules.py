@@ -360,9 +360,10 @@ def _path_change(change: PathModifier | None, prefix: str, full: str | None) -> 
     """`full`: the field that says a whole path, where Envoy has one."""
     if change is None:
         return {}
+    value = f"/{change.value.removeprefix('/')}"
     if change.type is PathModifierType.REPLACE_FULL_PATH:
-        return {full: change.value} if full else _regex_rewrite("^.*$", change.value or "/")
-    new = change.value.rstrip("/")
+        return {full: value} if full else _regex_rewrite("^.*$", value)
+    new = value.rstrip("/")
     if new and prefix:
         return {"prefixRewrite": new}
     # What is left behind the prefix has its slash, or needs one.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import grpc.aio
 import pytest
 from structlog.testing import capture_logs
@@ -26,7 +28,7 @@ from services.waypoint_mgr.encode import (
 
 from .backends import Backend, ask
 from .test_instance import canary
-from .world import ads_server, waypoint
+from .world import World, ads_server, waypoint
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60), pytest.mark.usefixtures("one_event_loop")]
 
@@ -177,6 +179,7 @@ async def test_what_was_refused_together_is_tried_again_together(folder: Path) -
     async with envoy_with(folder, FIRST) as (server, client):
         server.publish("a", of("c=2 x=1", "l=1", "r=1", "c=1"))
         await client.expect("CDS +c +x", refuse="x: wrong")
+        await client.expect("EDS +c")
         server.publish("a", of("c=2 x=2", "l=1", "r=1", "c=1"))
         await client.expect("CDS +c +x")
 
@@ -186,6 +189,25 @@ async def test_a_cluster_that_changed_gets_its_endpoints_again(folder: Path) -> 
         server.publish("a", of("c=2", "l=1", "r=1", "c=1"))
         await client.expect("CDS +c")
         await client.expect("EDS +c")
+
+
+async def test_endpoints_do_not_wait_for_the_answer_to_their_clusters(folder: Path) -> None:
+    async with envoy_with(folder, FIRST) as (server, client):
+        server.publish("a", of("c=1 d=1", "l=2", "r=1", "c=1 d=1"))
+        _, clusters = await client.receive()
+        await client.ask("EDS", "d")
+        await client.expect("EDS +d")
+        await client.answer(clusters)
+        await client.expect("LDS +l")
+
+
+async def test_routes_are_sent_again_to_a_listener_that_was_refused_before(folder: Path) -> None:
+    async with envoy_with(folder, FIRST) as (server, client):
+        server.publish("a", of("c=1", "l=2", "r=1", "c=1"))
+        await client.expect("LDS +l", refuse="port in use")
+        server.publish("a", of("c=1", "l=3", "r=1", "c=1"))
+        await client.expect("LDS +l")
+        await client.expect("RDS +r")
 
 
 async def test_changes_while_an_answer_is_awaited_go_as_one(folder: Path) -> None:
@@ -282,3 +304,25 @@ async def test_an_envoy_that_lost_its_server_is_found_current_by_the_next(
                 with capture_logs() as logs:
                     assert (await envoy.apply(configuration)).is_current
                 assert not [log for log in logs if log["event"] == "configuration_sent" and log["changed"]]
+
+
+async def test_an_envoy_that_runs_takes_a_service_more_and_a_service_less_at_once(
+    folder: Path, backends: dict[str, Backend]
+) -> None:
+    async with ads_server(folder / "ads") as server, waypoint(server, folder) as envoy:
+        assert (await envoy.apply(World().configuration())).is_current
+        await envoy.ready()
+        world = canary(backends, envoy.port)
+        began = time.monotonic()
+        assert (await envoy.apply(world.configuration())).is_current
+        assert await status_of("127.0.1.1", envoy.port) == 200
+        world.routes.clear()
+        assert (await envoy.apply(world.configuration())).is_current
+        assert await status_of("127.0.1.1", envoy.port) == 200
+        world.known["shop/web.shop.svc.cluster.local"] = world.users.pop()
+        assert (await envoy.apply(world.configuration())).is_current
+        assert time.monotonic() - began < 5  # Envoy gives up a resource that it misses after 15 s
+
+
+async def status_of(address: str, port: int) -> int:
+    return (await anyio.to_thread.run_sync(lambda: ask(address, port))).status

@@ -1,0 +1,368 @@
+"""What a waypoint is told to do, and what authors of routes are told: without an Envoy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pykmesh.contracts.waypoints import Endpoint, MeshService
+from pykmesh.manifests.objects import ObjectRef
+from pykmesh.manifests.parse import parse
+from services.waypoint_mgr.encode import (
+    CLUSTER_TYPE,
+    ENDPOINT_TYPE,
+    LISTENER_TYPE,
+    ROUTE_TYPE,
+    EncodeError,
+    encode,
+)
+from services.waypoint_mgr.envoy import Port
+from services.waypoint_mgr.protocols import AppProtocol, protocol_of
+from services.waypoint_mgr.routes import ACCESS_LOG, Configuration
+from tests.waypoint.world import World, gateway, http_route, kubernetes_service, mesh_service, named
+
+V1 = [{"name": "v1", "port": 80}]
+TO_GATEWAY = {"name": "waypoint", "namespace": "shop"}
+
+
+def shop(*ports: dict[str, Any], vips: tuple[str, ...] = ("10.96.0.1",)) -> World:
+    """The Service web with these ports, and v1."""
+    ports = ports or ({"port": 80, "name": "http"},)
+    world = World()
+    listed = {port["port"]: [Endpoint("10.0.0.1", 8080)] for port in ports}
+    world.add_user(mesh_service("shop", "web", listed, vips), kubernetes_service("shop", "web", *ports))
+    world.add_backend(mesh_service("shop", "v1", {80: [Endpoint("10.0.0.2", 8080, 3)]}))
+    return world
+
+
+def port(number: int, service: str = "web") -> Port:
+    return Port(named("shop", service), number)
+
+
+def chains(configuration: Configuration) -> dict[str, tuple[list[str], int]]:
+    """By name: the addresses and the port that it is for."""
+    return {
+        chain["name"]: (
+            [one["addressPrefix"] for one in chain["filterChainMatch"]["prefixRanges"]],
+            chain["filterChainMatch"]["destinationPort"],
+        )
+        for chain in configuration.chains
+    }
+
+
+def said(configuration: Configuration) -> list[str]:
+    return [f"{one.type}={one.status} {one.reason}" for one in configuration.conditions]
+
+
+def test_each_port_has_a_chain_for_all_its_addresses() -> None:
+    world = shop({"port": 80, "name": "http"}, {"port": 9, "name": "tcp"}, vips=("10.96.0.1", "fd96::1"))
+    made = world.configuration()
+    assert chains(made) == {
+        port(80).cluster: (["10.96.0.1", "fd96::1"], 80),
+        port(9).cluster: (["10.96.0.1", "fd96::1"], 9),
+    }
+    lengths = [one["prefixLen"] for one in made.chains[0]["filterChainMatch"]["prefixRanges"]]
+    assert lengths == [32, 128]
+    assert made.protocols == {port(80): AppProtocol.HTTP, port(9): AppProtocol.TCP}
+    assert made.routes.keys() == {port(80).cluster}
+    assert made.clusters.keys() == made.assignments.keys() == {port(80).cluster, port(9).cluster}
+
+
+def test_a_udp_port_has_none() -> None:
+    assert not shop({"port": 53, "name": "dns", "protocol": "UDP"}).configuration().chains
+
+
+def test_a_service_without_addresses_has_no_chain_and_no_routes() -> None:
+    made = shop(vips=()).configuration()
+    assert not made.chains
+    assert not made.routes
+
+
+def test_of_two_services_with_one_address_and_port_the_first_by_name_keeps_it() -> None:
+    world = shop()
+    world.add_user(
+        mesh_service("shop", "also", {80: [], 81: []}, ["10.96.0.1"]),
+        kubernetes_service("shop", "also", {"port": 80}, {"port": 81}),
+    )
+    made = world.configuration()
+    assert chains(made).keys() == {port(80, "also").cluster, port(81, "also").cluster}
+    assert made.conflicts == (f"{named('shop', 'web')}: 10.96.0.1 port 80 is {named('shop', 'also')}'s",)
+
+
+def test_a_user_without_a_kubernetes_service_is_opaque() -> None:
+    world = World()
+    world.users.append(MeshService("shop/db.example.com", ["10.96.0.7"], []))
+    world.users.append(mesh_service("shop", "x", {80: []}, ["10.96.0.8"]))
+    assert world.configuration().protocols == {port(80, "x"): AppProtocol.TCP}
+
+
+def test_endpoints_keep_their_weights() -> None:
+    world = shop()
+    world.routes.append(http_route("shop", "r", {"rules": [{"backendRefs": V1}]}))
+    (lb_endpoint,) = world.configuration().assignments[port(80, "v1").cluster]["endpoints"][0]["lbEndpoints"]
+    assert lb_endpoint["loadBalancingWeight"] == 3
+    assert lb_endpoint["endpoint"]["address"]["socketAddress"] == {"address": "10.0.0.2", "portValue": 8080}
+
+
+PROTOCOLS = {
+    ("http", ""): AppProtocol.HTTP,
+    ("http-web", ""): AppProtocol.HTTP,
+    ("HTTP", ""): AppProtocol.HTTP,
+    ("http2", ""): AppProtocol.HTTP2,
+    ("grpc-api", ""): AppProtocol.HTTP2,
+    ("grpc-web", ""): AppProtocol.HTTP2,
+    ("", "h2c"): AppProtocol.HTTP2,
+    ("", "kubernetes.io/h2c"): AppProtocol.HTTP2,
+    ("", "kubernetes.io/ws"): AppProtocol.HTTP,
+    ("", "kubernetes.io/wss"): AppProtocol.TCP,
+    ("http", "tcp"): AppProtocol.TCP,
+    ("tcp", "http"): AppProtocol.HTTP,
+    ("https", ""): AppProtocol.TCP,
+    ("mysql", ""): AppProtocol.TCP,
+    ("web", ""): AppProtocol.TCP,
+    ("", ""): AppProtocol.TCP,
+}
+
+
+@pytest.mark.parametrize(("name", "app_protocol"), PROTOCOLS)
+def test_a_port_carries_what_istio_says_that_it_does(name: str, app_protocol: str) -> None:
+    service = kubernetes_service("shop", "web", {"port": 80, "name": name, "appProtocol": app_protocol})
+    expected = PROTOCOLS[name, app_protocol]
+    assert protocol_of(service, 80, is_routed=False) is expected
+    routed = AppProtocol.HTTP if expected is AppProtocol.TCP else expected
+    assert protocol_of(service, 80, is_routed=True) is routed
+
+
+def test_http2_goes_to_endpoints_as_such() -> None:
+    made = shop({"port": 80, "name": "grpc"}).configuration()
+    (options,) = made.clusters[port(80).cluster]["typedExtensionProtocolOptions"].values()
+    assert options["explicitHttpConfig"] == {"http2ProtocolOptions": {}}
+
+
+def test_a_route_of_the_gateway_is_for_http_services_without_routes_of_their_own() -> None:
+    world = shop({"port": 80, "name": "http"}, {"port": 9, "name": "tcp"})
+    world.add_user(
+        mesh_service("shop", "own", {80: []}, ["10.96.0.2"]),
+        kubernetes_service("shop", "own", {"port": 80, "name": "http"}),
+    )
+    to_own = {"group": "", "kind": "Service", "name": "own"}
+    world.routes += [
+        http_route("shop", "all", {"parentRefs": [TO_GATEWAY], "rules": [{"backendRefs": V1}]}),
+        http_route("shop", "own", {"parentRefs": [to_own], "rules": [{"backendRefs": V1}]}),
+    ]
+    made = world.configuration()
+    names = {name: routes["virtualHosts"][0]["routes"][0]["name"] for name, routes in made.routes.items()}
+    assert names == {port(80).cluster: "shop/all/0", port(80, "own").cluster: "shop/own/0"}
+    assert made.protocols[port(9)] is AppProtocol.TCP
+    assert said(made) == ["Accepted=True Accepted", "ResolvedRefs=True ResolvedRefs"] * 2
+
+
+def test_a_listener_that_the_gateway_does_not_have_is_no_parent() -> None:
+    world = shop()
+    for name, parent in (("a", {"sectionName": "other"}), ("b", {"port": 1}), ("c", {"port": 15019})):
+        world.routes.append(http_route("shop", name, {"parentRefs": [TO_GATEWAY | parent]}))
+    accepted = [text for text in said(world.configuration()) if text.startswith("Accepted")]
+    assert accepted == ["Accepted=False NoMatchingParent"] * 2 + ["Accepted=True Accepted"]
+
+
+def test_what_is_attached_elsewhere_is_not_spoken_of() -> None:
+    world = shop()
+    others = [
+        {"name": "ingress"},
+        {"group": "", "kind": "Service", "name": "elsewhere"},
+        {"group": "networking.istio.io", "kind": "ServiceEntry", "name": "web"},
+    ]
+    world.routes.append(http_route("shop", "r", {"parentRefs": others}))
+    assert not world.configuration().conditions
+
+
+def test_routes_that_are_wrong_in_themselves_are_named_as_refused() -> None:
+    world = shop()
+    bad = {"matches": [{"path": {"type": "RegularExpression", "value": "("}}]}
+    world.routes.append(http_route("shop", "bad", {"rules": [bad]}))
+    nowhere = {"group": "", "kind": "Service", "name": "web", "port": 1}
+    world.routes.append(http_route("shop", "nowhere", {"parentRefs": [nowhere]}))
+    assert world.configuration().refused == {ObjectRef("HTTPRoute", "shop", "bad")}
+
+
+def test_a_route_with_two_parents_here_counts_once_a_port() -> None:
+    world = shop()
+    parent = {"group": "", "kind": "Service", "name": "web"}
+    world.routes.append(
+        http_route(
+            "shop", "r", {"parentRefs": [parent, parent | {"port": 80}], "rules": [{"backendRefs": V1}]}
+        )
+    )
+    (routes,) = world.configuration().routes.values()
+    assert len(routes["virtualHosts"][0]["routes"]) == 1
+
+
+def test_an_access_log_is_written_only_if_asked_for() -> None:
+    def logs(world: World) -> list[Any]:
+        (chain,) = world.configuration().chains
+        found: list[Any] = chain["filters"][0]["typedConfig"]["accessLog"]
+        return found
+
+    world = shop()
+    assert not logs(world)
+    world.gateway = gateway({ACCESS_LOG: "true"})
+    assert logs(world)
+
+
+def test_statistics_name_the_service_without_dots() -> None:
+    (chain,) = shop().configuration().chains
+    assert chain["filters"][0]["typedConfig"]["statPrefix"] == "shop/web_shop_svc_cluster_local|80"
+
+
+ROUTE = (
+    "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: r}\nspec:\n  rules:\n  - "
+)
+REFUSED = {
+    "a path that is not absolute": (
+        "matches: [{path: {value: a}}]",
+        "matches[0].path: value must be an absolute",
+    ),
+    "a path with a double slash": (
+        "matches: [{path: {value: /a//b}}]",
+        "matches[0].path: value must not contain '//'",
+    ),
+    "a path with a query": (
+        "matches: [{path: {value: '/a?b'}}]",
+        "matches[0].path: value must be of the characters",
+    ),
+    "a path that climbs": (
+        "matches: [{path: {type: Exact, value: /a/..}}]",
+        "matches[0].path: value must not contain '/..'",
+    ),
+    "an unknown kind of match": (
+        "matches: [{path: {type: Glob, value: /}}]",
+        "matches[0].path.type: Invalid enum value",
+    ),
+    "a header that is none": (
+        "matches: [{headers: [{name: 'a b', value: c}]}]",
+        "matches[0].headers[0].name: Expected",
+    ),
+    "a value with a line break": (
+        r'matches: [{headers: [{name: a, value: "b\nc"}]}]',
+        "matches[0].headers[0].value: Expected",
+    ),
+    "a method in small letters": ("matches: [{method: get}]", "matches[0].method: Invalid enum value"),
+    "a backend without a port": ("backendRefs: [{name: a}]", "backendRefs[0]: port must be given"),
+    "a weight below 0": ("backendRefs: [{name: a, port: 1, weight: -1}]", "backendRefs[0].weight: Expected"),
+    "a filter without its settings": (
+        "filters: [{type: URLRewrite}]",
+        "filters[0]: type URLRewrite goes with its own",
+    ),
+    "a filter with another's settings": (
+        "filters: [{type: URLRewrite, urlRewrite: {}, requestRedirect: {}}]",
+        "filters[0]: type URLRewrite goes with its own",
+    ),
+    "a filter twice": (
+        "filters: [{type: URLRewrite, urlRewrite: {}}, {type: URLRewrite, urlRewrite: {}}]",
+        "filter URLRewrite cannot be repeated",
+    ),
+    "a redirect with backends": (
+        "{filters: [{type: RequestRedirect, requestRedirect: {}}], backendRefs: [{name: a, port: 1}]}",
+        "RequestRedirect must not be used together with backendRefs",
+    ),
+    "a redirect with a rewrite": (
+        "filters: [{type: RequestRedirect, requestRedirect: {}}, {type: URLRewrite, urlRewrite: {}}]",
+        "RequestRedirect and URLRewrite cannot be used together",
+    ),
+    "a prefix replaced without one": (
+        (
+            "{matches: [{path: {type: Exact, value: /a}}], filters: [{type: URLRewrite, urlRewrite: "
+            "{path: {type: ReplacePrefixMatch, replacePrefixMatch: /b}}}]}"
+        ),
+        "replacePrefixMatch needs exactly one match",
+    ),
+    "a path modifier of the other type": (
+        "filters: [{type: URLRewrite, urlRewrite: {path: {type: ReplaceFullPath, replacePrefixMatch: /}}}]",
+        "filters[0].urlRewrite.path: type ReplaceFullPath goes with replaceFullPath",
+    ),
+    "a status that redirects nowhere": (
+        "filters: [{type: RequestRedirect, requestRedirect: {statusCode: 200}}]",
+        "filters[0].requestRedirect: statusCode must be",
+    ),
+    "a duration without a unit": ("timeouts: {request: '5'}", "timeouts.request: Expected"),
+    "a try longer than all": (
+        "timeouts: {request: 1s, backendRequest: 1m}",
+        "timeouts: backendRequest must not be",
+    ),
+    "a mirror for more than all": (
+        "filters: [{type: RequestMirror, requestMirror: {backendRef: {name: a, port: 1}, percent: 101}}]",
+        "filters[0].requestMirror.percent: Expected",
+    ),
+}
+
+
+@pytest.mark.parametrize(("rule", "error"), REFUSED.values(), ids=REFUSED)
+def test_a_rule_that_its_crd_refuses_is_refused(rule: str, error: str) -> None:
+    (found,) = parse((ROUTE + rule).encode(), "f.yaml").errors
+    assert str(found).startswith("f.yaml:6: spec.rules[0]")
+    assert error in str(found)
+
+
+HTTP_OPTIONS = "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+MISTAKES = {
+    "an unknown field": ({"name": "a", "colour": 1}, "Cluster.colour: Cluster has no such field"),
+    "one within another": (
+        {"edsClusterConfig": {"edsConfig": {"adz": {}}}},
+        "Cluster.edsClusterConfig.edsConfig.adz: ConfigSource has no such field",
+    ),
+    "one within an Any": (
+        {"typedExtensionProtocolOptions": {"x": {"@type": HTTP_OPTIONS, "a": 1}}},
+        "Cluster.typedExtensionProtocolOptions[x](HttpProtocolOptions).a: HttpProtocolOptions has no such",
+    ),
+    "an unknown type": (
+        {"typedExtensionProtocolOptions": {"x": {"@type": f"{CLUSTER_TYPE}s"}}},
+        "envoy.config.cluster.v3.Clusters: Envoy has no such message",
+    ),
+    "an enum's value": ({"lbPolicy": "SOME"}, "Cluster.lbPolicy: 'SOME' is no ClusterLbPolicy"),
+    "a text for a number": ({"maintenance": 1}, "Cluster.maintenance"),
+    "a number out of range": (
+        {"perConnectionBufferLimitBytes": -1},
+        "Cluster.perConnectionBufferLimitBytes: -1 is no",
+    ),
+    "a duration": ({"connectTimeout": "soon"}, "Cluster.connectTimeout: 'soon' is no Duration"),
+    "a list": ({"healthChecks": {}}, "Cluster.healthChecks: expected a list"),
+    "two of a oneof": (
+        {"type": "EDS", "clusterType": {}},
+        "Cluster.clusterType: cannot be given beside type",
+    ),
+}
+
+
+@pytest.mark.parametrize(("message", "error"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_in_a_message_is_named_by_its_field(message: dict[str, Any], error: str) -> None:
+    with pytest.raises(EncodeError) as raised:
+        encode(CLUSTER_TYPE, message)
+    assert error in str(raised.value)
+
+
+def test_the_bytes_are_those_that_the_classes_read() -> None:
+    from envoy_data_plane.envoy.config.cluster.v3 import Cluster
+    from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment
+    from envoy_data_plane.envoy.config.listener.v3 import Listener
+    from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
+
+    world = shop({"port": 80, "name": "http"}, {"port": 9, "name": "tcp"})
+    filters = [
+        {"type": "RequestHeaderModifier", "requestHeaderModifier": {"set": [{"name": "a", "value": "é%"}]}},
+        {"type": "RequestMirror", "requestMirror": {"backendRef": V1[0], "percent": 0}},
+    ]
+    rule = {
+        "filters": filters,
+        "timeouts": {"request": "1500ms"},
+        "backendRefs": V1 * 2,
+        "retry": {"attempts": 0},
+    }
+    world.routes.append(http_route("shop", "r", {"rules": [rule]}))
+    made = world.configuration()
+    messages = [(Cluster, CLUSTER_TYPE, one) for one in made.clusters.values()]
+    messages += [(ClusterLoadAssignment, ENDPOINT_TYPE, one) for one in made.assignments.values()]
+    messages += [(RouteConfiguration, ROUTE_TYPE, one) for one in made.routes.values()]
+    messages += [(Listener, LISTENER_TYPE, made.listener("0.0.0.0", 15019))]
+    for kind, type_url, message in messages:
+        assert kind.parse(encode(type_url, message)).to_dict() == kind.from_dict(message).to_dict()
