@@ -66,7 +66,6 @@ static __always_inline bool read_address(const struct address_key *key, struct a
 		found->kind = value->kind;
 		found->verdict = value->verdict;
 		found->view = value->view;
-		found->scoped = value->scoped;
 		barrier();
 		found->address = value->address;
 		found->network = value->network;
@@ -76,7 +75,6 @@ static __always_inline bool read_address(const struct address_key *key, struct a
 	found->kind = ADDRESS_SERVICE;
 	found->verdict = REASON_ROUTED;
 	found->view = 0;
-	found->scoped = 0;
 	return true;
 }
 
@@ -108,24 +106,6 @@ static __always_inline bool read_service(const struct service_key *key, struct s
 }
 
 /*
- * Looks for the address in the ranges of services, and makes the key that of the range. An address
- * that is a service's by itself comes before a range, a workload's after it (as ztunnel has it).
- */
-static __always_inline bool widen(struct service_key *key)
-{
-	struct range_key range = { .prefix_bits = 160, .network = key->network, .address = key->address };
-	struct address_key exact = { .address = key->address, .network = key->network };
-	struct range_value *found = bpf_map_lookup_elem(&ranges, &range);
-	struct address_value known = {};
-
-	if (!found || (read_address(&exact, &known) && known.kind == ADDRESS_SERVICE))
-		return false;
-	key->address = found->address;
-	key->network = found->network;
-	return true;
-}
-
-/*
  * What becomes of a connection to an address that has no such port: of a service, a workload, or
  * (kind 0) nobody known.
  */
@@ -136,30 +116,18 @@ static __always_inline enum reason unserved_verdict(const struct address_value *
 	return known->verdict;
 }
 
-/*
- * Makes the key one of the client's own view, where its namespace sees another service at the
- * address than the rest does. False: it sees what all do.
- */
-static __always_inline bool look_from(const struct client *client, const struct destination *to,
-				      struct service_key *key)
+/* The network in which the client's namespace sees services that others do not; 0: it sees what all do. */
+static __always_inline __u32 view_of(const struct client *client)
 {
 	struct address_key own = {};
-	struct range_key range = { .prefix_bits = 160, .address = to->address };
 	struct address_value known = {};
+	__u32 index = SWITCH_VIEWS, *views = bpf_map_lookup_elem(&switches, &index);
 
-	if (!client->pod)
-		return false;
+	if (!views || !*views || !client->pod)
+		return 0;
 	own.network = client->pod->network;
 	own.address = client->pod->address4.word[3] ? client->pod->address4 : client->pod->address6;
-	if (!read_address(&own, &known) || known.kind != ADDRESS_WORKLOAD || !known.view)
-		return false;
-	own.network = range.network = known.view;
-	own.address = to->address;
-	if (!read_address(&own, &known) && !bpf_map_lookup_elem(&ranges, &range))
-		return false;
-	key->address = to->address;
-	key->network = range.network;
-	return true;
+	return read_address(&own, &known) && known.kind == ADDRESS_WORKLOAD ? known.view : 0;
 }
 
 /* True when the slot held an endpoint of this service for the whole time that it was read. */
@@ -287,33 +255,72 @@ static __always_inline void keep_affinity(const struct client *client, const str
 	bpf_map_update_elem(&affinities, &key, &now, BPF_ANY);
 }
 
+/* Makes the key that of the range that the address is in, if it is in one in the key's network. */
+static __always_inline bool widen(struct service_key *key)
+{
+	struct range_key range = { .prefix_bits = 160, .network = key->network, .address = key->address };
+	struct range_value *found = bpf_map_lookup_elem(&ranges, &range);
+
+	if (!found)
+		return false;
+	key->address = found->address;
+	key->network = found->network;
+	return true;
+}
+
+enum found {
+	FOUND_NOTHING, /* no service is there */
+	FOUND_PORT,
+	FOUND_ADDRESS, /* a service is there, without this port: `known` says what becomes of it */
+};
+
+static __always_inline enum found find_at(const struct service_key *key, struct service_value *service,
+					  struct address_value *known)
+{
+	struct address_key address = { .address = key->address, .network = key->network };
+
+	if (read_service(key, service))
+		return FOUND_PORT;
+	known->kind = known->verdict = 0;
+	return read_address(&address, known) && known->kind == ADDRESS_SERVICE ? FOUND_ADDRESS
+									       : FOUND_NOTHING;
+}
+
 /*
- * What is reached at an address and port, as the client sees it. False: `verdict` says what becomes
- * of a connection to what is no service's port.
+ * What is reached at an address and port, as the client sees it (as ztunnel has it): a service's own
+ * address before ranges, ranges before workloads; each time what the client's namespace sees by itself
+ * before what all see. False: `verdict` says what becomes of a connection to what is no service's port.
  */
 static __noinline bool find_service(const struct destination *to, const struct client *client,
 				    struct service_key *key, struct service_value *service,
 				    enum reason *verdict)
 {
-	bool looked = false;
-	int attempt;
+	__u32 view = view_of(client), common = client_network(client->pod);
+	struct address_value known = {}, ranged = {};
+	enum found found = FOUND_NOTHING;
+	int attempt, step;
 
+	/* Unrolled: the verifier of 6.1 follows every way through a loop again. */
 #pragma unroll
 	for (attempt = 0; attempt < FIND_ATTEMPTS; attempt++) {
-		bool served = read_service(key, service) || (widen(key) && read_service(key, service));
-		struct address_key address = { .address = key->address, .network = key->network };
-		struct address_value known = {};
+#pragma unroll
+		for (step = 0; step < 4; step++) {
+			__u32 network = step & 1 ? common : view;
 
-		if (!served)
-			read_address(&address, &known);
-		if (!looked && (served ? service->flags & SERVICE_SCOPED : known.scoped)) {
-			looked = true;
-			if (look_from(client, to, key))
+			if (!network && !(step & 1))
 				continue;
+			key->address = to->address;
+			key->network = network;
+			if (step < 2)
+				found = find_at(key, service, &known);
+			else
+				found = widen(key) ? find_at(key, service, &ranged) : FOUND_NOTHING;
+			if (found == FOUND_PORT)
+				return true;
+			if (found == FOUND_ADDRESS)
+				break;
 		}
-		if (served)
-			return true;
-		*verdict = unserved_verdict(&known);
+		*verdict = unserved_verdict(step < 2 || found != FOUND_ADDRESS ? &known : &ranged);
 		if (*verdict != REASON_NO_PORT)
 			return false;
 	}

@@ -104,16 +104,15 @@ SEC("cgroup/connect4")
 int pykmesh_conn4(struct bpf_sock_addr *ctx)
 {
 	struct destination to = { .address = ip_from_v4(ctx->user_ip4), .port = ctx->user_port };
-	struct destination proxy;
 	struct choice choice = {};
 	enum reason reason;
 
 	if (!is_served(ctx))
 		return ALLOW;
-	if (dns_redirect(ctx, &to, &proxy)) {
+	if (dns_redirect(ctx, &to)) {
 		forget(ctx);
-		ctx->user_ip4 = proxy.address.word[3];
-		ctx->user_port = proxy.port;
+		ctx->user_ip4 = to.address.word[3];
+		ctx->user_port = to.port;
 		return ALLOW;
 	}
 	reason = decide_connect(ctx, &to, &choice);
@@ -134,16 +133,15 @@ SEC("cgroup/connect6")
 int pykmesh_conn6(struct bpf_sock_addr *ctx)
 {
 	struct destination to = { .address = ip_from_v6(ctx), .port = ctx->user_port };
-	struct destination proxy;
 	struct choice choice = {};
 	enum reason reason;
 
 	if (!is_served(ctx))
 		return ALLOW;
-	if (dns_redirect(ctx, &to, &proxy)) {
+	if (dns_redirect(ctx, &to)) {
 		forget(ctx);
-		set_v6(ctx, &proxy.address);
-		ctx->user_port = proxy.port;
+		set_v6(ctx, &to.address);
+		ctx->user_port = to.port;
 		return ALLOW;
 	}
 	reason = decide_connect(ctx, &to, &choice);

@@ -126,12 +126,11 @@ int pykmesh_send4(struct bpf_sock_addr *ctx)
 {
 	struct destination to = { .address = ip_from_v4(ctx->user_ip4), .port = ctx->user_port };
 	struct choice choice = {};
-	struct destination proxy;
 	enum reason reason;
 
-	if (dns_redirect(ctx, &to, &proxy)) {
-		ctx->user_ip4 = proxy.address.word[3];
-		ctx->user_port = proxy.port;
+	if (dns_redirect(ctx, &to)) {
+		ctx->user_ip4 = to.address.word[3];
+		ctx->user_port = to.port;
 		return ALLOW;
 	}
 	reason = decide_datagram(ctx, &to, &choice);
@@ -151,12 +150,11 @@ int pykmesh_send6(struct bpf_sock_addr *ctx)
 {
 	struct destination to = { .address = ip_from_v6(ctx), .port = ctx->user_port };
 	struct choice choice = {};
-	struct destination proxy;
 	enum reason reason;
 
-	if (dns_redirect(ctx, &to, &proxy)) {
-		set_v6(ctx, &proxy.address);
-		ctx->user_port = proxy.port;
+	if (dns_redirect(ctx, &to)) {
+		set_v6(ctx, &to.address);
+		ctx->user_port = to.port;
 		return ALLOW;
 	}
 	reason = decide_datagram(ctx, &to, &choice);

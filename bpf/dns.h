@@ -84,19 +84,20 @@ static __always_inline bool is_link_local(const struct ip *address)
 	return (address->word[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000);
 }
 
-/* True when a question to `to` goes to `proxy`. */
-static __noinline bool dns_redirect(struct bpf_sock_addr *ctx, const struct destination *to,
-				    struct destination *proxy)
+/* True when a question to `to` goes to the proxy, which replaces it. */
+static __noinline bool dns_redirect(struct bpf_sock_addr *ctx, struct destination *to)
 {
 	bool is_4 = ip_is_v4(&to->address);
 	struct bpf_sock *sk = ctx->sk;
+	__be16 port;
 
 	if (to->port != DNS_PORT || !sk || sk->bound_dev_if || is_link_local(&to->address))
 		return false;
-	proxy->port = dns_port_for(ctx, to);
-	if (!proxy->port || !dns_listens(ctx, is_4, proxy->port))
+	port = dns_port_for(ctx, to);
+	if (!port || !dns_listens(ctx, is_4, port))
 		return false;
-	proxy->address = loopback(is_4);
+	to->address = loopback(is_4);
+	to->port = port;
 	return true;
 }
 

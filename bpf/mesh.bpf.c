@@ -18,6 +18,7 @@ struct shared_types {
 	enum address_kind address_kind;
 	enum service_flag service_flag;
 	enum dns_limit dns_limit;
+	enum switch_index switch_index;
 };
 const struct shared_types *const volatile shared_types = NULL;
 

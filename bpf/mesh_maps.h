@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * Every map. All but the sockets' state are pinned under their name and the hash of their layout.
+ * Every map. All are pinned under their name and the hash of their layout.
  * The sizes here are defaults: the loader's settings replace them. Not preallocated where the type
  * allows it (the LRU maps are): an empty map costs next to nothing.
  */
@@ -52,6 +52,14 @@ struct {
 	__type(key, struct range_key);
 	__type(value, struct range_value);
 } ranges SEC(".maps");
+
+/* Index: enum switch_index. Writer: map_writer. Reader: connect, sendmsg. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, SWITCH_COUNT);
+	__type(key, __u32);
+	__type(value, __u32);
+} switches SEC(".maps");
 
 /* Writer: bpf_loader. Reader: connect, sendmsg, telemetry. */
 struct {
@@ -152,7 +160,7 @@ struct {
 	__type(value, __u64);
 } counters SEC(".maps");
 
-/* Freed with its socket. */
+/* An entry is freed with its socket; the programs of the next loader find what those before have noted. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);

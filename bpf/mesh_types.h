@@ -46,10 +46,8 @@ struct service_value {
 };
 
 enum service_flag {
-	SERVICE_SCOPED = 1,	       /* some namespaces see another service at this address */
-	SERVICE_LEAST_CONNECTIONS = 2, /* of two draws the endpoint with fewer open connections */
-	SERVICE_WAYPOINT =
-		4, /* the endpoints are a waypoint's instances, to which connections are handed over */
+	SERVICE_LEAST_CONNECTIONS = 1, /* of two draws the endpoint with fewer open connections */
+	SERVICE_WAYPOINT = 2,	       /* the endpoints are a waypoint's instances */
 };
 
 struct endpoint_key {
@@ -83,7 +81,6 @@ struct address_key {
 enum address_kind {
 	ADDRESS_SERVICE = 1,
 	ADDRESS_WORKLOAD = 2,
-	ADDRESS_HIDDEN = 3, /* only some namespaces see a service here: left alone for the others */
 };
 
 /* What an address is, consulted when (address, port) is no service port. Begins with its key. */
@@ -94,8 +91,13 @@ struct address_value {
 	__u16 kind;    /* enum address_kind */
 	__u16 verdict; /* enum reason, for connections to the address itself */
 	__u32 view; /* of a workload: the network in which its namespace sees services of its own; 0: none */
-	__u16 scoped; /* 1: some namespaces see another service at this address, in their views */
-	__u8 reserved[6];
+	__u8 reserved[8];
+};
+
+/* Index into `switches`: what nobody needs to look for while it is 0. */
+enum switch_index {
+	SWITCH_VIEWS = 0, /* some namespace sees a service that others do not */
+	SWITCH_COUNT,
 };
 
 /* A range of addresses that is one service's, in the order in which a trie compares: longest prefix. */

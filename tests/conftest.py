@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import AsyncIterator
 
+import hypothesis
 import pytest
 
 
@@ -21,6 +22,8 @@ async def one_event_loop(anyio_backend: str) -> AsyncIterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.register_profile("untimed", deadline=None)
+    hypothesis.settings.load_profile("untimed")
     # What a shell starts in the background ignores it, and so does all that is started from there.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "kernel: needs root, for maps and programs in the kernel")

@@ -34,7 +34,7 @@ from pykmesh.node.run import fetch, find
 SHOWN: Final = 20
 TIMEOUT_S: Final = 30.0
 PORT_MAX: Final = 65535
-MAPS: Final = ("services", "endpoints", "addresses", "ranges", "pods")
+MAPS: Final = ("services", "endpoints", "addresses", "ranges", "pods", "switches")
 REFUSED, CONNECTED, LEFT_ALONE = "refused", "connected", "left alone"
 NOT_ENROLLED: Final = "not enrolled"
 _OF_MEMBERS: Final = ("uid", "name", "healthy", "weight", "locality", "matches")

@@ -100,9 +100,8 @@ def _services(instance: Instance) -> list[Entry]:
         for key, value in services.items():
             ip, network, port = SERVICE_KEY.unpack(key)
             number, endpoints, verdict, _, _ = SERVICE_VALUE.unpack(value)
-            refused = (
-                "" if verdict == Reason.ROUTED and endpoints else Reason(verdict or Reason.NO_ENDPOINT).label
-            )
+            is_open = endpoints or verdict != Reason.ROUTED
+            refused = _refused(Reason(verdict) if is_open else Reason.NO_ENDPOINT)
             entries.append(
                 {
                     "name": known.get(number, ("", 0))[0],
@@ -115,6 +114,11 @@ def _services(instance: Instance) -> list[Entry]:
                 }
             )
     return sorted(entries, key=lambda e: (e["name"], e["vips"], int(next(iter(e["ports"])))))
+
+
+def _refused(verdict: Reason) -> str:
+    """Why connections are; empty where they go somewhere, or are left alone."""
+    return "" if verdict in (Reason.ROUTED, Reason.PASSTHROUGH) else verdict.label
 
 
 def _ranges(instance: Instance) -> dict[tuple[bytes, int], str]:
@@ -131,9 +135,9 @@ def _workloads(instance: Instance) -> list[Entry]:
     with PinnedMap(pins.maps_dir(instance.pin_dir), "addresses") as addresses:
         for key, value in addresses.items():
             ip, network = ADDRESS_KEY.unpack(key)
-            kind, verdict, _, _ = ADDRESS_VALUE.unpack(value)
+            kind, verdict, _ = ADDRESS_VALUE.unpack(value)
             if kind == AddressKind.WORKLOAD:
-                refused = "" if verdict == Reason.ROUTED else Reason(verdict).label
+                refused = _refused(Reason(verdict))
                 entries.append({"network_id": network, "addresses": [ip_to_text(ip)], "refused": refused})
     return sorted(entries, key=lambda e: str(e["addresses"]))
 

@@ -328,12 +328,18 @@ def _vip(message: workload_pb2.NetworkAddress) -> tuple[str, Ip] | Range:
     counted = _V6_BITS - bits + message.length
     first = int.from_bytes(ip, "big") >> (_V6_BITS - counted) << (_V6_BITS - counted)
     found = Range(network, Ip(first.to_bytes(_V6_BITS // 8, "big")), counted)
-    network_name("service.addresses", found.own_network)
+    _known("service.addresses", found.own_network)
     return found
 
 
 def network_name(field: str, name: str) -> str:
-    """Raises FieldError when its id is taken."""
+    """Of a name that the control plane says. Raises FieldError when it cannot be one, or its id is taken."""
+    if "\0" in name:  # the maps' own networks have it in theirs
+        raise FieldError(field, f"{name!r} is no network's name")
+    return _known(field, name)
+
+
+def _known(field: str, name: str) -> str:
     try:
         network_id(name)
     except ValueError as error:

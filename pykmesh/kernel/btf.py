@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 BTF_MAGIC = 0xEB9F
+ENUMS = ("reason", "direction", "flow_kind", "address_kind", "service_flag", "dns_limit", "switch_index")
 _INT, _PTR, _ARRAY, _STRUCT, _UNION, _ENUM, _TYPEDEF = 1, 2, 3, 4, 5, 6, 8
 _QUALIFIERS = {9, 10, 11, 18}
 _VAR, _DATASEC = 14, 15
@@ -163,7 +164,15 @@ def layout(elf: bytes) -> dict[str, Any]:
     for described in maps.values():
         described["hash"] = _hash(described, structures)
     enums = {}
-    for name in ("reason", "direction", "flow_kind", "address_kind", "service_flag", "dns_limit"):
+    for name in (
+        "reason",
+        "direction",
+        "flow_kind",
+        "address_kind",
+        "service_flag",
+        "dns_limit",
+        "switch_index",
+    ):
         rest = btf.types[btf.by_name(_ENUM, name)].rest
         enums[name] = {btf.string(rest[i]): rest[i + 1] for i in range(0, len(rest), 2)}
     return {"structures": structures, "maps": maps, "enums": enums, "settings": _settings(btf)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Final, NamedTuple, Protocol
 
-from pykmesh.kernel.layout import AddressKind, Reason, ServiceFlag, flag_text
+from pykmesh.kernel.layout import AddressKind, Reason, ServiceFlag, Switch, flag_text
 from pykmesh.kernel.records import (
     ADDRESS_KEY,
     ADDRESS_VALUE,
@@ -20,6 +20,7 @@ from pykmesh.kernel.records import (
     RANGE_VALUE,
     SERVICE_KEY,
     SERVICE_VALUE,
+    SWITCH_KEY,
     Destination,
     Ip,
     in_network,
@@ -64,6 +65,7 @@ class Choice(NamedTuple):
     rewrite: bool = False
     service: int = 0
     endpoints: tuple[Endpoint, ...] = ()
+    by_waypoint: bool = False
 
     @property
     def is_refusal(self) -> bool:
@@ -88,7 +90,6 @@ class _Address(NamedTuple):
     kind: int = 0
     verdict: Reason = Reason.ROUTED
     view: int = 0
-    scoped: bool = False
 
 
 NOTHING: Final = "nothing"
@@ -116,11 +117,22 @@ class Chooser:
         endpoints = self._endpoints(found.id, found.endpoints)
         if not endpoints:
             return Choice(Reason.ENDPOINT_VANISHED, service=found.id)
-        return Choice(Reason.ROUTED, rewrite=True, service=found.id, endpoints=endpoints)
+        by_waypoint = ServiceFlag.WAYPOINT in found.flags
+        return Choice(
+            Reason.ROUTED, rewrite=True, service=found.id, endpoints=endpoints, by_waypoint=by_waypoint
+        )
+
+    def choose_connected_datagram(self, to: Destination, client: Client) -> Choice:
+        """For connect() of a datagram socket."""
+        found = self.choose(to, client)
+        if found.by_waypoint:
+            self._tell("services", str(to), "a waypoint's instances", "no waypoint takes datagrams")
+            return found._replace(reason=Reason.WAYPOINT_UNSUPPORTED, rewrite=False)
+        return found
 
     def choose_datagram(self, to: Destination, client: Client) -> Choice:
         """For sendto() of a socket that is not connected (bpf/datagram.h), and sends there first."""
-        found = self.choose(to, client)
+        found = self.choose_connected_datagram(to, client)
         if found.rewrite and any(is_v4(to.ip) != is_v4(each.to.ip) for each in found.endpoints):
             self._tell("endpoints", str(to), "addresses of the other family", "sendto() cannot go there")
             return found._replace(reason=Reason.FAMILY, rewrite=False)
@@ -128,37 +140,43 @@ class Chooser:
 
     def _find_service(self, to: Destination, client: Client) -> _Service | Reason:
         """The service's port, or what becomes of a connection to what is none."""
-        key = SERVICE_KEY.pack(to.ip, client.network, port_bytes(to.port))
-        for looked in (False, True):
-            service = self._read_service(key)
-            if service is None and (widened := self._widen(key)) is not None:
-                key = widened
-                service = self._read_service(key)
-            scoped = bool(service.flags & ServiceFlag.SCOPED) if service else self._read_address(key).scoped
-            if scoped and not looked and (view := self._look_from(client, to)) is not None:
-                key = view
-                continue
-            return service if service is not None else self._unserved_verdict(key)
-        raise AssertionError("a client looks at most twice")
+        view, asked = self._view_of(client), SERVICE_KEY.pack(to.ip, client.network, port_bytes(to.port))
+        exact = [SERVICE_KEY.pack(to.ip, view, port_bytes(to.port))] if view else []
+        exact.append(asked)
+        for key in exact:
+            found = self._find_at(key)
+            if found is not None:
+                return found
+        for key in exact:
+            widened = self._widen(key)
+            found = None if widened is None else self._find_at(widened)
+            if found is not None:
+                return found
+        return self._unserved_verdict(asked)
 
-    def _look_from(self, client: Client, to: Destination) -> bytes | None:
-        """The key in the view of the client's own namespace, where that sees another service there."""
-        if client.ip is None:
-            return None
+    def _find_at(self, key: bytes) -> _Service | Reason | None:
+        """None where no service is."""
+        service = self._read_service(key)
+        if service is not None:
+            return service
+        is_service = self._read_address(key).kind == AddressKind.SERVICE
+        return self._unserved_verdict(key) if is_service else None
+
+    def _view_of(self, client: Client) -> int:
+        """The network in which the client's namespace sees services that others do not; 0: none."""
+        switch = self._tables.get("switches", SWITCH_KEY.pack(Switch.VIEWS))
+        if client.ip is None or switch is None or not any(switch):
+            return 0
         own = self._read_address(SERVICE_KEY.pack(client.ip, client.network, port_bytes(0)))
         if own.kind != AddressKind.WORKLOAD or not own.view:
-            return None
-        key = SERVICE_KEY.pack(to.ip, own.view, port_bytes(to.port))
-        in_range = self._tables.get("ranges", RANGE_KEY.pack(160, own.view, to.ip)) is not None
-        if not self._read_address(key).kind and not in_range:
-            return None
+            return 0
         self._tell(
             "addresses",
             f"{ip_to_text(client.ip)}{in_network(client.network)}",
             f"a workload's, looks in network {own.view:08x} first",
-            "its namespace sees another service there",
+            "its namespace sees services that others do not",
         )
-        return key
+        return own.view
 
     def _read_service(self, key: bytes) -> _Service | None:
         ip, network, port = SERVICE_KEY.unpack(key)
@@ -193,8 +211,8 @@ class Chooser:
             return _Address()
         if not value.startswith(key):
             return _Address(AddressKind.SERVICE)
-        kind, verdict, view, scoped = ADDRESS_VALUE.unpack(value)
-        return _Address(kind, Reason(verdict), view, bool(scoped))
+        kind, verdict, view = ADDRESS_VALUE.unpack(value)
+        return _Address(kind, Reason(verdict), view)
 
     def _widen(self, key: bytes) -> bytes | None:
         ip, network, port = SERVICE_KEY.unpack(key)
@@ -205,16 +223,13 @@ class Chooser:
             return None
         first, own_network = RANGE_VALUE.unpack(value)
         found = f"the range that begins with {ip_to_text(first)}, as network {own_network:08x}"
-        if self._read_address(key).kind == AddressKind.SERVICE:
-            self._tell("ranges", asked, found, "not used: the address is a service's by itself")
-            return None
         self._tell("ranges", asked, found, "the range's service is looked for")
         return SERVICE_KEY.pack(first, own_network, port)
 
     def _unserved_verdict(self, key: bytes) -> Reason:
         ip, network, _ = SERVICE_KEY.unpack(key)
         asked = f"{ip_to_text(ip)}{in_network(network)}"
-        kind, verdict, _, _ = self._read_address(key)
+        kind, verdict, _ = self._read_address(key)
         if not kind:
             self._tell("addresses", asked, NOTHING, "not of the mesh: left alone")
             return Reason.ROUTED
@@ -261,7 +276,6 @@ class Chooser:
 _WHOSE: Final = {
     int(AddressKind.SERVICE): "a service's",
     int(AddressKind.WORKLOAD): "a workload's",
-    int(AddressKind.HIDDEN): "that of services which only some namespaces see",
 }
 
 

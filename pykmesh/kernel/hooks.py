@@ -70,8 +70,7 @@ class Programs:
         self._object = libbpf.BpfObject(str(OBJECT))
         try:
             for name in map_names():
-                if name != "sockets":
-                    self._pin(map_dir, name, sizes.get(name, 0))
+                self._pin(map_dir, name, sizes.get(name, 0))
             self._write_settings(settings)
             self._object.load()
             self.fds = {hook: self._object.program_fd(hook.program) for hook in (*HOOKS, *WAYPOINT_HOOKS)}

@@ -120,6 +120,7 @@ _PREFIXES = {
     "flow_kind": "FLOW_",
     "address_kind": "ADDRESS_",
     "service_flag": "SERVICE_",
+    "switch_index": "SWITCH_",
 }
 
 
@@ -165,13 +166,17 @@ class FlowKind(IntEnum):
 class AddressKind(IntEnum):
     SERVICE = 1
     WORKLOAD = 2
-    HIDDEN = 3
 
 
 class ServiceFlag(IntFlag):
-    SCOPED = 1
-    LEAST_CONNECTIONS = 2
-    WAYPOINT = 4
+    LEAST_CONNECTIONS = 1
+    WAYPOINT = 2
+
+
+class Switch(IntEnum):
+    """Indexes of the map `switches`."""
+
+    VIEWS = 0
 
 
 def dns_slots() -> int:
@@ -190,6 +195,7 @@ _ENUMS: dict[str, type[IntEnum | IntFlag]] = {
     "flow_kind": FlowKind,
     "address_kind": AddressKind,
     "service_flag": ServiceFlag,
+    "switch_index": Switch,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import struct
 from functools import lru_cache
 from typing import Final, NamedTuple, NewType
 
@@ -25,7 +26,7 @@ ENDPOINT_OTHER: Final = offset("endpoint_value", "other")
 """Where that what says who it is ends, and how it is weighed begins."""
 ENDPOINT_ADDRESS: Final = offset("endpoint_value", "address")
 ADDRESS_KEY: Final = codec("address_key", "address", "network")
-ADDRESS_VALUE: Final = codec("address_value", "kind", "verdict", "view", "scoped")
+ADDRESS_VALUE: Final = codec("address_value", "kind", "verdict", "view")
 RANGE_NETWORK_BITS: Final = 32
 """Of a range's prefix, those of the network."""
 RANGE_KEY: Final = codec("range_key", "prefix_bits", "network", "address")
@@ -36,6 +37,8 @@ DNS_KEY: Final = codec("dns_key", "netns_cookie", "slot")
 DNS_LISTENER: Final = codec("dns_listener", "beat_ns", "port", "is_6")
 DNS_SERVER: Final = codec("dns_server", "address")
 DNS_SLOTS: Final = dns_slots()
+SWITCH_KEY: Final = struct.Struct("<I")
+SWITCH_VALUE: Final = struct.Struct("<I")
 OPEN_KEY: Final = codec("open_key", "local", "remote", "service", "direction", "protocol")
 
 

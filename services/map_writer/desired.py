@@ -66,6 +66,8 @@ class Frontend(NamedTuple):
     verdict: Reason
     flags: ServiceFlag = NO_FLAG
     affinity_s: int = 0
+    waits: bool = False
+    """It changes when what some namespaces see there instead is written."""
 
 
 class DesiredService(NamedTuple):
@@ -175,13 +177,13 @@ def _add_port(
     port4, port6 = PortId(service.name, port, 4), PortId(service.name, port, 6)
     id4, id6 = port4.id, port6.id
     list4, list6 = endpoints(port, target, id4, id6)
-    for network, ip, flags, affinity_s in vips:
+    for network, ip, flags, affinity_s, waits in vips:
         is_4 = is_v4(ip) or (bool(list4) and not list6)
         list_id = id4 if is_4 else id6
         found.ports[list_id] = port4 if is_4 else port6
         found.lists[list_id] = list4 if is_4 else list6
         key = SERVICE_KEY.pack(ip, network_id(network), port_bytes(port))
-        found.frontends[key] = Frontend(list_id, verdict, flags, affinity_s)
+        found.frontends[key] = Frontend(list_id, verdict, flags, affinity_s, waits)
 
 
 class Vip(NamedTuple):
@@ -191,6 +193,7 @@ class Vip(NamedTuple):
     ip: Ip
     flags: ServiceFlag
     affinity_s: int
+    waits: bool
 
 
 def _vips(mesh: Mesh, service: Service, rules: Rules) -> Iterator[Vip]:
@@ -201,10 +204,10 @@ def _vips(mesh: Mesh, service: Service, rules: Rules) -> Iterator[Vip]:
         place = place_of(network, ip)
         views = mesh.scoped.get(place)
         if mesh.vip_owner(place) == service.name:
-            scoped = ServiceFlag.SCOPED if views else NO_FLAG
-            yield Vip(network, ip, least | scoped, selection.affinity_s)
+            yield Vip(network, ip, least, selection.affinity_s, waits=bool(views))
         if views and (view := views.get(service.namespace)) and mesh.vip_owner(view) == service.name:
-            yield Vip(view_network(network, service.namespace), ip, least, selection.affinity_s)
+            own = view_network(network, service.namespace)
+            yield Vip(own, ip, least, selection.affinity_s, waits=False)
 
 
 def _verdict_without_endpoints(mesh: Mesh, service: Service, rules: Rules) -> Reason:
@@ -222,11 +225,37 @@ def _endpoints(mesh: Mesh, service: Service, rules: Rules, weights: dict[bytes, 
     if groups is not None and not rules.refuse_unenforced_policy and not is_ranked(service):
         own = [group for group in groups if group.network == rules.network]
         return partial(_lists_of_groups, service, own) if own else _nothing
-    usable = near(service, list(_usable(mesh, service, rules)), mesh.here)
+    usable = list(_usable(mesh, service, rules))
     if not usable:
         return _nothing
-    differ = any(workload.capacity != usable[0].capacity for workload in usable)
-    return partial(_lists, mesh, service, usable, weights if differ else None)
+    if is_ranked(service):
+        return partial(_lists_of_near, mesh, service, usable, weights)
+    return partial(_lists, mesh, service, usable, weights if _differ(usable) else None)
+
+
+def _differ(workloads: list[Workload]) -> bool:
+    return any(workload.capacity != workloads[0].capacity for workload in workloads)
+
+
+def _lists_of_near(
+    mesh: Mesh,
+    service: Service,
+    usable: list[Workload],
+    weights: dict[bytes, int],
+    port: int,
+    target: int,
+    id4: int,
+    id6: int,
+) -> Lists:
+    """Of those that serve the port, the nearest (xds.md 3.3)."""
+    serving = [
+        workload
+        for workload in usable
+        if mesh.addresses_of(workload) and target_port(workload.services, service.name, port, target)
+    ]
+    found = near(service, serving, mesh.here)
+    own = weights if found and _differ(found) else None
+    return _lists(mesh, service, found, own, port, target, id4, id6)
 
 
 def _nothing(_port: int, _target: int, _id4: int, _id6: int) -> Lists:
@@ -312,26 +341,26 @@ def desired_address(mesh: Mesh, place: Place, rules: Rules, crowded: Container[s
     It is a service's before it is a workload's. `crowded`: the services that miss a port in the maps
     for want of room.
     """
-    owner, scoped = mesh.vip_owner(place), place in mesh.scoped
+    owner = mesh.vip_owner(place)
     if owner is not None:
         verdict = _address_verdict(mesh.services[owner])
         if verdict is Reason.ROUTED and owner in crowded:
             verdict = Reason.NO_ROOM
-        return _address_value(AddressKind.SERVICE, verdict, 0, scoped=scoped)
+        return _address_value(AddressKind.SERVICE, verdict, 0)
     pod = mesh.pod_at(place)
     if pod is None:
-        return _address_value(AddressKind.HIDDEN, Reason.ROUTED, 0, scoped=True) if scoped else None
+        return None
     verdict = Reason.ROUTED
     if pod.has_waypoint:
         verdict = Reason.WAYPOINT_UNSUPPORTED
     elif rules.refuse_unenforced_policy and mesh.has_policy(pod):
         verdict = Reason.POLICY_UNSUPPORTED
-    return _address_value(AddressKind.WORKLOAD, verdict, mesh.view_of(pod), scoped=scoped)
+    return _address_value(AddressKind.WORKLOAD, verdict, mesh.view_of(pod))
 
 
 @cache
-def _address_value(kind: AddressKind, verdict: Reason, view: int, *, scoped: bool) -> bytes:
-    return ADDRESS_VALUE.pack(kind, verdict, view, scoped)[ADDRESS_KEY.size :]
+def _address_value(kind: AddressKind, verdict: Reason, view: int) -> bytes:
+    return ADDRESS_VALUE.pack(kind, verdict, view)[ADDRESS_KEY.size :]
 
 
 @cache
@@ -348,7 +377,7 @@ def has_view(value: bytes) -> bool:
 _VIEW: Final = offset("address_value", "view") - ADDRESS_KEY.size
 
 
-PLAIN_WORKLOAD: Final = _address_value(AddressKind.WORKLOAD, Reason.ROUTED, 0, scoped=False)
+PLAIN_WORKLOAD: Final = _address_value(AddressKind.WORKLOAD, Reason.ROUTED, 0)
 """What an ordinary pod's address is."""
 
 

@@ -107,6 +107,9 @@ def _differences(found: Held, wanted: Held, owners: _Owners) -> Iterator[Differe
         list_id, slot = ENDPOINT_KEY.unpack(key)
         where = f"{_list_name(list_id, owners)} slot {slot}"
         yield Difference("endpoint", where, NOTHING, _endpoint_text(list_id, value))
+    if wanted.has_views != found.has_views:
+        texts = {False: "off", True: "on"}
+        yield Difference("switch", "views", texts[wanted.has_views], texts[found.has_views])
     yield from _in_map("address", wanted.addresses, found.addresses, _address_where, _address_text)
 
 
@@ -190,10 +193,10 @@ def _address_where(key: bytes) -> str:
 def _address_text(key: bytes, rest: bytes) -> str:
     if not rest:
         return "a value that does not begin with its key"
-    kind, verdict, view, scoped = ADDRESS_VALUE.unpack(key + rest)
+    kind, verdict, view = ADDRESS_VALUE.unpack(key + rest)
     known = kind in AddressKind.__members__.values()
     name = AddressKind(kind).name.lower() if known else f"kind {kind}"
-    text = f"{name}, {_reason(verdict)}" + (", scoped" if scoped else "")
+    text = f"{name}, {_reason(verdict)}"
     return text + (f", looks in network {view:08x} first" if view else "")
 
 

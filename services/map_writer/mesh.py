@@ -27,6 +27,7 @@ from pykmesh.kernel.records import (
 )
 from pykmesh.proto.workload_pb2 import Workload as WorkloadMessage
 from services.map_writer.locality import NOWHERE, Locality, is_ranked, locality
+from services.map_writer.ranges import Ranges
 
 _K = TypeVar("_K")
 Place = NewType("Place", bytes)
@@ -46,6 +47,10 @@ def _rest_of_key(network: str) -> bytes:
     """What follows the address in a key: the address stands first in it."""
     key = ADDRESS_KEY.pack(NO_IP, network_id(network))
     return key[len(NO_IP) :]
+
+
+def _namespace(service: str) -> str:
+    return service.partition("/")[0]
 
 
 def _reference(service: Service) -> str | Place | None:
@@ -95,6 +100,9 @@ class Mesh:
         """Every service at an address; a hidden one is in a tuple, also when it is alone."""
         self.scoped: dict[Place, dict[str, Place]] = {}
         """Addresses where some namespaces see another service than the rest, and their views of each."""
+        self._ranges = Ranges()
+        self._range_at: dict[Place, Range] = {}
+        """The range that an address stands for."""
         self._views: dict[Place, tuple[Place, str]] = {}
         """The address and the namespace of each view."""
         self.view_namespaces: Counter[str] = Counter()
@@ -232,6 +240,9 @@ class Mesh:
         if (reference := _reference(service)) is not None:
             self._waypoint_users[reference][name] = None
         touched.add(self.waypoint_users(service), ())
+        for found in service.ranges:
+            self._ranges.add(found, name)
+            self._range_at[place_of(found.own_network, found.ip)] = found
         for network, ip in service.places:
             place = place_of(network, ip)
             self._touch_rivals(place, touched)
@@ -240,6 +251,14 @@ class Mesh:
                 self.vip_owners[place] = _owners(self.vip_owners, place)
             touched.places[place] = None
             self._set_views(network, ip, touched)
+        self._set_views_around(service, touched)
+
+    def _set_views_around(self, service: Service, touched: Touched) -> None:
+        """A range in another one decides whether that one's namespace needs a view of it."""
+        for found in service.ranges:
+            for wider in self._ranges.around(found):
+                self._touch_rivals(place_of(wider.own_network, wider.ip), touched)
+                self._set_views(wider.own_network, wider.ip, touched)
 
     def waypoint_users(self, waypoint: Service) -> Iterator[str]:
         """The services whose traffic goes by way of this one."""
@@ -264,20 +283,13 @@ class Mesh:
         return None if name is None else self.services.get(name)
 
     def range_of(self, place: Place) -> bytes | None:
-        """The key of the range that a place stands for; also where only some see a service."""
-        owners = [owner] if (owner := self.vip_owner(place)) else _owners(self.vip_owners, place)
-        for found in (found for name in owners for found in self.services[name].ranges):
-            for network, own in self._networks_of(found, place):
-                if place_of(own, found.ip) == place:
-                    return RANGE_KEY.pack(RANGE_NETWORK_BITS + found.bits, network_id(network), found.ip)
-        return None
-
-    def _networks_of(self, found: Range, place: Place) -> Iterator[tuple[str, str]]:
-        """The networks in which a range may be looked up, each with that in which the maps hold it."""
-        yield found.network, found.own_network
-        if place in self._views:
-            _, namespace = self._views[place]
-            yield view_network(found.network, namespace), view_network(found.own_network, namespace)
+        """The key of the range that a place stands for; None where it is none, or nobody sees a service."""
+        base, namespace = self._views.get(place, (place, None))
+        found = self._range_at.get(base)
+        if found is None or self.vip_owner(place) is None:
+            return None
+        network = found.network if namespace is None else view_network(found.network, namespace)
+        return RANGE_KEY.pack(RANGE_NETWORK_BITS + found.bits, network_id(network), found.ip)
 
     def _unlink_service(self, name: str, service: Service, touched: Touched) -> None:
         touched.services[name] = None
@@ -285,6 +297,8 @@ class Mesh:
         if (reference := _reference(service)) is not None:
             _drop(self._waypoint_users, reference, name)
         touched.add(self.waypoint_users(service), ())
+        for found in service.ranges:
+            self._ranges.remove(found, name)
         for network, ip in service.places:
             place = place_of(network, ip)
             _disown(self.vip_owners, place, name)
@@ -294,6 +308,7 @@ class Mesh:
             self._touch_rivals(place, touched)
             touched.places[place] = None
             self._set_views(network, ip, touched)
+        self._set_views_around(service, touched)
 
     def _set_views(self, network: str, ip: Ip, touched: Touched) -> None:
         """Namespaces that see another service at an address than the rest get a view of it."""
@@ -304,6 +319,8 @@ class Mesh:
             namespaces = {self.services[name].namespace for name in _owners(self.vip_owners, place)}
             seen_by_all = self._seen(place, None)
             wanted = {ns for ns in namespaces if self._seen(place, ns) != seen_by_all}
+        if place in self._range_at:
+            wanted |= self._own_before_longer(self._range_at[place])
         if not wanted and not before:
             return
         views = {ns: place_of(view_network(network, ns), ip) for ns in sorted(wanted)}
@@ -319,6 +336,13 @@ class Mesh:
             self.scoped[place] = views
         else:
             self.scoped.pop(place, None)
+
+    def _own_before_longer(self, found: Range) -> set[str]:
+        """Namespaces whose own range goes before longer ones of others in it (xds.md 3.2)."""
+        longer = {
+            _namespace(name) for other in self._ranges.inside(found) for name in self._ranges.owners(other)
+        }
+        return {ns for ns in map(_namespace, self._ranges.owners(found)) if longer - {ns}}
 
     def _touch_rivals(self, place: Place, touched: Touched) -> None:
         touched.add(_owners(self.vip_owners, place), ())

@@ -6,6 +6,7 @@ What takes long is made in a thread, from the mesh as it is when it is asked for
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -14,7 +15,7 @@ import anyio
 import anyio.to_thread
 
 from pykmesh.admin import Admin, Page, Query, as_json
-from pykmesh.contracts.address import Service, Workload, workload_message
+from pykmesh.contracts.address import Mode, Service, Workload, workload_message
 from pykmesh.contracts.digest import digest
 from pykmesh.contracts.messages import ResourceType
 from pykmesh.kernel.layout import Reason
@@ -131,18 +132,33 @@ def _shown(look: Callable[[View], Any], view: View) -> Page:
 
 
 def _services(view: View) -> list[dict[str, Any]]:
-    return [_service(view, service) for _, service in sorted(view.mesh.services.items())]
+    counts = _endpoint_counts(view)
+    return [
+        _service(view, service, counts.get(name, {})) for name, service in sorted(view.mesh.services.items())
+    ]
 
 
-def _service(view: View, service: Service) -> dict[str, Any]:
+def _endpoint_counts(view: View) -> dict[str, dict[int, int]]:
+    """Of each service, how many endpoints each of its ports has in the maps, of both families."""
+    found: defaultdict[str, dict[int, int]] = defaultdict(dict)
+    for list_id, slots in view.lists.items():
+        if (owner := view.owners.get(list_id)) is not None:
+            ports = found[owner.service]
+            ports[owner.port] = ports.get(owner.port, 0) + len(slots)
+    return found
+
+
+def _service(view: View, service: Service, counts: dict[int, int]) -> dict[str, Any]:
+    """`endpoints`: of the port with the most; a service without addresses has no lists: its members."""
+    members = 0 if service.places else view.mesh.count_members(service.name)
     return {
         "name": service.name,
         "vips": [f"{network}/{ip_to_text(ip)}" for network, ip in service.vips]
         + [f"{found.network}/{range_to_text(found.ip, found.bits)}" for found in service.ranges],
         "ports": {str(port): target for port, target in service.ports},
-        "endpoints": view.mesh.count_members(service.name),
+        "endpoints": max(counts.values(), default=members),
         "waypoint": _waypoint(view.mesh, service),
-        "refused": ", ".join(_refusals(view, service)),
+        "refused": ", ".join(_refusals(view, service, counts)),
     }
 
 
@@ -155,13 +171,16 @@ def _waypoint(mesh: Mesh, service: Service) -> str:
     return found.name if found else said.service or (ip_to_text(said.ip) if said.ip else "weighted")
 
 
-def _refusals(view: View, service: Service) -> list[str]:
+def _refusals(view: View, service: Service, counts: dict[int, int]) -> list[str]:
     """Why connections to a service, or to a part of it, do not get there."""
     found = [*view.refused.get(service.name, ())]
     if service.waypoint is not None:
         desired = desired_service(view.mesh, service.name, view.rules)
         verdicts = {frontend.verdict for frontend in desired.frontends.values()}
         found += sorted(verdict.label for verdict in verdicts if verdict is not Reason.ROUTED)
+    elif service.places and service.mode is not Mode.PASSTHROUGH and not found:
+        empty = [str(port) for port, _ in service.ports if not counts.get(port)]
+        found += [f"no_endpoint ({', '.join(empty)})"] if empty else []
     for network, ip in service.places:
         place = place_of(network, ip)
         owner, own_view = view.mesh.vip_owner(place), view.mesh.scoped.get(place, {}).get(service.namespace)

@@ -24,8 +24,16 @@ from collections.abc import Container, Iterable, Iterator
 from itertools import islice
 from typing import Final, NamedTuple, TypeVar
 
-from pykmesh.kernel.layout import Reason, ServiceFlag
-from pykmesh.kernel.records import ADDRESS_KEY, ENDPOINT_KEY, RANGE_VALUE, SERVICE_VALUE, is_view
+from pykmesh.kernel.layout import Reason, Switch
+from pykmesh.kernel.records import (
+    ADDRESS_KEY,
+    ENDPOINT_KEY,
+    RANGE_VALUE,
+    SERVICE_VALUE,
+    SWITCH_KEY,
+    SWITCH_VALUE,
+    is_view,
+)
 from services.map_writer.desired import (
     NOTHING,
     PLAIN_WORKLOAD,
@@ -84,6 +92,8 @@ class Held:
         """The lists whose endpoints differ in weight."""
         self.unreachable: dict[bytes, bytes] = {}
         """Entries of `endpoints` in slots that no list can have: they are removed by a sweep."""
+        self.has_views = False
+        """Programs look whether a client's namespace sees a service of its own."""
         self.endpoints = 0
         """Slots in all lists: one that is a hole counts until the list is planned."""
 
@@ -252,6 +262,10 @@ class Planner:
                 batches.put(_UNNAMED, "addresses", place, place + seeing)
         touched.add((), mesh.places_in(self._seen_by - namespaces))
         self._seen_by = namespaces
+        if self.held.has_views != bool(namespaces):
+            self.held.has_views = bool(namespaces)
+            rank = _UNNAMED if namespaces else _LEAVE_VIEWS
+            batches.put(rank, "switches", SWITCH_KEY.pack(Switch.VIEWS), SWITCH_VALUE.pack(bool(namespaces)))
         yield from batches.steps(_UNNAMED)
 
     def _plan_services(self, mesh: Mesh, names: Iterable[str], batches: _Batches) -> Iterator[Step]:
@@ -326,8 +340,7 @@ class Planner:
 
     def _lower(self, list_id: int, length: int, service: DesiredService, batches: _Batches) -> None:
         for key, frontend in service.frontends.items():
-            waits = ServiceFlag.SCOPED in frontend.flags
-            if frontend.list_id == list_id and self._names_list(key, list_id) and not waits:
+            if frontend.list_id == list_id and self._names_list(key, list_id) and not frontend.waits:
                 value = _service_value(key, length, frontend)
                 self.held.services[key] = value
                 batches.put(_LOWER, "services", key, value)
@@ -359,9 +372,8 @@ class Planner:
         if current is None and len(self.held.services) >= self._limits.services:
             refused[name] = f"map services is full ({self._limits.services} entries)"
             return
-        waits = ServiceFlag.SCOPED in frontend.flags
         rank = _VIEW_PORTS if is_view(key) else _RAISE
-        if frontend.verdict is not Reason.ROUTED and not waits:
+        if frontend.verdict is not Reason.ROUTED and not frontend.waits:
             rank = _LOWER
         self.held.services[key] = value
         batches.put(rank, "services", key, value)
@@ -469,7 +481,7 @@ class Planner:
 
 def _service_value(key: bytes, length: int, frontend: Frontend) -> bytes:
     """A value begins with its key."""
-    list_id, verdict, flags, affinity_s = frontend
+    list_id, verdict, flags, affinity_s, _ = frontend
     return key + SERVICE_VALUE.pack(list_id, length, verdict, flags, affinity_s)[len(key) :]
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Final
 
 from pykmesh.kernel import pins
+from pykmesh.kernel.layout import Switch
 from pykmesh.kernel.maps import PinError, PinnedMap
-from pykmesh.kernel.records import ADDRESS_KEY, ENDPOINT_KEY, RANGE_VALUE
+from pykmesh.kernel.records import ADDRESS_KEY, ENDPOINT_KEY, RANGE_VALUE, SWITCH_KEY
 from services.map_writer.planner import Held, Limits, Step
 
-NAMES: Final = ("services", "endpoints", "addresses", "ranges")
+NAMES: Final = ("services", "endpoints", "addresses", "ranges", "switches")
 
 
 class Maps:
@@ -49,6 +50,7 @@ class Maps:
                 held.add_endpoint(list_id, slot, value)
             else:
                 held.unreachable[key] = value
+        held.has_views = any(self._maps["switches"].get(SWITCH_KEY.pack(Switch.VIEWS)) or b"")
         return held
 
     def ranges(self) -> dict[bytes, bytes]:

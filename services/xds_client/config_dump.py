@@ -65,7 +65,11 @@ def _word(words: tuple[str, ...], number: int) -> str:
 
 
 def _ip(address: bytes) -> str:
-    return ip_to_text(ip_from_wire(address))
+    """One that is none, in a field that decides nothing here, is shown as its bytes."""
+    try:
+        return ip_to_text(ip_from_wire(address))
+    except ValueError:
+        return address.hex()
 
 
 def _workload(message: workload_pb2.Workload) -> Plain:

@@ -122,4 +122,8 @@ def _outlined(outline: AddressOutline, error: str) -> dict[str, Any]:
 def _addresses(message: Address | AddressOutline) -> list[str]:
     if message.WhichOneof("type") == "workload":
         return [ip_to_text(ip_from_wire(address)) for address in message.workload.addresses]
-    return [f"{a.network}/{ip_to_text(ip_from_wire(a.address))}" for a in message.service.addresses]
+    return [
+        f"{a.network}/{ip_to_text(ip_from_wire(a.address))}"
+        + (f"/{a.length}" if a.HasField("length") else "")
+        for a in message.service.addresses
+    ]

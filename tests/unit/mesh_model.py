@@ -17,12 +17,14 @@ from pykmesh.contracts.address import (
     Families,
     Mode,
     Policy,
+    Range,
     Selection,
     Service,
     Waypoint,
     Workload,
     workload_message,
 )
+from pykmesh.kernel.explain import Chooser, Client
 from pykmesh.kernel.layout import AddressKind, Reason, ServiceFlag
 from pykmesh.kernel.records import (
     ADDRESS_KEY,
@@ -34,6 +36,9 @@ from pykmesh.kernel.records import (
     RANGE_VALUE,
     SERVICE_KEY,
     SERVICE_VALUE,
+    SWITCH_KEY,
+    SWITCH_VALUE,
+    Destination,
     Ip,
     ip_from_text,
     ip_from_wire,
@@ -42,6 +47,7 @@ from pykmesh.kernel.records import (
     port_number,
 )
 from pykmesh.proto.workload_pb2 import Address
+from services.map_writer.desired import PortId
 from services.map_writer.locality import Locality
 from services.map_writer.mesh import Mesh, Touched
 from services.map_writer.planner import Limits, Step
@@ -51,17 +57,25 @@ KEY_BYTES = {
     "endpoints": ENDPOINT_KEY.size,
     "addresses": ADDRESS_KEY.size,
     "ranges": RANGE_KEY.size,
+    "switches": SWITCH_KEY.size,
 }
 VALUE_BYTES = {
     "services": SERVICE_VALUE.size,
     "endpoints": ENDPOINT_VALUE.size,
     "addresses": ADDRESS_VALUE.size,
     "ranges": RANGE_VALUE.size,
+    "switches": SWITCH_VALUE.size,
 }
 NAMES = ["shop/a.shop", "shop/b.shop", "bank/c.bank", "bank/d.bank"]
 NAMESPACES = ("shop", "bank")
 UIDS = [f"C//Pod/shop/p{number}" for number in range(6)]
 VIPS = [ip_from_text(text) for text in ("10.96.0.1", "10.96.0.2", "fd96::1", "fd96::2")]
+RANGES = [
+    Range("", ip_from_text(text), bits)
+    for text, bits in (("10.96.0.0", 120), ("10.96.0.0", 127), ("fd96::", 112), ("fd96::2", 127))
+]
+ASKED = [*VIPS, *map(ip_from_text, ("10.96.0.0", "10.96.0.77", "fd96::3", "fd96::77"))]
+"""Addresses and some that lie in ranges."""
 POD_IPS = [ip_from_text(text) for text in ("10.1.0.1", "10.1.0.2", "10.1.0.3", "fd01::1", "fd01::2")]
 PORTS = (80, HANDOFF_PORT)
 HERE = Locality(node="here")
@@ -88,13 +102,19 @@ def change(seed: int) -> Change:
     return Change(resource.name if isinstance(resource, Service) else resource.uid, resource)
 
 
+def _rangeless(seed: int) -> Change:
+    name, found = change(seed)
+    is_service = isinstance(found, Service)
+    return Change(name, msgspec.structs.replace(found, ranges=()) if is_service else found)
+
+
 def _service(draw: random.Random) -> Service:
     ports = {port: draw.choice([0, 8080, 8081]) for port in PORTS if draw.random() < 0.7}
     return Service(
         name=draw.choice(NAMES),
         hostname="host",
         vips=tuple(("", ip) for ip in draw.sample(VIPS, draw.randrange(4))),
-        ranges=(),
+        ranges=tuple(draw.sample(RANGES, draw.choice([0, 0, 0, 1, 2]))),
         ports=tuple(ports.items()),
         families=draw.choice([Families.AUTOMATIC, *Families]),
         mode=draw.choice([Mode.UNSPECIFIED, Mode.UNSPECIFIED, Mode.FAILOVER, Mode.STRICT, Mode.PASSTHROUGH]),
@@ -145,9 +165,9 @@ def _workload(draw: random.Random) -> Workload:
     return msgspec.structs.replace(found, raw=message.SerializeToString())
 
 
-def responses() -> st.SearchStrategy[list[list[Change]]]:
+def responses(*, ranges: bool = True) -> st.SearchStrategy[list[list[Change]]]:
     """What comes in one response each; a response holds no name twice."""
-    one = st.lists(st.integers(0, 1 << 30).map(change), min_size=1, max_size=8)
+    one = st.lists(st.integers(0, 1 << 30).map(change if ranges else _rangeless), min_size=1, max_size=8)
     return st.lists(one.map(lambda found: list({c.name: c for c in found}.values())), max_size=8)
 
 
@@ -161,12 +181,32 @@ def put(mesh: Mesh, response: Sequence[Change], touched: Touched) -> None:
             mesh.put(name, resource, touched)
 
 
-class _Found(NamedTuple):
-    """What is at an address and port of one network."""
+_PORTS = {
+    PortId(name, port, family).id: f"{name} {port}" for name in NAMES for port in PORTS for family in (4, 6)
+}
 
-    verdict: Reason
-    list_id: int
-    scoped: bool
+
+class _Tables(NamedTuple):
+    """Maps as `pykmesh explain` reads them."""
+
+    maps: dict[str, dict[bytes, bytes]]
+
+    def get(self, name: str, key: bytes) -> bytes | None:
+        if name != "ranges":
+            return self.maps[name].get(key)
+        _, network, ip = RANGE_KEY.unpack(key)
+        found = [
+            (bits, value)
+            for (bits, own, first), value in (
+                (RANGE_KEY.unpack(k), v) for k, v in self.maps["ranges"].items()
+            )
+            if own == network and _covers(first, bits - 32, ip)
+        ]
+        return max(found)[1] if found else None
+
+
+def _covers(first: bytes, bits: int, ip: bytes) -> bool:
+    return int.from_bytes(first, "big") >> 128 - bits == int.from_bytes(ip, "big") >> 128 - bits
 
 
 class Maps:
@@ -189,7 +229,7 @@ class Maps:
                 key = step.keys[at * size : (at + 1) * size]
                 if step.values:
                     self.maps[step.map][key] = step.values[at * value_size : (at + 1) * value_size]
-                    limit = getattr(self.limits, step.map)
+                    limit = getattr(self.limits, step.map, 1)
                     assert len(self.maps[step.map]) <= limit, f"{step.map} holds more than {limit}"
                 else:
                     self.maps[step.map].pop(key, None)
@@ -223,30 +263,12 @@ class Maps:
             found[key] = {_shown(slot) for slot in slots}
         return found
 
-    def decision(self, client: tuple[Ip, int], ip: Ip, port: int) -> tuple[Reason, int]:
-        """What becomes of a connection of a client (its address and network), as bpf/choose.h has it.
-
-        With the list of endpoints that it gets; 0 where it gets none of a service's.
-        """
+    def decision(self, client: tuple[Ip, int], ip: Ip, port: int) -> tuple[Reason, str]:
+        """What becomes of a connection of a client (its address and network), and whose port it gets."""
         here, network = client
-        found = self._find(ip, network, port)
-        if found.scoped:
-            said = self.maps["addresses"].get(ADDRESS_KEY.pack(here, network))
-            kind, _, view, _ = ADDRESS_VALUE.unpack(said) if said else (0, 0, 0, 0)
-            if kind == AddressKind.WORKLOAD and view and ADDRESS_KEY.pack(ip, view) in self.maps["addresses"]:
-                found = self._find(ip, view, port)
-        return found.verdict, found.list_id
-
-    def _find(self, ip: Ip, network: int, port: int) -> _Found:
-        served = self.maps["services"].get(SERVICE_KEY.pack(ip, network, port.to_bytes(2, "big")))
-        if served:
-            list_id, _, verdict, flags, _ = SERVICE_VALUE.unpack(served)
-            return _Found(Reason(verdict), list_id, bool(flags & ServiceFlag.SCOPED))
-        known = self.maps["addresses"].get(ADDRESS_KEY.pack(ip, network))
-        kind, verdict, _, scoped = ADDRESS_VALUE.unpack(known) if known else (0, Reason.ROUTED, 0, 0)
-        if kind == AddressKind.SERVICE and verdict == Reason.ROUTED:
-            return _Found(Reason.NO_PORT, 0, bool(scoped))
-        return _Found(Reason(verdict), 0, bool(scoped))
+        found = Chooser(_Tables(self.maps)).choose(Destination(ip, port), Client(network, here))
+        empty = found.reason in (Reason.NO_ENDPOINT, Reason.ENDPOINT_VANISHED)
+        return Reason.ROUTED if empty else found.reason, _PORTS.get(found.service, "")
 
     def members(self) -> dict[int, set[str]]:
         """The endpoints of each list."""
@@ -275,14 +297,22 @@ class Maps:
             name = f"{_network(network)} {ip_to_text(ip)} {port_number(port)}"
             services[name] = (Reason(verdict), ServiceFlag(flags), affinity_s, *shown)
         assert full or self.maps["endpoints"].keys() == counted, "endpoints that nothing counts"
-        return {"services": services, "addresses": self.addresses()}
+        return {"services": services, "addresses": self.addresses(), "ranges": self.ranges()}
+
+    def ranges(self) -> dict[str, tuple[object, ...]]:
+        found: dict[str, tuple[object, ...]] = {}
+        for key, value in self.maps["ranges"].items():
+            bits, network, first = RANGE_KEY.unpack(key)
+            ip, own = RANGE_VALUE.unpack(value)
+            found[f"{_network(network)} {_text(first)}/{bits - 32}"] = (f"{_network(own)} {_text(ip)}",)
+        return found
 
     def addresses(self) -> dict[str, tuple[object, ...]]:
         found: dict[str, tuple[object, ...]] = {}
         for key, value in self.maps["addresses"].items():
             ip, network = ADDRESS_KEY.unpack(key)
-            kind, verdict, view, scoped = ADDRESS_VALUE.unpack(value)
-            said = (AddressKind(kind), Reason(verdict), _network(view) if view else "", bool(scoped))
+            kind, verdict, view = ADDRESS_VALUE.unpack(value)
+            said = (AddressKind(kind), Reason(verdict), _network(view) if view else "")
             found[f"{_network(network)} {ip_to_text(ip)}"] = said
         return found
 
@@ -306,7 +336,19 @@ def _shown(value: bytes) -> str:
 
 def expected(mesh: Mesh) -> Plain:
     """What the maps must say of a mesh, from its resources alone and by no index of it."""
-    return {"services": _expected_services(mesh), "addresses": _expected_addresses(mesh)}
+    ranges = {
+        f"{f'@{namespace}' if namespace else ''} {_text(place.ip)}/{place.bits}": (
+            f"{_shown_network(place, namespace)} {_text(place.ip)}",
+        )
+        for place in RANGES
+        for namespace in (None, *viewers(mesh, place))
+        if owner(mesh, place, namespace)
+    }
+    return {
+        "services": _expected_services(mesh),
+        "addresses": _expected_addresses(mesh),
+        "ranges": ranges,
+    }
 
 
 def _network(number: int) -> str:
@@ -318,41 +360,76 @@ def _network(number: int) -> str:
         for namespace in NAMESPACES
     }
     known |= {f"\0{bits}": f"/{bits}" for bits in range(129)}
+    known |= {f"\0{bits}\0ns/{ns}": f"/{bits}@{ns}" for bits in range(129) for ns in NAMESPACES}
     return {network_id(name): shown for name, shown in known.items()}[number]
 
 
-def owner(mesh: Mesh, ip: Ip, namespace: str | None = None) -> Service | None:
-    """Whom clients of a namespace (None: of one that has no service) see at an address."""
+def owner(mesh: Mesh, place: Ip | Range, namespace: str | None = None) -> Service | None:
+    """Whom clients of a namespace (None: of one that has no service) see at an address, or as a range's."""
     rivals = [
         service
         for service in mesh.services.values()
-        if ("", ip) in service.vips and (not service.hidden or service.namespace == namespace)
+        if (place in service.ranges if isinstance(place, Range) else ("", place) in service.vips)
+        and (not service.hidden or service.namespace == namespace)
     ]
     return min(rivals, key=lambda s: (s.namespace != namespace, not s.canonical, s.name), default=None)
 
 
-def viewers(mesh: Mesh, ip: Ip) -> list[str]:
-    """The namespaces that see another service at an address than the rest."""
-    return [ns for ns in NAMESPACES if owner(mesh, ip, ns) != owner(mesh, ip)]
+def viewers(mesh: Mesh, place: Ip | Range) -> list[str]:
+    """The namespaces that see another service at a place than the rest, or look there before others do."""
+    return [
+        ns
+        for ns in NAMESPACES
+        if owner(mesh, place, ns) != owner(mesh, place)
+        or (isinstance(place, Range) and _goes_before_longer(mesh, place, ns))
+    ]
+
+
+def _goes_before_longer(mesh: Mesh, place: Range, namespace: str) -> bool:
+    """It is the namespace's own, and others have longer ones in it."""
+    others = {s.namespace for s in mesh.services.values() for r in s.ranges if _is_inside(r, place)}
+    own = any(place in s.ranges for s in mesh.services.values() if s.namespace == namespace)
+    return own and bool(others - {namespace})
+
+
+def _is_inside(inner: Range, outer: Range) -> bool:
+    return inner.bits > outer.bits and _covers(outer.ip, outer.bits, inner.ip)
+
+
+def seen(mesh: Mesh, namespace: str | None, ip: Ip) -> Service | None:
+    """Whose connection it is, by ztunnel's rule (xds.md 3.2) and none of the maps'."""
+    exact = owner(mesh, ip, namespace)
+    if exact is not None:
+        return exact
+    places = {r for s in mesh.services.values() for r in s.ranges if _covers(r.ip, r.bits, ip)}
+    found = [(service, place) for place in places if (service := owner(mesh, place, namespace))]
+    best = min(found, key=lambda f: (f[0].namespace != namespace, -f[1].bits), default=None)
+    return None if best is None else best[0]
+
+
+def _shown_network(place: Ip | Range, namespace: str | None) -> str:
+    own = f"/{place.bits}" if isinstance(place, Range) else ""
+    return f"{own}@{namespace}" if namespace else own
 
 
 def _expected_services(mesh: Mesh) -> dict[str, tuple[object, ...]]:
     found: dict[str, tuple[object, ...]] = {}
-    for ip in VIPS:
-        views = viewers(mesh, ip)
-        for namespace in (None, *views):
-            service = owner(mesh, ip, namespace)
+    for place, ip in _places():
+        for namespace in (None, *viewers(mesh, place)):
+            service = owner(mesh, place, namespace)
             for port, target in service.ports if service else ():
                 assert service is not None
-                name = f"{f'@{namespace}' if namespace else ''} {_text(ip)} {port}"
+                name = f"{_shown_network(place, namespace)} {_text(ip)} {port}"
                 flags = ServiceFlag(service.selection.least_connections * ServiceFlag.LEAST_CONNECTIONS)
                 flags |= ServiceFlag(bool(service.waypoint) * ServiceFlag.WAYPOINT)
-                if views and namespace is None:
-                    flags |= ServiceFlag.SCOPED
                 said = _expected_port(mesh, service, ip, port, target)
                 affinity_s = 0 if service.waypoint else service.selection.affinity_s
                 found[name] = (said[0], flags, affinity_s, *said[1:])
     return found
+
+
+def _places() -> list[tuple[Ip | Range, Ip]]:
+    return [*((ip, ip) for ip in VIPS), *((found, found.ip) for found in RANGES)]
 
 
 def _expected_port(mesh: Mesh, service: Service, ip: Ip, port: int, target: int) -> tuple[object, ...]:
@@ -446,22 +523,18 @@ def _matches(service: Service, workload: Workload, here: Locality) -> int:
 
 def _expected_addresses(mesh: Mesh) -> dict[str, tuple[object, ...]]:
     found: dict[str, tuple[object, ...]] = {}
-    seeing = {ns for ip in VIPS for ns in viewers(mesh, ip)}
+    seeing = {ns for place, _ in _places() for ns in viewers(mesh, place)}
     for workload in sorted(mesh.all_workloads(), key=lambda w: (not w.prefers_hbone, w.uid)):
         for ip in () if workload.host_network else workload.addresses:
             verdict = Reason.WAYPOINT_UNSUPPORTED if workload.has_waypoint else Reason.ROUTED
             view = f"{workload.network}@{workload.namespace}" if workload.namespace in seeing else ""
-            said = (AddressKind.WORKLOAD, verdict, view, False)
-            found.setdefault(f"{workload.network} {_text(ip)}", said)
-    for ip in VIPS:
-        views = viewers(mesh, ip)
-        for namespace in (None, *views):
-            service, scoped = owner(mesh, ip, namespace), bool(views) and namespace is None
-            name = f"{f'@{namespace}' if namespace else ''} {_text(ip)}"
+            found.setdefault(f"{workload.network} {_text(ip)}", (AddressKind.WORKLOAD, verdict, view))
+    for place, ip in _places():
+        for namespace in (None, *viewers(mesh, place)):
+            service = owner(mesh, place, namespace)
             if service is not None:
                 passes = service.mode is Mode.PASSTHROUGH and service.waypoint is None
                 verdict = Reason.PASSTHROUGH if passes else Reason.ROUTED
-                found[name] = (AddressKind.SERVICE, verdict, "", scoped)
-            elif scoped:
-                found[name] = (AddressKind.HIDDEN, Reason.ROUTED, "", True)
+                name = f"{_shown_network(place, namespace)} {_text(ip)}"
+                found[name] = (AddressKind.SERVICE, verdict, "")
     return found

@@ -54,8 +54,8 @@ def as_said(verdict: Any, flags: Any, _affinity_s: Any, *endpoints: Any) -> list
     return [" ".join(filter(None, (verdict.label, flag_text(flags)))), *endpoints]
 
 
-def address_as_said(kind: Any, verdict: Any, view: Any, scoped: Any) -> str:
-    words = [kind.name.lower(), verdict.label, *(["scoped"] if scoped else [])]
+def address_as_said(kind: Any, verdict: Any, view: Any) -> str:
+    words = [kind.name.lower(), verdict.label]
     return " ".join([*words, *(["sees", view] if view else [])])
 
 

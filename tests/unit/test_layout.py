@@ -93,7 +93,7 @@ def test_arrays_of_a_structure_have_its_offsets(structure: str) -> None:
             "0100000000000000" + COUNTING + "0050 0000 00000000" + "00" * 16,
         ),
         ("ADDRESS_KEY", (bytes(range(16)), 5), COUNTING + "05000000 00000000"),
-        ("ADDRESS_VALUE", (1, 4, 5, 1), "00" * 24 + "0100 0400 05000000 0100 000000000000"),
+        ("ADDRESS_VALUE", (1, 4, 5), "00" * 24 + "0100 0400 05000000" + "00" * 8),
     ],
 )
 def test_keys_and_values_have_these_bytes(codec: str, values: tuple[Any, ...], encoded: str) -> None:

@@ -49,7 +49,7 @@ def key(number: int) -> bytes:
 
 
 def value(number: int) -> bytes:
-    return key(number) + ADDRESS_VALUE.pack(1, number, 0, 0)[ADDRESS_KEY.size :]
+    return key(number) + ADDRESS_VALUE.pack(1, number, 0)[ADDRESS_KEY.size :]
 
 
 def batch(numbers: range | list[int]) -> tuple[bytes, bytes]:

@@ -27,6 +27,13 @@ from pykmesh.contracts.messages import (
     Subject,
     WorkloadName,
 )
+from pykmesh.contracts.waypoints import (
+    Endpoint,
+    MeshService,
+    ServicePort,
+    WaypointsReply,
+    WaypointsRequest,
+)
 
 NAMES = ("uid", "name", "ns", "wl", "sa", "td", "cn", "cr", "cl", "re", "zo", "se")
 GOLDEN: list[tuple[Message, str]] = [
@@ -82,6 +89,16 @@ GOLDEN: list[tuple[Message, str]] = [
         "95 01 02 a3776562 91c410" + "00" * 16 + "91 92c410" + "00" * 16 + "35",
     ),
     (DnsReply(VERSION, DnsOutcome.NOT_READY), "95 01 00 a0 90 c0"),
+    (WaypointsRequest(VERSION, ["a"], ["b"], ["c"]), "94 01 91a161 91a162 91a163"),
+    (
+        WaypointsReply(
+            VERSION,
+            is_synced=True,
+            users={"a": ["b"]},
+            services=[MeshService("b", ["10.0.0.1"], [ServicePort(80, [Endpoint("10.0.0.2", 8080, 1)])])],
+        ),
+        "94 01 c3 81a16191a162 9193a16291a831302e302e302e31 919250 9193a831302e302e302e32cd1f9001",
+    ),
 ]
 KINDS = [
     ConfigBatch,
@@ -92,6 +109,8 @@ KINDS = [
     ResolveReply,
     DnsRequest,
     DnsReply,
+    WaypointsRequest,
+    WaypointsReply,
 ]
 
 
@@ -108,6 +127,7 @@ def test_the_subjects_and_types_are_what_they_always_were() -> None:
         "pykmesh.v1.map.report",
         "pykmesh.v1.map.resolve",
         "pykmesh.v1.dns.resolve",
+        "pykmesh.v1.map.waypoints",
     }
     assert messages.TYPE_URLS == {
         0: "type.googleapis.com/istio.workload.Address",

@@ -18,6 +18,7 @@ from pykmesh.contracts.settings import (
     MapWriterSettings,
     SettingsError,
     TelemetrySettings,
+    WaypointMgrSettings,
     XdsClientSettings,
     load,
     to_environment,
@@ -30,6 +31,7 @@ KINDS = [
     LoaderSettings,
     TelemetrySettings,
     DnsProxySettings,
+    WaypointMgrSettings,
     ControlPlaneSettings,
 ]
 
