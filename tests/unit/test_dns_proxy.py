@@ -165,7 +165,7 @@ async def find(found: Answers, name: str = "web") -> DnsReply:
 
 
 @pytest.mark.anyio
-async def test_a_burst_of_one_question_is_one_question(clock: Clock) -> None:
+async def test_a_question_is_not_asked_again_for_a_moment(clock: Clock) -> None:
     kept, bus = Answers("", 0.1), FakeBus()
     kept.bus, bus.reply = bus, ANSWER  # type: ignore[assignment]
     for _ in range(5):
@@ -205,10 +205,16 @@ async def test_who_is_unknown_is_asked_for_again(clock: Clock) -> None:
 
 
 @pytest.mark.anyio
-async def test_what_is_kept_is_bounded(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_kept_is_bounded_and_names_do_not_push_the_way_out(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(answers, "KEPT_MAX", 10)
     kept, bus = Answers("", 0.1), FakeBus()
     kept.bus, bus.reply = bus, ANSWER  # type: ignore[assignment]
+    await find(kept)
+    other = (bytes(16),), bytes([1] * 16)
     for number in range(50):
-        await find(kept, f"name-{number}")
+        await kept.find(*other, f"name-{number}", is_6=False)
     assert len(kept) == 10
+    bus.reply = None
+    assert (await find(kept, "never asked")).upstreams == ANSWER.upstreams
