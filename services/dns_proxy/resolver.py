@@ -140,8 +140,8 @@ class Resolver:
         if found.answer is not None:
             yield found.answer(wire.MESSAGE_BYTES_MAX)
             return
-        is_transfer = found.query is not None and found.query.is_transfer
-        stream = self._upstream.ask_by_stream(client.netns_fd, found.targets, data, until_closed=is_transfer)
+        is_last = wire.end_of_answers(found.query)
+        stream = self._upstream.ask_by_stream(client.netns_fd, found.targets, data, is_last)
         try:
             async with contextlib.aclosing(stream) as replies:
                 async for reply in replies:
