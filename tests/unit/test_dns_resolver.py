@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
 import anyio
 import dns.message
@@ -15,7 +17,7 @@ import pytest
 
 from pykmesh.contracts.messages import VERSION, DnsOutcome, DnsReply
 from pykmesh.kernel.records import ip_from_text
-from services.dns_proxy import upstream
+from services.dns_proxy import resolver, upstream
 from services.dns_proxy.health import Health
 from services.dns_proxy.resolver import Client, Resolver
 from services.dns_proxy.slots import Slot, _pair
@@ -49,8 +51,8 @@ class Proxy:
         self.resolver = Resolver(self.answers, Upstream(0.5, self.health), self.health)  # type: ignore[arg-type]
         self._tasks = tasks
 
-    def serve(self, client: Client) -> Slot:
-        slot = Slot(b"", *_pair(socket.AF_INET, 0))
+    def serve(self, client: Client, slot: Slot | None = None) -> Slot:
+        slot = slot or a_slot()
         self._tasks.start_soon(self._serve, slot, client)
         return slot
 
@@ -73,6 +75,15 @@ async def proxy() -> AsyncIterator[Proxy]:
         async with anyio.create_task_group() as tasks:
             yield Proxy(tasks)
             tasks.cancel_scope.cancel()
+
+
+def a_slot() -> Slot:
+    return Slot(b"", *_pair(socket.AF_INET, 0))
+
+
+async def until(what: Callable[[], bool]) -> None:
+    while not what():  # noqa: ASYNC110  (of what nobody tells)
+        await anyio.sleep(0.002)
 
 
 def a_client() -> Client:
@@ -200,3 +211,109 @@ async def test_a_transfer_that_breaks_off_ends_the_clients_connection_and_is_no_
                     await receive(stream)
             assert found.health.upstream_failures == 0
             tasks.cancel_scope.cancel()
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("_no_namespaces")
+async def test_a_pods_questions_are_counted_together_and_leave_room_for_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(resolver, "OPEN_OF_POD_MAX", 2)
+    with bound(socket.SOCK_DGRAM) as silent, bound(socket.SOCK_DGRAM) as own:
+        async with proxy() as found:
+            found.answers.targets = [target(silent)]
+            one, client = found.serve(a_client()), a_client()
+            for slot in (found.serve(client), found.serve(client), found.serve(client)):
+                own.sendto(query(), (LOOPBACK, slot.port))
+            await until(lambda: found.health.dropped == 1)
+            assert found.resolver.open == client.open == 2
+            assert (await ask(one, query("mesh.test.", "A"))).rcode() == dns.rcode.NOERROR
+            await until(lambda: client.open == 0)
+            assert found.resolver.open == 0
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("_no_namespaces")
+async def test_connections_without_a_question_are_no_questions_and_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(resolver, "IDLE_OF_POD_MAX", 2)
+    with bound(socket.SOCK_STREAM) as silent:
+        async with proxy() as found, contextlib.AsyncExitStack() as opened:
+            found.answers.targets = [target(silent)]
+            client = a_client()
+            slots = [found.serve(client), found.serve(client)]
+            first, second = [await opened.enter_async_context(connection(slot)) for slot in slots]
+            await until(lambda: client.idle == 2)
+            assert found.resolver.open == 0
+            third = await opened.enter_async_context(connection(slots[0]))
+            with pytest.raises(anyio.EndOfStream):
+                await receive(third)
+            assert found.health.dropped == 1
+            await send(first, query())
+            await until(lambda: (client.idle, client.open) == (1, 1))
+            fourth = await opened.enter_async_context(connection(slots[0]))
+            for stream in (second, fourth):
+                await send(stream, query("mesh.test.", "A"))
+                assert (await receive(stream)).rcode() == dns.rcode.NOERROR
+
+
+class Through:
+    """A socket, but for what is overridden."""
+
+    def __init__(self, real: socket.socket, **own: Callable[..., Any]) -> None:
+        self._real = real
+        vars(self).update(own)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+@pytest.mark.anyio
+async def test_a_question_that_is_cancelled_before_its_first_step_holds_no_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(resolver, "OPEN_OF_POD_MAX", 1)
+    async with proxy() as found:
+        slot, client, scope = a_slot(), a_client(), anyio.CancelScope()
+        real = slot.udp
+
+        def receive_and_cancel(size: int) -> Any:
+            data = real.recvfrom(size)
+            scope.cancel()
+            return data
+
+        slot.udp = Through(real, recvfrom=receive_and_cancel)  # type: ignore[assignment]
+        with scope, contextlib.closing(slot), bound(socket.SOCK_DGRAM) as own:
+            own.sendto(query("mesh.test.", "A"), (LOOPBACK, slot.port))
+            await found.resolver.serve(slot, client)
+        assert (await ask(found.serve(client), query("mesh.test.", "A"))).rcode() == dns.rcode.NOERROR
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+async def test_without_room_for_a_connection_the_proxy_rests_and_takes_it_later(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(resolver, "REST_S", 0.02)
+    tries, slot = 0, a_slot()
+    real, is_exhausted = slot.tcp, True
+
+    def accept() -> Any:
+        nonlocal tries
+        tries += 1
+        if is_exhausted:
+            raise OSError(number, "none is left")
+        return real.accept()
+
+    slot.tcp = Through(real, accept=accept)  # type: ignore[assignment]
+    async with proxy() as found:
+        found.serve(a_client(), slot)
+        async with connection(slot) as stream:
+            await until(lambda: tries > 0)
+            with anyio.move_on_after(0.1):
+                await anyio.sleep_forever()
+            assert tries < 10
+            is_exhausted = False
+            await send(stream, query("mesh.test.", "A"))
+            assert (await receive(stream)).rcode() == dns.rcode.NOERROR
