@@ -30,7 +30,7 @@ from pykmesh.kernel.records import (
 )
 
 SLOTS_MAX: Final = 1 << 20
-"""More slots of a list are not looked at: no map has room for them."""
+"""No map has room for more slots of a list."""
 _WHOLE: Final = 1 << 32
 
 
@@ -64,6 +64,7 @@ class Choice(NamedTuple):
     rewrite: bool = False
     service: int = 0
     endpoints: tuple[Endpoint, ...] = ()
+    by_waypoint: bool = False
 
     @property
     def is_refusal(self) -> bool:
@@ -95,10 +96,11 @@ NOTHING: Final = "nothing"
 
 
 class Chooser:
-    """One decision; `steps` has those that were taken."""
+    """One decision; `steps` has those that were taken. Of a list `slots_max` slots are looked at."""
 
-    def __init__(self, tables: Tables) -> None:
+    def __init__(self, tables: Tables, slots_max: int = SLOTS_MAX) -> None:
         self._tables = tables
+        self._slots_max = slots_max
         self.steps: list[Step] = []
 
     def _tell(self, name: str, asked: str, found: str, means: str) -> None:
@@ -116,11 +118,22 @@ class Chooser:
         endpoints = self._endpoints(found.id, found.endpoints)
         if not endpoints:
             return Choice(Reason.ENDPOINT_VANISHED, service=found.id)
-        return Choice(Reason.ROUTED, rewrite=True, service=found.id, endpoints=endpoints)
+        by_waypoint = ServiceFlag.WAYPOINT in found.flags
+        return Choice(
+            Reason.ROUTED, rewrite=True, service=found.id, endpoints=endpoints, by_waypoint=by_waypoint
+        )
+
+    def choose_connected_datagram(self, to: Destination, client: Client) -> Choice:
+        """For connect() of a datagram socket."""
+        found = self.choose(to, client)
+        if found.by_waypoint:
+            self._tell("services", str(to), "a waypoint's instances", "no waypoint takes datagrams")
+            return found._replace(reason=Reason.WAYPOINT_UNSUPPORTED, rewrite=False)
+        return found
 
     def choose_datagram(self, to: Destination, client: Client) -> Choice:
         """For sendto() of a socket that is not connected (bpf/datagram.h), and sends there first."""
-        found = self.choose(to, client)
+        found = self.choose_connected_datagram(to, client)
         if found.rewrite and any(is_v4(to.ip) != is_v4(each.to.ip) for each in found.endpoints):
             self._tell("endpoints", str(to), "addresses of the other family", "sendto() cannot go there")
             return found._replace(reason=Reason.FAMILY, rewrite=False)
@@ -237,7 +250,7 @@ class Chooser:
 
     def _endpoints(self, service: int, count: int) -> tuple[Endpoint, ...]:
         """Every slot that may be drawn (`draw_endpoint`), with its share of the draws that succeed."""
-        count = min(count, SLOTS_MAX)
+        count = min(count, self._slots_max)
         slots = {slot: self._read_endpoint(service, slot) for slot in range(count)}
         shares: defaultdict[int, float] = defaultdict(float)
         for slot, drawn in list(slots.items()):

@@ -51,6 +51,10 @@ class Maps:
                 held.unreachable[key] = value
         return held
 
+    def get(self, name: str, key: bytes) -> bytes | None:
+        """One entry, as the programs find it."""
+        return self._maps[name].get(key)
+
     def ranges(self) -> dict[bytes, bytes]:
         """Each entry of the trie as it is; `Held` has them by the places that stand for them."""
         return dict(self._maps["ranges"].items())
