@@ -85,6 +85,19 @@ for _ in range(30):
     except TimeoutError: continue
     print(dns.message.from_wire(data).answer[0][0]); break
 """
+# Asks by one connected socket, and again when it is told to, until it is answered.
+ASK_ACROSS = """
+import socket, sys, time, dns.message
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(0.3)
+s.connect((sys.argv[1], 53))
+wire = dns.message.make_query(sys.argv[2], "A").to_wire()
+for _ in range(2):
+    for _ in range(60):
+        try: s.send(wire); data = s.recv(4096)
+        except OSError: time.sleep(0.2); continue
+        print(dns.message.from_wire(data).answer[0][0], s.getpeername()[0], flush=True); break
+    sys.stdin.readline()
+"""
 # Resolves again and again until told to end; what failed is counted.
 LOOK_UP_ON = """
 import signal, socket, sys, time
@@ -373,6 +386,21 @@ def test_killing_the_proxy_again_and_again_fails_no_resolution(names: Names) -> 
     asked, failed = process.communicate(timeout=30)[0].split(" ", 1)
     assert failed.strip() == "[]"
     assert int(asked) > 10
+
+
+def test_a_connected_socket_goes_on_with_the_proxy_after_an_orderly_end(names: Names) -> None:
+    server, pid = str(names.servers[0].address4), names.node.pid_of("dns_proxy")
+    until(lambda: is_served(names.client, server), "the client to be served")
+    process = names.client.spawn(
+        sys.executable, "-c", ASK_ACROSS, server, "other.test",
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == f"192.0.2.1 {server}\n"
+    os.kill(pid, signal.SIGTERM)
+    children = names.node.children
+    until(lambda: any(n == "dns_proxy" and p != pid for p, n in children().items()), "another one")
+    assert process.communicate("\n\n", timeout=30)[0] == f"192.0.2.1 {server}\n"
 
 
 def test_a_proxy_that_stands_still_is_passed_by_within_a_second(names: Names) -> None:
