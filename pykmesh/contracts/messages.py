@@ -197,7 +197,7 @@ class DnsReply(_Message, frozen=True):
     alias: str = ""
     addresses: list[bytes] = []
     upstreams: list[tuple[bytes, int]] | None = None
-    """Endpoints (address, port) of the server, where it is a service; None: it is none."""
+    """Where (address, port) the server is asked, none where it is refused; None: at its own address."""
 
 
 Message = (

@@ -31,7 +31,7 @@ from pykmesh.kernel.records import (
 )
 
 SLOTS_MAX: Final = 1 << 20
-"""More slots of a list are not looked at: no map has room for them."""
+"""No map has room for more slots of a list."""
 _WHOLE: Final = 1 << 32
 
 
@@ -96,10 +96,11 @@ NOTHING: Final = "nothing"
 
 
 class Chooser:
-    """One decision; `steps` has those that were taken."""
+    """One decision; `steps` has those that were taken. Of a list `slots_max` slots are looked at."""
 
-    def __init__(self, tables: Tables) -> None:
+    def __init__(self, tables: Tables, slots_max: int = SLOTS_MAX) -> None:
         self._tables = tables
+        self._slots_max = slots_max
         self.steps: list[Step] = []
 
     def _tell(self, name: str, asked: str, found: str, means: str) -> None:
@@ -252,7 +253,7 @@ class Chooser:
 
     def _endpoints(self, service: int, count: int) -> tuple[Endpoint, ...]:
         """Every slot that may be drawn (`draw_endpoint`), with its share of the draws that succeed."""
-        count = min(count, SLOTS_MAX)
+        count = min(count, self._slots_max)
         slots = {slot: self._read_endpoint(service, slot) for slot in range(count)}
         shares: defaultdict[int, float] = defaultdict(float)
         for slot, drawn in list(slots.items()):

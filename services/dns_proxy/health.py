@@ -22,7 +22,7 @@ class Health:
         self.answered = 0
         """Of the requests, by the mesh alone."""
         self.dropped = 0
-        """Requests that came while too many were open."""
+        """Requests, and connections, that came while too many were open."""
         self.upstream_requests = 0
         self.upstream_failures = 0
         self._took = [0] * (len(BUCKETS_S) + 1)
@@ -48,4 +48,6 @@ class Health:
             sum_value=self._took_s,
         )
         yield metrics.counter("mesh_dns_answered", "Questions that the mesh answered.", self.answered)
-        yield metrics.counter("mesh_dns_dropped", "Questions dropped: too many were open.", self.dropped)
+        yield metrics.counter(
+            "mesh_dns_dropped", "Questions and connections dropped: too many were open.", self.dropped
+        )

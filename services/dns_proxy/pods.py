@@ -149,20 +149,21 @@ class Pods:
 
     def _beat(self) -> None:
         """From the event loop: where that stands still, the beat is missing."""
-        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        self._write_beats(time.clock_gettime_ns(time.CLOCK_MONOTONIC))
+
+    def _write_beats(self, beat_ns: int) -> None:
         slots = [slot for pod in self._pods.values() for slot in pod.slots]
         if not slots:
             return
-        keys, values = (slot.key for slot in slots), (slot.value(now) for slot in slots)
+        keys, values = (slot.key for slot in slots), (slot.value(beat_ns) for slot in slots)
         try:
             self._pins.listeners.write(b"".join(keys), b"".join(values))
         except MapFullError as error:
             self._note_error("dns_listeners_full", error=error, effect="some pods ask past the proxy")
 
     def _end(self) -> None:
-        """Questions go past the proxy from here on."""
-        for pod in self._pods.values():
-            self._pins.listeners.erase(b"".join(slot.key for slot in pod.slots))
+        """Questions go past the proxy from here on; the ports stay known, for the next one to take."""
+        self._write_beats(0)
         self._pods.clear()
 
     async def _look(self, tasks: anyio.abc.TaskGroup) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import random
 import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import anyio
@@ -27,17 +29,31 @@ PORT: Final = 53
 OPEN_MAX: Final = 2048
 """Questions that may be open at a time. More are dropped, which resolvers take for a loss and ask again."""
 OPEN_OF_POD_MAX: Final = 512
+IDLE_OF_POD_MAX: Final = 64
+"""Connections of a pod that wait for a question. More are closed."""
 BURST: Final = 32
 IDLE_S: Final = 10.0
 """A client's connection without a question is closed."""
+REST_S: Final = 0.1
+"""How long no connection is taken when there is no descriptor or memory for one."""
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
-class Client(NamedTuple):
+@dataclass
+class Client:
     """A pod, as far as its questions go. `server_of` says whom a slot's questions are meant for."""
 
     netns_fd: int
     addresses: list[bytes]
     server_of: Callable[[Slot], bytes | None]
+    open: int = 0
+    """Its questions that are open, of all slots."""
+    idle: int = 0
+    """Its connections without one."""
+
+
+class NoRoomError(Exception):
+    """Too much is open: what came is dropped, and counted."""
 
 
 class Prepared(NamedTuple):
@@ -57,44 +73,35 @@ class Resolver:
 
     async def serve(self, slot: Slot, client: Client) -> None:
         """Runs until cancelled."""
-        turn = anyio.Semaphore(OPEN_OF_POD_MAX)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._datagrams, slot, client, turn, tasks)
-            tasks.start_soon(self._connections, slot, client, turn, tasks)
+            tasks.start_soon(self._datagrams, slot, client, tasks)
+            tasks.start_soon(self._connections, slot, client, tasks)
 
     @contextlib.contextmanager
-    def _counted(self, turn: anyio.Semaphore) -> Iterator[None]:
+    def _question(self, client: Client) -> Iterator[None]:
+        """Counts one as open. NoRoomError."""
+        if self.open >= OPEN_MAX or client.open >= OPEN_OF_POD_MAX:
+            self._health.dropped += 1
+            raise NoRoomError
         self.open += 1
+        client.open += 1
         try:
             yield
         finally:
             self.open -= 1
-            turn.release()
+            client.open -= 1
 
-    def _has_room(self, turn: anyio.Semaphore) -> bool:
-        """Takes a place, which `_counted` gives back."""
-        if self.open < OPEN_MAX:
-            with contextlib.suppress(anyio.WouldBlock):
-                turn.acquire_nowait()
-                return True
-        self._health.dropped += 1
-        return False
-
-    async def _datagrams(
-        self, slot: Slot, client: Client, turn: anyio.Semaphore, tasks: anyio.abc.TaskGroup
-    ) -> None:
+    async def _datagrams(self, slot: Slot, client: Client, tasks: anyio.abc.TaskGroup) -> None:
         while True:
             await anyio.wait_readable(slot.udp)
             with contextlib.suppress(BlockingIOError):
                 for _ in range(BURST):
                     data, sender = slot.udp.recvfrom(wire.MESSAGE_BYTES_MAX)
-                    if len(data) >= wire.HEADER_BYTES and self._has_room(turn):
-                        tasks.start_soon(self._answer_datagram, slot, client, turn, data, sender)
+                    if len(data) >= wire.HEADER_BYTES:
+                        tasks.start_soon(self._answer_datagram, slot, client, data, sender)
 
-    async def _answer_datagram(
-        self, slot: Slot, client: Client, turn: anyio.Semaphore, data: bytes, sender: Any
-    ) -> None:
-        with self._counted(turn), contextlib.suppress(ServerSilentError):
+    async def _answer_datagram(self, slot: Slot, client: Client, data: bytes, sender: Any) -> None:
+        with contextlib.suppress(NoRoomError, ServerSilentError), self._question(client):
             found = await self._prepare(slot, client, data)
             if found.answer is not None:
                 reply = found.answer(wire.udp_room(found.query) if found.query else 0)
@@ -109,39 +116,46 @@ class Resolver:
             with contextlib.suppress(OSError):  # its asker has gone, or takes no more
                 slot.udp.sendto(reply, sender)
 
-    async def _connections(
-        self, slot: Slot, client: Client, turn: anyio.Semaphore, tasks: anyio.abc.TaskGroup
-    ) -> None:
+    async def _connections(self, slot: Slot, client: Client, tasks: anyio.abc.TaskGroup) -> None:
         while True:
             await anyio.wait_readable(slot.tcp)
             try:
                 connection, _ = slot.tcp.accept()
-            except OSError:  # it went again
+            except OSError as error:  # it went again, or waits until there is room for it
+                if error.errno in _EXHAUSTED:
+                    await anyio.sleep(REST_S)
                 continue
             connection.setblocking(False)
-            if self._has_room(turn):
-                tasks.start_soon(self._answer_connection, slot, client, turn, connection)
-            else:
-                connection.close()
+            tasks.start_soon(self._answer_connection, slot, client, connection)
 
-    async def _answer_connection(
-        self, slot: Slot, client: Client, turn: anyio.Semaphore, connection: socket.socket
-    ) -> None:
-        with self._counted(turn), connection, contextlib.suppress(OSError, ServerSilentError):
-            while (data := await receive(connection, IDLE_S)) is not None:
+    async def _answer_connection(self, slot: Slot, client: Client, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError, NoRoomError, ServerSilentError):
+            while (data := await self._receive(client, connection)) is not None:
                 if len(data) < wire.HEADER_BYTES:
                     return
-                async with contextlib.aclosing(self._replies(slot, client, data)) as replies:
-                    async for reply in replies:
-                        await send(connection, reply, IDLE_S)
+                with self._question(client):
+                    async with contextlib.aclosing(self._replies(slot, client, data)) as replies:
+                        async for reply in replies:
+                            await send(connection, reply, IDLE_S)
+
+    async def _receive(self, client: Client, connection: socket.socket) -> bytes | None:
+        """The next question. OSError, NoRoomError."""
+        if client.idle >= IDLE_OF_POD_MAX:
+            self._health.dropped += 1
+            raise NoRoomError
+        client.idle += 1
+        try:
+            return await receive(connection, IDLE_S)
+        finally:
+            client.idle -= 1
 
     async def _replies(self, slot: Slot, client: Client, data: bytes) -> AsyncGenerator[bytes, None]:
         found = await self._prepare(slot, client, data)
         if found.answer is not None:
             yield found.answer(wire.MESSAGE_BYTES_MAX)
             return
-        is_transfer = found.query is not None and found.query.is_transfer
-        stream = self._upstream.ask_by_stream(client.netns_fd, found.targets, data, until_closed=is_transfer)
+        is_last = wire.end_of_answers(found.query)
+        stream = self._upstream.ask_by_stream(client.netns_fd, found.targets, data, is_last)
         try:
             async with contextlib.aclosing(stream) as replies:
                 async for reply in replies:

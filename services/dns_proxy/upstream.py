@@ -12,7 +12,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from typing import Final
 
 import anyio
@@ -23,6 +23,7 @@ from services.dns_proxy.health import Health
 from services.dns_proxy.wire import MESSAGE_BYTES_MAX, answers
 
 LENGTH_BYTES: Final = 2
+_NO_TARGET: Final = "the mesh lets nobody reach it, or it is a service without endpoints"
 Target = tuple[bytes, int]
 """An address of sixteen bytes, and a port."""
 
@@ -32,7 +33,7 @@ class UpstreamError(Exception):
 
 
 class ServerSilentError(UpstreamError):
-    """A server was reached as far as one can tell, and said nothing."""
+    """A server was reached as far as one can tell, and said nothing, or not all of its answer."""
 
 
 class Upstream:
@@ -45,83 +46,100 @@ class Upstream:
         number = secrets.token_bytes(2)
         started = time.monotonic()
         try:
-            async with self._connected(netns_fd, targets, socket.SOCK_DGRAM) as server:
-                reply = await self._ask(server, number + query[2:])
+            reply = await self._ask_one_of(netns_fd, targets, number + query[2:])
         except UpstreamError:
             self._health.upstream_failures += 1
             raise
         self._health.upstream_took(time.monotonic() - started)
         return query[:2] + reply[2:]
 
+    async def _ask_one_of(self, netns_fd: int, targets: Sequence[Target], query: bytes) -> bytes:
+        """The first in no order that does not refuse; one that is silent may have got the question."""
+        why = _NO_TARGET
+        for target in random.sample(list(targets), len(targets)):
+            with self._socket(netns_fd, target, socket.SOCK_DGRAM) as server:
+                try:
+                    server.connect(_place(target))
+                    return await self._ask(server, query)
+                except OSError as error:
+                    why = _said_of(target, error)
+        raise UpstreamError(why)
+
     async def _ask(self, server: socket.socket, query: bytes) -> bytes:
-        try:
-            server.send(query)
-            with anyio.fail_after(self._timeout_s):
-                while True:
-                    await anyio.wait_readable(server)
-                    with contextlib.suppress(BlockingIOError):
-                        reply = server.recv(MESSAGE_BYTES_MAX)
-                        if answers(reply, query):
-                            return reply
-        except TimeoutError as error:
-            raise ServerSilentError(f"no answer within {self._timeout_s:g} s") from error
-        except OSError as error:
-            raise UpstreamError(error.strerror or str(error)) from error
+        """OSError for what the network says of the server; ServerSilentError."""
+        server.send(query)
+        with anyio.move_on_after(self._timeout_s):
+            while True:
+                await anyio.wait_readable(server)
+                with contextlib.suppress(BlockingIOError):
+                    reply = server.recv(MESSAGE_BYTES_MAX)
+                    if answers(reply, query):
+                        return reply
+        raise ServerSilentError(f"no answer within {self._timeout_s:g} s")
 
     async def ask_by_stream(
-        self, netns_fd: int, targets: Sequence[Target], query: bytes, *, until_closed: bool
+        self, netns_fd: int, targets: Sequence[Target], query: bytes, is_last: Callable[[bytes], bool]
     ) -> AsyncGenerator[bytes, None]:
-        """By TCP. One answer, or all that come until the server closes (a zone's transfer); UpstreamError."""
+        """By TCP. Answers up to the last one (a zone's transfer has several); UpstreamError.
+
+        Once something came, what fails is no failure of the server's, and ends in ServerSilentError.
+        """
         started = time.monotonic()
+        has_come = False
         try:
-            async with self._connected(netns_fd, targets, socket.SOCK_STREAM) as server:
+            async with self._connected(netns_fd, targets) as server:
                 await send(server, query, self._timeout_s)
                 while (reply := await receive(server, self._timeout_s)) is not None:
-                    if started:
+                    if not has_come:
                         self._health.upstream_took(time.monotonic() - started)
-                        started = 0.0
+                        has_come = True
                     yield reply
-                    if not until_closed:
+                    if is_last(reply):
                         return
-                if started:
-                    raise UpstreamError("the server closed the connection without an answer")
-        except TimeoutError as error:
-            self._health.upstream_failures += 1
-            raise ServerSilentError(f"no answer within {self._timeout_s:g} s") from error
+                raise UpstreamError("the server closed the connection before its last answer")
         except (OSError, UpstreamError) as error:
+            if has_come:
+                raise ServerSilentError(f"not all of the answer: {error}") from error
             self._health.upstream_failures += 1
+            if isinstance(error, TimeoutError):
+                raise ServerSilentError(f"no answer within {self._timeout_s:g} s") from error
             raise UpstreamError(str(error)) from error
 
     @contextlib.asynccontextmanager
-    async def _connected(
-        self, netns_fd: int, targets: Sequence[Target], kind: int
-    ) -> AsyncIterator[socket.socket]:
+    async def _connected(self, netns_fd: int, targets: Sequence[Target]) -> AsyncIterator[socket.socket]:
         """One of the targets, the first that lets itself be connected to, in no order."""
-        why = "it is a service without endpoints"
-        for ip, port in random.sample(list(targets), len(targets)):
-            self._health.upstream_requests += 1
-            place, family = (ip_to_text(ip), port), socket.AF_INET if is_v4(ip) else socket.AF_INET6
-            try:
-                server = socket_in(netns_fd, family, kind)
-            except OSError as error:
-                raise UpstreamError(f"no socket in the pod's network: {error}") from error
-            with server:
+        why = _NO_TARGET
+        for target in random.sample(list(targets), len(targets)):
+            with self._socket(netns_fd, target, socket.SOCK_STREAM) as server:
                 try:
                     with anyio.fail_after(self._timeout_s):
-                        await _connect(server, place)
+                        await asyncio.get_running_loop().sock_connect(server, _place(target))
                 except OSError as error:  # TimeoutError among them
-                    why = f"{place[0]} port {port}: {error.strerror or 'no answer'}"
+                    why = _said_of(target, error)
                     continue
                 yield server
                 return
         raise UpstreamError(why)
 
+    @contextlib.contextmanager
+    def _socket(self, netns_fd: int, target: Target, kind: int) -> Iterator[socket.socket]:
+        self._health.upstream_requests += 1
+        try:
+            found = socket_in(netns_fd, socket.AF_INET if is_v4(target[0]) else socket.AF_INET6, kind)
+        except OSError as error:
+            raise UpstreamError(f"no socket in the pod's network: {error}") from error
+        with found:
+            yield found
 
-async def _connect(server: socket.socket, place: tuple[str, int]) -> None:
-    if server.type == socket.SOCK_DGRAM:
-        server.connect(place)
-    else:
-        await asyncio.get_running_loop().sock_connect(server, place)
+
+def _place(target: Target) -> tuple[str, int]:
+    ip, port = target
+    return ip_to_text(ip), port
+
+
+def _said_of(target: Target, error: OSError) -> str:
+    address, port = _place(target)
+    return f"{address} port {port}: {error.strerror or 'no answer'}"
 
 
 async def send(connection: socket.socket, message: bytes, timeout_s: float) -> None:

@@ -5,7 +5,8 @@ A message that it does not understand is nobody's but the server's: it is sent o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import struct
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Final, NamedTuple
 
 import dns.exception
@@ -17,6 +18,7 @@ import dns.rcode
 import dns.rdata
 import dns.rdataclass
 import dns.rdatatype
+import dns.rdtypes.ANY.SOA
 import dns.rdtypes.IN.A
 import dns.rdtypes.IN.AAAA
 import dns.rrset
@@ -28,6 +30,11 @@ HEADER_BYTES: Final = 12
 _RECORD_BYTES: Final = (16, 28)
 """Of an A and an AAAA record whose name stood in the message before."""
 _TRANSFERS: Final = frozenset({dns.rdatatype.AXFR, dns.rdatatype.IXFR})
+_RECORD: Final = struct.Struct("!HHIH")
+"""Type, class, time to live and length of the data, which follow the name of a record."""
+_SOA_NUMBERS_BYTES: Final = 20
+"""Of a SOA's data its end, which begins with the serial number."""
+_HALF_OF_SERIALS: Final = 1 << 31
 
 
 class Query(NamedTuple):
@@ -135,3 +142,69 @@ def answers(reply: bytes, query: bytes) -> bool:
     end = question_end(query)
     asked = query[HEADER_BYTES:end]
     return reply[4:6] == b"\0\0" or reply[HEADER_BYTES:end].lower() == asked.lower()
+
+
+def end_of_answers(query: Query | None) -> Callable[[bytes], bool]:
+    """What says of each message of the answer, in order, whether it is the last one."""
+    return _Transfer(query).ends_with if query is not None and query.is_transfer else lambda _: True
+
+
+class _Transfer:
+    """A zone's transfer ends with the SOA record that it begins with (RFC 5936, 2.2).
+
+    One of changes has it between them, too: where the last of them begins to add (RFC 1995, 4). One that
+    is nothing else says that the client is up to date. What does not begin with it is no transfer.
+    """
+
+    def __init__(self, query: Query) -> None:
+        known = [record for rrset in query.message.authority for record in rrset]
+        self._known = next((soa.serial for soa in known if isinstance(soa, dns.rdtypes.ANY.SOA.SOA)), None)
+        self._serial: int | None = None
+        self._records = 0
+        self._left = 1
+
+    def ends_with(self, message: bytes) -> bool:
+        """Also with a message that fails, or cannot be read."""
+        try:
+            if message[3] & 0xF:
+                return True
+            for serial in _serials(message):
+                self._take(serial)
+        except (IndexError, struct.error):
+            return True
+        return self._serial is None or self._left <= 0 or (self._records == 1 and not self._is_news())
+
+    def _take(self, serial: int | None) -> None:
+        self._records += 1
+        if self._records == 1:
+            self._serial = serial
+        elif serial is not None and serial == self._serial:
+            self._left -= 1
+        elif serial is not None and self._records == 2:
+            self._left = 2
+
+    def _is_news(self) -> bool:
+        """By the arithmetic of serial numbers (RFC 1982)."""
+        if self._serial is None or self._known is None:
+            return True
+        return 0 < (self._serial - self._known) % (2 * _HALF_OF_SERIALS) < _HALF_OF_SERIALS
+
+
+def _serials(message: bytes) -> Iterator[int | None]:
+    """Of each record of an answer: a SOA's serial number, None of others. IndexError, struct.error."""
+    at = question_end(message)
+    for _ in range(int.from_bytes(message[6:8], "big")):
+        at = _name_end(message, at)
+        kind, _, _, length = _RECORD.unpack_from(message, at)
+        at += _RECORD.size + length
+        is_soa = kind == dns.rdatatype.SOA
+        yield int.from_bytes(message[at - _SOA_NUMBERS_BYTES :][:4], "big") if is_soa else None
+
+
+def _name_end(message: bytes, at: int) -> int:
+    """IndexError."""
+    while message[at]:
+        if message[at] & 0xC0:
+            return at + 2
+        at += 1 + message[at]
+    return at + 1

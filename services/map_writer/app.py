@@ -351,7 +351,7 @@ async def run(runtime: Runtime[MapWriterSettings]) -> None:
         await bus.subscribe(Subject.CONFIG_LOG, writer.receive)
         await writer.open()
         await bus.serve(Subject.MAP_RESOLVE, Names(writer.follower, lambda: writer.planner).answer)
-        dns = Dns(writer.follower, lambda: writer.planner, writer.directory, runtime.settings.cluster_domain)
+        dns = Dns(writer.follower, maps, writer.directory, runtime.settings.cluster_domain)
         await bus.serve(Subject.DNS_RESOLVE, dns.answer)
         await bus.serve(Subject.WAYPOINTS, Waypoints(writer.follower, writer.rules).answer)
         runtime.details = writer.status

@@ -1,29 +1,30 @@
 """What a name stands for, in the eyes of a client: ztunnel's rules (xDS of the workload API, ambient DNS).
 
-Pure: from the mesh to addresses. What is no service's name here is for the server that was asked.
+From the mesh to addresses. What is no service's name here is for the server that was asked, which is reached
+as the maps say: the programs do not see how dns_proxy asks it.
 """
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from pykmesh.contracts import messages
-from pykmesh.contracts.address import Families, Mode, Service, Workload
+from pykmesh.contracts.address import Families, Service, Workload
 from pykmesh.contracts.messages import ContractError, DnsOutcome, DnsReply, DnsRequest
-from pykmesh.kernel.records import ENDPOINT_VALUE, IP_BYTES, Ip, is_v4, port_number, view_network
-from services.map_writer.desired import PortId
+from pykmesh.kernel.explain import Chooser, Client, Tables
+from pykmesh.kernel.records import IP_BYTES, Destination, Ip, is_v4, network_id
 from services.map_writer.directory import Directory
 from services.map_writer.follower import Follower
 from services.map_writer.mesh import Mesh, place_of
-from services.map_writer.planner import Planner
 
 DNS_PORT: Final = 53
 ADDRESSES_MAX: Final = 256
 """Addresses of one answer: of IPv6 about 7 KiB. Of a service with more a part is drawn."""
 UPSTREAMS_MAX: Final = 16
+SLOTS_MAX: Final = 256
+"""Of more endpoints of a server the first ones are drawn from."""
 
 
 class Candidate(NamedTuple):
@@ -126,13 +127,11 @@ def _endpoints(mesh: Mesh, service: Service, network: str) -> Iterator[Ip]:
 
 
 class Dns:
-    """Answers dns_proxy. Reads the state that the loop owns; never changes it."""
+    """Answers dns_proxy. Reads the state that the loop owns, and the maps; never changes them."""
 
-    def __init__(
-        self, follower: Follower, planner: Callable[[], Planner], directory: Directory, domain: str
-    ) -> None:
+    def __init__(self, follower: Follower, maps: Tables, directory: Directory, domain: str) -> None:
         self._follower = follower
-        self._planner = planner
+        self._maps = maps
         self._directory = directory
         self._domain = domain
 
@@ -150,7 +149,7 @@ class Dns:
             return DnsReply(messages.VERSION, DnsOutcome.NOT_READY)
         places = (place_of(request.network, Ip(ip)) for ip in request.client)
         client = next(filter(None, map(mesh.pod_at, places)), None)
-        upstreams = self._upstreams(request.network, client, Ip(request.server))
+        upstreams = self._upstreams(request)
         if not request.name:
             return DnsReply(messages.VERSION, DnsOutcome.FORWARD, "", [], upstreams)
         if client is None:
@@ -161,16 +160,18 @@ class Dns:
         addresses: list[bytes] = [*found.addresses]
         return DnsReply(messages.VERSION, DnsOutcome.ANSWER, found.alias, addresses, upstreams)
 
-    def _upstreams(self, network: str, client: Workload | None, server: Ip) -> list[tuple[bytes, int]] | None:
-        """Where a server that is a service is reached; None: at its own address. As the maps hold it."""
-        mesh, place = self._follower.mesh, place_of(network, server)
-        own = place_of(view_network(network, client.namespace), server) if client else place
-        owner = mesh.vip_owner(own) or mesh.vip_owner(place)
-        if owner is None or mesh.services[owner].mode is Mode.PASSTHROUGH:
-            return None
-        families = (4, 6) if is_v4(server) else (6, 4)
-        held = self._planner().held.lists
-        lists = (held.get(PortId(owner, DNS_PORT, family).id, ()) for family in families)
-        values = next(filter(None, lists), ())
-        chosen = random.sample(list(itertools.islice(values, 4096)), min(len(values), UPSTREAMS_MAX))
-        return [(ip, port_number(port)) for _, ip, port in map(ENDPOINT_VALUE.unpack, chosen)]
+    def _upstreams(self, request: DnsRequest) -> list[tuple[bytes, int]] | None:
+        """Where the server is asked; None: at its own address. Nowhere where it is refused to this client.
+
+        It is what becomes of a datagram socket of the client's that connects there.
+        """
+        address = Ip(request.client[0]) if request.client else None
+        client, server = (
+            Client(network_id(request.network), address),
+            Destination(Ip(request.server), DNS_PORT),
+        )
+        choice = Chooser(self._maps, SLOTS_MAX).choose_connected_datagram(server, client)
+        if not choice.rewrite:
+            return [] if choice.is_refusal else None
+        chosen = random.sample(choice.endpoints, min(len(choice.endpoints), UPSTREAMS_MAX))
+        return [(endpoint.to.ip, endpoint.to.port) for endpoint in chosen]

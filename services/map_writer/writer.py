@@ -53,6 +53,10 @@ class Maps:
         held.has_views = any(self._maps["switches"].get(SWITCH_KEY.pack(Switch.VIEWS)) or b"")
         return held
 
+    def get(self, name: str, key: bytes) -> bytes | None:
+        """One entry, as the programs find it."""
+        return self._maps[name].get(key)
+
     def ranges(self) -> dict[bytes, bytes]:
         """Each entry of the trie as it is; `Held` has them by the places that stand for them."""
         return dict(self._maps["ranges"].items())

@@ -1,8 +1,8 @@
 """A server of names, with answers that say which server it is: python -m tests.mesh.dns_server NUMBER.
 
 A of any name is 192.0.2.NUMBER, AAAA 2001:db8::NUMBER, TXT `server NUMBER`; of big.test. TXT is far more
-than fits a datagram, refused.test. is REFUSED, silent.test. has no answer. A zone's transfer is two messages.
-UDP and TCP, of both families.
+than fits a datagram, refused.test. is REFUSED, silent.test. has no answer. A zone's transfer is two messages,
+after which the connection stays. UDP and TCP, of both families.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def reply(data: bytes, number: str, room: int) -> bytes | None:
     asked = query.question[0]
     name, kind = asked.name.to_text().lower(), asked.rdtype.name
     texts = {"A": [f"192.0.2.{number}"], "AAAA": [f"2001:db8::{number}"], "TXT": [f'"server {number}"']}
+    texts["AXFR"] = ["ns. root. 7 3 3 3 3"]
     if name == "silent.test.":
         return None
     if name == "refused.test.":
@@ -33,7 +34,9 @@ def reply(data: bytes, number: str, room: int) -> bytes | None:
     elif name == "big.test." and kind == "TXT":
         found.answer.append(dns.rrset.from_text(asked.name, 5, "IN", "TXT", *(f'"{text}"' for text in BIG)))
     elif kind in texts:
-        found.answer.append(dns.rrset.from_text(asked.name, 5, "IN", kind, *texts[kind]))
+        found.answer.append(
+            dns.rrset.from_text(asked.name, 5, "IN", kind.replace("AXFR", "SOA"), *texts[kind])
+        )
     return found.to_wire(max_size=room, prefer_truncation=True)
 
 
@@ -55,8 +58,6 @@ def connection(server: socket.socket, number: str) -> None:
             for _ in range(1 + is_transfer):
                 stream.write(len(answer).to_bytes(2, "big") + answer)
             stream.flush()
-            if is_transfer:
-                return  # the proxy waits for what may come, and nobody else is served meanwhile
 
 
 def main(number: str) -> None:

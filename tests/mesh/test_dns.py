@@ -33,6 +33,12 @@ for question in questions:
     records = [record.to_text() for rrset in reply.answer for record in rrset]
     print(dns.rcode.to_text(reply.rcode()), *sorted(records))
 """
+ASK_EACH = """
+import sys, dns.message, dns.query
+name, *servers = sys.argv[1:]
+for server in servers:
+    print(dns.query.udp(dns.message.make_query(name, "A"), server, timeout=4).answer[0][0])
+"""
 # One unconnected socket, as musl has it: asks all servers at once, and hears who answered.
 ASK_ALL = """
 import socket, sys, dns.message
@@ -78,6 +84,19 @@ for _ in range(30):
     try: data, source = s.recvfrom(4096)
     except TimeoutError: continue
     print(dns.message.from_wire(data).answer[0][0]); break
+"""
+# Asks by one connected socket, and again when it is told to, until it is answered.
+ASK_ACROSS = """
+import socket, sys, time, dns.message
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(0.3)
+s.connect((sys.argv[1], 53))
+wire = dns.message.make_query(sys.argv[2], "A").to_wire()
+for _ in range(2):
+    for _ in range(60):
+        try: s.send(wire); data = s.recv(4096)
+        except OSError: time.sleep(0.2); continue
+        print(dns.message.from_wire(data).answer[0][0], s.getpeername()[0], flush=True); break
+    sys.stdin.readline()
 """
 # Resolves again and again until told to end; what failed is counted.
 LOOK_UP_ON = """
@@ -369,6 +388,21 @@ def test_killing_the_proxy_again_and_again_fails_no_resolution(names: Names) -> 
     assert int(asked) > 10
 
 
+def test_a_connected_socket_goes_on_with_the_proxy_after_an_orderly_end(names: Names) -> None:
+    server, pid = str(names.servers[0].address4), names.node.pid_of("dns_proxy")
+    until(lambda: is_served(names.client, server), "the client to be served")
+    process = names.client.spawn(
+        sys.executable, "-c", ASK_ACROSS, server, "other.test",
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == f"192.0.2.1 {server}\n"
+    os.kill(pid, signal.SIGTERM)
+    children = names.node.children
+    until(lambda: any(n == "dns_proxy" and p != pid for p, n in children().items()), "another one")
+    assert process.communicate("\n\n", timeout=30)[0] == f"192.0.2.1 {server}\n"
+
+
 def test_a_proxy_that_stands_still_is_passed_by_within_a_second(names: Names) -> None:
     server, pid = str(names.servers[0].address4), names.node.pid_of("dns_proxy")
     until(lambda: is_served(names.client, server), "the client to be served")
@@ -455,9 +489,8 @@ def test_a_server_that_is_asked_no_more_gives_way(tmp_path: Path) -> None:
             node.start("--dns", "--set", "slot_rest_s=2")
             enroll(node, client)
             until(lambda: is_served(client, first), "the client to be served")
-            for number in (1, 2, 3):
-                assert is_served(client, f"10.9.9.{number}")
-            assert ask(client, last, f"{WEB}/A") == ["NOERROR 192.0.2.2"]
+            asked = [first, "10.9.9.1", "10.9.9.2", "10.9.9.3", last]
+            assert run(ASK_EACH, client, WEB, *asked) == [VIP4] * 4 + ["192.0.2.2"]
             until(lambda: is_served(client, last), "a server to give way")
             assert ask(client, last, "other.test/A") == ["NOERROR 192.0.2.2"]
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -12,19 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pykmesh.contracts import messages
-from pykmesh.contracts.address import Families, Service, Workload, decode_address
+from pykmesh.contracts.address import HANDOFF_PORT, Families, Service, Workload, decode_address
 from pykmesh.contracts.bulk import Ordinary
 from pykmesh.contracts.messages import VERSION, DnsOutcome, DnsReply, DnsRequest
-from pykmesh.kernel.records import ip_from_text, ip_to_text
+from pykmesh.kernel.records import RANGE_KEY, RANGE_NETWORK_BITS, ip_from_text, ip_to_text
 from pykmesh.proto import workload_pb2
 from services.map_writer.desired import Rules
 from services.map_writer.directory import Directory
-from services.map_writer.dns import ADDRESSES_MAX, Dns, look_up
+from services.map_writer.dns import ADDRESSES_MAX, UPSTREAMS_MAX, Dns, look_up
 from services.map_writer.follower import Follower
 from services.map_writer.mesh import Mesh, Touched
 from services.map_writer.planner import Held, Limits, Planner
-from tests.control.resources import Resource, host, pod, pod_message, service
-from tests.unit.mesh_model import NAMES, change
+from tests.control.resources import Resource, host, pod, pod_message, service, service_message
+from tests.control.scripted_ads import resource
+from tests.unit.mesh_model import NAMES, Maps, change
 
 WORLD: dict[str, Any] = yaml.safe_load((Path(__file__).parent.parent / "data" / "dns.yaml").read_text())
 DOMAIN: str = WORLD["domain"]
@@ -141,17 +142,40 @@ def test_services_of_one_hostname_come_and_go() -> None:
         assert known() == set(names[number + 1 :])
 
 
+class Tables(NamedTuple):
+    """The maps of a model, read as the programs read them."""
+
+    maps: dict[str, dict[bytes, bytes]]
+
+    def get(self, name: str, key: bytes) -> bytes | None:
+        if name != "ranges":
+            return self.maps[name].get(key)
+        found = [
+            (RANGE_KEY.unpack(own)[0], value)
+            for own, value in self.maps["ranges"].items()
+            if _covers(own, key)
+        ]
+        return max(found)[1] if found else None
+
+
+def _covers(key: bytes, asked: bytes) -> bool:
+    bits, network, first = RANGE_KEY.unpack(key)
+    _, asked_network, ip = RANGE_KEY.unpack(asked)
+    left = 128 + RANGE_NETWORK_BITS - bits
+    return network == asked_network and not (int.from_bytes(first) ^ int.from_bytes(ip)) >> left
+
+
 class Asked:
     """map_writer's answers, in a mesh of some resources that the maps hold."""
 
-    def __init__(self, *resources: Resource, synced: bool = True) -> None:
+    def __init__(self, *resources: Resource, synced: bool = True, refuses_policies: bool = False) -> None:
         self.follower = Follower()
         self.follower.synced = synced
         for found in resources:
             self.follower.mesh.put(found.name, decode_address(found.resource.value), Touched())
-        planner = Planner(Held(), Limits(100, 100, 100), Rules())
-        list(planner.sweep(self.follower.mesh))
-        self._dns = Dns(self.follower, lambda: planner, Directory(), DOMAIN)
+        maps = Maps(Limits(100, 100, 100))
+        maps.apply(Planner(Held(), maps.limits, Rules("", refuses_policies)).sweep(self.follower.mesh))
+        self._dns = Dns(self.follower, Tables(maps.maps), Directory(), DOMAIN)
 
     async def __call__(self, client: str, server: str, name: str = "") -> DnsReply:
         request = DnsRequest(VERSION, "", [ip_from_text(client)], ip_from_text(server), name, is_6=False)
@@ -184,6 +208,91 @@ async def test_a_known_client_gets_an_answer_and_the_way_to_its_server() -> None
 async def test_a_server_is_reached_as_what_it_is(server: str, expected: list[Any] | None) -> None:
     reply = await Asked(*MESH)(CLIENT, server)
     assert (reply.outcome, reply.upstreams) == (DnsOutcome.FORWARD, expected)
+
+
+def names(
+    *addresses: str, name: str = "names", namespace: str = "shop", port: int = 53, **fields: Any
+) -> Resource:
+    """A service that serves names. `fields` are the message's."""
+    message = service_message(name, ports={port: 5353}, namespace=namespace)
+    for text in addresses:
+        place = ipaddress.ip_network(text)
+        found = message.service.addresses.add(address=place.network_address.packed)
+        if "/" in text:
+            found.length = place.prefixlen
+    message.service.MergeFrom(workload_pb2.Service(**fields))
+    return resource(host(name, namespace), message.SerializeToString())
+
+
+def by_way_of(name: str) -> workload_pb2.GatewayAddress:
+    hostname = workload_pb2.NamespacedHostname(namespace="shop", hostname=f"{name}.shop.svc.cluster.local")
+    return workload_pb2.GatewayAddress(hostname=hostname)
+
+
+def pod_by_waypoint() -> Resource:
+    message = pod_message("names", SERVER)
+    message.workload.waypoint.CopyFrom(by_way_of("waypoint"))
+    return resource("Kubernetes//Pod/shop/names", message.SerializeToString())
+
+
+PASSES = workload_pb2.LoadBalancing(mode=workload_pb2.LoadBalancing.PASSTHROUGH)
+HIDDEN: Any = workload_pb2.Service.Visibility.Value("NAMESPACE")
+N1, N2 = pod("n1", "10.1.0.1", services=["names"]), pod("n2", "10.1.0.2", services=["other"])
+WAYPOINT = (
+    service("waypoint", "10.96.0.15", ports={HANDOFF_PORT: 15019}),
+    pod("w1", "10.1.0.15", services=["waypoint"]),
+)
+AT_N1, AT_N2 = [(ip_from_text("10.1.0.1"), 5353)], [(ip_from_text("10.1.0.2"), 5353)]
+SERVERS: dict[str, tuple[list[Any] | None, list[Resource]]] = {
+    "a service that passes all through": (None, [names(SERVER, load_balancing=PASSES), N1]),
+    "one that passes through and has no such port": (None, [names(SERVER, load_balancing=PASSES, port=80)]),
+    "one that would pass through, with a waypoint": (
+        [],
+        [names(SERVER, load_balancing=PASSES, waypoint=by_way_of("waypoint")), N1],
+    ),
+    "one with a waypoint that takes its traffic": (
+        [],
+        [names(SERVER, waypoint=by_way_of("waypoint")), N1, *WAYPOINT],
+    ),
+    "a workload": (None, [pod("names", SERVER)]),
+    "a workload with a waypoint": ([], [pod_by_waypoint()]),
+    "a workload with a policy": ([], [pod("names", SERVER, policies=["shop/p"])]),
+    "in a range": (AT_N1, [names("10.96.0.0/16"), N1]),
+    "in a range, with a waypoint": ([], [names("10.96.0.0/16", waypoint=by_way_of("waypoint")), N1]),
+    "in a range that passes all through": (None, [names("10.96.0.0/16", load_balancing=PASSES)]),
+    "in two ranges": (AT_N2, [names("10.96.0.0/16"), names("10.96.0.0/24", name="other"), N1, N2]),
+    "in a range, and another service's address": (
+        [],
+        [names("10.96.0.0/16"), names(SERVER, name="other", port=80), N1, N2],
+    ),
+    "in a range, and a workload's address": (AT_N1, [names("10.96.0.0/16"), pod("names", SERVER), N1]),
+    "another service for the client's namespace": (
+        AT_N1,
+        [names(SERVER, visibility=HIDDEN), N1, names(SERVER, name="aa", namespace="bank")],
+    ),
+    "a service that the client's namespace does not see": (
+        None,
+        [names(SERVER, name="aa", namespace="bank", visibility=HIDDEN)],
+    ),
+}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("case", SERVERS)
+async def test_a_server_is_reached_where_the_programs_would_send_the_client(case: str) -> None:
+    expected, resources = SERVERS[case]
+    asked = Asked(pod("client", CLIENT), *resources, refuses_policies=True)
+    assert (await asked(CLIENT, SERVER)).upstreams == expected
+
+
+@pytest.mark.anyio
+async def test_of_many_endpoints_of_a_server_some_are_drawn() -> None:
+    many = [pod(f"n{number}", f"10.1.1.{number}", services=["names"]) for number in range(80)]
+    asked = Asked(pod("client", CLIENT), names(SERVER), *many)
+    first, second = [(await asked(CLIENT, SERVER)).upstreams for _ in range(2)]
+    assert first is not None
+    assert len(set(first)) == UPSTREAMS_MAX
+    assert first != second
 
 
 @pytest.mark.anyio

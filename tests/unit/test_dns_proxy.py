@@ -6,6 +6,7 @@ import dns.exception
 import dns.flags
 import dns.message
 import dns.rcode
+import dns.rrset
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -125,6 +126,60 @@ def test_only_the_answer_to_the_question_is_taken() -> None:
         assert not wire.answers(other, asked)
 
 
+SOA = "z.test. 5 IN SOA ns.z.test. root.z.test. {} 3 3 3 3"
+A = "a.z.test. 5 IN A 192.0.2.1"
+
+
+def ends(kind: str, *messages: list[str | int], known: int | None = None) -> list[bool]:
+    """Of each message, whether it is the last one. Its records, a SOA by its serial number."""
+    asked = dns.message.make_query("z.test.", kind)
+    if known is not None:
+        asked.authority.append(dns.rrset.from_text("z.test.", *SOA.format(known).split(" ", 4)[1:]))
+    found = wire.read(asked.to_wire())
+    is_last = wire.end_of_answers(found)
+    said = []
+    for records in messages:
+        reply = dns.message.make_response(asked)
+        for record in records:
+            text = SOA.format(record) if isinstance(record, int) else record
+            name, ttl, of, kind_, data = text.split(" ", 4)
+            reply.answer.append(dns.rrset.from_text(name, int(ttl), of, kind_, data))
+        said.append(is_last(reply.to_wire()))
+    return said
+
+
+@pytest.mark.parametrize(
+    ("expected", "kind", "known", "messages"),
+    [
+        ([True], "A", None, [[A]]),
+        ([True], "AXFR", None, [[]]),
+        ([True], "AXFR", None, [[A]]),
+        ([True], "AXFR", None, [[7, A, 7]]),
+        ([True], "AXFR", None, [[7, 7]]),
+        ([False, False, True], "AXFR", None, [[7], [A, A], [A, 7]]),
+        ([True], "IXFR", 7, [[7]]),
+        ([True], "IXFR", 8, [[7]]),
+        ([False, True], "IXFR", 6, [[7], [A, 7]]),
+        ([True], "IXFR", 5, [[7, 5, A, 6, A, 6, A, 7, A, 7]]),
+        ([False, False, True], "IXFR", 5, [[7], [5, A, 7], [A, 7]]),
+        ([True], "IXFR", 2**32 - 1, [[2**32 - 2]]),
+        ([False, True], "IXFR", 2**32 - 1, [[1], [A, 1]]),
+    ],
+)
+def test_a_transfer_ends_with_what_it_began_with(
+    expected: list[bool], kind: str, known: int | None, messages: list[list[str | int]]
+) -> None:
+    assert ends(kind, *messages, known=known) == expected
+
+
+def test_a_transfer_ends_with_what_fails_or_cannot_be_read() -> None:
+    found = wire.read(query("z.test.", "AXFR"))
+    failed = dns.message.make_response(dns.message.from_wire(query("z.test.", "AXFR")))
+    failed.set_rcode(dns.rcode.REFUSED)
+    for message in (b"", failed.to_wire(), failed.to_wire()[:3], b"\0\0\x80\0\0\0\0\2\0\0\0\0\xc0"):
+        assert wire.end_of_answers(found)(message)
+
+
 class FakeBus:
     """Answers with what it is told, or not at all."""
 
@@ -165,7 +220,7 @@ async def find(found: Answers, name: str = "web") -> DnsReply:
 
 
 @pytest.mark.anyio
-async def test_a_burst_of_one_question_is_one_question(clock: Clock) -> None:
+async def test_a_question_is_not_asked_again_for_a_moment(clock: Clock) -> None:
     kept, bus = Answers("", 0.1), FakeBus()
     kept.bus, bus.reply = bus, ANSWER  # type: ignore[assignment]
     for _ in range(5):
@@ -205,10 +260,16 @@ async def test_who_is_unknown_is_asked_for_again(clock: Clock) -> None:
 
 
 @pytest.mark.anyio
-async def test_what_is_kept_is_bounded(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_kept_is_bounded_and_names_do_not_push_the_way_out(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(answers, "KEPT_MAX", 10)
     kept, bus = Answers("", 0.1), FakeBus()
     kept.bus, bus.reply = bus, ANSWER  # type: ignore[assignment]
+    await find(kept)
+    other = (bytes(16),), bytes([1] * 16)
     for number in range(50):
-        await find(kept, f"name-{number}")
+        await kept.find(*other, f"name-{number}", is_6=False)
     assert len(kept) == 10
+    bus.reply = None
+    assert (await find(kept, "never asked")).upstreams == ANSWER.upstreams
