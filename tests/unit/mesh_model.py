@@ -186,7 +186,7 @@ _PORTS = {
 }
 
 
-class _Tables(NamedTuple):
+class Tables(NamedTuple):
     """Maps as `pykmesh explain` reads them."""
 
     maps: dict[str, dict[bytes, bytes]]
@@ -266,7 +266,7 @@ class Maps:
     def decision(self, client: tuple[Ip, int], ip: Ip, port: int) -> tuple[Reason, str]:
         """What becomes of a connection of a client (its address and network), and whose port it gets."""
         here, network = client
-        found = Chooser(_Tables(self.maps)).choose(Destination(ip, port), Client(network, here))
+        found = Chooser(Tables(self.maps)).choose(Destination(ip, port), Client(network, here))
         empty = found.reason in (Reason.NO_ENDPOINT, Reason.ENDPOINT_VANISHED)
         return Reason.ROUTED if empty else found.reason, _PORTS.get(found.service, "")
 

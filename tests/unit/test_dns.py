@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
@@ -15,7 +15,7 @@ from pykmesh.contracts import messages
 from pykmesh.contracts.address import HANDOFF_PORT, Families, Service, Workload, decode_address
 from pykmesh.contracts.bulk import Ordinary
 from pykmesh.contracts.messages import VERSION, DnsOutcome, DnsReply, DnsRequest
-from pykmesh.kernel.records import RANGE_KEY, RANGE_NETWORK_BITS, ip_from_text, ip_to_text
+from pykmesh.kernel.records import ip_from_text, ip_to_text
 from pykmesh.proto import workload_pb2
 from services.map_writer.desired import Rules
 from services.map_writer.directory import Directory
@@ -25,7 +25,7 @@ from services.map_writer.mesh import Mesh, Touched
 from services.map_writer.planner import Held, Limits, Planner
 from tests.control.resources import Resource, host, pod, pod_message, service, service_message
 from tests.control.scripted_ads import resource
-from tests.unit.mesh_model import NAMES, Maps, change
+from tests.unit.mesh_model import NAMES, Maps, Tables, change
 
 WORLD: dict[str, Any] = yaml.safe_load((Path(__file__).parent.parent / "data" / "dns.yaml").read_text())
 DOMAIN: str = WORLD["domain"]
@@ -140,29 +140,6 @@ def test_services_of_one_hostname_come_and_go() -> None:
         mesh.remove(names[number], Touched())
         directory.follow(mesh, [names[number]])
         assert known() == set(names[number + 1 :])
-
-
-class Tables(NamedTuple):
-    """The maps of a model, read as the programs read them."""
-
-    maps: dict[str, dict[bytes, bytes]]
-
-    def get(self, name: str, key: bytes) -> bytes | None:
-        if name != "ranges":
-            return self.maps[name].get(key)
-        found = [
-            (RANGE_KEY.unpack(own)[0], value)
-            for own, value in self.maps["ranges"].items()
-            if _covers(own, key)
-        ]
-        return max(found)[1] if found else None
-
-
-def _covers(key: bytes, asked: bytes) -> bool:
-    bits, network, first = RANGE_KEY.unpack(key)
-    _, asked_network, ip = RANGE_KEY.unpack(asked)
-    left = 128 + RANGE_NETWORK_BITS - bits
-    return network == asked_network and not (int.from_bytes(first) ^ int.from_bytes(ip)) >> left
 
 
 class Asked:
