@@ -102,7 +102,7 @@ def _addresses(
     for key, value in raw.items():
         ip, number = ADDRESS_KEY.unpack(key)
         if number == network or (ip, number) in ranges:
-            kind, verdict, _, _ = ADDRESS_VALUE.unpack(value)
+            kind, verdict, _ = ADDRESS_VALUE.unpack(value)
             found[ranges.get((ip, number), ip_to_text(ip))] = Address(
                 AddressKind(kind).name.lower(), Reason(verdict).label
             )
