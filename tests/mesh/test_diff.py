@@ -148,7 +148,7 @@ def test_an_address_that_is_gone_or_another_is_named(node: Node) -> None:
     key = ADDRESS_KEY.pack(ip_from_text("10.9.0.1"), 0)
     with changed(node, "addresses", key, None):
         assert the_only(node) == ("address", "10.9.0.1", "workload, routed", "nothing")
-    other = key + ADDRESS_VALUE.pack(AddressKind.SERVICE, Reason.NO_ROOM, 0, 0)[len(key) :]
+    other = key + ADDRESS_VALUE.pack(AddressKind.SERVICE, Reason.NO_ROOM, 0)[len(key) :]
     with changed(node, "addresses", key, other):
         assert the_only(node) == ("address", "10.9.0.1", "workload, routed", "service, no_room")
     with changed(node, "addresses", key, bytes(len(key)) + other[len(key) :]):
@@ -158,7 +158,7 @@ def test_an_address_that_is_gone_or_another_is_named(node: Node) -> None:
 def test_stray_entries_are_named(node: Node) -> None:
     number = list_of(node, VIP, 80)
     key = SERVICE_KEY.pack(ip_from_text(VIP), 0, port_bytes(81))
-    value = key + SERVICE_VALUE.pack(number, 3, Reason.ROUTED, 0, 0)[len(key) :]
+    value = key + SERVICE_VALUE.pack(number, 3, Reason.ROUTED, 0)[len(key) :]
     with changed(node, "services", key, value):
         there = f"3 endpoints of {host('web')} port 80 IPv4, routed"
         assert the_only(node) == ("service port", f"{VIP}:81", "nothing", there)
@@ -169,7 +169,7 @@ def test_stray_entries_are_named(node: Node) -> None:
     with changed(node, "endpoints", ENDPOINT_KEY.pack(77, 0), ENDPOINT_VALUE.pack(77, bytes(16), b"\0\7")):
         assert the_only(node) == ("endpoint", f"list {77:016x} slot 0", "nothing", "[::]:7")
     key = ADDRESS_KEY.pack(ip_from_text("fd99::1"), 5)
-    value = key + ADDRESS_VALUE.pack(AddressKind.WORKLOAD, Reason.ROUTED, 0, 0)[len(key) :]
+    value = key + ADDRESS_VALUE.pack(AddressKind.WORKLOAD, Reason.ROUTED, 0)[len(key) :]
     with changed(node, "addresses", key, value):
         where = "fd99::1 in network 00000005"
         assert the_only(node) == ("address", where, "nothing", "workload, routed")

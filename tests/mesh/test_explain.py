@@ -184,7 +184,7 @@ def written(node: Node, name: str, key: bytes, value: bytes) -> Iterator[None]:
 
 def address_entry(address: str, kind: AddressKind, verdict: Reason) -> tuple[bytes, bytes]:
     key = ADDRESS_KEY.pack(ip_from_text(address), 0)
-    return key, key + ADDRESS_VALUE.pack(kind, verdict, 0, 0)[len(key) :]
+    return key, key + ADDRESS_VALUE.pack(kind, verdict, 0)[len(key) :]
 
 
 def service_entry(address: str, number: int, endpoints: int, verdict: Reason) -> tuple[bytes, bytes]:
