@@ -158,7 +158,7 @@ def test_an_address_that_is_gone_or_another_is_named(node: Node) -> None:
 def test_stray_entries_are_named(node: Node) -> None:
     number = list_of(node, VIP, 80)
     key = SERVICE_KEY.pack(ip_from_text(VIP), 0, port_bytes(81))
-    value = key + SERVICE_VALUE.pack(number, 3, Reason.ROUTED, 0)[len(key) :]
+    value = key + SERVICE_VALUE.pack(number, 3, Reason.ROUTED, 0, 0)[len(key) :]
     with changed(node, "services", key, value):
         there = f"3 endpoints of {host('web')} port 80 IPv4, routed"
         assert the_only(node) == ("service port", f"{VIP}:81", "nothing", there)
