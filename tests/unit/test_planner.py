@@ -138,7 +138,7 @@ def _decisions(maps: Maps, clients: set[tuple[Ip, int, str]]) -> dict[tuple[obje
     return {
         (ip, network, vip, port): maps.decision((ip, network), vip, port)
         for ip, network, _ in clients
-        for vip in model.ASKED
+        for vip in model.VIPS
         for port in model.PORTS
     }
 
