@@ -160,8 +160,9 @@ def _by_waypoint(
     if target is None:
         return Reason.WAYPOINT_UNSUPPORTED, _nothing
     own = _endpoints(mesh, waypoint, rules, weights)
-    if own is _nothing:
+    if not any(own(HANDOFF_PORT, target, 0, 0)):
         return Reason.WAYPOINT_UNAVAILABLE, _nothing
+    weights.clear()
     return Reason.ROUTED, lambda _port, _target, id4, id6: own(HANDOFF_PORT, target, id4, id6)
 
 

@@ -178,7 +178,7 @@ def _refusals(view: View, service: Service, counts: dict[int, int]) -> list[str]
         desired = desired_service(view.mesh, service.name, view.rules)
         verdicts = {frontend.verdict for frontend in desired.frontends.values()}
         found += sorted(verdict.label for verdict in verdicts if verdict is not Reason.ROUTED)
-    elif service.places and service.mode is not Mode.PASSTHROUGH and not found:
+    elif _is_somewhere(view.mesh, service) and service.mode is not Mode.PASSTHROUGH and not found:
         empty = [str(port) for port, _ in service.ports if not counts.get(port)]
         found += [f"no_endpoint ({', '.join(empty)})"] if empty else []
     for network, ip in service.places:
@@ -191,6 +191,11 @@ def _refusals(view: View, service: Service, counts: dict[int, int]) -> list[str]
         else:
             found.append(f"{ip_to_text(ip)} is that of {owner}")
     return found
+
+
+def _is_somewhere(mesh: Mesh, service: Service) -> bool:
+    """Whether an address of it is its own in anybody's eyes."""
+    return any(mesh.vip_owner(place_of(*place)) == service.name for place in service.places)
 
 
 def _workloads(view: View) -> list[dict[str, Any]]:

@@ -460,9 +460,10 @@ def _expected_by_waypoint(mesh: Mesh, service: Service, ip: Ip) -> tuple[object,
     target = dict(waypoint.ports).get(HANDOFF_PORT)
     if target is None:
         return (Reason.WAYPOINT_UNSUPPORTED,)
-    if not _near(mesh, waypoint):
+    instances = _endpoints(mesh, waypoint, HANDOFF_PORT, target)
+    if not instances:
         return (Reason.WAYPOINT_UNAVAILABLE,)
-    return _expected_list(Reason.ROUTED, _endpoints(mesh, waypoint, HANDOFF_PORT, target), ip)
+    return _expected_list(Reason.ROUTED, instances, ip)
 
 
 def _expected_shares(wanted: list[tuple[str, int]]) -> list[str]:
@@ -486,10 +487,10 @@ def _text(ip: Ip) -> str:
 
 def _endpoints(mesh: Mesh, service: Service, port: int, target: int) -> list[tuple[str, int]]:
     """Endpoints of those workloads that are near enough, and weights: 0 when all weigh the same."""
-    near = _near(mesh, service)
+    near = _near(mesh, service, port, target)
     found = []
     for workload in near:
-        own = dict(dict(workload.services)[service.name]).get(port) or target
+        own = _own_port(workload, service, port, target)
         for ip in workload.addresses if own else ():
             text = _text(ip)
             family = Families.V6 if is_v6(text) else Families.V4
@@ -499,7 +500,8 @@ def _endpoints(mesh: Mesh, service: Service, port: int, target: int) -> list[tup
     return found if differ else [(endpoint, 0) for endpoint, _ in found]
 
 
-def _near(mesh: Mesh, service: Service) -> list[Workload]:
+def _near(mesh: Mesh, service: Service, port: int, target: int) -> list[Workload]:
+    """Of those that serve the port."""
     usable = [
         workload
         for workload in mesh.all_workloads()
@@ -507,12 +509,20 @@ def _near(mesh: Mesh, service: Service) -> list[Workload]:
         and (workload.healthy or service.allows_unhealthy)
         and workload.capacity
         and not workload.network
+        and (not _is_ranked(service) or (workload.addresses and _own_port(workload, service, port, target)))
     ]
     best = max((_matches(service, w, mesh.here) for w in usable), default=0)
     if service.mode is Mode.STRICT:
         best = len(service.scopes)
-    ranked = service.scopes and service.mode in (Mode.STRICT, Mode.FAILOVER)
-    return [w for w in usable if not ranked or _matches(service, w, mesh.here) == best]
+    return [w for w in usable if not _is_ranked(service) or _matches(service, w, mesh.here) == best]
+
+
+def _is_ranked(service: Service) -> bool:
+    return bool(service.scopes) and service.mode in (Mode.STRICT, Mode.FAILOVER)
+
+
+def _own_port(workload: Workload, service: Service, port: int, target: int) -> int:
+    return dict(dict(workload.services)[service.name]).get(port) or target
 
 
 def _matches(service: Service, workload: Workload, here: Locality) -> int:
