@@ -73,7 +73,7 @@ class Frontend(NamedTuple):
 class DesiredService(NamedTuple):
     """`lists` maps list ids to endpoint values (each with the workload it comes from).
 
-    `weights` has all values when they differ in weight, and is empty otherwise.
+    `weights` has all values of the lists whose endpoints differ in weight, and none of others.
     """
 
     frontends: dict[bytes, Frontend]

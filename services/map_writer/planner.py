@@ -312,7 +312,7 @@ class Planner:
         for value in after[room:]:
             refused[wanted[value]] = f"map endpoints is full ({self._limits.endpoints} entries)"
         del after[room:]
-        if service.weights and after:
+        if after and after[0] in service.weights:
             after = weighed(after, service.weights)
             held.weighed.add(list_id)
         else:
