@@ -79,10 +79,6 @@ class Range(NamedTuple):
         return f"{self.network}\0{self.bits}"
 
 
-AFFINITY_S_MAX: Final = 86_400
-"""As in Kubernetes."""
-
-
 class Selection(NamedTuple):
     """How endpoints are chosen, beyond what the API says. `affinity_s` 0: each connection anew."""
 
@@ -96,13 +92,6 @@ class Waypoint(NamedTuple):
     service: str = ""
     network: str = ""
     ip: Ip | None = None
-
-
-HANDOFF_PORT: Final = 15019
-"""The port of a waypoint's service at which its instances take connections that the kernel hands over.
-
-Istio's own waypoints have none: they take HBONE at 15008. The port that a GatewayAddress says is always that.
-"""
 
 
 class Service(msgspec.Struct, frozen=True, gc=False):

@@ -13,6 +13,8 @@ import msgspec
 
 ENVIRONMENT_PREFIX: Final = "PYKMESH_"
 SETTINGS_FILE_VARIABLE: Final = "PYKMESH_SETTINGS"
+AFFINITY_S_MAX: Final = 86_400
+"""Of `session_affinity`, as in Kubernetes."""
 
 
 class SettingsError(Exception):

@@ -5,7 +5,15 @@ A service is named `namespace/hostname`, as in the workload API. Messages of the
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
+
+HANDOFF_PORT: Final = 15019
+"""The port of a waypoint's service at which its instances take connections that the kernel hands over.
+
+Istio's own waypoints have none: they take HBONE at 15008. The port that a GatewayAddress says is always that.
+"""
 
 
 class _Part(msgspec.Struct, array_like=True, frozen=True):

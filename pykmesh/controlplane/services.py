@@ -22,6 +22,7 @@ from pykmesh.manifests.objects import (
     ServiceEntry,
     ServicePort,
     SessionAffinity,
+    service_hostname,
 )
 from pykmesh.proto import workload_pb2 as wire
 
@@ -81,10 +82,6 @@ class MeshService(msgspec.Struct, frozen=True, kw_only=True):
     def age(self) -> tuple[str, str, str]:
         """Sorts the oldest first; objects of a folder have no age, so their names decide."""
         return self.metadata.creation_timestamp, self.metadata.namespace, self.metadata.name
-
-
-def service_hostname(name: str, namespace: str, domain: str) -> str:
-    return f"{name}.{namespace}.svc.{domain}"
 
 
 def mesh_services(

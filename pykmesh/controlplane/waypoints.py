@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from pykmesh.controlplane.services import MeshService, service_hostname
+from pykmesh.controlplane.services import MeshService
 from pykmesh.controlplane.settings import MeshSettings
-from pykmesh.manifests.objects import Gateway, Labels, Namespace
+from pykmesh.manifests.objects import GATEWAY_NAME, Gateway, Labels, Namespace, service_hostname
 
 USE_WAYPOINT = "istio.io/use-waypoint"
 USE_WAYPOINT_NAMESPACE = "istio.io/use-waypoint-namespace"
 WAYPOINT_FOR = "istio.io/waypoint-for"
-GATEWAY_NAME = "gateway.networking.k8s.io/gateway-name"
 NONE = "none"
 _FOR_SERVICES = frozenset({"service", "all"})
 _HBONE_PORT = 15008

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import msgspec
 from google.protobuf.wrappers_pb2 import UInt32Value
 
-from pykmesh.controlplane.services import MeshService, PortNames, Source, service_hostname
+from pykmesh.controlplane.services import MeshService, PortNames, Source
 from pykmesh.controlplane.settings import MeshSettings
 from pykmesh.manifests.addresses import IP, is_ip
 from pykmesh.manifests.objects import (
@@ -25,6 +25,7 @@ from pykmesh.manifests.objects import (
     ServiceEntry,
     WorkloadEntry,
     WorkloadEntrySpec,
+    service_hostname,
 )
 from pykmesh.proto import workload_pb2 as wire
 

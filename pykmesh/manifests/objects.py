@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
-from pykmesh.contracts.address import AFFINITY_S_MAX
+from pykmesh.contracts.settings import AFFINITY_S_MAX
 from pykmesh.manifests.addresses import HEADLESS, IP, ClusterIP, IPFamily, IPRange, parse_text
 from pykmesh.manifests.http_route import HTTPRouteSpec
 from pykmesh.manifests.names import Name, PortNumber
@@ -357,6 +357,13 @@ class HTTPRoute(_Object, frozen=True, kw_only=True):
 
 WAYPOINT_CLASSES = ("istio-waypoint", "pykmesh-waypoint")
 """Gateway classes whose Gateways are waypoints."""
+GATEWAY_NAME = "gateway.networking.k8s.io/gateway-name"
+"""The label of what belongs to a Gateway."""
+
+
+def service_hostname(name: str, namespace: str, domain: str) -> str:
+    """What a Kubernetes Service is called in the mesh."""
+    return f"{name}.{namespace}.svc.{domain}"
 
 
 Object: TypeAlias = (

@@ -26,7 +26,7 @@ from prometheus_client.core import Metric
 from pykmesh import metrics, tracing
 from pykmesh.bus import Bus, BusUnavailableError, Headers
 from pykmesh.contracts import messages
-from pykmesh.contracts.address import AFFINITY_S_MAX, Selection
+from pykmesh.contracts.address import Selection
 from pykmesh.contracts.messages import (
     ConfigBatch,
     ContractError,
@@ -35,7 +35,7 @@ from pykmesh.contracts.messages import (
     SnapshotRequest,
     Subject,
 )
-from pykmesh.contracts.settings import MapWriterSettings, SettingsError
+from pykmesh.contracts.settings import AFFINITY_S_MAX, MapWriterSettings, SettingsError
 from pykmesh.kernel import libbpf
 from pykmesh.kernel.layout import check_enums
 from pykmesh.kernel.maps import MapFullError, PinError

@@ -12,7 +12,6 @@ from functools import cache, partial
 from typing import Final, NamedTuple
 
 from pykmesh.contracts.address import (
-    HANDOFF_PORT,
     Families,
     Mode,
     Selection,
@@ -22,7 +21,7 @@ from pykmesh.contracts.address import (
     Workload,
 )
 from pykmesh.contracts.bulk import Group
-from pykmesh.contracts.waypoints import Endpoint
+from pykmesh.contracts.waypoints import HANDOFF_PORT, Endpoint
 from pykmesh.kernel.layout import AddressKind, Reason, ServiceFlag, offset
 from pykmesh.kernel.records import (
     ADDRESS_KEY,

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from pykmesh.contracts.address import HANDOFF_PORT, Service, Workload, workload_message
+from pykmesh.contracts.address import Service, Workload, workload_message
+from pykmesh.contracts.waypoints import HANDOFF_PORT
 from pykmesh.kernel.records import ip_to_text, is_v4
 from pykmesh.proto import workload_pb2
 from services.map_writer.desired import PortId, Rules, desired_service, target_port

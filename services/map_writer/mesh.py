@@ -309,6 +309,9 @@ class Mesh:
             touched.places[place] = None
             self._set_views(network, ip, touched)
         self._set_views_around(service, touched)
+        for found in service.ranges:
+            if not self._ranges.owners(found):
+                self._range_at.pop(place_of(found.own_network, found.ip), None)
 
     def _set_views(self, network: str, ip: Ip, touched: Touched) -> None:
         """Namespaces that see another service at an address than the rest get a view of it."""

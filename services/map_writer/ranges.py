@@ -26,7 +26,10 @@ class Ranges:
         self._owners[found][service] = None
 
     def remove(self, found: Range, service: str) -> None:
-        owners = self._owners[found]
+        """Again is no error: a service may name a range twice."""
+        owners = self._owners.get(found)
+        if owners is None:
+            return
         owners.pop(service, None)
         if not owners:
             del self._owners[found]

@@ -13,8 +13,8 @@ from typing import Any, Final, NamedTuple
 
 import yaml
 
-from pykmesh.contracts.address import HANDOFF_PORT
-from pykmesh.manifests.objects import Gateway
+from pykmesh.contracts.waypoints import HANDOFF_PORT
+from pykmesh.manifests.objects import GATEWAY_NAME, Gateway
 
 PORT_NAME: Final = "handoff"
 SUFFIX: Final = ".yaml"
@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
 def objects(waypoint: Gateway, places: Iterable[Place]) -> list[dict[str, Any]]:
     """As manifests. The Service is there also where no instance is: its traffic is then refused by name."""
-    labels = {"gateway.networking.k8s.io/gateway-name": waypoint.name}
+    labels = {GATEWAY_NAME: waypoint.name}
     service = {
         "apiVersion": "v1",
         "kind": "Service",

@@ -6,7 +6,6 @@ bus is away.
 
 from __future__ import annotations
 
-import socket
 from typing import Any, Final
 
 import anyio
@@ -32,6 +31,8 @@ from services.waypoint_mgr.source import Objects, mesh_name, watch
 log = structlog.get_logger(__name__)
 
 TICK_S: Final = 1.0
+SETTLE_S: Final = 0.02
+"""Changes that come this soon after one another are taken together."""
 ENROLL_S: Final = 5.0
 RETRY_S: Final = 0.1
 
@@ -48,8 +49,13 @@ class WaypointMgr:
         self._objects: Objects | None = None
         self._mesh: WaypointsReply | None = None
         self._configurations: dict[str, Configuration] = {}
-        self._good_routes: dict[ObjectRef, HTTPRoute] = {}
+        self._good_routes: dict[str, dict[ObjectRef, HTTPRoute]] = {}
+        """By waypoint: one that does not take a route has no opinion of it."""
+        self._made_of: object = None
+        """What the configurations were made of."""
         self._report = ("", -1)
+        self._mesh_is_due = True
+        """What map_writer says of the mesh is to be asked for anew."""
         self.is_enrolled = False
         """Connections to instances are told what they are for."""
         self._due = anyio.Event()
@@ -60,6 +66,7 @@ class WaypointMgr:
     def configured(self, objects: Objects) -> None:
         """From the folder."""
         self._objects = objects
+        self._mesh_is_due = True
         self._runtime.readiness.done("configuration")
         self.wake()
 
@@ -72,6 +79,7 @@ class WaypointMgr:
             return
         if self._report != (report.epoch, report.applied_seq):
             self._report = report.epoch, report.applied_seq
+            self._mesh_is_due = True
             self.wake()
 
     async def run(self) -> None:
@@ -79,26 +87,39 @@ class WaypointMgr:
         while True:
             with anyio.move_on_after(TICK_S):
                 await self._due.wait()
+                await anyio.sleep(SETTLE_S)
             self._due = anyio.Event()
             if self._objects is not None:
                 await self._reconcile(self._objects)
 
     async def _reconcile(self, objects: Objects) -> None:
         self.members.want(objects.waypoints)
-        await self._ask(objects)
-        if self._mesh is not None:
+        if self._mesh_is_due:
+            self._mesh_is_due = False  # a report that comes meanwhile makes it so again
+            self._mesh_is_due |= not await self._ask(objects)
+        made_of = (objects, self._mesh, sorted(self.members.members))
+        if self._mesh is not None and made_of != self._made_of:
             for name, waypoint in objects.waypoints.items():
                 await self._configure(name, waypoint, objects, self._mesh)
-        self._configurations = {
-            name: found for name, found in self._configurations.items() if name in objects.waypoints
-        }
+            self._forget(objects)
+            self._made_of = made_of
         self._announce(objects)
 
-    async def _ask(self, objects: Objects) -> None:
-        """What is not answered stays as it was known."""
+    def _forget(self, objects: Objects) -> None:
+        """What waypoints and instances left that are gone."""
+        for by_waypoint in (self._configurations, self._good_routes):
+            for name in by_waypoint.keys() - objects.waypoints.keys():
+                del by_waypoint[name]
+        for node_id in self._ads.status().keys() - self.members.members.keys():
+            self._ads.forget(node_id)
+
+    async def _ask(self, objects: Objects) -> bool:
+        """True when it was answered; what is not stays as it was known."""
         bus = self._runtime.bus
-        if bus is None or not objects.waypoints:
-            return
+        if bus is None:
+            return False
+        if not objects.waypoints:
+            return True
         namespaces = sorted({waypoint.namespace for waypoint in objects.waypoints.values()})
         request = WaypointsRequest(
             messages.VERSION, [*objects.waypoints], self._backends(objects), namespaces
@@ -108,9 +129,10 @@ class WaypointMgr:
             reply = messages.decode(WaypointsReply, data)
         except (BusUnavailableError, ContractError) as error:
             log.info("mesh_awaited", error=str(error))
-            return
+            return False
         if reply.is_synced:
             self._mesh = reply
+        return reply.is_synced
 
     def _backends(self, objects: Objects) -> list[str]:
         """The services that routes name, whether they are there or not."""
@@ -131,7 +153,7 @@ class WaypointMgr:
             if service.name in mesh.users.get(name, ())
             or (service.name.startswith(f"{waypoint.namespace}/") and service.name not in objects.waypoints)
         ]
-        found = await anyio.to_thread.run_sync(self._translate, waypoint, users, known, objects)
+        found = await anyio.to_thread.run_sync(self._translate, name, waypoint, users, known, objects)
         members = [member for member in self.members.members.values() if member.waypoint == name]
         for member in members:
             try:
@@ -144,6 +166,7 @@ class WaypointMgr:
 
     def _translate(
         self,
+        name: str,
         waypoint: Gateway,
         users: list[MeshService],
         known: dict[str, MeshService],
@@ -154,10 +177,9 @@ class WaypointMgr:
         found = translate(waypoint, users, known, services, objects.routes, domain)
         refused = found.refused
         good = {ref_of(route): route for route in objects.routes if ref_of(route) not in refused}
-        self._good_routes = {
-            ref: route for ref, route in (self._good_routes | good).items() if ref in good or ref in refused
-        }
-        earlier = [self._good_routes[ref] for ref in refused if ref in self._good_routes]
+        before = self._good_routes.get(name, {})
+        kept_routes = self._good_routes[name] = good | {ref: before[ref] for ref in refused if ref in before}
+        earlier = [kept_routes[ref] for ref in refused if ref in kept_routes]
         if not earlier:
             return found
         routes = [*good.values(), *earlier]
@@ -235,7 +257,7 @@ async def run(runtime: Runtime[WaypointMgrSettings]) -> None:
             envoys_dir=settings.envoys_dir,
             cgroup=settings.waypoint_cgroup,
             netns=settings.waypoint_netns,
-            address=settings.waypoint_address or default_address(),
+            address=settings.waypoint_address,
             first_port=settings.waypoint_port,
             ads_socket=ads_socket,
         ),
@@ -275,13 +297,3 @@ async def _enroll(settings: WaypointMgrSettings, manager: WaypointMgr) -> None:
         if not manager.is_enrolled:
             manager.is_enrolled, told = True, ""
             manager.wake()
-
-
-def default_address() -> str:
-    """The address that this host has towards its default route; empty where there is none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # of a range for documentation; nothing is sent
-        except OSError:
-            return ""
-        return str(probe.getsockname()[0])

@@ -17,6 +17,7 @@ from pykmesh.manifests.objects import Gateway, HTTPRoute, ObjectRef, Service, re
 from services.waypoint_mgr.envoy import Port
 from services.waypoint_mgr.protocols import AppProtocol, is_only_udp, protocol_of
 from services.waypoint_mgr.rules import Unresolved, action_of, errors_in
+from services.waypoint_mgr.source import mesh_name
 
 ACCEPTED: Final = "Accepted"
 RESOLVED_REFS: Final = "ResolvedRefs"
@@ -52,7 +53,7 @@ class Mesh:
 
     def name_of(self, namespace: str, name: str) -> str:
         """Of a Kubernetes Service."""
-        return f"{namespace}/{name}.{namespace}.svc.{self._domain}"
+        return mesh_name(namespace, name, self._domain)
 
     def ports(self, user: MeshService) -> Iterator[Port]:
         """Those that connections go to."""

@@ -6,8 +6,10 @@ this process finds all of them there, also those whose waypoint is gone.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
+import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
@@ -44,7 +46,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     cgroup: Path
     netns: Path | None
     address: str
-    """Where they listen; empty: none can be had."""
+    """Where they listen; empty: the address that this host has towards its default route."""
     first_port: int
     ads_socket: Path
 
@@ -58,11 +60,15 @@ class Member:
         self.port = port
         self.process: EnvoyProcess | None = None
         self.is_ready = False
-        self.is_leaving = False
+        self.leaving = anyio.Event()
         self.is_known = True
         """False while it may run from before this process."""
         self.restarts = 0
         self.error = ""
+
+    @property
+    def is_leaving(self) -> bool:
+        return self.leaving.is_set()
 
     def status(self) -> dict[str, Any]:
         return {
@@ -110,8 +116,7 @@ class Fleet:
             self._add(Member(self._free_name(waypoint), waypoint, self._free_port()))
         for member in self.members.values():
             if member.waypoint not in wanted and not member.is_leaving:
-                member.is_leaving = True
-                self._tasks.start_soon(self._leave, member)
+                member.leaving.set()
                 self._changed()
 
     def places(self, waypoint: str) -> list[Place] | None:
@@ -119,20 +124,22 @@ class Fleet:
         if not all(member.is_known for member in self.members.values() if member.waypoint == waypoint):
             return None
         return [
-            Place(member.name, self._settings.address, member.port)
+            Place(member.name, self.address, member.port)
             for member in self.members.values()
             if member.waypoint == waypoint and member.is_ready and not member.is_leaving
         ]
 
     @property
     def address(self) -> str:
-        return self._settings.address
+        """Where instances listen; empty while there is no such address."""
+        return self._settings.address or _default_address()
 
     def _add(self, member: Member) -> None:
         self.members[member.name] = member
         self._tasks.start_soon(self._keep_running, member)
 
     async def _keep_running(self, member: Member) -> None:
+        """Until it has left."""
         while not member.is_leaving:
             try:
                 member.process = self._begin(member)
@@ -148,10 +155,16 @@ class Fleet:
                 member.restarts += 1
                 log.warning("instance_ended", instance=member.name)
                 await anyio.sleep(RESTART_S)
+        del self.members[member.name]
+        shutil.rmtree(self._settings.envoys_dir / member.name, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (self._settings.cgroup / member.name).rmdir()
+        log.info("instance_left", instance=member.name)
+        self._changed()
 
     def _begin(self, member: Member) -> EnvoyProcess:
         """Adopts it, or starts it anew."""
-        if not self._settings.address:
+        if not self.address:
             raise InstanceError("no default route: say where waypoints listen (--waypoint-address)")
         settings, state_dir = self._settings, self._settings.envoys_dir / member.name
         state_dir.mkdir(parents=True, exist_ok=True)
@@ -171,14 +184,13 @@ class Fleet:
             log.info("instance_adopted", instance=member.name, pid=found.pid)
             return found
         member.is_known = True
-        process = start(spec)
-        log.info("instance_started", instance=member.name, pid=process.pid, port=member.port)
-        return process
+        return start(spec)
 
     async def _watch(self, member: Member, process: EnvoyProcess) -> None:
         """Until it ends."""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._await_ready, member, process)
+            tasks.start_soon(self._let_leave, member, process)
             await process.ended()
             tasks.cancel_scope.cancel()
         member.is_ready, member.is_known, member.process = False, True, None
@@ -192,14 +204,10 @@ class Fleet:
         log.info("instance_ready", instance=member.name)
         self._changed()
 
-    async def _leave(self, member: Member) -> None:
+    async def _let_leave(self, member: Member, process: EnvoyProcess) -> None:
+        await member.leaving.wait()
         await anyio.sleep(LEAVE_S)
-        if member.process is not None:
-            await member.process.stop(DRAIN_DEADLINE_S)
-        del self.members[member.name]
-        shutil.rmtree(self._settings.envoys_dir / member.name, ignore_errors=True)
-        log.info("instance_left", instance=member.name)
-        self._changed()
+        await process.stop(DRAIN_DEADLINE_S)
 
     def _free_name(self, waypoint: str) -> str:
         """Short, for it is part of a unix socket's path."""
@@ -216,3 +224,13 @@ class Fleet:
         while port in taken:
             port += 1
         return port
+
+
+def _default_address() -> str:
+    """The address that this host has towards its default route; empty where there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # of a range for documentation; nothing is sent
+        except OSError:
+            return ""
+        return str(probe.getsockname()[0])

@@ -258,7 +258,12 @@ class EnvoyProcess:
         return any(listener["name"] == LISTENER for listener in found)
 
     async def ended(self) -> None:
-        await anyio.wait_readable(self._pidfd)
+        """Several may wait, each with a descriptor of its own: the event loop takes one waiter for each."""
+        own = os.dup(self._pidfd)
+        try:
+            await anyio.wait_readable(own)
+        finally:
+            os.close(own)
         self._reap()
 
     async def stop(self, drain_deadline_s: float) -> None:

@@ -11,14 +11,14 @@ import anyio.to_thread
 import msgspec
 
 from pykmesh.manifests.folder import Content, Folder
-from pykmesh.manifests.objects import Gateway, HTTPRoute, Object, Service
+from pykmesh.manifests.objects import Gateway, HTTPRoute, Object, Service, service_hostname
 
 _T = TypeVar("_T", bound=Object)
 
 
 def mesh_name(namespace: str, name: str, domain: str) -> str:
     """A Kubernetes service's name in the mesh, `namespace/hostname`."""
-    return f"{namespace}/{name}.{namespace}.svc.{domain}"
+    return f"{namespace}/{service_hostname(name, namespace, domain)}"
 
 
 class Objects(msgspec.Struct, frozen=True):

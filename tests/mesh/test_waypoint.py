@@ -209,6 +209,18 @@ def test_a_backend_that_does_not_exist_is_500_and_told(routed: Mesh) -> None:
     until(lambda: {code for code, _ in ask(routed)} == {500}, "answered with 500")
 
 
+def test_a_waypoint_that_is_deleted_ends_its_envoy_and_refuses_until_it_is_back(routed: Mesh) -> None:
+    node, manager = routed.node, routed.node.pid_of("waypoint_mgr")
+    cgroup = find_root() / f"pykmesh-{node.name}-waypoints"
+    node.write("gateway", "# none\n")
+    until(lambda: not list(cgroup.glob("*/")), "the Envoy and its cgroup gone")
+    assert not node.endpoints(host("shop")), "no way to the service, and none past the waypoint"
+    node.write("gateway", text(gateway()))
+    until_handed_over(routed)
+    until(lambda: ask(routed, 5, "x-canary: yes") == {(200, "v2"): 5}, "served again")
+    assert node.pid_of("waypoint_mgr") == manager, "it went on all the while"
+
+
 def status(mesh: Mesh) -> Any:
     """Of the waypoint."""
     return next(w for w in mesh.node.status()["processes"]["waypoint_mgr"]["waypoints"])

@@ -13,7 +13,6 @@ import msgspec
 from hypothesis import strategies as st
 
 from pykmesh.contracts.address import (
-    HANDOFF_PORT,
     Families,
     Mode,
     Policy,
@@ -24,6 +23,7 @@ from pykmesh.contracts.address import (
     Workload,
     workload_message,
 )
+from pykmesh.contracts.waypoints import HANDOFF_PORT
 from pykmesh.kernel.explain import Chooser, Client
 from pykmesh.kernel.layout import AddressKind, Reason, ServiceFlag
 from pykmesh.kernel.records import (

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pykmesh.contracts import messages
-from pykmesh.contracts.address import HANDOFF_PORT, Families, Service, Workload, decode_address
+from pykmesh.contracts.address import Families, Service, Workload, decode_address
 from pykmesh.contracts.bulk import Ordinary
 from pykmesh.contracts.messages import VERSION, DnsOutcome, DnsReply, DnsRequest
+from pykmesh.contracts.waypoints import HANDOFF_PORT
 from pykmesh.kernel.records import ip_from_text, ip_to_text
 from pykmesh.proto import workload_pb2
 from services.map_writer.desired import Rules

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 
+import msgspec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -348,3 +349,14 @@ def made(name: str, *, vips: tuple[tuple[str, Ip], ...] = (), ranges: tuple[Rang
         waypoint=None,
         canonical=False,
     )
+
+
+def test_a_service_may_name_a_range_twice() -> None:
+    world = World()
+    twice = Range("", ip_from_text("10.96.0.0"), 120)
+    drawn = (model.change(number).resource for number in range(1000))
+    service = next(resource for resource in drawn if isinstance(resource, Service))
+    service = msgspec.structs.replace(service, ranges=(twice, twice))
+    world.take([Change(service.name, service)])
+    world.take([Change(service.name, None)])
+    assert world.maps.plain() == {"services": {}, "addresses": {}, "ranges": {}}
