@@ -275,7 +275,7 @@ class Demo:
         return ready and found == {"web-v2": REQUESTS}, f"{_listed(found)} of {REQUESTS}"
 
     def _split(self) -> tuple[bool, str]:
-        """Within five standard deviations: one run in two million says wrong for nothing."""
+        """Within five standard deviations: a few runs in a million say wrong for nothing."""
         found = self._asked()
         expected = REQUESTS * manifests.CANARY_WEIGHT / 100
         allowed = 5 * (expected * (1 - manifests.CANARY_WEIGHT / 100)) ** 0.5

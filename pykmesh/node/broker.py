@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sys
 from pathlib import Path
 from typing import Any, Final
 
+from pykmesh import programs
 from pykmesh.contracts.messages import Subject
 from pykmesh.node.instance import Instance, InstanceError
 
@@ -51,11 +50,10 @@ def _user(name: str, password: str) -> dict[str, Any]:
 
 def find_server() -> Path:
     """The nats-server beside this Python, else the one on the PATH."""
-    beside = Path(sys.prefix) / "bin" / "nats-server"
-    found = beside if beside.exists() else shutil.which("nats-server")
-    if not found:
+    found = programs.find("nats-server")
+    if found is None:
         raise InstanceError("no nats-server: make setup installs it, or put one on the PATH")
-    return Path(found)
+    return found
 
 
 def write_configuration(instance: Instance) -> Path:

