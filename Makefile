@@ -15,7 +15,7 @@ demo: run
 
 test: setup
 	$(Q)$(BIN)/pykmesh check --brief
-	$(Q)$(BIN)/python -m pytest $(TEST_ARGS)
+	$(Q)$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(TEST_ARGS)
 
 setup: $(VENV)/.ready build
 

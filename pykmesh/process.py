@@ -23,12 +23,11 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from pykmesh import __version__, bus, logs, tracing
 from pykmesh.admin import Admin, Page, Query, as_json
-from pykmesh.contracts.settings import CommonSettings, SettingsError, load
+from pykmesh.contracts.settings import EXIT_SETTINGS, CommonSettings, SettingsError, load
 from pykmesh.readiness import Readiness
 
 log = structlog.get_logger(__name__)
 
-EXIT_SETTINGS = 2
 ERRORS_KEPT = 20
 GC_THRESHOLDS = (50_000, 20, 100)
 BUS = "bus"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import subprocess
 from collections.abc import AsyncIterator
 
 import hypothesis
 import pytest
+
+from pykmesh.kernel.netns import CLONE_NEWNET
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +31,15 @@ def pytest_configure(config: pytest.Config) -> None:
     # What a shell starts in the background ignores it, and so does all that is started from there.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "kernel: needs root, for maps and programs in the kernel")
+    if hasattr(config, "workerinput") and os.geteuid() == 0:
+        _own_network()
+
+
+def _own_network() -> None:
+    """Workers beside each other have the same addresses and free ports: each in a network of its own."""
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "unshare of the network")
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pykmesh.node.ask import fetch
 from pykmesh.node.instance import Instance
-from pykmesh.node.run import fetch
 
 TIMEOUT_S = 120.0
 Plain = dict[str, Any]

@@ -15,8 +15,8 @@ import click
 
 from pykmesh.cli.output import escaped
 from pykmesh.cli.show_commands import require_running
+from pykmesh.node.ask import fetch
 from pykmesh.node.instance import Instance
-from pykmesh.node.run import fetch
 
 ROUNDS: Final = 3
 PAUSE_S: Final = 0.5

@@ -28,8 +28,8 @@ from pykmesh.kernel.records import (
     ip_to_text,
     network_id,
 )
+from pykmesh.node.ask import fetch, find
 from pykmesh.node.instance import Instance
-from pykmesh.node.run import fetch, find
 
 SHOWN: Final = 20
 TIMEOUT_S: Final = 30.0

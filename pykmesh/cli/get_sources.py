@@ -26,8 +26,8 @@ from pykmesh.kernel.records import (
     port_number,
     range_to_text,
 )
+from pykmesh.node.ask import fetch, find
 from pykmesh.node.instance import Instance
-from pykmesh.node.run import fetch, find
 
 Entry = dict[str, Any]
 TIMEOUT_S = 120.0

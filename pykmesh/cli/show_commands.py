@@ -22,7 +22,7 @@ _STATUS_COLUMNS = ("PROCESS", "VERSION", "READY", "RESTARTS", "WAITS FOR", "LAST
 
 
 def require_running(instance: Instance) -> Instance:
-    from pykmesh.node.run import find
+    from pykmesh.node.ask import find
 
     found = find(instance)
     if found is None:
@@ -32,7 +32,7 @@ def require_running(instance: Instance) -> Instance:
 
 
 def _process_status(port: int) -> dict[str, Any] | None:
-    from pykmesh.node.run import fetch
+    from pykmesh.node.ask import fetch
 
     try:
         found: dict[str, Any] = fetch(port, "/status")
@@ -58,7 +58,7 @@ def status(instance: Instance, wait_s: float, output: str) -> None:
 
     Exit status 1 when one is not ready.
     """
-    from pykmesh.node.run import supervised
+    from pykmesh.node.ask import supervised
 
     found = require_running(instance)
     deadline = time.monotonic() + wait_s
@@ -86,7 +86,7 @@ def status(instance: Instance, wait_s: float, output: str) -> None:
 
 def _broker_status(instance: Instance, pid: int | None) -> dict[str, Any] | None:
     """The broker is not ours: what can be said of it, in the shape of the others."""
-    from pykmesh.node.run import broker_version
+    from pykmesh.node.ask import broker_version
 
     version = broker_version(instance)
     if version is None:
@@ -199,7 +199,7 @@ def get(instance: Instance, what: str, source: str, namespace: str, output: str)
 @click.pass_obj
 def version(instance: Instance, output: str) -> None:
     """Of this program and of each process that runs."""
-    from pykmesh.node.run import find
+    from pykmesh.node.ask import find
 
     found = find(instance)
     versions = {"pykmesh": __version__}

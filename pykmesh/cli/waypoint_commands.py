@@ -135,7 +135,7 @@ def _file(instance: Instance, namespace: str, name: str) -> Path:
 
 
 def _status(instance: Instance) -> dict[str, Any]:
-    from pykmesh.node.run import fetch
+    from pykmesh.node.ask import fetch
 
     found = require_running(instance)
     try:

@@ -17,6 +17,10 @@ AFFINITY_S_MAX: Final = 86_400
 """Of `session_affinity`, as in Kubernetes."""
 
 
+EXIT_SETTINGS: Final = 2
+"""Of a process whose settings are wrong: to start it again would change nothing."""
+
+
 class SettingsError(Exception):
     """A setting that is wrong; the text names it, its value and where it came from."""
 

@@ -27,9 +27,9 @@ from pykmesh.demo import manifests
 from pykmesh.demo.counted import Counted
 from pykmesh.demo.pods import Pod, PodNetwork
 from pykmesh.kernel.cgroups import find_root
+from pykmesh.node.ask import fetch
 from pykmesh.node.behind import Behind
 from pykmesh.node.instance import Instance, command, running
-from pykmesh.node.run import fetch
 
 INSTANCE: Final = "demo"
 PROCESSES: Final = (

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
-import socket
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import anyio
 import anyio.to_thread
@@ -17,71 +15,14 @@ import structlog
 from pykmesh.kernel import pins
 from pykmesh.node import broker, mesh
 from pykmesh.node import instance as instances
+from pykmesh.node.ask import fetch
 from pykmesh.node.instance import Instance, InstanceError
 from pykmesh.node.mesh import Options
 from pykmesh.node.supervisor import Supervisor
 
 log = structlog.get_logger(__name__)
 
-PROBE_TIMEOUT_S: Final = 2.0
 POLL_S: Final = 0.05
-
-
-def fetch(port: int, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> Any:
-    """The JSON of a process's administrative page. OSError when nothing answers, or the page cannot be had.
-
-    `/readyz` of a process that is not ready is a page like any other.
-    """
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
-    try:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        found = json.loads(response.read())
-    except (http.client.HTTPException, json.JSONDecodeError) as error:
-        raise OSError(f"127.0.0.1:{port}{path}: {error!r}") from error
-    finally:
-        connection.close()
-    not_ready = path == "/readyz" and response.status == http.HTTPStatus.SERVICE_UNAVAILABLE
-    if response.status != http.HTTPStatus.OK and not not_ready:
-        why = found.get("error") if isinstance(found, dict) else None
-        raise OSError(f"127.0.0.1:{port}{path}: HTTP status {response.status}: {why or found}")
-    return found
-
-
-def supervised(instance: Instance) -> dict[str, dict[str, int | None]]:
-    """What the supervisor says of each process (`Supervisor.state`); nothing where there is none."""
-    try:
-        with socket.socket(socket.AF_UNIX) as asker:
-            asker.settimeout(PROBE_TIMEOUT_S)
-            asker.connect(str(instance.supervisor_socket))
-            found: dict[str, dict[str, int | None]] = json.loads(
-                b"".join(iter(lambda: asker.recv(4096), b""))
-            )
-    except (OSError, json.JSONDecodeError):
-        return {}
-    return found
-
-
-def broker_version(instance: Instance) -> str | None:
-    """What the broker says of itself to each who connects; None when it does not answer."""
-    try:
-        with socket.create_connection(("127.0.0.1", instance.ports.nats), PROBE_TIMEOUT_S) as asker:
-            word, _, text = asker.makefile("rb").readline().partition(b" ")
-        return str(json.loads(text)["version"]) if word == b"INFO" else None
-    except (OSError, json.JSONDecodeError, KeyError):
-        return None
-
-
-def find(instance: Instance) -> Instance | None:
-    """The instance as it runs: below its supervisor, or (containers) on the ports that it would have."""
-    found = instances.running(instance.run_dir)
-    if found is not None:
-        return found
-    try:
-        status = fetch(instance.ports.bpf_loader, "/status")
-    except OSError:
-        return None
-    return instance if status.get("instance") == instance.name else None
 
 
 def processes(options: Options) -> list[str]:

@@ -19,9 +19,9 @@ import anyio
 import anyio.abc
 import structlog
 
+from pykmesh.contracts.settings import EXIT_SETTINGS
 from pykmesh.logs import LogFile
 from pykmesh.node.instance import InstanceError
-from pykmesh.process import EXIT_SETTINGS
 
 log = structlog.get_logger(__name__)
 

@@ -8,8 +8,6 @@ import socket
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from pyroute2 import IPRoute
-
 from pykmesh.kernel import cgroups
 from pykmesh.kernel.netns import own_cookie, run_in
 from pykmesh.kernel.records import NO_IP, Ip, ip_from_text
@@ -78,6 +76,8 @@ def _processes(cgroup: Path) -> list[str]:
 
 
 def _read_here() -> Namespace:
+    from pyroute2 import IPRoute  # noqa: PLC0415  (a fifth of the start, and programs come first)
+
     first = {socket.AF_INET: NO_IP, socket.AF_INET6: NO_IP}
     with IPRoute() as netlink:
         for message in netlink.get_addr():

@@ -28,7 +28,7 @@ def until(what: Callable[[], Any], because: str, deadline_s: float = DEADLINE_S)
         if found:
             return found
         assert time.monotonic() < end, f"{because}: still {found!r} after {deadline_s} s"
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 class Node:

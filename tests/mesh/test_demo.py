@@ -36,8 +36,8 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    place = Place(tmp_path)
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    place = Place(tmp_path_factory.mktemp("d"))  # short: sockets of the waypoint are in it
     yield place
     subprocess.run(place.command("--remove"), check=False, capture_output=True)
     subprocess.run(["umount", str(place.pin_dir)], check=False, capture_output=True)

@@ -30,7 +30,7 @@ from pykmesh.kernel.records import (
     ip_from_text,
     port_bytes,
 )
-from pykmesh.node.run import fetch
+from pykmesh.node.ask import fetch
 from tests.mesh.manifests import host, pod, service, text
 from tests.mesh.node import Node, until
 from tests.mesh.test_choice import entry

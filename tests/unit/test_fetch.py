@@ -9,7 +9,7 @@ import anyio.to_thread
 import pytest
 
 from pykmesh.admin import Admin, Page, Query, as_json
-from pykmesh.node.run import fetch
+from pykmesh.node.ask import fetch
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_event_loop")]
 

@@ -11,6 +11,7 @@ import pytest
 
 from pykmesh.contracts import settings
 from pykmesh.contracts.settings import (
+    EXIT_SETTINGS,
     CommonSettings,
     ControlPlaneSettings,
     DnsProxySettings,
@@ -23,7 +24,6 @@ from pykmesh.contracts.settings import (
     load,
     to_environment,
 )
-from pykmesh.process import EXIT_SETTINGS
 
 KINDS = [
     XdsClientSettings,
