@@ -119,6 +119,24 @@ struct {
 	__type(value, struct handoff_value);
 } handoffs SEC(".maps");
 
+/* Writer: the loader. Reader: sk_lookup, for each connection that begins in a waypoint's network namespace.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, struct front_key);
+	__type(value, struct front_value);
+} fronts SEC(".maps");
+
+/* Listening sockets of waypoints' instances, by port. The kernel takes a socket out when it is closed. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, 4096);
+	__type(key, __u32);
+	__type(value, __u64);
+} listeners SEC(".maps");
+
 /* Writer: dns_proxy. Reader: connect, sendmsg, recvmsg, getpeername. Full: that pod asks past the proxy. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

@@ -186,6 +186,20 @@ struct handoff_value {
 	__u8 reserved[16];
 };
 
+/* Where connections to a waypoint come in on its own node. */
+struct front_key {
+	struct ip address;
+	__u32 port;
+};
+
+#define FRONT_INSTANCES_MAX 32 /* a power of two */
+
+/* The instances that take them, by the ports that they listen at. */
+struct front_value {
+	__u32 count;
+	__u16 ports[FRONT_INSTANCES_MAX];
+};
+
 /* Who is connected to, of what is known for a while: open connections, and refused ones. */
 struct peer_key {
 	struct ip address;
@@ -315,6 +329,8 @@ _Static_assert(sizeof(struct datagram_value) == 32, "datagram_value");
 _Static_assert(sizeof(struct peer_key) == 24, "peer_key");
 _Static_assert(sizeof(struct handoff_key) == 40, "handoff_key");
 _Static_assert(sizeof(struct handoff_value) == 48, "handoff_value");
+_Static_assert(sizeof(struct front_key) == 20, "front_key");
+_Static_assert(sizeof(struct front_value) == 68, "front_value");
 _Static_assert(sizeof(struct affinity_value) == 32, "affinity_value");
 _Static_assert(sizeof(struct dns_key) == 16, "dns_key");
 _Static_assert(sizeof(struct dns_listener) == 24, "dns_listener");

@@ -4,6 +4,10 @@
  * connection's addresses and ports before the SYN leaves, and cgroup/getsockopt on the waypoint's side
  * answers SO_ORIGINAL_DST from there, once. Whoever connects to the waypoint by himself has no note: the
  * waypoint is told nothing, and closes.
+ *
+ * All instances of a waypoint on a node stand behind one address, its front: sk_lookup gives each new
+ * connection to one that listens. One that was killed gets none from that moment on, and who is behind a
+ * front is no other node's business.
  */
 #pragma once
 
@@ -89,4 +93,46 @@ int pykmesh_origdst(struct bpf_sockopt *ctx)
 	ctx->retval = 0;
 	bpf_map_delete_elem(&handoffs, &key);
 	return 1;
+}
+
+/*
+ * The same instance for the same client's port: what begins with a SYN cookie ends where it began. Without
+ * an instance it is as if there were no program.
+ */
+SEC("sk_lookup")
+int pykmesh_front(struct bpf_sk_lookup *ctx)
+{
+	struct front_key key = { .port = ctx->local_port };
+	struct front_value *front;
+	__u32 from, count, i;
+
+	if (ctx->protocol != IPPROTO_TCP)
+		return SK_PASS;
+	/* The kernel reads zero for an address of another family. */
+	key.address.word[0] = ctx->local_ip6[0];
+	key.address.word[1] = ctx->local_ip6[1];
+	key.address.word[2] = ctx->local_ip6[2] | (ctx->family == AF_INET ? bpf_htonl(0xffff) : 0);
+	key.address.word[3] = ctx->local_ip6[3] | ctx->local_ip4;
+	front = bpf_map_lookup_elem(&fronts, &key);
+	if (!front)
+		return SK_PASS;
+	count = front->count;
+	if (!count)
+		return SK_PASS;
+	from = ctx->remote_ip4 ^ ctx->remote_ip6[0] ^ ctx->remote_ip6[1] ^ ctx->remote_ip6[2] ^
+	       ctx->remote_ip6[3];
+	from = (from + ctx->remote_port) * 0x9e3779b1u >> 8;
+	for (i = 0; i < FRONT_INSTANCES_MAX && i < count; i++) {
+		__u32 port = front->ports[(from + i) % count & (FRONT_INSTANCES_MAX - 1)];
+		struct bpf_sock *listener = bpf_map_lookup_elem(&listeners, &port);
+		long refused;
+
+		if (!listener)
+			continue;
+		refused = bpf_sk_assign(ctx, listener, 0);
+		bpf_sk_release(listener);
+		if (!refused)
+			break;
+	}
+	return SK_PASS;
 }

@@ -163,6 +163,9 @@ def _problems(found: dict[str, Any]) -> list[str]:
         if (route["status"] == "True") != (route["type"] in ("Accepted", "ResolvedRefs"))
     ]
     lines += [f"conflict: {conflict}" for conflict in found["conflicts"]]
+    lines += found["annotations_misread"]
+    if found["scaling"] and found["scaling"]["error"]:
+        lines.append(found["scaling"]["error"])
     for instance in found["instances"]:
         if instance["error"]:
             lines.append(f"{instance['name']}: {instance['error']}")
@@ -179,6 +182,9 @@ def _row(found: dict[str, Any]) -> tuple[Any, ...]:
 
 def _tell(found: dict[str, Any]) -> None:
     click.echo(f"{found['name']} ({found['class']})")
+    if scaling := found["scaling"]:
+        limits = f"{scaling['size']} of {scaling['least']} to {scaling['most']} instances"
+        click.echo(f"  {limits}: {scaling['why']}; connections come in at {scaling['front']}")
     for instance in found["instances"]:
         state = "ready" if instance["ready"] else "leaving" if instance["leaving"] else "not ready"
         restarts = f", started again {instance['restarts']} times" if instance["restarts"] else ""

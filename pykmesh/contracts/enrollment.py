@@ -16,6 +16,8 @@ import msgspec
 
 MESSAGE_BYTES: Final = 1 << 20
 TIMEOUT_S: Final = 10.0
+INSTANCES_MAX: Final = 32
+"""Instances of one waypoint on a node (bpf/mesh_types.h, FRONT_INSTANCES_MAX)."""
 NAMESPACES_MAX: Final = 64
 """Descriptors of namespaces in one reply; the kernel lets 253 come with a message (SCM_MAX_FD)."""
 
@@ -26,15 +28,30 @@ class Action(StrEnum):
     LIST = "list"
     NAMESPACES = "namespaces"
     ENROLL_WAYPOINT = "enroll-waypoint"
+    FRONT = "front"
+
+
+class Front(msgspec.Struct, frozen=True):
+    """Where connections to a waypoint come in, and the ports that its instances listen at; none: no front."""
+
+    address: str
+    port: int
+    instances: list[int] = []
+    listening: list[int] = []
+    """The instances whose listening sockets follow as descriptors, in their order."""
 
 
 class Request(msgspec.Struct, frozen=True):
-    """Descriptors follow in the order cgroup, network namespace; LIST and NAMESPACES take none."""
+    """Descriptors follow in the order cgroup, network namespace; LIST and NAMESPACES take none.
+
+    With FRONT come listening sockets.
+    """
 
     action: Action
     has_netns: bool = False
     cookies: list[int] = []
     """Of NAMESPACES: which ones, at most NAMESPACES_MAX."""
+    front: Front | None = None
 
 
 class Enrolled(msgspec.Struct, frozen=True):
@@ -55,6 +72,8 @@ class Reply(msgspec.Struct, frozen=True):
     enrolled: list[Enrolled] = []
     namespaces: list[int] = []
     """The cookies of the network namespaces whose descriptors follow, in their order."""
+    missing: list[int] = []
+    """Of a front's instances, those whose listening sockets the kernel does not have."""
 
 
 class EnrollmentError(Exception):
@@ -78,6 +97,14 @@ def ask_for_namespaces(path: Path, cookies: list[int]) -> dict[int, int]:
     request = Request(Action.NAMESPACES, cookies=cookies[:NAMESPACES_MAX])
     reply, received = _ask(path, request, [])
     return dict(zip(reply.namespaces, received, strict=True))
+
+
+def ask_for_front(path: Path, front: Front, descriptors: list[int]) -> list[int]:
+    """Who takes a front's connections from now on. Returns the instances whose sockets are still missing.
+
+    Raises EnrollmentError.
+    """
+    return ask(path, Request(Action.FRONT, front=front), descriptors).missing
 
 
 def _ask(path: Path, request: Request, descriptors: list[int]) -> tuple[Reply, list[int]]:

@@ -37,6 +37,9 @@ HOOKS: Final = (
 # Of a waypoint's cgroup.
 WAYPOINT_HOOKS: Final = (Hook("pykmesh_origdst", 21),)
 
+# Of the network namespace that waypoints' instances listen in.
+FRONT_HOOK: Final = Hook("pykmesh_front", 36)
+
 
 class ProgramSettings(NamedTuple):
     """What is fixed in the programs when they are loaded (bpf/mesh_helpers.h)."""
@@ -73,7 +76,9 @@ class Programs:
                 self._pin(map_dir, name, sizes.get(name, 0))
             self._write_settings(settings)
             self._object.load()
-            self.fds = {hook: self._object.program_fd(hook.program) for hook in (*HOOKS, *WAYPOINT_HOOKS)}
+            self.fds = {
+                hook: self._object.program_fd(hook.program) for hook in (*HOOKS, *WAYPOINT_HOOKS, FRONT_HOOK)
+            }
         except BaseException:
             self._object.close()
             raise

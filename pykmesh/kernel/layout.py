@@ -80,7 +80,8 @@ def _fields(structure: str) -> tuple[int, list[dict[str, Any]]]:
 def codec(structure: str, *names: str) -> struct.Struct:
     """Packs the named fields, in the order of their offsets; all others are zero.
 
-    Integers are the machine's (little-endian), ports two bytes in network order, addresses sixteen.
+    Integers are the machine's (little-endian), ports two bytes in network order, addresses sixteen,
+    arrays raw bytes.
     """
     size, fields = _fields(structure)
     kept = [field for field in fields if field["name"] in names]
@@ -88,7 +89,7 @@ def codec(structure: str, *names: str) -> struct.Struct:
         raise LayoutError(f"{structure} has {[f['name'] for f in fields]}, not {names} in this order")
     parts, at = ["<"], 0
     for field in kept:
-        parts += [f"{field['offset'] - at}x", _FORMATS[field["type"]]]
+        parts += [f"{field['offset'] - at}x", _FORMATS.get(field["type"], f"{field['size']}s")]
         at = field["offset"] + field["size"]
     return struct.Struct("".join([*parts, f"{size - at}x"]))
 

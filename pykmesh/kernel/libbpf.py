@@ -17,6 +17,7 @@ from typing import Final
 ANY: Final = 0
 NOEXIST: Final = 1
 _BPF_F_QUERY_EFFECTIVE: Final = 1
+_NETNS_LINK: Final = 5  # BPF_LINK_TYPE_NETNS
 _BPF_F_REPLACE: Final = 4
 
 
@@ -172,9 +173,14 @@ def _info(fd: int, size: int, what: str) -> bytes:
 
 
 def link_info(fd: int) -> tuple[int, int, int]:
-    """(program id, cgroup id, attach type) of a cgroup link; a cgroup id of 0: its cgroup is gone."""
-    program_id, cgroup_id, attach_type = struct.unpack_from("<8xI4xQI", _info(fd, 64, "a link"))
-    return program_id, cgroup_id, attach_type
+    """(program id, target, attach type) of a link to a cgroup or a network namespace.
+
+    The target is the cgroup's id or the namespace's inode number; 0 when it is gone.
+    """
+    data = _info(fd, 64, "a link")
+    kind, program_id = struct.unpack_from("<I4xI", data)
+    target, attach_type = struct.unpack_from("<II" if kind == _NETNS_LINK else "<QI", data, 16)
+    return program_id, target, attach_type
 
 
 def map_info(fd: int) -> tuple[int, int, int, int]:

@@ -31,6 +31,8 @@ RANGE_NETWORK_BITS: Final = 32
 """Of a range's prefix, those of the network."""
 RANGE_KEY: Final = codec("range_key", "prefix_bits", "network", "address")
 RANGE_VALUE: Final = codec("range_value", "address", "network")
+FRONT_KEY: Final = codec("front_key", "address", "port")
+FRONT_VALUE: Final = codec("front_value", "count", "ports")
 POD_KEY: Final = codec("pod_key", "netns_cookie")
 POD_VALUE: Final = codec("pod_value", "address4", "address6", "network", "cgroup_id")
 DNS_KEY: Final = codec("dns_key", "netns_cookie", "slot")

@@ -14,6 +14,7 @@ import msgspec
 import structlog
 
 from pykmesh.contracts.enrollment import (
+    INSTANCES_MAX,
     MESSAGE_BYTES,
     NAMESPACES_MAX,
     TIMEOUT_S,
@@ -28,7 +29,7 @@ from services.bpf_loader.waypoints import Waypoints
 
 log = structlog.get_logger(__name__)
 
-DESCRIPTORS_MAX = 2
+DESCRIPTORS_MAX = INSTANCES_MAX
 
 
 class Door:
@@ -99,10 +100,14 @@ class Door:
     def _enroll(self, request: Request, descriptors: list[int]) -> Reply:
         if request.action is Action.LIST:
             return Reply(enrolled=self._enrollment.enrolled())
+        if request.action is Action.FRONT:
+            if request.front is None:
+                raise EnrollmentError(f"{request.action}: expected a front")
+            return Reply(missing=self._waypoints.put_front(request.front, descriptors))
         if len(descriptors) != 1 + request.has_netns:
             raise EnrollmentError(f"{request.action}: {len(descriptors)} descriptors came")
         if request.action is Action.ENROLL_WAYPOINT:
-            self._waypoints.enroll(descriptors[0])
+            self._waypoints.enroll(descriptors[0], descriptors[1] if request.has_netns else None)
             return Reply()
         if request.action is Action.UNENROLL:
             self._enrollment.unenroll(descriptors[0])

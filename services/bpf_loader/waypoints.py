@@ -1,20 +1,27 @@
-"""The cgroups in which waypoints' Envoys run: connections there are told what they are for (bpf/waypoint.h).
+"""The cgroups in which waypoints' Envoys run, and the fronts behind which they listen (bpf/waypoint.h).
 
-As with pods the truth is in the kernel: a directory of pinned links for each cgroup, named after its id.
+As with pods the truth is in the kernel: a directory of pinned links for each cgroup, named after its id, and
+the maps `fronts` and `listeners`.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Final
 
 import structlog
 
-from pykmesh.contracts.enrollment import EnrollmentError
-from pykmesh.kernel import cgroups, pins
-from pykmesh.kernel.hooks import WAYPOINT_HOOKS, Programs
+from pykmesh.contracts.enrollment import INSTANCES_MAX, EnrollmentError, Front
+from pykmesh.kernel import cgroups, libbpf, pins
+from pykmesh.kernel.hooks import FRONT_HOOK, WAYPOINT_HOOKS, Programs
+from pykmesh.kernel.maps import PinnedMap
+from pykmesh.kernel.records import FRONT_KEY, FRONT_VALUE, ip_from_text
 from services.bpf_loader import pinned
 
 log = structlog.get_logger(__name__)
+
+COOKIE_BYTES: Final = 8
 
 
 class Waypoints:
@@ -23,6 +30,8 @@ class Waypoints:
     def __init__(self, pin_dir: Path, programs: Programs) -> None:
         self._links = pins.waypoints_dir(pin_dir)
         self._programs = programs
+        self._fronts = PinnedMap(pins.maps_dir(pin_dir), "fronts")
+        self._listeners = PinnedMap(pins.maps_dir(pin_dir), "listeners")
 
     def adopt(self) -> int:
         """Gives the links that are there the programs loaded now; returns how many."""
@@ -31,7 +40,7 @@ class Waypoints:
         return sum(
             pinned.adopt(each.path / hook.program, hook, self._programs)
             for each in found
-            for hook in WAYPOINT_HOOKS
+            for hook in (*WAYPOINT_HOOKS, FRONT_HOOK)
         )
 
     def sweep(self) -> None:
@@ -41,14 +50,51 @@ class Waypoints:
                 pins.remove_links(each.path)
                 log.info("waypoint_cgroup_vanished", cgroup_id=each.cgroup_id)
 
-    def enroll(self, cgroup_fd: int) -> None:
-        """Again is no error. EnrollmentError when the kernel refuses."""
+    def enroll(self, cgroup_fd: int, netns_fd: int | None) -> None:
+        """Again is no error. Without the namespace there are no fronts. EnrollmentError."""
         cgroup_id = cgroups.id_of(cgroup_fd)
         found = pins.cgroup_links(self._links, cgroup_id, None)
         try:
             found.path.mkdir(exist_ok=True)
             attached = pinned.attach_missing(found.path, WAYPOINT_HOOKS, self._programs, cgroup_fd)
+            if netns_fd is not None:
+                attached += self._attach_front(found.path / FRONT_HOOK.program, netns_fd)
         except OSError as error:
             raise EnrollmentError(f"cgroup {cgroup_id}: {error.strerror or error}") from error
         if attached:
-            log.info("waypoint_cgroup_enrolled", cgroup_id=cgroup_id)
+            log.info("waypoint_cgroup_enrolled", cgroup_id=cgroup_id, programs=attached)
+
+    def _attach_front(self, pin: Path, netns_fd: int) -> list[str]:
+        """Waypoints may have moved to another namespace since."""
+        if pinned.target(pin) not in (0, os.fstat(netns_fd).st_ino):
+            pin.unlink()
+        return pinned.attach_missing(pin.parent, (FRONT_HOOK,), self._programs, netns_fd)
+
+    def put_front(self, front: Front, listening: list[int]) -> list[int]:
+        """Sockets first: an instance that a front names is one that takes connections.
+
+        Returns the instances whose sockets the kernel does not have. EnrollmentError.
+        """
+        if len(listening) != len(front.listening):
+            raise EnrollmentError(f"front: {len(listening)} descriptors came, not {len(front.listening)}")
+        if len(front.instances) > INSTANCES_MAX:
+            raise EnrollmentError(f"front: {len(front.instances)} instances, more than {INSTANCES_MAX}")
+        try:
+            key = FRONT_KEY.pack(ip_from_text(front.address), front.port)
+            for port, socket_fd in zip(front.listening, listening, strict=True):
+                self._listeners.put(_port(port), socket_fd.to_bytes(8, "little"))
+            if front.instances:
+                ports = b"".join(port.to_bytes(2, "little") for port in front.instances)
+                self._fronts.put(key, FRONT_VALUE.pack(len(front.instances), ports))
+            else:
+                self._fronts.remove(key)
+        except (ValueError, OverflowError, libbpf.KernelError) as error:
+            raise EnrollmentError(f"front {front.address}:{front.port}: {error}") from error
+        return [port for port in front.instances if not self._has_listener(port)]
+
+    def _has_listener(self, port: int) -> bool:
+        return libbpf.lookup(self._listeners.fd, _port(port), COOKIE_BYTES) is not None
+
+
+def _port(number: int) -> bytes:
+    return number.to_bytes(4, "little")

@@ -6,6 +6,7 @@ bus is away.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Final
 
 import anyio
@@ -26,6 +27,7 @@ from services.waypoint_mgr.announce import Announcements
 from services.waypoint_mgr.encode import EncodeError, resources
 from services.waypoint_mgr.fleet import Fleet
 from services.waypoint_mgr.routes import Configuration, translate
+from services.waypoint_mgr.scaling import policy_of
 from services.waypoint_mgr.source import Objects, mesh_name, watch
 
 log = structlog.get_logger(__name__)
@@ -51,6 +53,8 @@ class WaypointMgr:
         self._configurations: dict[str, Configuration] = {}
         self._good_routes: dict[str, dict[ObjectRef, HTTPRoute]] = {}
         """By waypoint: one that does not take a route has no opinion of it."""
+        self._misread: dict[str, list[str]] = {}
+        """By waypoint, its annotations that could not be read."""
         self._made_of: object = None
         """What the configurations were made of."""
         self._report = ("", -1)
@@ -93,7 +97,9 @@ class WaypointMgr:
                 await self._reconcile(self._objects)
 
     async def _reconcile(self, objects: Objects) -> None:
-        self.members.want(objects.waypoints)
+        found = {name: policy_of(each.metadata.annotations) for name, each in objects.waypoints.items()}
+        self.members.want({name: policy for name, (policy, _) in found.items()})
+        self._misread = {name: errors for name, (_, errors) in found.items()}
         if self._mesh_is_due:
             self._mesh_is_due = False  # a report that comes meanwhile makes it so again
             self._mesh_is_due |= not await self._ask(objects)
@@ -219,6 +225,7 @@ class WaypointMgr:
         found = self._configurations.get(name, Configuration())
         members = [member for member in self.members.members.values() if member.waypoint == name]
         states = self._ads.status()
+        group = self.members.groups.get(name)
         return {
             "name": f"{gateway.namespace}/{gateway.name}",
             "class": gateway.spec.gateway_class_name,
@@ -237,6 +244,8 @@ class WaypointMgr:
                 for condition in found.conditions
             ],
             "conflicts": list(found.conflicts),
+            "scaling": group.status() if group else None,
+            "annotations_misread": self._misread.get(name, []),
         }
 
 
@@ -260,6 +269,7 @@ async def run(runtime: Runtime[WaypointMgrSettings]) -> None:
             address=settings.waypoint_address,
             first_port=settings.waypoint_port,
             ads_socket=ads_socket,
+            enroll_socket=settings.enroll_socket,
         ),
         manager.wake,
     )
@@ -279,7 +289,7 @@ async def run(runtime: Runtime[WaypointMgrSettings]) -> None:
 
 async def _enroll(settings: WaypointMgrSettings, manager: WaypointMgr) -> None:
     """Again and again: it may have been undone, and to ask for what is there costs nothing."""
-    told = ""
+    told, netns = "", settings.waypoint_netns or Path("/proc/self/ns/net")
     while True:
         await anyio.sleep(ENROLL_S if manager.is_enrolled else RETRY_S)
         if not manager.has_waypoints:
@@ -287,7 +297,11 @@ async def _enroll(settings: WaypointMgrSettings, manager: WaypointMgr) -> None:
         try:
             settings.waypoint_cgroup.mkdir(exist_ok=True)
             await anyio.to_thread.run_sync(
-                ask_for_cgroup, settings.enroll_socket, Action.ENROLL_WAYPOINT, settings.waypoint_cgroup, None
+                ask_for_cgroup,
+                settings.enroll_socket,
+                Action.ENROLL_WAYPOINT,
+                settings.waypoint_cgroup,
+                netns,
             )
         except (EnrollmentError, OSError) as error:
             if told != str(error):

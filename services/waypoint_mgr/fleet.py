@@ -1,7 +1,9 @@
 """The instances of all waypoints: those that run are adopted, missing ones started, ended ones started again.
 
-An instance's directory says of which waypoint it is and where it listens, before it runs: whoever comes after
-this process finds all of them there, also those whose waypoint is gone.
+How many there are follows the load (scaling.py); they stand behind one address (fronts.py), so that who comes
+and goes is known here and to this node's kernel alone. An instance's directory says of which waypoint it is
+and where it listens, before it runs: whoever comes after this process finds all of them there, also those
+whose waypoint is gone.
 """
 
 from __future__ import annotations
@@ -10,33 +12,49 @@ import contextlib
 import hashlib
 import shutil
 import socket
-from collections.abc import Callable, Iterable
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import anyio
 import anyio.abc
+import anyio.to_thread
 import msgspec
 import structlog
 
+from pykmesh.contracts import enrollment
+from pykmesh.contracts.enrollment import EnrollmentError, ask_for_front
 from services.waypoint_mgr.announce import Place
-from services.waypoint_mgr.instances import EnvoyProcess, InstanceError, Spec, adopt, start
+from services.waypoint_mgr.fronts import Front, FrontError, listening_socket
+from services.waypoint_mgr.instances import UNHEARD, EnvoyProcess, InstanceError, Spec, adopt, start
+from services.waypoint_mgr.scaling import Found, Load, Policy, decide
 
 READY_POLL_S: Final = 0.05
 RESTART_S: Final = 0.5
 DRAIN_DEADLINE_S: Final = 30.0
-LEAVE_S: Final = 1.0
-"""How long clients may still be sent to an instance that is announced no more."""
+UNSTEER_S: Final = 5.0
+"""How long an instance that shall leave waits for the kernel to be told so."""
+STEER_AGAIN_S: Final = 5.0
+RETRY_S: Final = 0.5
+WAIT_S: Final = 10.0
+"""How long clients may wait for an instance, when all are gone, before they are refused."""
+SCALE_S: Final = 1.0
+DEMAND_S: Final = 0.05
+SAMPLES: Final = 5
+PORTS_TRIED: Final = 100
 _FILE: Final = "instance.json"
 
 log = structlog.get_logger(__name__)
 
 
 class _Kept(msgspec.Struct, frozen=True):
-    """What an instance's directory says."""
+    """What an instance's directory says. `front` is the port at which connections to its waypoint come in."""
 
     waypoint: str
     port: int
+    front: int = 0
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,35 +67,118 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Where they listen; empty: the address that this host has towards its default route."""
     first_port: int
     ads_socket: Path
+    enroll_socket: Path
 
 
 class Member:
     """One instance."""
 
-    def __init__(self, name: str, waypoint: str, port: int) -> None:
+    def __init__(self, name: str, waypoint: str, port: int, front: int = 0) -> None:
         self.name = name
         self.waypoint = waypoint
         self.port = port
+        self.front = front
         self.process: EnvoyProcess | None = None
         self.is_ready = False
+        """It listens."""
+        self.is_steered = False
+        """The kernel gives it connections."""
         self.leaving = anyio.Event()
         self.is_known = True
         """False while it may run from before this process."""
         self.restarts = 0
         self.error = ""
+        self.connections = 0
+        self._used: deque[tuple[float, float]] = deque(maxlen=SAMPLES)
 
     @property
     def is_leaving(self) -> bool:
         return self.leaving.is_set()
+
+    @property
+    def takes_connections(self) -> bool:
+        return self.is_ready and not self.is_leaving
+
+    def note_used(self, at_s: float, processor_s: float) -> None:
+        """How long it has used processors since it began."""
+        if self._used and self._used[-1][1] > processor_s:
+            self._used.clear()  # another process, another count
+        self._used.append((at_s, processor_s))
+
+    @property
+    def processors(self) -> float:
+        """In use, over the last few samples."""
+        if len(self._used) < 2:
+            return 0.0
+        (began, before), (now, used) = self._used[0], self._used[-1]
+        return (used - before) / max(now - began, 1e-3)
 
     def status(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "port": self.port,
             "pid": self.process.pid if self.process else None,
-            "ready": self.is_ready,
+            "ready": self.is_steered,
             "leaving": self.is_leaving,
             "restarts": self.restarts,
+            "error": self.error,
+            "connections": self.connections,
+            "processors": round(self.processors, 3),
+        }
+
+
+class Group:
+    """The instances that a waypoint shall have, and where its connections come in."""
+
+    def __init__(self, waypoint: str) -> None:
+        self.waypoint = waypoint
+        self.policy = Policy()
+        self.size = 0
+        self.why = "begins"
+        self.load: Load | None = None
+        self.front: Front | None = None
+        self.error = ""
+        self.is_wanted = True
+        self.served_s = float("-inf")
+        """When an instance took connections last."""
+        self.turned_away = 0
+        self._found: list[Found] = []
+
+    def follow(self, load: Load) -> None:
+        now = time.monotonic()
+        found = decide(self.policy, self.size, load, self._found, now)
+        self._found.append(Found(now, found.asked))
+        self._found = [one for one in self._found if one.at_s > now - self.policy.window_s]
+        self.load = load
+        self.resize(found.size, found.why)
+
+    def begin(self) -> None:
+        """A connection came while there was no instance."""
+        self._found.append(Found(time.monotonic(), 1))
+        self.resize(1, "a connection came")
+
+    def resize(self, size: int, why: str) -> None:
+        if size != self.size:
+            log.info("waypoint_scaled", waypoint=self.waypoint, was=self.size, size=size, why=why)
+        self.size, self.why = size, why
+
+    def is_asked_for(self) -> bool:
+        """True when connections came that no instance took, since it was asked last."""
+        if self.front is None:
+            return False
+        before, self.turned_away = self.turned_away, self.front.turned_away
+        return self.turned_away != before
+
+    def status(self) -> dict[str, Any]:
+        load = self.load
+        return {
+            "size": self.size,
+            "least": self.policy.least,
+            "most": self.policy.most,
+            "why": self.why,
+            "front": f"{self.front.address}:{self.front.port}" if self.front else None,
+            "connections": load.connections if load else None,
+            "processors": round(load.processors, 3) if load else None,
             "error": self.error,
         }
 
@@ -87,15 +188,19 @@ class Fleet:
 
     def __init__(self, settings: Settings, changed: Callable[[], None]) -> None:
         self._settings = settings
-        self._changed = changed
+        self._tell = changed
         self._tasks: anyio.abc.TaskGroup
+        self._steering_due = anyio.Event()
         self.members: dict[str, Member] = {}
+        self.groups: dict[str, Group] = {}
 
     async def run(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Runs until cancelled; instances run on."""
         async with anyio.create_task_group() as self._tasks:
             for directory in sorted(self._settings.envoys_dir.glob("*/")):
                 self._remember(directory)
+            self._tasks.start_soon(self._keep_steered)
+            self._tasks.start_soon(self._keep_scaled)
             task_status.started()
             await anyio.sleep_forever()
 
@@ -105,34 +210,72 @@ class Fleet:
         except (OSError, msgspec.MsgspecError) as error:
             log.warning("instance_unknown", directory=str(directory), error=str(error))
             return
-        member = Member(directory.name, kept.waypoint, kept.port)
+        member = Member(directory.name, kept.waypoint, kept.port, kept.front)
         member.is_known = False
         self._add(member)
 
-    def want(self, waypoints: Iterable[str]) -> None:
-        """Instances of these there shall be, and of no others."""
-        wanted = set(waypoints)
-        for waypoint in wanted - {m.waypoint for m in self.members.values() if not m.is_leaving}:
-            self._add(Member(self._free_name(waypoint), waypoint, self._free_port()))
-        for member in self.members.values():
-            if member.waypoint not in wanted and not member.is_leaving:
-                member.leaving.set()
+    def _changed(self) -> None:
+        self._steering_due.set()
+        self._tell()
+
+    # -- what shall be
+
+    def want(self, policies: Mapping[str, Policy]) -> None:
+        """Instances of these waypoints there shall be, and of no others."""
+        for waypoint, policy in policies.items():
+            group = self.groups.get(waypoint)
+            if group is None or not group.is_wanted:
+                group = self.groups[waypoint] = Group(waypoint)
+                group.resize(max(1, len(self._standing(waypoint))), "begins")
+                self._steering_due.set()
+            group.policy = policy
+            self._fit(group)
+        for waypoint, group in self.groups.items():
+            if waypoint not in policies and group.is_wanted:
+                group.is_wanted = False
                 self._changed()
+        for member in self.members.values():
+            if member.waypoint not in policies:
+                self._leave(member)
+
+    def _standing(self, waypoint: str) -> list[Member]:
+        """In the order in which they would stay."""
+        found = [m for m in self.members.values() if m.waypoint == waypoint and not m.is_leaving]
+        return sorted(found, key=lambda m: (not m.is_ready and m.is_known, m.name))
+
+    def _fit(self, group: Group) -> None:
+        """As many instances as the group's size, within what the policy says."""
+        size = min(max(group.size, group.policy.least), group.policy.most)
+        standing = self._standing(group.waypoint)
+        for member in standing[size:]:
+            self._leave(member)
+        for _ in range(size - len(standing)):
+            self._add(Member(self._free_name(group.waypoint), group.waypoint, self._free_port()))
+        group.size = size
+
+    def _leave(self, member: Member) -> None:
+        if not member.is_leaving:
+            member.leaving.set()
+            self._changed()
 
     def places(self, waypoint: str) -> list[Place] | None:
         """Where connections to a waypoint may go. None while that is not known: an instance may run."""
         if not all(member.is_known for member in self.members.values() if member.waypoint == waypoint):
             return None
-        return [
-            Place(member.name, self.address, member.port)
-            for member in self.members.values()
-            if member.waypoint == waypoint and member.is_ready and not member.is_leaving
-        ]
+        group = self.groups.get(waypoint)
+        if group is None or group.front is None:
+            return []
+        waits = group.size == 0 or time.monotonic() - group.served_s < WAIT_S
+        if not waits and not any(member.is_steered for member in self._standing(waypoint)):
+            return []
+        return [Place(_short_name(waypoint), group.front.address, group.front.port)]
 
     @property
     def address(self) -> str:
         """Where instances listen; empty while there is no such address."""
         return self._settings.address or _default_address()
+
+    # -- one instance, as long as it lives
 
     def _add(self, member: Member) -> None:
         self.members[member.name] = member
@@ -168,7 +311,7 @@ class Fleet:
             raise InstanceError("no default route: say where waypoints listen (--waypoint-address)")
         settings, state_dir = self._settings, self._settings.envoys_dir / member.name
         state_dir.mkdir(parents=True, exist_ok=True)
-        (state_dir / _FILE).write_bytes(msgspec.json.encode(_Kept(member.waypoint, member.port)))
+        self._note(member)
         cgroup = settings.cgroup / member.name
         cgroup.mkdir(parents=True, exist_ok=True)
         spec = Spec(
@@ -186,6 +329,10 @@ class Fleet:
         member.is_known = True
         return start(spec)
 
+    def _note(self, member: Member) -> None:
+        kept = _Kept(member.waypoint, member.port, member.front)
+        (self._settings.envoys_dir / member.name / _FILE).write_bytes(msgspec.json.encode(kept))
+
     async def _watch(self, member: Member, process: EnvoyProcess) -> None:
         """Until it ends."""
         async with anyio.create_task_group() as tasks:
@@ -193,7 +340,8 @@ class Fleet:
             tasks.start_soon(self._let_leave, member, process)
             await process.ended()
             tasks.cancel_scope.cancel()
-        member.is_ready, member.is_known, member.process = False, True, None
+        member.is_ready, member.is_steered, member.is_known, member.process = False, False, True, None
+        member.connections = 0
         process.close()
         self._changed()
 
@@ -205,25 +353,159 @@ class Fleet:
         self._changed()
 
     async def _let_leave(self, member: Member, process: EnvoyProcess) -> None:
+        """It gets no new connections before those that it has are asked to end."""
         await member.leaving.wait()
-        await anyio.sleep(LEAVE_S)
+        with anyio.move_on_after(UNSTEER_S):
+            while member.is_steered:  # noqa: ASYNC110
+                await anyio.sleep(READY_POLL_S)
         await process.stop(DRAIN_DEADLINE_S)
 
+    # -- who gets connections
+
+    async def _keep_steered(self) -> None:
+        """On every change, and now and then: what the kernel holds may have been taken away."""
+        while True:
+            is_told = [await self._steer(group) for group in list(self.groups.values())]
+            with anyio.move_on_after(STEER_AGAIN_S if all(is_told) else RETRY_S):
+                await self._steering_due.wait()
+            self._steering_due = anyio.Event()
+
+    async def _steer(self, group: Group) -> bool:
+        """False when it is to be tried again."""
+        try:
+            if group.front is None:
+                group.front = await anyio.to_thread.run_sync(self._hold_port, group)
+            members = [m for m in self._standing(group.waypoint) if m.is_ready] if group.is_wanted else []
+            missing = await anyio.to_thread.run_sync(self._put_front, group.front, members)
+        except (FrontError, EnrollmentError) as error:
+            if group.error != str(error):
+                group.error = str(error)
+                log.warning("front_not_served", waypoint=group.waypoint, error=group.error)
+            return not group.is_wanted
+        group.error = ""
+        if not group.is_wanted:
+            group.front.close()
+            if self.groups.get(group.waypoint) is group:
+                del self.groups[group.waypoint]
+        self._note_steered(group, {member.port for member in members} - set(missing))
+        return not missing
+
+    def _note_steered(self, group: Group, ports: set[int]) -> None:
+        is_other = False
+        for member in self.members.values():
+            if member.waypoint == group.waypoint and member.is_steered != (member.port in ports):
+                member.is_steered = not member.is_steered
+                is_other = True
+        if ports:
+            group.served_s = time.monotonic()
+        if is_other:
+            self._tell()
+
+    def _hold_port(self, group: Group) -> Front:
+        """The port that it had before this process, else the next that is free. Raises FrontError."""
+        if not self.address:
+            raise FrontError("no default route: say where waypoints listen (--waypoint-address)")
+        members = [member for member in self.members.values() if member.waypoint == group.waypoint]
+        taken = {member.port for member in self.members.values()} | {
+            other.front.port for other in self.groups.values() if other.front
+        }
+        first = self._settings.first_port
+        free = (port for port in range(first, first + PORTS_TRIED + len(taken)) if port not in taken)
+        front: Front | None = None
+        for port in [*{member.front for member in members if member.front}, *free]:
+            try:
+                front = Front(self.address, port, self._settings.netns)
+                break
+            except FrontError as error:
+                last = error
+        if front is None:
+            raise last
+        for member in members:
+            member.front = front.port
+            with contextlib.suppress(OSError):
+                self._note(member)
+        return front
+
+    def _put_front(self, front: Front, members: list[Member]) -> list[int]:
+        """The ports that get no connections yet. Blocks; raises EnrollmentError."""
+        said = enrollment.Front(front.address, front.port, sorted(member.port for member in members))
+        missing = ask_for_front(self._settings.enroll_socket, said, [])
+        if not missing:
+            return []
+        with contextlib.ExitStack() as opened:
+            found: dict[int, int] = {}
+            for member in members:
+                process = member.process
+                if member.port in missing and process is not None:
+                    try:
+                        found[member.port] = opened.enter_context(
+                            listening_socket(process.pid, process.pidfd, member.port)
+                        )
+                    except OSError as error:
+                        log.info("instance_not_listening", instance=member.name, error=str(error))
+            listening = msgspec.structs.replace(said, listening=[*found])
+            return ask_for_front(self._settings.enroll_socket, listening, [*found.values()])
+
+    # -- how many there are
+
+    async def _keep_scaled(self) -> None:
+        due = time.monotonic()
+        while True:
+            asleep = [group for group in self.groups.values() if group.size == 0]
+            await anyio.sleep(DEMAND_S if asleep else SCALE_S)
+            for group in asleep:
+                if group.is_asked_for():
+                    group.begin()
+                    self._tell()
+            if time.monotonic() >= due:
+                due = time.monotonic() + SCALE_S
+                await self._follow_loads()
+
+    async def _follow_loads(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            for member in self.members.values():
+                if member.is_ready and member.process is not None:
+                    tasks.start_soon(self._sample, member, member.process)
+        for group in self.groups.values():
+            serving = [member for member in self._standing(group.waypoint) if member.is_steered]
+            if serving:
+                group.served_s = time.monotonic()
+            if not serving and group.size:
+                continue
+            before = group.size
+            processors = sum(member.processors for member in serving)
+            group.follow(Load(len(serving), processors, sum(member.connections for member in serving)))
+            if group.size != before:
+                self._tell()
+
+    async def _sample(self, member: Member, process: EnvoyProcess) -> None:
+        """What cannot be read stays as it was known."""
+        with contextlib.suppress(*UNHEARD):
+            member.connections = await process.connections()
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            text = (self._settings.cgroup / member.name / "cpu.stat").read_text()
+            used = int(text.partition("usage_usec ")[2].split()[0])
+            member.note_used(time.monotonic(), used / 1e6)
+
     def _free_name(self, waypoint: str) -> str:
-        """Short, for it is part of a unix socket's path."""
-        short = waypoint.partition("/")[2].partition(".")[0][:20]
-        digest = hashlib.blake2b(waypoint.encode(), digest_size=3).hexdigest()
         number = 0
-        while (name := f"{short}-{digest}-{number}") in self.members:
+        while (name := f"{_short_name(waypoint)}-{number}") in self.members:
             number += 1
         return name
 
     def _free_port(self) -> int:
         taken = {member.port for member in self.members.values()}
-        port = self._settings.first_port
+        taken |= {group.front.port for group in self.groups.values() if group.front}
+        port = self._settings.first_port + 1  # the first is a front's
         while port in taken:
             port += 1
         return port
+
+
+def _short_name(waypoint: str) -> str:
+    """It is part of a unix socket's path."""
+    short = waypoint.partition("/")[2].partition(".")[0][:20]
+    return f"{short}-{hashlib.blake2b(waypoint.encode(), digest_size=3).hexdigest()}"
 
 
 def _default_address() -> str:

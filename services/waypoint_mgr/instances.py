@@ -41,7 +41,7 @@ _ENDED: Final = ("Z", "X")
 _BOOTSTRAP: Final = "bootstrap.json"
 _LOG: Final = "envoy.log"
 
-_UNHEARD: Final = (OSError, anyio.BrokenResourceError, h11.ProtocolError, ValueError, KeyError)
+UNHEARD: Final = (OSError, anyio.BrokenResourceError, h11.ProtocolError, ValueError, KeyError)
 """What it is when the administrative interface does not answer, or not with what it should."""
 
 log = structlog.get_logger(__name__)
@@ -238,7 +238,7 @@ class EnvoyProcess:
         self._node_id = node_id
         self._state_dir = state_dir
         self.pid = pid
-        self._pidfd = pidfd
+        self.pidfd = pidfd
 
     @property
     def node_id(self) -> str:
@@ -251,13 +251,13 @@ class EnvoyProcess:
                 return False
             _, listeners = await self._admin("GET", "/listeners?format=json")
             found = json.loads(listeners).get("listener_statuses", [])
-        except _UNHEARD:
+        except UNHEARD:
             return False
         return any(listener["name"] == LISTENER for listener in found)
 
     async def ended(self) -> None:
         """Several may wait, each with a descriptor of its own: the event loop takes one waiter for each."""
-        own = os.dup(self._pidfd)
+        own = os.dup(self.pidfd)
         try:
             await anyio.wait_readable(own)
         finally:
@@ -272,9 +272,9 @@ class EnvoyProcess:
 
     def close(self) -> None:
         """Leaves it running."""
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
 
     async def connections(self) -> int:
         """Open connections of clients. Raises `OSError` or `TimeoutError` if it does not say."""
@@ -288,7 +288,7 @@ class EnvoyProcess:
             await self._admin("POST", "/drain_listeners?graceful")
             while await self.connections():  # noqa: ASYNC110  (nothing tells when the last one ends)
                 await anyio.sleep(POLL_S)
-        except _UNHEARD as error:
+        except UNHEARD as error:
             log.warning("instance_not_drained", node=self.node_id, error=str(error))
 
     async def _end(self) -> None:
@@ -302,14 +302,14 @@ class EnvoyProcess:
 
     def _signal(self, number: signal.Signals) -> None:
         try:
-            signal.pidfd_send_signal(self._pidfd, number)
+            signal.pidfd_send_signal(self.pidfd, number)
         except ProcessLookupError:
             log.info("instance_gone_already", node=self.node_id)
 
     def _reap(self) -> None:
         """If it was our child; the exit of others is not ours to ask for."""
         try:
-            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
         except ChildProcessError:
             return
 
