@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import anyio.to_thread
@@ -16,10 +17,10 @@ import pytest
 
 from pykmesh.kernel import pins
 from pykmesh.node import run
-from tests.control import kernel_view, recordings
+from tests.control import kernel_view, older, recordings
 from tests.control.conftest import Whole
 from tests.control.mesh_node import until
-from tests.control.recordings import RECORDINGS, Message
+from tests.control.recordings import RECORDINGS, Message, Step
 from tests.control.scripted_ads import TYPES, Response, ScriptedAds, serving
 from tests.mesh.node import Node
 
@@ -35,7 +36,27 @@ async def test_after_each_step_the_maps_say_what_istiod_said(
     mesh: Whole, version: str, scenario: str
 ) -> None:
     await mesh.node.until_page("xds_client", lambda said: said["map_writer"] == "there", "followed")
-    await _compare(mesh.plane, mesh.node.maps_dir, RECORDINGS / version / scenario)
+    await _compare(mesh.plane, mesh.node.maps_dir, recordings.steps(RECORDINGS / version / scenario))
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("version", older.VERSIONS)
+async def test_after_each_step_the_maps_say_what_an_older_istiod_would_have_said(
+    mesh: Whole, version: str, scenario: str
+) -> None:
+    await mesh.node.until_page("xds_client", lambda said: said["map_writer"] == "there", "followed")
+    found = older.steps(RECORDINGS / VERSIONS[0] / scenario, version)
+    await _compare(mesh.plane, mesh.node.maps_dir, found)
+
+
+def test_older_forms_differ_from_the_recording() -> None:
+    """Else they would show nothing."""
+    for scenario, version in itertools.product(("basics", "waypoints"), ("1.23", "1.22")):
+        folder = RECORDINGS / VERSIONS[0] / scenario
+        recorded, made = recordings.steps(folder), older.steps(folder, version)
+        assert any(
+            a.messages != b.messages and a.state != b.state for a, b in zip(recorded, made, strict=True)
+        )
 
 
 async def test_a_mesh_that_the_command_line_started_says_the_same(tmp_path: Path) -> None:
@@ -46,14 +67,16 @@ async def test_a_mesh_that_the_command_line_started_says_the_same(tmp_path: Path
             await anyio.to_thread.run_sync(node.start)
             port = node.instance.ports.xds_client
             await until("map_writer there", lambda: run.fetch(port, "/status")["map_writer"] == "there")
-            await _compare(plane, pins.maps_dir(node.pin_dir), RECORDINGS / VERSIONS[1] / "basics")
+            await _compare(
+                plane, pins.maps_dir(node.pin_dir), recordings.steps(RECORDINGS / VERSIONS[1] / "basics")
+            )
         finally:
             await anyio.to_thread.run_sync(node.end)
 
 
-async def _compare(plane: ScriptedAds, maps_dir: Path, folder: Path) -> None:
+async def _compare(plane: ScriptedAds, maps_dir: Path, found: Iterable[Step]) -> None:
     player = Player(plane)
-    for step in recordings.steps(folder):
+    for step in found:
         await player.play(step.messages)
         said, wanted = kernel_view.read(maps_dir), recordings.view(step.state)
         assert said.services == wanted.services, step.name
