@@ -8,7 +8,7 @@
  * the way back, and a socket may talk to several servers at once.
  *
  * Reads `dns_listeners`; writes `dns_servers`. Fails open, to the server itself: where the proxy has not
- * listened here yet, has been silent for DNS_SILENCE_NS, or is gone (its socket is looked for), when more
+ * listened here yet, has been silent for DNS_SILENCE_MS, or is gone (its socket is looked for), when more
  * servers are asked than there are slots, for a socket that is bound to a device, and for a server that is
  * known by its link alone.
  */
@@ -17,7 +17,6 @@
 #include "choose.h"
 
 #define DNS_PORT       bpf_htons(53)
-#define DNS_SILENCE_NS 1000000000ULL
 #define LOOPBACK4      bpf_htonl(0x7f000001)
 #define LOOPBACK6      bpf_htonl(1)
 
@@ -65,7 +64,7 @@ static __noinline __u32 dns_port_for(struct bpf_sock_addr *ctx, const struct des
 
 		key.slot = slot;
 		listener = bpf_map_lookup_elem(&dns_listeners, &key);
-		if (!listener || listener->is_6 == is_4 || now - listener->beat_ns > DNS_SILENCE_NS)
+		if (!listener || listener->is_6 == is_4 || now - listener->beat_ns > DNS_SILENCE_MS * 1000000ULL)
 			continue;
 		server = bpf_map_lookup_elem(&dns_servers, &key);
 		if (!server) {

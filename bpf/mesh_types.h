@@ -225,6 +225,8 @@ struct affinity_value {
 enum dns_limit {
 	/* Servers of names that a network namespace may ask by way of the proxy, of both families. */
 	DNS_SLOTS = 8,
+	/* A proxy that has said nothing for so long, in milliseconds, is not asked. */
+	DNS_SILENCE_MS = 1000,
 };
 
 struct dns_key {

@@ -6,6 +6,7 @@ The decision is read from the maps alone. map_writer, where it is there, knows t
 from __future__ import annotations
 
 import ipaddress
+import time
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlencode
@@ -34,8 +35,18 @@ from pykmesh.node.instance import Instance
 SHOWN: Final = 20
 TIMEOUT_S: Final = 30.0
 PORT_MAX: Final = 65535
-MAPS: Final = ("services", "endpoints", "addresses", "ranges", "pods", "switches")
-REFUSED, CONNECTED, LEFT_ALONE = "refused", "connected", "left alone"
+MAPS: Final = (
+    "services",
+    "endpoints",
+    "addresses",
+    "ranges",
+    "pods",
+    "switches",
+    "dns_listeners",
+    "dns_servers",
+)
+REFUSED, CONNECTED, LEFT_ALONE, ANSWERED = "refused", "connected", "left alone", "answered"
+DNS_PROXY: Final = "dns_proxy"
 NOT_ENROLLED: Final = "not enrolled"
 _OF_MEMBERS: Final = ("uid", "name", "healthy", "weight", "locality", "matches")
 _PARTS: Final = ("region", "zone", "subzone", "node")
@@ -176,10 +187,12 @@ def explain(instance: Instance, source_text: str, destination_text: str, protoco
     dst, (to, *others) = destination(destination_text, pod.network if pod else 0, names)
     chooser = Chooser(tables)
     try:
-        choice = _choose(chooser, pod, to, protocol)
+        is_question = pod is not None and chooser.is_question(to, pod.cookie, time.monotonic_ns())
+        choice = Choice(Reason.ROUTED) if is_question else _choose(chooser, pod, to, protocol)
     except ValueError as error:
         raise BadInputError(f"the maps hold what this version does not know: {error}") from error
     service = names.members(choice.service) if choice.service else None
+    outcome = REFUSED if choice.is_refusal else CONNECTED if choice.rewrite else LEFT_ALONE
     return {
         "source": src,
         "destination": str(to),
@@ -187,8 +200,8 @@ def explain(instance: Instance, source_text: str, destination_text: str, protoco
         "other_addresses": list(map(str, others)),
         "protocol": protocol,
         "enrolled": pod is not None,
-        "outcome": REFUSED if choice.is_refusal else CONNECTED if choice.rewrite else LEFT_ALONE,
-        "reason": choice.reason.label if pod else NOT_ENROLLED,
+        "outcome": ANSWERED if is_question else outcome,
+        "reason": NOT_ENROLLED if pod is None else DNS_PROXY if is_question else choice.reason.label,
         "steps": [step._asdict() for step in enrolment(instance, pod, src) + chooser.steps],
         "endpoints": _endpoints(choice.endpoints, service),
         "members": service,

@@ -13,6 +13,11 @@ from pykmesh.kernel.layout import AddressKind, Reason, ServiceFlag, Switch, flag
 from pykmesh.kernel.records import (
     ADDRESS_KEY,
     ADDRESS_VALUE,
+    DNS_KEY,
+    DNS_LISTENER,
+    DNS_SERVER,
+    DNS_SILENCE_MS,
+    DNS_SLOTS,
     ENDPOINT_KEY,
     ENDPOINT_SHARE,
     ENDPOINT_VALUE,
@@ -33,6 +38,7 @@ from pykmesh.kernel.records import (
 SLOTS_MAX: Final = 1 << 20
 """No map has room for more slots of a list."""
 _WHOLE: Final = 1 << 32
+_DNS_PORT: Final = 53
 
 
 class Tables(Protocol):
@@ -105,6 +111,33 @@ class Chooser:
 
     def _tell(self, name: str, asked: str, found: str, means: str) -> None:
         self.steps.append(Step(name, asked, found, means))
+
+    def is_question(self, to: Destination, netns_cookie: int, now_ns: int) -> bool:
+        """Whether the DNS proxy takes it, before all else (bpf/dns.h, `dns_redirect`); `now_ns`: monotonic.
+
+        That its socket is there, which the program looks for too, cannot be told from here.
+        """
+        if to.port != _DNS_PORT or _is_link_local(to.ip):
+            return False
+        silent = False
+        for slot in range(DNS_SLOTS):
+            key = DNS_KEY.pack(netns_cookie, slot)
+            listener = self._tables.get("dns_listeners", key)
+            beat_ns, port, is_6 = DNS_LISTENER.unpack(listener) if listener else (0, b"", False)
+            if listener is None or bool(is_6) == is_v4(to.ip):
+                continue
+            asked, found = f"namespace {netns_cookie} slot {slot}", f"port {port_number(port)}"
+            if now_ns - beat_ns > DNS_SILENCE_MS * 10**6:
+                silent = True
+                continue
+            server = self._tables.get("dns_servers", key)
+            if server is None or DNS_SERVER.unpack(server)[0] == to.ip:
+                means = "dns_proxy answers names of services; for others it asks the server"
+                self._tell("dns_listeners", asked, found, means)
+                return True
+        if silent:
+            self._tell("dns_listeners", f"namespace {netns_cookie}", "a proxy that is silent", "not asked")
+        return False
 
     def choose(self, to: Destination, client: Client) -> Choice:
         """For connect()."""
@@ -289,3 +322,7 @@ def _drawn(service: _Service, affinity_s: int) -> str:
 
 def _means(verdict: Reason) -> str:
     return "left alone" if verdict is Reason.PASSTHROUGH else f"refused: {verdict.label}"
+
+
+def _is_link_local(ip: Ip) -> bool:
+    return ip[0] == 0xFE and ip[1] & 0xC0 == 0x80

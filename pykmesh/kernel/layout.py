@@ -180,9 +180,10 @@ class Switch(IntEnum):
     VIEWS = 0
 
 
-def dns_slots() -> int:
-    """How many servers of names a network namespace may ask by way of the proxy."""
-    return _enum("dns_limit")["DNS_SLOTS"]
+def dns_limits() -> tuple[int, int]:
+    """How many servers of names a namespace may ask by way of the proxy; for how many ms it may be silent."""
+    found = _enum("dns_limit")
+    return found["DNS_SLOTS"], found["DNS_SILENCE_MS"]
 
 
 def flag_text(flags: int) -> str:

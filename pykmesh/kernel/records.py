@@ -8,7 +8,7 @@ import struct
 from functools import lru_cache
 from typing import Final, NamedTuple, NewType
 
-from pykmesh.kernel.layout import codec, dns_slots, offset
+from pykmesh.kernel.layout import codec, dns_limits, offset
 
 Ip = NewType("Ip", bytes)
 """Sixteen bytes, IPv4 as ::ffff:a.b.c.d."""
@@ -38,7 +38,7 @@ POD_VALUE: Final = codec("pod_value", "address4", "address6", "network", "cgroup
 DNS_KEY: Final = codec("dns_key", "netns_cookie", "slot")
 DNS_LISTENER: Final = codec("dns_listener", "beat_ns", "port", "is_6")
 DNS_SERVER: Final = codec("dns_server", "address")
-DNS_SLOTS: Final = dns_slots()
+DNS_SLOTS, DNS_SILENCE_MS = dns_limits()
 SWITCH_KEY: Final = struct.Struct("<I")
 SWITCH_VALUE: Final = struct.Struct("<I")
 OPEN_KEY: Final = codec("open_key", "local", "remote", "service", "direction", "protocol")

@@ -39,7 +39,7 @@ class Policy(msgspec.Struct, frozen=True):
 
     @property
     def window_s(self) -> float:
-        """How long what a load asked for is kept. Whom an instance was begun for comes back within seconds."""
+        """How long what a load asked for counts: whom an instance was begun for comes back within seconds."""
         return self.scale_in_after_s if self.least else max(self.scale_in_after_s, IDLE_S)
 
 

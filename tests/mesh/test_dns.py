@@ -232,6 +232,20 @@ def test_a_service_has_its_addresses_and_other_names_are_the_servers(
     ]
 
 
+@FAMILIES
+@TRANSPORTS
+def test_explain_says_who_answers(names: Names, family: int, transport: str) -> None:
+    server = addresses(names.servers[1])[family]
+    ask(names.client, server, f"{WEB}/A", transport=transport)
+    to = f"[{server}]:53" if family else f"{server}:53"
+    source = addresses(names.client)[family]
+    found = names.node.json("explain", source, to, "--protocol", transport)
+    assert (found["outcome"], found["reason"]) == ("answered", "dns_proxy")
+    assert [step["map"] for step in found["steps"]][-1] == "dns_listeners"
+    other_port = names.node.json("explain", source, to.removesuffix("53") + "54")
+    assert other_port["outcome"] == "left alone"
+
+
 def test_a_pod_that_is_not_enrolled_asks_the_server_itself(names: Names) -> None:
     assert ask(names.stranger, str(names.servers[0].address4), f"{WEB}/A") == ["NOERROR 192.0.2.1"]
 
