@@ -16,9 +16,9 @@
 
 #include "choose.h"
 
-#define DNS_PORT       bpf_htons(53)
-#define LOOPBACK4      bpf_htonl(0x7f000001)
-#define LOOPBACK6      bpf_htonl(1)
+#define DNS_PORT  bpf_htons(53)
+#define LOOPBACK4 bpf_htonl(0x7f000001)
+#define LOOPBACK6 bpf_htonl(1)
 
 static __always_inline struct ip loopback(bool is_4)
 {
@@ -64,7 +64,8 @@ static __noinline __u32 dns_port_for(struct bpf_sock_addr *ctx, const struct des
 
 		key.slot = slot;
 		listener = bpf_map_lookup_elem(&dns_listeners, &key);
-		if (!listener || listener->is_6 == is_4 || now - listener->beat_ns > DNS_SILENCE_MS * 1000000ULL)
+		if (!listener || listener->is_6 == is_4 ||
+		    now - listener->beat_ns > DNS_SILENCE_MS * 1000000ULL)
 			continue;
 		server = bpf_map_lookup_elem(&dns_servers, &key);
 		if (!server) {
