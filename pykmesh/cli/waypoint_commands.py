@@ -164,6 +164,10 @@ def _problems(found: dict[str, Any]) -> list[str]:
     ]
     lines += [f"conflict: {conflict}" for conflict in found["conflicts"]]
     lines += found["annotations_misread"]
+    lines += [
+        f"namespace {namespace} asks for it, and no listener lets it in (allowedRoutes): refused"
+        for namespace in found["namespaces_turned_away"]
+    ]
     if found["scaling"] and found["scaling"]["error"]:
         lines.append(found["scaling"]["error"])
     for instance in found["instances"]:

@@ -1,7 +1,8 @@
 """Which services go by way of a waypoint: labels of services and namespaces, as Istio reads them.
 
 Unlike istiod, which says no waypoint until its Gateway has an address, a service that asks for one gets it at
-once: while there is none, data planes refuse its traffic rather than let it past.
+once: while there is none, data planes refuse its traffic rather than let it past. They do the same where the
+Gateway does not let the service's namespace in: it is said to go by way of a waypoint that there is not.
 """
 
 from __future__ import annotations
@@ -10,12 +11,20 @@ from collections.abc import Iterable, Mapping
 
 from pykmesh.controlplane.services import MeshService
 from pykmesh.controlplane.settings import MeshSettings
-from pykmesh.manifests.objects import GATEWAY_NAME, Gateway, Labels, Namespace, service_hostname
+from pykmesh.manifests.objects import (
+    GATEWAY_NAME,
+    USE_WAYPOINT,
+    USE_WAYPOINT_NAMESPACE,
+    Gateway,
+    Labels,
+    Namespace,
+    service_hostname,
+)
 
-USE_WAYPOINT = "istio.io/use-waypoint"
-USE_WAYPOINT_NAMESPACE = "istio.io/use-waypoint-namespace"
 WAYPOINT_FOR = "istio.io/waypoint-for"
 NONE = "none"
+NOT_ALLOWED = "not-allowed--"
+"""No object can be called so."""
 _FOR_SERVICES = frozenset({"service", "all"})
 _HBONE_PORT = 15008
 
@@ -42,6 +51,9 @@ def set_waypoints(
         if gateway is not None and gateway.labels.get(WAYPOINT_FOR, "service") not in _FOR_SERVICES:
             continue
         namespace, name = place
+        own_labels = labels.get(metadata.namespace, {})
+        if gateway is not None and not gateway.lets_in(metadata.namespace, own_labels):
+            name = NOT_ALLOWED
         service.message.waypoint.hostname.namespace = namespace
         service.message.waypoint.hostname.hostname = service_hostname(name, namespace, mesh.domain)
         service.message.waypoint.hbone_mtls_port = _HBONE_PORT

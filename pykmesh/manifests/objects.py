@@ -322,10 +322,69 @@ class ServiceEntry(_Object, frozen=True, kw_only=True):
         return self.wants_addresses and (not is_wildcard or self.spec.resolution is Resolution.DYNAMIC_DNS)
 
 
+class SelectorOperator(Enum):
+    IN = "In"
+    NOT_IN = "NotIn"
+    EXISTS = "Exists"
+    DOES_NOT_EXIST = "DoesNotExist"
+
+
+class LabelSelectorRequirement(_Manifest, frozen=True, kw_only=True):
+    key: str
+    operator: SelectorOperator
+    values: tuple[str, ...] = ()
+
+    def matches(self, labels: Labels) -> bool:
+        match self.operator:
+            case SelectorOperator.IN:
+                return labels.get(self.key) in self.values
+            case SelectorOperator.NOT_IN:
+                return labels.get(self.key) not in self.values
+            case SelectorOperator.EXISTS:
+                return self.key in labels
+            case SelectorOperator.DOES_NOT_EXIST:
+                return self.key not in labels
+
+
+class LabelSelector(_Manifest, frozen=True, kw_only=True):
+    match_labels: Labels = {}
+    match_expressions: tuple[LabelSelectorRequirement, ...] = ()
+
+    def matches(self, labels: Labels) -> bool:
+        """An empty one matches all."""
+        return self.match_labels.items() <= labels.items() and all(
+            requirement.matches(labels) for requirement in self.match_expressions
+        )
+
+
+class NamespacesFrom(Enum):
+    ALL = "All"
+    SELECTOR = "Selector"
+    SAME = "Same"
+    NONE = "None"
+
+
+class RouteNamespaces(_Manifest, frozen=True, kw_only=True):
+    from_: NamespacesFrom = msgspec.field(name="from", default=NamespacesFrom.SAME)
+    selector: LabelSelector = LabelSelector()
+
+
+class AllowedRoutes(_Manifest, frozen=True, kw_only=True):
+    namespaces: RouteNamespaces = RouteNamespaces()
+
+
 class GatewayListener(_Manifest, frozen=True, kw_only=True):
     name: str
     port: PortNumber
     protocol: str
+    allowed_routes: AllowedRoutes = AllowedRoutes()
+
+    def lets_in(self, namespace_labels: Labels) -> bool:
+        """Another namespace than the Gateway's own."""
+        asked = self.allowed_routes.namespaces
+        if asked.from_ is NamespacesFrom.SELECTOR:
+            return asked.selector.matches(namespace_labels)
+        return asked.from_ is NamespacesFrom.ALL
 
 
 class GatewayAddress(_Manifest, frozen=True, kw_only=True):
@@ -350,6 +409,13 @@ class Gateway(_Object, frozen=True, kw_only=True):
     def is_waypoint(self) -> bool:
         return self.spec.gateway_class_name in WAYPOINT_CLASSES
 
+    def lets_in(self, namespace: str, labels: Labels) -> bool:
+        """Whether services of a namespace, which has these labels, may go by way of it."""
+        if namespace == self.namespace:
+            return True
+        own_name = {NAMESPACE_NAME: namespace}  # as an API server labels each namespace
+        return any(listener.lets_in(labels | own_name) for listener in self.spec.listeners)
+
 
 class HTTPRoute(_Object, frozen=True, kw_only=True):
     spec: HTTPRouteSpec = HTTPRouteSpec()
@@ -357,6 +423,9 @@ class HTTPRoute(_Object, frozen=True, kw_only=True):
 
 WAYPOINT_CLASSES = ("istio-waypoint", "pykmesh-waypoint")
 """Gateway classes whose Gateways are waypoints."""
+NAMESPACE_NAME = "kubernetes.io/metadata.name"
+USE_WAYPOINT = "istio.io/use-waypoint"
+USE_WAYPOINT_NAMESPACE = "istio.io/use-waypoint-namespace"
 GATEWAY_NAME = "gateway.networking.k8s.io/gateway-name"
 """The label of what belongs to a Gateway."""
 

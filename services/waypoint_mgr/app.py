@@ -126,7 +126,7 @@ class WaypointMgr:
             return False
         if not objects.waypoints:
             return True
-        namespaces = sorted({waypoint.namespace for waypoint in objects.waypoints.values()})
+        namespaces = sorted(set().union(*map(objects.namespaces_of, objects.waypoints.values())))
         request = WaypointsRequest(
             messages.VERSION, [*objects.waypoints], self._backends(objects), namespaces
         )
@@ -153,11 +153,12 @@ class WaypointMgr:
     async def _configure(self, name: str, waypoint: Gateway, objects: Objects, mesh: WaypointsReply) -> None:
         """Also for services that may come by way of it: their connections must find it ready for them."""
         known = {service.name: service for service in mesh.services}
+        namespaces = objects.namespaces_of(waypoint)
         users = [
             service
             for service in mesh.services
             if service.name in mesh.users.get(name, ())
-            or (service.name.startswith(f"{waypoint.namespace}/") and service.name not in objects.waypoints)
+            or (service.name.partition("/")[0] in namespaces and service.name not in objects.waypoints)
         ]
         found = await anyio.to_thread.run_sync(self._translate, name, waypoint, users, known, objects)
         members = [member for member in self.members.members.values() if member.waypoint == name]
@@ -245,6 +246,7 @@ class WaypointMgr:
             ],
             "conflicts": list(found.conflicts),
             "scaling": group.status() if group else None,
+            "namespaces_turned_away": sorted((self._objects or Objects()).turned_away(gateway)),
             "annotations_misread": self._misread.get(name, []),
         }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,7 +11,17 @@ import anyio.to_thread
 import msgspec
 
 from pykmesh.manifests.folder import Content, Folder
-from pykmesh.manifests.objects import Gateway, HTTPRoute, Object, Service, service_hostname
+from pykmesh.manifests.objects import (
+    USE_WAYPOINT,
+    USE_WAYPOINT_NAMESPACE,
+    Gateway,
+    HTTPRoute,
+    Labels,
+    Namespace,
+    Object,
+    Service,
+    service_hostname,
+)
 
 _T = TypeVar("_T", bound=Object)
 
@@ -27,6 +37,8 @@ class Objects(msgspec.Struct, frozen=True):
     waypoints: Mapping[str, Gateway] = {}
     services: Mapping[str, Service] = {}
     routes: tuple[HTTPRoute, ...] = ()
+    namespaces: Mapping[str, Labels] = {}
+    """Those that are said, with their labels."""
     errors: tuple[str, ...] = ()
 
     @classmethod
@@ -36,8 +48,31 @@ class Objects(msgspec.Struct, frozen=True):
             waypoints=_by_mesh_name((o for o in objects if isinstance(o, Gateway) and o.is_waypoint), domain),
             services=_by_mesh_name((o for o in objects if isinstance(o, Service)), domain),
             routes=tuple(o for o in objects if isinstance(o, HTTPRoute)),
+            namespaces={o.name: o.labels for o in objects if isinstance(o, Namespace)},
             errors=tuple(map(str, content.errors)),
         )
+
+    def namespaces_of(self, waypoint: Gateway) -> set[str]:
+        """Those whose services may come by way of it any moment: its own, and guests that name it."""
+        return {waypoint.namespace} | (self._named_by(waypoint) - self.turned_away(waypoint))
+
+    def turned_away(self, waypoint: Gateway) -> set[str]:
+        """Namespaces that name it, which it does not let in."""
+        named = self._named_by(waypoint)
+        return {one for one in named if not waypoint.lets_in(one, self.namespaces.get(one, {}))}
+
+    def _named_by(self, waypoint: Gateway) -> set[str]:
+        return {
+            namespace
+            for namespace, labels in self._labels()
+            if labels.get(USE_WAYPOINT) == waypoint.name
+            and labels.get(USE_WAYPOINT_NAMESPACE) == waypoint.namespace
+        }
+
+    def _labels(self) -> Iterator[tuple[str, Labels]]:
+        yield from self.namespaces.items()
+        for service in self.services.values():
+            yield service.namespace, service.labels
 
 
 def _by_mesh_name(objects: Iterable[_T], domain: str) -> dict[str, _T]:
