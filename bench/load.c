@@ -5,8 +5,10 @@
  *   load serve PORT
  *   load keep  ADDRESS PORT CONNECTIONS SECONDS    requests on connections that stay
  *   load new   ADDRESS PORT CONNECTIONS SECONDS    a connection for each request, reset at its end
+ *   load rate  ADDRESS PORT CONNECTIONS SECONDS RATE    so many requests a second, on connections that stay
  *
- * The client prints one JSON line: requests, failed, seconds, p50_us, p99_us.
+ * The client prints one JSON line: requests, failed, seconds, p50_us, p99_us. With a rate each request has
+ * its time, and its latency counts from there: one that waits for the request before it has waited.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -112,6 +114,12 @@ static long percentile(long total, double share)
 	return BUCKETS;
 }
 
+static void tell(long requests, long failed, double seconds)
+{
+	printf("{\"requests\": %ld, \"failed\": %ld, \"seconds\": %.3f, \"p50_us\": %ld, \"p99_us\": %ld}\n",
+	       requests, failed, seconds, percentile(requests, 0.5), percentile(requests, 0.99));
+}
+
 static void ask(struct slot *slot, int poll)
 {
 	struct epoll_event event = { .events = EPOLLIN, .data.ptr = slot };
@@ -119,6 +127,13 @@ static void ask(struct slot *slot, int poll)
 	if (send(slot->fd, REQUEST, sizeof(REQUEST) - 1, MSG_NOSIGNAL) < 0)
 		die("send");
 	epoll_ctl(poll, EPOLL_CTL_MOD, slot->fd, &event);
+}
+
+static void answered(struct slot *slot)
+{
+	long us = (now() - slot->begun) * 1e6;
+
+	histogram[us < BUCKETS ? us : BUCKETS - 1]++;
 }
 
 static int load(bool keep, struct sockaddr_in *to, int connections, double seconds)
@@ -137,8 +152,6 @@ static int load(bool keep, struct sockaddr_in *to, int connections, double secon
 
 		for (int i = 0; i < count; i++) {
 			struct slot *slot = events[i].data.ptr;
-			long us;
-
 			if (slot->connecting) {
 				slot->connecting = false;
 				ask(slot, poll);
@@ -150,8 +163,7 @@ static int load(bool keep, struct sockaddr_in *to, int connections, double secon
 				begin(slot, poll, to);
 				continue;
 			}
-			us = (now() - slot->begun) * 1e6;
-			histogram[us < BUCKETS ? us : BUCKETS - 1]++;
+			answered(slot);
 			requests++;
 			if (keep) {
 				slot->begun = now();
@@ -162,8 +174,63 @@ static int load(bool keep, struct sockaddr_in *to, int connections, double secon
 			}
 		}
 	}
-	printf("{\"requests\": %ld, \"failed\": %ld, \"seconds\": %.3f, \"p50_us\": %ld, \"p99_us\": %ld}\n",
-	       requests, failed, now() - start, percentile(requests, 0.5), percentile(requests, 0.99));
+	tell(requests, failed, now() - start);
+	return 0;
+}
+
+/* `begun` of a connection that is idle is when its next request is due. Never sleeps. */
+static int pace(struct sockaddr_in *to, int connections, double seconds, double rate)
+{
+	struct slot *slots = calloc(connections, sizeof(*slots));
+	bool *busy = calloc(connections, sizeof(*busy));
+	struct epoll_event events[256];
+	int poll = epoll_create1(0), open = 0;
+	double every = connections / rate, start;
+	long requests = 0, failed = 0;
+	char buffer[4096];
+
+	for (int i = 0; i < connections; i++)
+		begin(&slots[i], poll, to);
+	while (open < connections) {
+		int count = epoll_wait(poll, events, 256, 1000);
+
+		for (int i = 0; i < count; i++) {
+			struct slot *slot = events[i].data.ptr;
+			struct epoll_event event = { .events = EPOLLIN, .data.ptr = slot };
+
+			slot->connecting = false;
+			epoll_ctl(poll, EPOLL_CTL_MOD, slot->fd, &event);
+			open++;
+		}
+	}
+	start = now();
+	for (int i = 0; i < connections; i++)
+		slots[i].begun = start + i * every / connections;
+	while (now() - start < seconds) {
+		int count = epoll_wait(poll, events, 256, 0);
+
+		for (int i = 0; i < count; i++) {
+			struct slot *slot = events[i].data.ptr;
+
+			if (recv(slot->fd, buffer, sizeof(buffer), 0) <= 0) {
+				failed++;
+				epoll_ctl(poll, EPOLL_CTL_DEL, slot->fd, NULL);
+				continue;
+			}
+			answered(slot);
+			requests++;
+			slot->begun += every;
+			busy[slot - slots] = false;
+		}
+		for (int i = 0; i < connections; i++) {
+			if (!busy[i] && slots[i].begun <= now()) {
+				busy[i] = true;
+				if (send(slots[i].fd, REQUEST, sizeof(REQUEST) - 1, MSG_NOSIGNAL) < 0)
+					die("send");
+			}
+		}
+	}
+	tell(requests, failed, now() - start);
 	return 0;
 }
 
@@ -173,10 +240,13 @@ int main(int argc, char **argv)
 
 	if (argc == 3 && !strcmp(argv[1], "serve"))
 		return serve(atoi(argv[2]));
-	if (argc != 6 || inet_pton(AF_INET, argv[2], &to.sin_addr) != 1) {
-		fprintf(stderr, "usage: load serve PORT | load keep|new ADDRESS PORT CONNECTIONS SECONDS\n");
+	if (argc < 6 || argc > 7 || inet_pton(AF_INET, argv[2], &to.sin_addr) != 1) {
+		fprintf(stderr, "usage: load serve PORT | load keep|new|rate ADDRESS PORT CONNECTIONS "
+				"SECONDS [RATE]\n");
 		return 2;
 	}
 	to.sin_port = htons(atoi(argv[3]));
+	if (argc == 7)
+		return pace(&to, atoi(argv[4]), atof(argv[5]), atof(argv[6]));
 	return load(!strcmp(argv[1], "keep"), &to, atoi(argv[4]), atof(argv[5]));
 }

@@ -7,6 +7,7 @@ the maps `fronts` and `listeners`.
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -29,9 +30,16 @@ class Waypoints:
 
     def __init__(self, pin_dir: Path, programs: Programs) -> None:
         self._links = pins.waypoints_dir(pin_dir)
+        self._maps = pins.maps_dir(pin_dir)
         self._programs = programs
-        self._fronts = PinnedMap(pins.maps_dir(pin_dir), "fronts")
-        self._listeners = PinnedMap(pins.maps_dir(pin_dir), "listeners")
+
+    @cached_property
+    def _fronts(self) -> PinnedMap:
+        return PinnedMap(self._maps, "fronts")
+
+    @cached_property
+    def _listeners(self) -> PinnedMap:
+        return PinnedMap(self._maps, "listeners")
 
     def adopt(self) -> int:
         """Gives the links that are there the programs loaded now; returns how many."""

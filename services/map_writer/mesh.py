@@ -10,6 +10,7 @@ import copy
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from heapq import heapify, heappop, heappush
 from itertools import chain
 from typing import Any, Final, NewType, TypeVar, cast
 
@@ -250,15 +251,31 @@ class Mesh:
             if service.hidden:
                 self.vip_owners[place] = _owners(self.vip_owners, place)
             touched.places[place] = None
-            self._set_views(network, ip, touched)
+            if place not in self._range_at:
+                self._set_views(network, ip, touched)
         self._set_views_around(service, touched)
 
     def _set_views_around(self, service: Service, touched: Touched) -> None:
-        """A range in another one decides whether that one's namespace needs a view of it."""
-        for found in service.ranges:
-            for wider in self._ranges.around(found):
-                self._touch_rivals(place_of(wider.own_network, wider.ip), touched)
-                self._set_views(wider.own_network, wider.ip, touched)
+        """A range in another one decides whether that one's namespace needs a view of it.
+
+        And a view of the wider one, which is looked at first, whether one of the narrower is needed: so the
+        widest come first.
+        """
+        wider = {around for found in service.ranges for around in self._ranges.around(found)}
+        due = [(found.bits, found) for found in {*service.ranges, *wider}]
+        heapify(due)
+        last: Range | None = None
+        while due:
+            _, found = heappop(due)
+            if found == last:
+                continue
+            last, place = found, place_of(found.own_network, found.ip)
+            is_other = self._set_views(found.own_network, found.ip, touched)
+            if is_other or found in wider:
+                self._touch_rivals(place, touched)
+            if is_other:
+                for narrower in self._ranges.inside(found):
+                    heappush(due, (narrower.bits, narrower))
 
     def waypoint_users(self, waypoint: Service) -> Iterator[str]:
         """The services whose traffic goes by way of this one."""
@@ -307,14 +324,18 @@ class Mesh:
                 self.vip_owners[place] = left
             self._touch_rivals(place, touched)
             touched.places[place] = None
-            self._set_views(network, ip, touched)
+            if place not in self._range_at:
+                self._set_views(network, ip, touched)
         self._set_views_around(service, touched)
         for found in service.ranges:
             if not self._ranges.owners(found):
                 self._range_at.pop(place_of(found.own_network, found.ip), None)
 
-    def _set_views(self, network: str, ip: Ip, touched: Touched) -> None:
-        """Namespaces that see another service at an address than the rest get a view of it."""
+    def _set_views(self, network: str, ip: Ip, touched: Touched) -> bool:
+        """Namespaces that see another service at an address than the rest get a view of it.
+
+        True when other ones have a view than before.
+        """
         place = place_of(network, ip)
         before = self.scoped.get(place, {})
         wanted: set[str] = set()
@@ -324,8 +345,9 @@ class Mesh:
             wanted = {ns for ns in namespaces if self._seen(place, ns) != seen_by_all}
         if place in self._range_at:
             wanted |= self._own_before_longer(self._range_at[place])
+            wanted |= self._own_in_viewed(self._range_at[place])
         if not wanted and not before:
-            return
+            return False
         views = {ns: place_of(view_network(network, ns), ip) for ns in sorted(wanted)}
         for ns in before.keys() - wanted:
             del self._views[before[ns]]
@@ -339,6 +361,14 @@ class Mesh:
             self.scoped[place] = views
         else:
             self.scoped.pop(place, None)
+        return wanted != before.keys()
+
+    def _own_in_viewed(self, found: Range) -> set[str]:
+        """Namespaces with a view of a range around their own, which would be found before it."""
+        wider = [self.scoped.get(place_of(r.own_network, r.ip), {}) for r in self._ranges.around(found)]
+        return {
+            ns for ns in map(_namespace, self._ranges.owners(found)) if any(ns in views for views in wider)
+        }
 
     def _own_before_longer(self, found: Range) -> set[str]:
         """Namespaces whose own range goes before longer ones of others in it (xds.md 3.2)."""

@@ -381,15 +381,27 @@ def viewers(mesh: Mesh, place: Ip | Range) -> list[str]:
         ns
         for ns in NAMESPACES
         if owner(mesh, place, ns) != owner(mesh, place)
-        or (isinstance(place, Range) and _goes_before_longer(mesh, place, ns))
+        or (
+            isinstance(place, Range)
+            and _is_own(mesh, place, ns)
+            and (_others_are_longer(mesh, place, ns) or _lies_in_a_view(mesh, place, ns))
+        )
     ]
 
 
-def _goes_before_longer(mesh: Mesh, place: Range, namespace: str) -> bool:
-    """It is the namespace's own, and others have longer ones in it."""
+def _is_own(mesh: Mesh, place: Range, namespace: str) -> bool:
+    return any(place in s.ranges for s in mesh.services.values() if s.namespace == namespace)
+
+
+def _others_are_longer(mesh: Mesh, place: Range, namespace: str) -> bool:
     others = {s.namespace for s in mesh.services.values() for r in s.ranges if _is_inside(r, place)}
-    own = any(place in s.ranges for s in mesh.services.values() if s.namespace == namespace)
-    return own and bool(others - {namespace})
+    return bool(others - {namespace})
+
+
+def _lies_in_a_view(mesh: Mesh, place: Range, namespace: str) -> bool:
+    """Of a wider one, in which it would be looked for first."""
+    wider = {r for s in mesh.services.values() for r in s.ranges if _is_inside(place, r)}
+    return any(namespace in viewers(mesh, each) for each in wider)
 
 
 def _is_inside(inner: Range, outer: Range) -> bool:

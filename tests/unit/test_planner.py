@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator
 
 import msgspec
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from pykmesh.contracts.address import Families, Mode, Range, Service
@@ -25,7 +25,7 @@ from services.map_writer.desired import Rules
 from services.map_writer.mesh import Mesh, Touched, place_of
 from services.map_writer.planner import Held, Limits, Planner
 from tests.unit import mesh_model as model
-from tests.unit.mesh_model import Change, Maps, Plain, responses
+from tests.unit.mesh_model import Change, Maps, Plain, change, responses
 
 NO_ROOM = (AddressKind.SERVICE, Reason.NO_ROOM)
 ROOMY = Limits(1000, 1000, 1000)
@@ -145,6 +145,7 @@ def _decisions(maps: Maps, clients: set[tuple[Ip, int, str]]) -> dict[tuple[obje
 
 
 @EXAMPLES
+@example([[change(259584), change(35060394), change(36836799)]])  # an own range in one that has a view
 @given(responses())
 def test_each_client_gets_to_the_service_that_it_sees(script: list[list[Change]]) -> None:
     """Own addresses before ranges, its namespace's own ranges before longer ones of others."""
