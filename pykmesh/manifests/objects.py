@@ -15,6 +15,7 @@ import msgspec
 
 from pykmesh.contracts.settings import AFFINITY_S_MAX
 from pykmesh.manifests.addresses import HEADLESS, IP, ClusterIP, IPFamily, IPRange, parse_text
+from pykmesh.manifests.grpc_route import GRPCRouteSpec
 from pykmesh.manifests.http_route import HTTPRouteSpec
 from pykmesh.manifests.names import Name, PortNumber
 
@@ -421,6 +422,10 @@ class HTTPRoute(_Object, frozen=True, kw_only=True):
     spec: HTTPRouteSpec = HTTPRouteSpec()
 
 
+class GRPCRoute(_Object, frozen=True, kw_only=True):
+    spec: GRPCRouteSpec = GRPCRouteSpec()
+
+
 WAYPOINT_CLASSES = ("istio-waypoint", "pykmesh-waypoint")
 """Gateway classes whose Gateways are waypoints."""
 NAMESPACE_NAME = "kubernetes.io/metadata.name"
@@ -436,7 +441,16 @@ def service_hostname(name: str, namespace: str, domain: str) -> str:
 
 
 Object: TypeAlias = (
-    Namespace | Node | Pod | Service | EndpointSlice | ServiceEntry | WorkloadEntry | Gateway | HTTPRoute
+    Namespace
+    | Node
+    | Pod
+    | Service
+    | EndpointSlice
+    | ServiceEntry
+    | WorkloadEntry
+    | Gateway
+    | HTTPRoute
+    | GRPCRoute
 )
 
 KINDS: dict[tuple[str, str], type[Object]] = {
@@ -449,6 +463,7 @@ KINDS: dict[tuple[str, str], type[Object]] = {
     ("networking.istio.io", "WorkloadEntry"): WorkloadEntry,
     ("gateway.networking.k8s.io", "Gateway"): Gateway,
     ("gateway.networking.k8s.io", "HTTPRoute"): HTTPRoute,
+    ("gateway.networking.k8s.io", "GRPCRoute"): GRPCRoute,
 }
 """The types that are read, by API group and kind; the version within a group does not matter."""
 

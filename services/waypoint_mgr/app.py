@@ -19,7 +19,7 @@ from pykmesh.contracts.enrollment import Action, EnrollmentError, ask_for_cgroup
 from pykmesh.contracts.messages import ContractError, MapReport, Subject
 from pykmesh.contracts.settings import WaypointMgrSettings
 from pykmesh.contracts.waypoints import MeshService, WaypointsReply, WaypointsRequest
-from pykmesh.manifests.objects import Gateway, HTTPRoute, ObjectRef, ref_of
+from pykmesh.manifests.objects import Gateway, ObjectRef
 from pykmesh.process import Runtime
 from services.waypoint_mgr import announce, fleet
 from services.waypoint_mgr.ads import AdsServer
@@ -28,7 +28,7 @@ from services.waypoint_mgr.encode import EncodeError, resources
 from services.waypoint_mgr.fleet import Fleet
 from services.waypoint_mgr.routes import Configuration, translate
 from services.waypoint_mgr.scaling import policy_of
-from services.waypoint_mgr.source import Objects, mesh_name, watch
+from services.waypoint_mgr.source import Objects, Route, mesh_name, watch
 
 log = structlog.get_logger(__name__)
 
@@ -51,7 +51,7 @@ class WaypointMgr:
         self._objects: Objects | None = None
         self._mesh: WaypointsReply | None = None
         self._configurations: dict[str, Configuration] = {}
-        self._good_routes: dict[str, dict[ObjectRef, HTTPRoute]] = {}
+        self._good_routes: dict[str, dict[ObjectRef, Route]] = {}
         """By waypoint: one that does not take a route has no opinion of it."""
         self._misread: dict[str, list[str]] = {}
         """By waypoint, its annotations that could not be read."""
@@ -183,7 +183,7 @@ class WaypointMgr:
         domain, services = self._settings.cluster_domain, objects.services
         found = translate(waypoint, users, known, services, objects.routes, domain)
         refused = found.refused
-        good = {ref_of(route): route for route in objects.routes if ref_of(route) not in refused}
+        good = {route.ref: route for route in objects.routes if route.ref not in refused}
         before = self._good_routes.get(name, {})
         kept_routes = self._good_routes[name] = good | {ref: before[ref] for ref in refused if ref in before}
         earlier = [kept_routes[ref] for ref in refused if ref in kept_routes]

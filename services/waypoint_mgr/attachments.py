@@ -1,4 +1,4 @@
-"""Which HTTPRoutes are for which ports of a waypoint's services, and what their authors are told.
+"""Which routes are for which ports of a waypoint's services, and what their authors are told.
 
 A route attaches to a Service whose traffic goes by way of the waypoint, or to the waypoint's Gateway.
 Backends in other namespaces need no ReferenceGrant: within a mesh any client may call them.
@@ -7,17 +7,18 @@ Backends in other namespaces need no ReferenceGrant: within a mesh any client ma
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Final, NamedTuple
 
 import msgspec
 
 from pykmesh.contracts.waypoints import Endpoint, MeshService
 from pykmesh.manifests.http_route import BackendObjectRef, ParentRef
-from pykmesh.manifests.objects import Gateway, HTTPRoute, ObjectRef, Service, ref_of
+from pykmesh.manifests.objects import Gateway, ObjectRef, Service, ref_of
 from services.waypoint_mgr.envoy import Port
 from services.waypoint_mgr.protocols import AppProtocol, is_only_udp, protocol_of
 from services.waypoint_mgr.rules import Unresolved, action_of, errors_in
-from services.waypoint_mgr.source import mesh_name
+from services.waypoint_mgr.source import Route, mesh_name
 
 ACCEPTED: Final = "Accepted"
 RESOLVED_REFS: Final = "ResolvedRefs"
@@ -66,8 +67,8 @@ class Mesh:
         names = [item.name for item in service.spec.ports if item.port == at.port] if service else []
         return names[0] if names else ""
 
-    def protocol(self, at: Port, *, is_routed: bool) -> AppProtocol:
-        return protocol_of(self._services.get(at.service), at.port, is_routed=is_routed)
+    def protocol(self, at: Port, routed_as: AppProtocol) -> AppProtocol:
+        return protocol_of(self._services.get(at.service), at.port, routed_as)
 
     def endpoints(self, at: Port) -> Sequence[Endpoint]:
         return next((port.endpoints for port in self._known[at.service].ports if port.port == at.port), ())
@@ -90,8 +91,8 @@ class Mesh:
 class Attached(msgspec.Struct, frozen=True):
     """The accepted routes, in the order of their age."""
 
-    to_ports: dict[Port, list[HTTPRoute]]
-    to_gateway: list[HTTPRoute]
+    to_ports: dict[Port, list[Route]]
+    to_gateway: list[Route]
     conditions: list[Condition]
 
 
@@ -100,7 +101,7 @@ class _Refusal(NamedTuple):
     message: str
 
 
-def attach(waypoint: Gateway, mesh: Mesh, routes: Sequence[HTTPRoute]) -> Attached:
+def attach(waypoint: Gateway, mesh: Mesh, routes: Sequence[Route]) -> Attached:
     attached = Attached({}, [], [])
     for route in sorted(routes, key=age):
         parents = [(parent, _parent_ref(route, parent)) for parent in route.spec.parent_refs]
@@ -110,13 +111,13 @@ def attach(waypoint: Gateway, mesh: Mesh, routes: Sequence[HTTPRoute]) -> Attach
     return attached
 
 
-def age(route: HTTPRoute) -> tuple[str, str, str]:
+def age(route: Route) -> tuple[str, str, str]:
     """Sorts the oldest first; objects of a folder have no age, so their names decide."""
-    return route.metadata.creation_timestamp, route.namespace, route.name
+    return route.created, route.namespace, route.name
 
 
 def _attach_route(
-    route: HTTPRoute,
+    route: Route,
     parents: list[tuple[ParentRef, ObjectRef]],
     waypoint: Gateway,
     mesh: Mesh,
@@ -127,10 +128,10 @@ def _attach_route(
         found = _Refusal(UNSUPPORTED_VALUE, "; ".join(errors)) if errors else None
         found = found or _refusal(route, parent, ref, waypoint, mesh)
         if found:
-            said = Condition(ref_of(route), ref, ACCEPTED, False, found.reason, found.message)
+            said = Condition(route.ref, ref, ACCEPTED, False, found.reason, found.message)
             attached.conditions.append(said)
             continue
-        attached.conditions.append(Condition(ref_of(route), ref, ACCEPTED, True, ACCEPTED))
+        attached.conditions.append(Condition(route.ref, ref, ACCEPTED, True, ACCEPTED))
         attached.conditions.extend(_what_is_left_out(route, ref, mesh))
         if ref.kind == "Gateway":
             _add(attached.to_gateway, route)
@@ -138,12 +139,12 @@ def _attach_route(
             _add(attached.to_ports.setdefault(port, []), route)
 
 
-def _add(routes: list[HTTPRoute], route: HTTPRoute) -> None:
+def _add(routes: list[Route], route: Route) -> None:
     if not any(known is route for known in routes):
         routes.append(route)
 
 
-def _parent_ref(route: HTTPRoute, parent: ParentRef) -> ObjectRef:
+def _parent_ref(route: Route, parent: ParentRef) -> ObjectRef:
     return ObjectRef(parent.kind, parent.namespace or route.namespace, parent.name)
 
 
@@ -154,7 +155,7 @@ def _is_ours(ref: ObjectRef, waypoint: Gateway, mesh: Mesh) -> bool:
 
 
 def _refusal(
-    route: HTTPRoute, parent: ParentRef, ref: ObjectRef, waypoint: Gateway, mesh: Mesh
+    route: Route, parent: ParentRef, ref: ObjectRef, waypoint: Gateway, mesh: Mesh
 ) -> _Refusal | None:
     if ref.kind == "Gateway":
         any_listener = not parent.section_name and parent.port is None
@@ -182,17 +183,16 @@ def _ports_of(parent: ParentRef, ref: ObjectRef, mesh: Mesh) -> list[Port]:
     ]
 
 
-def _what_is_left_out(route: HTTPRoute, parent: ObjectRef, mesh: Mesh) -> Iterator[Condition]:
+def _what_is_left_out(route: Route, parent: ObjectRef, mesh: Mesh) -> Iterator[Condition]:
     """Backends that are none, and what is not honoured."""
-    actions = [
-        action_of(rule, Port("", 0), lambda ref: mesh.resolve(ref, route.namespace))
-        for rule in route.spec.rules
-    ]
+    resolve = partial(mesh.resolve, namespace=route.namespace)
+    rules = route.spec.rules
+    actions = [action_of(rule, Port("", 0), resolve, is_grpc=route.is_grpc) for rule in rules]
     unresolved = list(dict.fromkeys(one for action in actions for one in action.unresolved))
     reason = unresolved[0].reason if unresolved else RESOLVED_REFS
     message = "; ".join(one.message for one in unresolved)
-    yield Condition(ref_of(route), parent, RESOLVED_REFS, not unresolved, reason, message)
+    yield Condition(route.ref, parent, RESOLVED_REFS, not unresolved, reason, message)
     dropped = [f"rules[{i}]: {what}" for i, action in enumerate(actions) for what in action.dropped]
     if dropped:
         message = f"not honoured: {'; '.join(dropped)}"
-        yield Condition(ref_of(route), parent, PARTIALLY_INVALID, True, UNSUPPORTED_VALUE, message)
+        yield Condition(route.ref, parent, PARTIALLY_INVALID, True, UNSUPPORTED_VALUE, message)

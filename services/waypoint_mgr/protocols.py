@@ -1,22 +1,24 @@
 """What a service's port carries, by Istio's protocol selection: `appProtocol`, else the name's first part.
 
 A port that says nothing carries opaque TCP: to look at the first bytes would keep a server that speaks first
-waiting. An HTTPRoute that attaches to a port says that it carries HTTP.
+waiting. A route that attaches to a port says that it carries HTTP, or gRPC.
 """
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import IntEnum
 from typing import Final
 
 from pykmesh.manifests.objects import Protocol, Service, ServicePort
 
 
-class AppProtocol(Enum):
-    TCP = "tcp"
-    HTTP = "http"
+class AppProtocol(IntEnum):
+    """Of two that are said of one port the greater counts."""
+
+    TCP = 0
+    HTTP = 1
     """HTTP/1.1 to endpoints; clients may speak HTTP/2 as well."""
-    HTTP2 = "http2"
+    HTTP2 = 2
     """HTTP/2 to endpoints, as gRPC needs it."""
 
 
@@ -31,10 +33,13 @@ _HTTP: Final = {
 }
 
 
-def protocol_of(service: Service | None, port: int, *, is_routed: bool) -> AppProtocol:
-    """Of a port of a mesh service; `service` is the Kubernetes object, where there is one."""
+def protocol_of(service: Service | None, port: int, routed_as: AppProtocol) -> AppProtocol:
+    """Of a port of a mesh service; `service` is the Kubernetes object, where there is one.
+
+    `routed_as`: what routes make of it, TCP for those that have none.
+    """
     said = _said(service, port)
-    return AppProtocol.HTTP if is_routed and said is AppProtocol.TCP else said
+    return routed_as if said is AppProtocol.TCP else said
 
 
 def is_only_udp(service: Service | None, port: int) -> bool:

@@ -1,4 +1,4 @@
-"""Services and HTTPRoutes, translated to the configuration of a waypoint's Envoys. Pure.
+"""Services and routes, translated to the configuration of a waypoint's Envoys. Pure.
 
 Routes attached to a Service go before those attached to the waypoint's Gateway; a service without any is
 reached straight. Among all matches for a host and port the order is Gateway API's.
@@ -7,13 +7,14 @@ reached straight. Among all matches for a host and port the order is Gateway API
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 import msgspec
 
 from pykmesh.contracts.waypoints import MeshService
 from pykmesh.manifests.http_route import RouteMatch
-from pykmesh.manifests.objects import Gateway, HTTPRoute, ObjectRef, Service
+from pykmesh.manifests.objects import Gateway, ObjectRef, Service
 from services.waypoint_mgr import envoy
 from services.waypoint_mgr.attachments import (
     ACCEPTED,
@@ -26,6 +27,7 @@ from services.waypoint_mgr.attachments import (
 from services.waypoint_mgr.envoy import Json, Port
 from services.waypoint_mgr.protocols import AppProtocol
 from services.waypoint_mgr.rules import action_of, match_fields, rank, straight_to
+from services.waypoint_mgr.source import Route
 
 ACCESS_LOG: Final = "pykmesh.io/access-log"
 """An annotation of the Gateway; "true": its Envoys log each request on their standard output."""
@@ -64,7 +66,7 @@ def translate(
     users: Sequence[MeshService],
     known: Mapping[str, MeshService],
     services: Mapping[str, Service],
-    routes: Sequence[HTTPRoute],
+    routes: Sequence[Route],
     domain: str,
 ) -> Configuration:
     """`users`: services whose traffic goes by way of it. `known`, `services`: by `namespace/hostname`."""
@@ -74,10 +76,11 @@ def translate(
     taken, conflicts = dict[tuple[str, int], str](), list[str]()
     chains, configurations = list[Json](), dict[str, Json]()
     protocols, backends = dict[Port, AppProtocol](), set[Port]()
+    as_backend: dict[Port, AppProtocol] = {}
     for user in mesh.users.values():
         for at in mesh.ports(user):
             own = attached.to_ports.get(at)
-            protocol = protocols[at] = mesh.protocol(at, is_routed=bool(own))
+            protocol = protocols[at] = mesh.protocol(at, _carried(own or ()))
             backends.add(at)
             vips = _free(user.vips, at, taken, conflicts)
             if protocol is AppProtocol.TCP:
@@ -86,10 +89,13 @@ def translate(
             if not vips:
                 continue
             chains.append(envoy.http_chain(at, vips, logs))
-            configurations[at.cluster], used = _route_configuration(at, own or attached.to_gateway, mesh)
+            routed = own or attached.to_gateway
+            configurations[at.cluster], used = _route_configuration(at, routed, mesh)
             backends |= used
+            for backend in used:
+                as_backend[backend] = max(as_backend.get(backend, AppProtocol.TCP), _carried(routed))
     for at in backends - protocols.keys():
-        protocols[at] = mesh.protocol(at, is_routed=True)
+        protocols[at] = mesh.protocol(at, as_backend[at])
     return Configuration(
         chains=tuple(chains),
         routes=configurations,
@@ -99,6 +105,12 @@ def translate(
         conditions=tuple(attached.conditions),
         conflicts=tuple(conflicts),
     )
+
+
+def _carried(routes: Iterable[Route]) -> AppProtocol:
+    """What a port with these routes carries, if it does not say so itself."""
+    found = (AppProtocol.HTTP2 if route.is_grpc else AppProtocol.HTTP for route in routes)
+    return max(found, default=AppProtocol.TCP)
 
 
 def _free(
@@ -118,21 +130,22 @@ def _free(
 class _Entry(msgspec.Struct, frozen=True):
     """One match of one rule."""
 
-    route: HTTPRoute
+    route: Route
     order: tuple[object, ...]
     """Among all entries of a host."""
     fields: Json
 
 
-def _route_configuration(at: Port, routes: Sequence[HTTPRoute], mesh: Mesh) -> tuple[Json, frozenset[Port]]:
+def _route_configuration(at: Port, routes: Sequence[Route], mesh: Mesh) -> tuple[Json, frozenset[Port]]:
     """Without routes, straight to the service. Also returns the backends that it names."""
     if not routes:
         hosts = [_virtual_host(_ANY_HOST, [straight_to(at)])]
         return _with_hosts(at, hosts), frozenset()
     entries, backends = list[_Entry](), set[Port]()
     for route in routes:
+        resolve = partial(mesh.resolve, namespace=route.namespace)
         for index, rule in enumerate(route.spec.rules):
-            action = action_of(rule, at, lambda ref, route=route: mesh.resolve(ref, route.namespace))  # type: ignore[misc]
+            action = action_of(rule, at, resolve, is_grpc=route.is_grpc)
             backends |= action.backends
             name = {"name": f"{route.namespace}/{route.name}/{rule.name or index}"}
             for match in rule.matches or (RouteMatch(),):

@@ -44,6 +44,8 @@ RETRY_ON: Final = "connect-failure,refused-stream,reset-before-request"
 UNRESOLVED: Final = "unresolved"
 """A cluster that there never is: what is sent there is answered with 500."""
 
+_NOT_FOUND: Final = {500: "INTERNAL_SERVER_ERROR", 503: "SERVICE_UNAVAILABLE"}
+"""What Envoy calls the status for a cluster that is not there."""
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 
 
@@ -141,18 +143,19 @@ def _first_of_name(matches: Iterable[Json]) -> list[Json]:
     return list(by_name.values())
 
 
-def action_of(rule: RouteRule, at: Port, resolve: Resolve) -> Action:
-    """`at`: where the request was sent to."""
-    return _Builder(rule, at, resolve).build()
+def action_of(rule: RouteRule, at: Port, resolve: Resolve, *, is_grpc: bool = False) -> Action:
+    """`at`: where the request was sent to. What cannot be done is answered with 500, of gRPC with 503."""
+    return _Builder(rule, at, resolve, 503 if is_grpc else 500).build()
 
 
 class _Builder:
     """Collects what comes up while a rule is put into Envoy's words."""
 
-    def __init__(self, rule: RouteRule, at: Port, resolve: Resolve) -> None:
+    def __init__(self, rule: RouteRule, at: Port, resolve: Resolve, failure: int) -> None:
         self._rule = rule
         self._at = at
         self._resolve = resolve
+        self._failure = failure
         self._backends: set[Port] = set()
         self._unresolved: list[Unresolved] = []
         self._dropped: list[str] = []
@@ -184,16 +187,17 @@ class _Builder:
             elif item.request_mirror:
                 mirrors += self._mirror(item.request_mirror)
             else:
-                self._dropped.append(f"filter {item.type.value} (its requests are answered with 500)")
+                self._drop(f"filter {item.type.value}")
                 failed = True
         if failed:
-            return fields | _answer(500)
+            return fields | _answer(self._failure)
         if redirect is not None:
             return fields | {"redirect": redirect}
         target = self._target()
         if target is None:
-            return fields | _answer(500)
+            return fields | _answer(self._failure)
         sent = _forward(target, self._rule.timeouts, self._rule.retry)
+        sent["clusterNotFoundResponseCode"] = _NOT_FOUND[self._failure]
         return fields | {"route": sent | forward | {"requestMirrorPolicies": mirrors}}
 
     @property
@@ -239,8 +243,12 @@ class _Builder:
             return found | host
         if item.response_header_modifier:
             return _response_headers(item.response_header_modifier)
-        self._dropped.append(f"backendRefs: filter {item.type.value} (its requests are answered with 500)")
+        self._drop(f"backendRefs: filter {item.type.value}")
         return {"name": UNRESOLVED}
+
+    def _drop(self, what: str) -> None:
+        """What cannot be passed over."""
+        self._dropped.append(f"{what} (its requests are answered with {self._failure})")
 
     def _resolved(self, ref: BackendObjectRef) -> Port | None:
         found = self._resolve(ref)
@@ -260,7 +268,6 @@ def _forward(target: str | list[Json], timeouts: Timeouts, retry: Retry | None) 
     return to | {
         "timeout": _seconds(timeouts.request) if timeouts.request else NO_TIMEOUT,
         "retryPolicy": _retry_policy(timeouts, retry),
-        "clusterNotFoundResponseCode": "INTERNAL_SERVER_ERROR",
     }
 
 

@@ -11,15 +11,19 @@ import anyio.to_thread
 import msgspec
 
 from pykmesh.manifests.folder import Content, Folder
+from pykmesh.manifests.http_route import HTTPRouteSpec
 from pykmesh.manifests.objects import (
     USE_WAYPOINT,
     USE_WAYPOINT_NAMESPACE,
     Gateway,
+    GRPCRoute,
     HTTPRoute,
     Labels,
     Namespace,
     Object,
+    ObjectRef,
     Service,
+    ref_of,
     service_hostname,
 )
 
@@ -31,12 +35,35 @@ def mesh_name(namespace: str, name: str, domain: str) -> str:
     return f"{namespace}/{service_hostname(name, namespace, domain)}"
 
 
+class Route(msgspec.Struct, frozen=True):
+    """An HTTPRoute, or a GRPCRoute as the HTTPRoute that does the same."""
+
+    ref: ObjectRef
+    created: str
+    spec: HTTPRouteSpec
+    is_grpc: bool = False
+
+    @classmethod
+    def of(cls, obj: HTTPRoute | GRPCRoute) -> Route:
+        is_grpc = isinstance(obj, GRPCRoute)
+        spec = obj.spec.as_http if isinstance(obj, GRPCRoute) else obj.spec
+        return cls(ref_of(obj), obj.metadata.creation_timestamp, spec, is_grpc)
+
+    @property
+    def namespace(self) -> str:
+        return self.ref.namespace
+
+    @property
+    def name(self) -> str:
+        return self.ref.name
+
+
 class Objects(msgspec.Struct, frozen=True):
     """Waypoints and services by their names in the mesh (a waypoint is named as its own service is)."""
 
     waypoints: Mapping[str, Gateway] = {}
     services: Mapping[str, Service] = {}
-    routes: tuple[HTTPRoute, ...] = ()
+    routes: tuple[Route, ...] = ()
     namespaces: Mapping[str, Labels] = {}
     """Those that are said, with their labels."""
     errors: tuple[str, ...] = ()
@@ -47,7 +74,7 @@ class Objects(msgspec.Struct, frozen=True):
         return cls(
             waypoints=_by_mesh_name((o for o in objects if isinstance(o, Gateway) and o.is_waypoint), domain),
             services=_by_mesh_name((o for o in objects if isinstance(o, Service)), domain),
-            routes=tuple(o for o in objects if isinstance(o, HTTPRoute)),
+            routes=tuple(Route.of(o) for o in objects if isinstance(o, HTTPRoute | GRPCRoute)),
             namespaces={o.name: o.labels for o in objects if isinstance(o, Namespace)},
             errors=tuple(map(str, content.errors)),
         )

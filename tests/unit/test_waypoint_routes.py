@@ -129,9 +129,10 @@ PROTOCOLS = {
 def test_a_port_carries_what_istio_says_that_it_does(name: str, app_protocol: str) -> None:
     service = kubernetes_service("shop", "web", {"port": 80, "name": name, "appProtocol": app_protocol})
     expected = PROTOCOLS[name, app_protocol]
-    assert protocol_of(service, 80, is_routed=False) is expected
-    routed = AppProtocol.HTTP if expected is AppProtocol.TCP else expected
-    assert protocol_of(service, 80, is_routed=True) is routed
+    assert protocol_of(service, 80, AppProtocol.TCP) is expected
+    for routed_as in (AppProtocol.HTTP, AppProtocol.HTTP2):
+        routed = routed_as if expected is AppProtocol.TCP else expected
+        assert protocol_of(service, 80, routed_as) is routed
 
 
 def test_http2_goes_to_endpoints_as_such() -> None:

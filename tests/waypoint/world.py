@@ -10,11 +10,12 @@ from typing import Any
 import anyio
 
 from pykmesh.contracts.waypoints import Endpoint, MeshService, ServicePort
-from pykmesh.manifests.objects import KINDS, Gateway, HTTPRoute, Service, from_plain
+from pykmesh.manifests.objects import KINDS, Gateway, GRPCRoute, HTTPRoute, Service, from_plain
 from services.waypoint_mgr import instances
 from services.waypoint_mgr.ads import AdsServer, NodeStatus
 from services.waypoint_mgr.encode import resources
 from services.waypoint_mgr.routes import Configuration, translate
+from services.waypoint_mgr.source import Route
 
 from .backends import free_port
 
@@ -41,7 +42,7 @@ def gateway(annotations: Mapping[str, str] | None = None) -> Gateway:
     return made
 
 
-def http_route(namespace: str, name: str, spec: dict[str, Any], created: str = "") -> HTTPRoute:
+def http_route(namespace: str, name: str, spec: dict[str, Any], created: str = "") -> Route:
     """Attached to the Service web, if it does not say otherwise."""
     plain = {
         "metadata": {"name": name, "namespace": namespace, "creationTimestamp": created},
@@ -49,7 +50,15 @@ def http_route(namespace: str, name: str, spec: dict[str, Any], created: str = "
     }
     made = from_plain(plain, KINDS["gateway.networking.k8s.io", "HTTPRoute"])
     assert isinstance(made, HTTPRoute)
-    return made
+    return Route.of(made)
+
+
+def grpc_route(namespace: str, name: str, spec: dict[str, Any]) -> Route:
+    """Attached to the Service web."""
+    plain = {"metadata": {"name": name, "namespace": namespace}, "spec": {"parentRefs": [TO_WEB], **spec}}
+    made = from_plain(plain, KINDS["gateway.networking.k8s.io", "GRPCRoute"])
+    assert isinstance(made, GRPCRoute)
+    return Route.of(made)
 
 
 def kubernetes_service(namespace: str, name: str, *ports: dict[str, Any]) -> Service:
@@ -74,7 +83,7 @@ class World:
         self.users: list[MeshService] = []
         self.known: dict[str, MeshService] = {}
         self.services: dict[str, Service] = {}
-        self.routes: list[HTTPRoute] = []
+        self.routes: list[Route] = []
 
     def add_user(self, service: MeshService, kubernetes: Service) -> None:
         self.users.append(service)
