@@ -96,15 +96,17 @@ def _broker_status(instance: Instance, pid: int | None) -> dict[str, Any] | None
 
 
 def _names(instance: Instance, supervised: Container[str]) -> list[str]:
-    names = ["bpf_loader", "map_writer", "xds_client", "telemetry"]
-    if _process_status(instance.ports.control_plane) is not None:
-        names.insert(0, "control_plane")
-    names += [
-        name
-        for name in ("dns_proxy", "waypoint_mgr")
-        if name in supervised or _process_status(getattr(instance.ports, name)) is not None
-    ]
-    return names
+    """Of those that not every mesh has: what the supervisor keeps running, or what answers."""
+
+    def there(*names: str) -> list[str]:
+        return [
+            name
+            for name in names
+            if name in supervised or _process_status(getattr(instance.ports, name)) is not None
+        ]
+
+    always = ["bpf_loader", "map_writer", "xds_client", "telemetry"]
+    return [*there("control_plane"), *always, *there("dns_proxy", "waypoint_mgr")]
 
 
 def _status_row(name: str, process: dict[str, Any] | None, restarts: int | None) -> tuple[Any, ...]:

@@ -497,7 +497,7 @@ def test_a_control_plane_that_comes_back_to_a_broken_file_takes_nothing_from_the
     line = 1 + good.splitlines().index("    port: 80")
     why = f"manifests: web.yaml:{line}: spec.ports[0].port: Expected `int`, got `str`"
     status = until(
-        lambda: (back := node.status())["processes"].get("control_plane", {}).get("waits_for") and back,
+        lambda: ((back := node.status())["processes"]["control_plane"] or {}).get("waits_for") and back,
         "control_plane back, and not ready",
     )
     assert why in status["processes"]["control_plane"]["waits_for"]
