@@ -108,7 +108,7 @@ def status(instance: Instance, /, which: str, output: str) -> None:
             _tell(each)
     else:
         show(output, {"waypoints": found}, (), ())
-    if any(_problems(each) or not _ready(each) for each in found):
+    if any(_problems(each) or not (_ready(each) or _sleeps(each)) for each in found):
         sys.exit(1)
 
 
@@ -153,6 +153,11 @@ def _waypoints(instance: Instance) -> list[dict[str, Any]]:
 
 def _ready(found: dict[str, Any]) -> int:
     return sum(instance["ready"] for instance in found["instances"])
+
+
+def _sleeps(found: dict[str, Any]) -> bool:
+    """It was scaled to none."""
+    return bool(found["scaling"]) and not found["scaling"]["size"]
 
 
 def _problems(found: dict[str, Any]) -> list[str]:

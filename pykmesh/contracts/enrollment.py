@@ -29,6 +29,7 @@ class Action(StrEnum):
     NAMESPACES = "namespaces"
     ENROLL_WAYPOINT = "enroll-waypoint"
     FRONT = "front"
+    FRONTS_ALONE = "fronts-alone"
 
 
 class Front(msgspec.Struct, frozen=True):
@@ -52,6 +53,8 @@ class Request(msgspec.Struct, frozen=True):
     cookies: list[int] = []
     """Of NAMESPACES: which ones, at most NAMESPACES_MAX."""
     front: Front | None = None
+    fronts: list[tuple[str, int]] = []
+    """Of FRONTS_ALONE: addresses and ports of those that there shall be; all others are taken away."""
 
 
 class Enrolled(msgspec.Struct, frozen=True):
@@ -105,6 +108,11 @@ def ask_for_front(path: Path, front: Front, descriptors: list[int]) -> list[int]
     Raises EnrollmentError.
     """
     return ask(path, Request(Action.FRONT, front=front), descriptors).missing
+
+
+def ask_for_fronts_alone(path: Path, fronts: list[tuple[str, int]]) -> None:
+    """Takes all other fronts away. Raises EnrollmentError."""
+    ask(path, Request(Action.FRONTS_ALONE, fronts=fronts), [])
 
 
 def _ask(path: Path, request: Request, descriptors: list[int]) -> tuple[Reply, list[int]]:

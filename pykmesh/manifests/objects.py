@@ -367,7 +367,8 @@ class NamespacesFrom(Enum):
 
 class RouteNamespaces(_Manifest, frozen=True, kw_only=True):
     from_: NamespacesFrom = msgspec.field(name="from", default=NamespacesFrom.SAME)
-    selector: LabelSelector = LabelSelector()
+    selector: LabelSelector | None = None
+    """Without one nobody is chosen."""
 
 
 class AllowedRoutes(_Manifest, frozen=True, kw_only=True):
@@ -384,7 +385,7 @@ class GatewayListener(_Manifest, frozen=True, kw_only=True):
         """Another namespace than the Gateway's own."""
         asked = self.allowed_routes.namespaces
         if asked.from_ is NamespacesFrom.SELECTOR:
-            return asked.selector.matches(namespace_labels)
+            return asked.selector is not None and asked.selector.matches(namespace_labels)
         return asked.from_ is NamespacesFrom.ALL
 
 

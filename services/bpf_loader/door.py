@@ -104,6 +104,9 @@ class Door:
             if request.front is None:
                 raise EnrollmentError(f"{request.action}: expected a front")
             return Reply(missing=self._waypoints.put_front(request.front, descriptors))
+        if request.action is Action.FRONTS_ALONE:
+            self._waypoints.keep_fronts(request.fronts)
+            return Reply()
         if len(descriptors) != 1 + request.has_netns:
             raise EnrollmentError(f"{request.action}: {len(descriptors)} descriptors came")
         if request.action is Action.ENROLL_WAYPOINT:

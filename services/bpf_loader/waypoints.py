@@ -7,6 +7,7 @@ the maps `fronts` and `listeners`.
 from __future__ import annotations
 
 import os
+import struct
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -17,7 +18,7 @@ from pykmesh.contracts.enrollment import INSTANCES_MAX, EnrollmentError, Front
 from pykmesh.kernel import cgroups, libbpf, pins
 from pykmesh.kernel.hooks import FRONT_HOOK, WAYPOINT_HOOKS, Programs
 from pykmesh.kernel.maps import PinnedMap
-from pykmesh.kernel.records import FRONT_KEY, FRONT_VALUE, ip_from_text
+from pykmesh.kernel.records import FRONT_KEY, FRONT_VALUE, ip_from_text, ip_to_text
 from services.bpf_loader import pinned
 
 log = structlog.get_logger(__name__)
@@ -96,9 +97,20 @@ class Waypoints:
                 self._fronts.put(key, FRONT_VALUE.pack(len(front.instances), ports))
             else:
                 self._fronts.remove(key)
-        except (ValueError, OverflowError, libbpf.KernelError) as error:
+        except (ValueError, OverflowError, struct.error, libbpf.KernelError) as error:
             raise EnrollmentError(f"front {front.address}:{front.port}: {error}") from error
         return [port for port in front.instances if not self._has_listener(port)]
+
+    def keep_fronts(self, fronts: list[tuple[str, int]]) -> None:
+        """These alone. EnrollmentError."""
+        try:
+            kept = {FRONT_KEY.pack(ip_from_text(address), port) for address, port in fronts}
+            for key in [key for key, _ in self._fronts.items() if key not in kept]:
+                self._fronts.remove(key)
+                address, port = FRONT_KEY.unpack(key)
+                log.info("front_removed", address=ip_to_text(address), port=port)
+        except (ValueError, struct.error, libbpf.KernelError) as error:
+            raise EnrollmentError(f"fronts: {error}") from error
 
     def _has_listener(self, port: int) -> bool:
         return libbpf.lookup(self._listeners.fd, _port(port), COOKIE_BYTES) is not None

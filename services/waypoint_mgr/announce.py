@@ -6,6 +6,7 @@ port HANDOFF_PORT, by which data planes tell it from one of Istio's own.
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from pykmesh.manifests.objects import GATEWAY_NAME, Gateway
 
 PORT_NAME: Final = "handoff"
 SUFFIX: Final = ".yaml"
+NAME_MAX: Final = 200
 
 
 class Place(NamedTuple):
@@ -65,18 +67,36 @@ class Announcements:
         self._directory = directory
 
     def put(self, waypoints: Mapping[str, list[dict[str, Any]] | None]) -> None:
-        """Makes the files say this and nothing else. None: the file stays as it is. OSError."""
+        """Makes the files say this and nothing else. None: the file stays as it is.
+
+        OSError when that cannot be done for one of them; it is for the others.
+        """
         self._directory.mkdir(parents=True, exist_ok=True)
+        errors: list[str] = []
+        paths = {name: self._directory / f"{_file_name(name)}{SUFFIX}" for name in waypoints}
         for name, found in waypoints.items():
-            if found is None:
-                continue
-            path = self._directory / f"{name}{SUFFIX}"
-            text = yaml.safe_dump_all(found, sort_keys=False)
-            if path.exists() and path.read_text() == text:
-                continue
-            temporary = self._directory / f".{name}.new"
-            temporary.write_text(text)
-            temporary.rename(path)
-        for path in self._directory.glob(f"*{SUFFIX}"):
-            if path.name.removesuffix(SUFFIX) not in waypoints:
-                path.unlink()
+            try:
+                if found is not None:
+                    _write(paths[name], yaml.safe_dump_all(found, sort_keys=False))
+            except OSError as error:
+                errors.append(f"{name}: {error}")
+        for path in set(self._directory.glob(f"*{SUFFIX}")) - set(paths.values()):
+            path.unlink(missing_ok=True)
+        if errors:
+            raise OSError("; ".join(errors))
+
+
+def _file_name(waypoint: str) -> str:
+    """Of a waypoint's `namespace/name`; a digest of one that is too long."""
+    name = waypoint.replace("/", "_")  # which no name has
+    if len(name) <= NAME_MAX:
+        return name
+    return f"{name[: NAME_MAX - 33]}-{hashlib.blake2b(waypoint.encode(), digest_size=16).hexdigest()}"
+
+
+def _write(path: Path, text: str) -> None:
+    if path.exists() and path.read_text() == text:
+        return
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text)
+    temporary.rename(path)

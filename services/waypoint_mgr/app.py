@@ -198,7 +198,7 @@ class WaypointMgr:
     def _announce(self, objects: Objects) -> None:
         """Nothing is taken back before it is known what runs."""
         said = {
-            f"{waypoint.namespace}.{waypoint.name}": self._manifests(name, waypoint)
+            f"{waypoint.namespace}/{waypoint.name}": self._manifests(name, waypoint)
             for name, waypoint in objects.waypoints.items()
         }
         try:

@@ -25,7 +25,7 @@ import msgspec
 import structlog
 
 from pykmesh.contracts import enrollment
-from pykmesh.contracts.enrollment import EnrollmentError, ask_for_front
+from pykmesh.contracts.enrollment import EnrollmentError, ask_for_front, ask_for_fronts_alone
 from services.waypoint_mgr.announce import Place
 from services.waypoint_mgr.fronts import Front, FrontError, listening_socket
 from services.waypoint_mgr.instances import UNHEARD, EnvoyProcess, InstanceError, Spec, adopt, start
@@ -36,6 +36,8 @@ RESTART_S: Final = 0.5
 DRAIN_DEADLINE_S: Final = 30.0
 UNSTEER_S: Final = 5.0
 """How long an instance that shall leave waits for the kernel to be told so."""
+HANDSHAKE_S: Final = 3.0
+"""What was given to an instance before it was to leave may need so long to be a connection."""
 STEER_AGAIN_S: Final = 5.0
 RETRY_S: Final = 0.5
 WAIT_S: Final = 10.0
@@ -55,6 +57,7 @@ class _Kept(msgspec.Struct, frozen=True):
     waypoint: str
     port: int
     front: int = 0
+    leaving: bool = False
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,9 +109,13 @@ class Member:
         self._used.append((at_s, processor_s))
 
     @property
+    def is_measured(self) -> bool:
+        return len(self._used) > 1
+
+    @property
     def processors(self) -> float:
         """In use, over the last few samples."""
-        if len(self._used) < 2:
+        if not self.is_measured:
             return 0.0
         (began, before), (now, used) = self._used[0], self._used[-1]
         return (used - before) / max(now - began, 1e-3)
@@ -138,9 +145,10 @@ class Group:
         self.load: Load | None = None
         self.front: Front | None = None
         self.error = ""
-        self.is_wanted = True
-        self.served_s = float("-inf")
-        """When an instance took connections last."""
+        self.is_wanted = False
+        """One that is wanted no more gives its front up."""
+        self.waits_since = float("-inf")
+        """When an instance took connections last, or was begun for one: since then clients may wait."""
         self.turned_away = 0
         self._found: list[Found] = []
 
@@ -155,12 +163,20 @@ class Group:
     def begin(self) -> None:
         """A connection came while there was no instance."""
         self._found.append(Found(time.monotonic(), 1))
+        self.waits_since = time.monotonic()
         self.resize(1, "a connection came")
+
+    def adopt(self, size: int) -> None:
+        """So many run from before: they count as asked for until now, for nobody knows better."""
+        self._found = [Found(time.monotonic(), size)] if size else []
+        self.resize(max(size, 1), "begins")
 
     def resize(self, size: int, why: str) -> None:
         if size != self.size:
             log.info("waypoint_scaled", waypoint=self.waypoint, was=self.size, size=size, why=why)
         self.size, self.why = size, why
+        if not size:
+            self.is_asked_for()  # what was turned away until now is nobody who waits
 
     def is_asked_for(self) -> bool:
         """True when connections came that no instance took, since it was asked last."""
@@ -191,6 +207,8 @@ class Fleet:
         self._tell = changed
         self._tasks: anyio.abc.TaskGroup
         self._steering_due = anyio.Event()
+        self._is_wanted = False
+        """Whether it was said what shall be."""
         self.members: dict[str, Member] = {}
         self.groups: dict[str, Group] = {}
 
@@ -211,7 +229,9 @@ class Fleet:
             log.warning("instance_unknown", directory=str(directory), error=str(error))
             return
         member = Member(directory.name, kept.waypoint, kept.port, kept.front)
-        member.is_known = False
+        member.is_known = kept.leaving
+        if kept.leaving:
+            member.leaving.set()
         self._add(member)
 
     def _changed(self) -> None:
@@ -222,11 +242,12 @@ class Fleet:
 
     def want(self, policies: Mapping[str, Policy]) -> None:
         """Instances of these waypoints there shall be, and of no others."""
+        self._is_wanted = True
         for waypoint, policy in policies.items():
-            group = self.groups.get(waypoint)
-            if group is None or not group.is_wanted:
-                group = self.groups[waypoint] = Group(waypoint)
-                group.resize(max(1, len(self._standing(waypoint))), "begins")
+            group = self.groups.setdefault(waypoint, Group(waypoint))
+            if not group.is_wanted:
+                group.is_wanted = True
+                group.adopt(len(self._standing(waypoint)))
                 self._steering_due.set()
             group.policy = policy
             self._fit(group)
@@ -256,6 +277,8 @@ class Fleet:
     def _leave(self, member: Member) -> None:
         if not member.is_leaving:
             member.leaving.set()
+            with contextlib.suppress(OSError):
+                self._note(member)
             self._changed()
 
     def places(self, waypoint: str) -> list[Place] | None:
@@ -265,7 +288,7 @@ class Fleet:
         group = self.groups.get(waypoint)
         if group is None or group.front is None:
             return []
-        waits = group.size == 0 or time.monotonic() - group.served_s < WAIT_S
+        waits = group.size == 0 or time.monotonic() - group.waits_since < WAIT_S
         if not waits and not any(member.is_steered for member in self._standing(waypoint)):
             return []
         return [Place(_short_name(waypoint), group.front.address, group.front.port)]
@@ -283,6 +306,9 @@ class Fleet:
 
     async def _keep_running(self, member: Member) -> None:
         """Until it has left."""
+        if member.is_leaving and (process := adopt(self._settings.envoys_dir / member.name)) is not None:
+            member.process = process  # it was told so before this process
+            await self._watch(member, process)
         while not member.is_leaving:
             try:
                 member.process = self._begin(member)
@@ -330,8 +356,11 @@ class Fleet:
         return start(spec)
 
     def _note(self, member: Member) -> None:
-        kept = _Kept(member.waypoint, member.port, member.front)
-        (self._settings.envoys_dir / member.name / _FILE).write_bytes(msgspec.json.encode(kept))
+        """There at once and whole: without it nobody would know of the Envoy."""
+        kept = _Kept(member.waypoint, member.port, member.front, member.is_leaving)
+        path = self._settings.envoys_dir / member.name / _FILE
+        path.with_suffix(".new").write_bytes(msgspec.json.encode(kept))
+        path.with_suffix(".new").rename(path)
 
     async def _watch(self, member: Member, process: EnvoyProcess) -> None:
         """Until it ends."""
@@ -346,8 +375,12 @@ class Fleet:
         self._changed()
 
     async def _await_ready(self, member: Member, process: EnvoyProcess) -> None:
-        while not await process.is_ready():  # noqa: ASYNC110  (an Envoy tells nobody)
+        end = time.monotonic() + WAIT_S
+        while not await process.is_ready():
             await anyio.sleep(READY_POLL_S)
+            if not member.is_known and time.monotonic() > end:
+                member.is_known = True  # that it does not answer
+                self._changed()
         member.is_ready = member.is_known = True
         log.info("instance_ready", instance=member.name)
         self._changed()
@@ -355,9 +388,12 @@ class Fleet:
     async def _let_leave(self, member: Member, process: EnvoyProcess) -> None:
         """It gets no new connections before those that it has are asked to end."""
         await member.leaving.wait()
+        took_connections = member.is_steered
         with anyio.move_on_after(UNSTEER_S):
             while member.is_steered:  # noqa: ASYNC110
                 await anyio.sleep(READY_POLL_S)
+        if took_connections:
+            await anyio.sleep(HANDSHAKE_S)
         await process.stop(DRAIN_DEADLINE_S)
 
     # -- who gets connections
@@ -366,12 +402,27 @@ class Fleet:
         """On every change, and now and then: what the kernel holds may have been taken away."""
         while True:
             is_told = [await self._steer(group) for group in list(self.groups.values())]
+            if self._is_wanted and all(is_told):
+                is_told.append(await self._leave_no_others())
             with anyio.move_on_after(STEER_AGAIN_S if all(is_told) else RETRY_S):
                 await self._steering_due.wait()
             self._steering_due = anyio.Event()
 
+    async def _leave_no_others(self) -> bool:
+        """Fronts of waypoints that went while nobody was here to see it, and ports that were changed."""
+        fronts = [(group.front.address, group.front.port) for group in self.groups.values() if group.front]
+        try:
+            await anyio.to_thread.run_sync(ask_for_fronts_alone, self._settings.enroll_socket, fronts)
+        except EnrollmentError as error:
+            log.info("fronts_not_checked", error=str(error))
+            return False
+        return True
+
     async def _steer(self, group: Group) -> bool:
         """False when it is to be tried again."""
+        if group.front is None and not group.is_wanted:
+            del self.groups[group.waypoint]
+            return True
         try:
             if group.front is None:
                 group.front = await anyio.to_thread.run_sync(self._hold_port, group)
@@ -381,12 +432,11 @@ class Fleet:
             if group.error != str(error):
                 group.error = str(error)
                 log.warning("front_not_served", waypoint=group.waypoint, error=group.error)
-            return not group.is_wanted
+            return False
         group.error = ""
         if not group.is_wanted:
             group.front.close()
-            if self.groups.get(group.waypoint) is group:
-                del self.groups[group.waypoint]
+            del self.groups[group.waypoint]
         self._note_steered(group, {member.port for member in members} - set(missing))
         return not missing
 
@@ -397,7 +447,7 @@ class Fleet:
                 member.is_steered = not member.is_steered
                 is_other = True
         if ports:
-            group.served_s = time.monotonic()
+            group.waits_since = time.monotonic()
         if is_other:
             self._tell()
 
@@ -469,8 +519,8 @@ class Fleet:
         for group in self.groups.values():
             serving = [member for member in self._standing(group.waypoint) if member.is_steered]
             if serving:
-                group.served_s = time.monotonic()
-            if not serving and group.size:
+                group.waits_since = time.monotonic()
+            if (not serving and group.size) or not all(member.is_measured for member in serving):
                 continue
             before = group.size
             processors = sum(member.processors for member in serving)
@@ -494,7 +544,7 @@ class Fleet:
         return name
 
     def _free_port(self) -> int:
-        taken = {member.port for member in self.members.values()}
+        taken = {port for member in self.members.values() for port in (member.port, member.front)}
         taken |= {group.front.port for group in self.groups.values() if group.front}
         port = self._settings.first_port + 1  # the first is a front's
         while port in taken:

@@ -40,8 +40,6 @@ class Front:
         """Raises FrontError; its `__cause__` is the OSError."""
         self.address = address
         self.port = port
-        self.ports: list[int] = []
-        """Of the instances that stand behind it, as the kernel was told last."""
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         loopback, wildcard = ("::1", "::") if family == socket.AF_INET6 else ("127.0.0.1", "0.0.0.0")  # noqa: S104
         with contextlib.ExitStack() as undo:

@@ -286,8 +286,10 @@ class EnvoyProcess:
         try:
             await self._admin("POST", "/healthcheck/fail")
             await self._admin("POST", "/drain_listeners?graceful")
-            while await self.connections():  # noqa: ASYNC110  (nothing tells when the last one ends)
+            empty = 0
+            while empty < 2:  # nothing tells when the last one ends; one may just have come in
                 await anyio.sleep(POLL_S)
+                empty = 0 if await self.connections() else empty + 1
         except UNHEARD as error:
             log.warning("instance_not_drained", node=self.node_id, error=str(error))
 

@@ -19,6 +19,8 @@ CONNECTIONS: Final = "pykmesh.io/target-connections"
 SCALE_IN_AFTER: Final = "pykmesh.io/scale-in-after"
 
 INSTANCES_MAX: Final = 32
+CPU_PERCENT_MAX: Final = 90
+"""More could not be exceeded by more than the tolerance."""
 TOLERANCE: Final = 0.1
 """A load this near to its target changes nothing."""
 IDLE_S: Final = 10.0
@@ -93,7 +95,7 @@ def policy_of(annotations: Mapping[str, str]) -> tuple[Policy, list[str]]:
     policy = Policy(
         least=least,
         most=most,
-        cpu_percent=number(CPU, plain.cpu_percent, 1, 100),
+        cpu_percent=number(CPU, plain.cpu_percent, 1, CPU_PERCENT_MAX),
         connections=int(connections) or None,
         scale_in_after_s=number(SCALE_IN_AFTER, plain.scale_in_after_s, 0, 3600),
     )

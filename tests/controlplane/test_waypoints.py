@@ -42,6 +42,8 @@ IN_A_OR_B = {"key": "team", "operator": "In", "values": ["a", "b"]}
         ([{"from": "Same"}], "shop", {}, False),
         ([{"from": "None"}], "shop", {}, False),
         ([{"from": "All"}], "shop", {}, True),
+        ([{"from": "Selector"}], "shop", {}, False),
+        ([{"from": "Selector", "selector": {}}], "shop", {}, True),
         ([{"from": "Same"}, {"from": "All"}], "shop", {}, True),
         ([{"from": "Selector", "selector": {"matchLabels": {"team": "a"}}}], "shop", {"team": "a"}, True),
         ([{"from": "Selector", "selector": {"matchLabels": {"team": "a"}}}], "shop", {"team": "b"}, False),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,6 +12,10 @@ from typing import Any
 
 import pytest
 
+from pykmesh.kernel import pins
+from pykmesh.kernel.maps import PinnedMap
+from pykmesh.kernel.records import FRONT_KEY, ip_to_text
+from services.waypoint_mgr.fleet import WAIT_S
 from tests.mesh.manifests import text
 from tests.mesh.node import finish, probe, python, until
 from tests.mesh.waypoints import SHOP4, Mesh, ask, gateway, status, until_handed_over, waypoint_mesh
@@ -162,12 +165,18 @@ def test_the_size_follows_the_connections_and_says_why(mesh: Mesh) -> None:
     until(lambda: len(status(mesh)["instances"]) == 1, "one again", 60)
 
 
-def test_with_nothing_to_do_there_is_none_and_the_next_connection_waits_for_one(mesh: Mesh) -> None:
+def test_with_nothing_to_do_there_is_none_and_the_next_connections_wait_for_one(mesh: Mesh) -> None:
+    """However long there was none, and however many connect before there is one."""
     sized(mesh, 0, min_instances="0", scale_in_after="1")
     assert status(mesh)["scaling"]["size"] == 0
-    begun = time.monotonic()
-    assert sum(count for (code, _), count in ask(mesh).items() if code == 200) == 1
-    assert time.monotonic() - begun < 10
+    assert mesh.node.cli("waypoint", "status").returncode == 0
+    time.sleep(WAIT_S + 1)
+    assert not status(mesh)["instances"], "nobody woke it"
+    prober = probe(mesh.client, SHOP4, 80)
+    until(lambda: instances(mesh), "one")
+    counted = finish(prober)
+    assert counted["errors"].keys() <= {"TimeoutError"}, counted["errors"]
+    assert ask(mesh, 5).total() == 5
     assert len(status(mesh)["instances"]) == 1
 
 
@@ -214,4 +223,46 @@ def test_who_comes_after_a_manager_finds_front_and_instances(mesh: Mesh) -> None
     assert counted["failed"] == 0, counted["errors"]
     assert {one["pid"] for one in status(mesh)["instances"]} == {one["pid"] for one in before}
     assert status(mesh)["scaling"]["front"] == front
-    assert json.dumps(status(mesh)["scaling"])
+
+
+def test_who_comes_after_a_manager_keeps_the_size_for_a_while(mesh: Mesh) -> None:
+    sized(mesh, 3, min_instances="3")
+    mesh.node.write("gateway", text(gateway(scale_in_after="300")))
+    until(lambda: status(mesh)["scaling"]["least"] == 1, "read")
+    mesh.node.kill("waypoint_mgr")
+    mesh.node.until_ready()
+    until(lambda: len(instances(mesh)) == 3, "all known")
+    until(lambda: "were needed" in status(mesh)["scaling"]["why"], "a decision")
+    assert status(mesh)["scaling"]["size"] == 3
+
+
+def test_an_instance_that_drains_leaves_also_when_the_manager_was_killed(mesh: Mesh) -> None:
+    before = {one["pid"] for one in sized(mesh, 2, min_instances="2", max_instances="2")}
+    holder = hold(mesh, 8)
+    try:
+        mesh.node.write("gateway", text(gateway(max_instances="1")))
+        until(lambda: any(one["leaving"] for one in status(mesh)["instances"]), "one to leave")
+        mesh.node.kill("waypoint_mgr")
+        mesh.node.until_ready()
+        after = sized(mesh, 2, min_instances="2", max_instances="2")
+        assert len({one["pid"] for one in after} & before) == 1
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_a_gateway_that_is_gone_for_a_moment_keeps_one_front(mesh: Mesh) -> None:
+    """What it left is given up, and connections come in at one place only."""
+    sized(mesh, 2, min_instances="2")
+    for _ in range(3):
+        mesh.node.write("gateway", "# gone\n")
+        until(lambda: not mesh.node.status()["processes"]["waypoint_mgr"]["waypoints"], "gone")
+        mesh.node.write("gateway", text(gateway(min_instances="2")))
+        until(lambda: mesh.node.status()["processes"]["waypoint_mgr"]["waypoints"], "back")
+    sized(mesh, 2, min_instances="2")
+    until_handed_over(mesh)
+    until(lambda: ask(mesh, 3)[200, "v1"] + ask(mesh, 3)[200, "v2"] > 0, "served")
+    with PinnedMap(pins.maps_dir(mesh.node.pin_dir), "fronts") as fronts:
+        (key,) = [key for key, _ in fronts.items()]
+    address, port = FRONT_KEY.unpack(key)
+    assert status(mesh)["scaling"]["front"] == f"{ip_to_text(address)}:{port}"

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -209,11 +210,12 @@ def test_the_load_of_one_tenant_reaches_no_other(calm: Mesh) -> None:
     assert load.stdout is not None
     assert load.stdout.readline() == "ready\n"
 
-    def is_busy() -> bool:
-        return bool(waypoints(calm)["two/whole"]["scaling"]["connections"])
+    def overload() -> None:
+        until(lambda: waypoints(calm)["two/whole"]["scaling"]["connections"], "load")
+        time.sleep(3)
 
     try:
-        counted(calm, ("one", "three-b"), lambda: until(is_busy, "load"))
+        counted(calm, ("one", "three-b"), overload)
     finally:
         load.kill()
         load.communicate()

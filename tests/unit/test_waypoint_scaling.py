@@ -105,7 +105,7 @@ def test_annotations_are_read_and_wrong_ones_told() -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [(LEAST, "-1"), (LEAST, "1.5"), (MOST, "0"), (MOST, str(INSTANCES_MAX + 1)), (CPU, "0"), (CPU, "nan"),
-     (CONNECTIONS, "none"), (SCALE_IN_AFTER, "1h"), (SCALE_IN_AFTER, "inf")],
+     (CPU, "95"), (CONNECTIONS, "none"), (SCALE_IN_AFTER, "1h"), (SCALE_IN_AFTER, "inf")],
 )  # fmt: skip
 def test_a_number_that_does_not_fit_is_named_and_left_out(name: str, text: str) -> None:
     policy, (error,) = policy_of({name: text})
