@@ -129,7 +129,8 @@ def _status_row(name: str, process: dict[str, Any] | None, restarts: int | None)
 
 
 def _detail(name: str, process: dict[str, Any]) -> str:
-    if name == "xds_client":
+    """Nothing of a process that has only just begun, and says nothing of its work yet."""
+    if name == "xds_client" and "connected" in process:
         state = "connected" if process["connected"] else "disconnected"
         behind = f", {process['not_in_kernel']} batches not in the kernel" if process["not_in_kernel"] else ""
         return f"{state} to {process['xds_address']}, {process['acks']} ACK, {process['nacks']} NACK{behind}"
@@ -152,7 +153,7 @@ def _detail(name: str, process: dict[str, Any]) -> str:
         return f"{len(waypoints)} waypoints, {ready} instances ready"
     if name == "nats" and process["pid"]:
         return f"pid {process['pid']}"
-    if name == "control_plane":
+    if name == "control_plane" and "manifest_errors" in process:
         errors = process["manifest_errors"]
         return (
             f"{process['resources']} resources, {len(errors)} errors in the folder"

@@ -13,15 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from click.testing import CliRunner
-
-from pykmesh.cli.main import main
 from pykmesh.demo.pods import Pod, PodNetwork
 from pykmesh.kernel.cgroups import find_root
 from pykmesh.node.instance import Instance, running
 
 DEADLINE_S = 30.0
-LOOKING = ("config-dump", "diff", "explain", "get", "status", "waypoint")
 
 
 def until(what: Callable[[], Any], because: str, deadline_s: float = DEADLINE_S) -> Any:
@@ -33,14 +29,6 @@ def until(what: Callable[[], Any], because: str, deadline_s: float = DEADLINE_S)
             return found
         assert time.monotonic() < end, f"{because}: still {found!r} after {deadline_s} s"
         time.sleep(0.05)
-
-
-def run_here(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """A command of the command line, as if it were a process."""
-    found = CliRunner().invoke(main, arguments, prog_name="pykmesh")
-    if found.exception is not None and not isinstance(found.exception, SystemExit):
-        raise found.exception
-    return subprocess.CompletedProcess(arguments, found.exit_code, found.stdout, found.stderr)
 
 
 class Node:
@@ -64,15 +52,10 @@ class Node:
     def cli(
         self, *words: str, check: bool = True, timeout_s: float = 60.0
     ) -> subprocess.CompletedProcess[str]:
-        """What only looks is run in this process, by the same command line: its start is most of its time."""
-        arguments = [*self.place, *words]
-        if words[0] in LOOKING:
-            result = run_here(arguments)
-        else:
-            result = subprocess.run(
-                [sys.executable, "-m", "pykmesh", *arguments],
-                capture_output=True, text=True, timeout=timeout_s, check=False,
-            )  # fmt: skip
+        result = subprocess.run(
+            [sys.executable, "-m", "pykmesh", *self.place, *words],
+            capture_output=True, text=True, timeout=timeout_s, check=False,
+        )  # fmt: skip
         if check:
             assert result.returncode == 0, f"{words}: {result.stdout}{result.stderr}\n{self.logs()}"
         return result

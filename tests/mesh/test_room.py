@@ -65,8 +65,8 @@ def test_a_service_without_room_is_refused_as_such_until_it_has_room(node: Node)
     until(lambda: last_refusal(node).endswith("-> web.shop:81  TCP refused no_port"), "told")
 
     node.write("web", text(member))
-    node.until_endpoints(host("late"), {f"{web.address4}:8080"})
-    assert python(client, CONNECT.format(address=OTHER, port=80)) == "0"
+    node.until_endpoints(host("late"), {f"{web.address4}:8080"})  # its service comes after them
+    until(lambda: python(client, CONNECT.format(address=OTHER, port=80)) == "0", "a way to it")
     assert python(client, CONNECT.format(address=OTHER, port=81)) == str(errno.ECONNREFUSED)
     until(lambda: last_refusal(node).endswith("-> late.shop:81  TCP refused no_port"), "told")
 

@@ -190,6 +190,7 @@ def test_the_only_instance_killed_makes_connections_wait_and_refuses_none(mesh: 
 
 def test_an_annotation_that_is_wrong_is_told_and_changes_nothing(mesh: Mesh) -> None:
     sized(mesh, 1, min_instances="many", max_instances="1")
+    until(lambda: status(mesh)["annotations_misread"], "read")
     told = mesh.node.cli("waypoint", "status", check=False)
     assert told.returncode == 1
     assert "annotation pykmesh.io/min-instances: 'many': expected a number from 0 to 32" in told.stdout
