@@ -496,12 +496,12 @@ def test_a_control_plane_that_comes_back_to_a_broken_file_takes_nothing_from_the
     node.kill("control_plane")
     line = 1 + good.splitlines().index("    port: 80")
     why = f"manifests: web.yaml:{line}: spec.ports[0].port: Expected `int`, got `str`"
-    status = until(
-        lambda: ((back := node.status())["processes"]["control_plane"] or {}).get("waits_for") and back,
-        "control_plane back, and not ready",
-    )
-    assert why in status["processes"]["control_plane"]["waits_for"]
-    assert not status["ready"]
+
+    def waits_for() -> list[str]:
+        return list((node.status()["processes"]["control_plane"] or {}).get("waits_for", ()))
+
+    until(lambda: why in waits_for(), "control_plane back, and not ready, and why")
+    assert not node.status()["ready"]
     until(lambda: not node.status()["processes"]["xds_client"]["connected"], "nobody to connect to")
     assert node.endpoints(host("web")) == both
     node.write("more", text(pod("web-3", "10.101.0.22", app="web")))  # seen, and not said
