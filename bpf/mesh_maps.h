@@ -119,8 +119,7 @@ struct {
 	__type(value, struct handoff_value);
 } handoffs SEC(".maps");
 
-/* Writer: the loader. Reader: sk_lookup, for each connection that begins in a waypoint's network namespace.
- */
+/* Writer: the loader. Reader: sk_lookup, for what begins in the network namespace of waypoints. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);

@@ -15,8 +15,6 @@ ENVIRONMENT_PREFIX: Final = "PYKMESH_"
 SETTINGS_FILE_VARIABLE: Final = "PYKMESH_SETTINGS"
 AFFINITY_S_MAX: Final = 86_400
 """Of `session_affinity`, as in Kubernetes."""
-
-
 EXIT_SETTINGS: Final = 2
 """Of a process whose settings are wrong: to start it again would change nothing."""
 

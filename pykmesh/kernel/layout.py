@@ -89,9 +89,13 @@ def codec(structure: str, *names: str) -> struct.Struct:
         raise LayoutError(f"{structure} has {[f['name'] for f in fields]}, not {names} in this order")
     parts, at = ["<"], 0
     for field in kept:
-        parts += [f"{field['offset'] - at}x", _FORMATS.get(field["type"], f"{field['size']}s")]
+        parts += [f"{field['offset'] - at}x", _format(field)]
         at = field["offset"] + field["size"]
     return struct.Struct("".join([*parts, f"{size - at}x"]))
+
+
+def _format(field: dict[str, Any]) -> str:
+    return f"{field['size']}s" if field["type"] == "bytes" else _FORMATS[field["type"]]
 
 
 def offset(structure: str, name: str) -> int:

@@ -53,8 +53,6 @@ class WaypointMgr:
         self._configurations: dict[str, Configuration] = {}
         self._good_routes: dict[str, dict[ObjectRef, Route]] = {}
         """By waypoint: one that does not take a route has no opinion of it."""
-        self._misread: dict[str, list[str]] = {}
-        """By waypoint, its annotations that could not be read."""
         self._made_of: object = None
         """What the configurations were made of."""
         self._report = ("", -1)
@@ -97,9 +95,8 @@ class WaypointMgr:
                 await self._reconcile(self._objects)
 
     async def _reconcile(self, objects: Objects) -> None:
-        found = {name: policy_of(each.metadata.annotations) for name, each in objects.waypoints.items()}
-        self.members.want({name: policy for name, (policy, _) in found.items()})
-        self._misread = {name: errors for name, (_, errors) in found.items()}
+        waypoints = objects.waypoints.items()
+        self.members.want({name: policy_of(each.metadata.annotations)[0] for name, each in waypoints})
         if self._mesh_is_due:
             self._mesh_is_due = False  # a report that comes meanwhile makes it so again
             self._mesh_is_due |= not await self._ask(objects)
@@ -247,7 +244,7 @@ class WaypointMgr:
             "conflicts": list(found.conflicts),
             "scaling": group.status() if group else None,
             "namespaces_turned_away": sorted((self._objects or Objects()).turned_away(gateway)),
-            "annotations_misread": self._misread.get(name, []),
+            "annotations_misread": policy_of(gateway.metadata.annotations)[1],
         }
 
 

@@ -270,8 +270,9 @@ class Fleet:
         standing = self._standing(group.waypoint)
         for member in standing[size:]:
             self._leave(member)
+        front = group.front.port if group.front else 0
         for _ in range(size - len(standing)):
-            self._add(Member(self._free_name(group.waypoint), group.waypoint, self._free_port()))
+            self._add(Member(self._free_name(group.waypoint), group.waypoint, self._free_port(), front))
         group.size = size
 
     def _leave(self, member: Member) -> None:

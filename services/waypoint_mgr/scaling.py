@@ -12,13 +12,14 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from pykmesh.contracts.enrollment import INSTANCES_MAX
+
 LEAST: Final = "pykmesh.io/min-instances"
 MOST: Final = "pykmesh.io/max-instances"
 CPU: Final = "pykmesh.io/target-cpu-percent"
 CONNECTIONS: Final = "pykmesh.io/target-connections"
 SCALE_IN_AFTER: Final = "pykmesh.io/scale-in-after"
 
-INSTANCES_MAX: Final = 32
 CPU_PERCENT_MAX: Final = 90
 """More could not be exceeded by more than the tolerance."""
 TOLERANCE: Final = 0.1

@@ -6,10 +6,10 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from pykmesh.contracts.enrollment import INSTANCES_MAX
 from services.waypoint_mgr.scaling import (
     CONNECTIONS,
     CPU,
-    INSTANCES_MAX,
     LEAST,
     MOST,
     SCALE_IN_AFTER,
