@@ -67,12 +67,13 @@ def instances(mesh: Mesh) -> list[Any]:
 
 
 def sized(mesh: Mesh, size: int, **annotations: str) -> list[Any]:
-    """The instances, once there are so many and no others."""
+    """The instances, once there are so many and no others, none of them leaving."""
     mesh.node.write("gateway", text(gateway(**annotations)))
 
     def found() -> tuple[list[Any]] | None:
         every = status(mesh)["instances"]
-        return (every,) if len(every) == size == len(instances(mesh)) else None
+        leaving = any(one["leaving"] for one in every)
+        return (every,) if not leaving and len(every) == size == len(instances(mesh)) else None
 
     (every,) = until(found, f"{size} instances", 60)
     return list(every)
