@@ -44,18 +44,30 @@ from services.map_writer.locality import is_ranked, near
 from services.map_writer.mesh import Mesh, Place, place_of
 
 NO_FLAG: Final = ServiceFlag(0)
+_BY_WAYPOINT: Final = 1
 
 
 class PortId(NamedTuple):
-    """Names a list of endpoints; its id in the maps is a hash of this."""
+    """Names a list of endpoints; its id in the maps is a hash of this, whose lowest bit is `by_waypoint`.
+
+    A list has instances of a waypoint or endpoints, never both in turn: programs take what is in it for
+    what `services` says, and the two are not written at once.
+    """
 
     service: str
     port: int
     family: int
+    by_waypoint: bool = False
 
     @property
     def id(self) -> int:
-        return stable_id(f"{self.service}|{self.port}|{self.family}")
+        hashed = stable_id(f"{self.service}|{self.port}|{self.family}")
+        return (hashed & ~_BY_WAYPOINT or 2) | self.by_waypoint
+
+
+def other_way(list_id: int) -> int:
+    """The id of the list of the same port by way of a waypoint, or of that without one."""
+    return list_id ^ _BY_WAYPOINT
 
 
 class Frontend(NamedTuple):
@@ -174,7 +186,8 @@ def _add_port(
     verdict: Reason,
     endpoints: EndpointsOf,
 ) -> None:
-    port4, port6 = PortId(service.name, port, 4), PortId(service.name, port, 6)
+    by_waypoint = service.waypoint is not None
+    port4, port6 = (PortId(service.name, port, family, by_waypoint) for family in (4, 6))
     id4, id6 = port4.id, port6.id
     list4, list6 = endpoints(port, target, id4, id6)
     for network, ip, flags, affinity_s, waits in vips:

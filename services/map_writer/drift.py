@@ -88,10 +88,11 @@ def _copied(held: Held) -> Held:
 def _names(mesh: Mesh) -> dict[int, PortId]:
     """Lists that a service may have had before, or has in a stray entry."""
     ports = (
-        PortId(name, port, family)
+        PortId(name, port, family, by_waypoint)
         for name, service in mesh.services.items()
         for port, _ in service.ports
         for family in (4, 6)
+        for by_waypoint in (False, True)
     )
     return {port.id: port for port in ports}
 
@@ -159,7 +160,9 @@ def _difference(
 
 def _list_name(list_id: int, owners: _Owners) -> str:
     owner = owners.get(list_id)
-    return f"{owner.service} port {owner.port} IPv{owner.family}" if owner else f"list {list_id:016x}"
+    if owner is None:
+        return f"list {list_id:016x}"
+    return f"{owner.service} port {owner.port} IPv{owner.family}" + " by waypoint" * owner.by_waypoint
 
 
 def _service_where(key: bytes) -> str:

@@ -11,6 +11,7 @@ from pykmesh.contracts import messages
 from pykmesh.contracts.address import workload_message
 from pykmesh.contracts.messages import ContractError, ResolveReply, ResolveRequest, ServiceName, WorkloadName
 from pykmesh.kernel.records import Ip
+from services.map_writer.desired import other_way
 from services.map_writer.follower import Follower
 from services.map_writer.mesh import place_of
 from services.map_writer.planner import Planner
@@ -36,7 +37,9 @@ class Names:
         return messages.encode(ResolveReply(messages.VERSION, services, addresses))
 
     def _service(self, number: int) -> ServiceName | None:
-        port_id = self._planner().owner_of_list.get(number)
+        owners = self._planner().owner_of_list
+        # A connection outlives its service's gaining or losing a waypoint.
+        port_id = owners.get(number) or owners.get(other_way(number))
         if port_id is None:
             return None
         return messages.service_name(port_id.service, port_id.port)

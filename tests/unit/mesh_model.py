@@ -182,7 +182,11 @@ def put(mesh: Mesh, response: Sequence[Change], touched: Touched) -> None:
 
 
 _PORTS = {
-    PortId(name, port, family).id: f"{name} {port}" for name in NAMES for port in PORTS for family in (4, 6)
+    PortId(name, port, family, by_waypoint).id: f"{name} {port}"
+    for name in NAMES
+    for port in PORTS
+    for family in (4, 6)
+    for by_waypoint in (False, True)
 }
 
 
@@ -255,12 +259,12 @@ class Maps:
                 assert other is not None, f"slot {slot} of {list_id:x} gives way to one that is not there"
 
     def reachable(self) -> dict[bytes, set[str]]:
-        """The endpoints that a connection may get, by the entry of `services`."""
+        """The endpoints that a connection may get, and as what, by the entry of `services`."""
         found = {}
         for key, value in self.maps["services"].items():
-            list_id, count, *_ = SERVICE_VALUE.unpack(value)
+            list_id, count, _, flags, _ = SERVICE_VALUE.unpack(value)
             slots = (self.maps["endpoints"][ENDPOINT_KEY.pack(list_id, slot)] for slot in range(count))
-            found[key] = {_shown(slot) for slot in slots}
+            found[key] = {_reached(slot, flags) for slot in slots}
         return found
 
     def decision(self, client: tuple[Ip, int], ip: Ip, port: int) -> tuple[Reason, str]:
@@ -271,10 +275,13 @@ class Maps:
         return Reason.ROUTED if empty else found.reason, _PORTS.get(found.service, "")
 
     def members(self) -> dict[int, set[str]]:
-        """The endpoints of each list."""
+        """The endpoints of each list, as what those who name it take them."""
         found: dict[int, set[str]] = {}
-        for key, value in self.maps["endpoints"].items():
-            found.setdefault(ENDPOINT_KEY.unpack(key)[0], set()).add(_shown(value))
+        for value in self.maps["services"].values():
+            list_id, _, _, flags, _ = SERVICE_VALUE.unpack(value)
+            for key, endpoint in self.maps["endpoints"].items():
+                if ENDPOINT_KEY.unpack(key)[0] == list_id:
+                    found.setdefault(list_id, set()).add(_reached(endpoint, flags))
         return found
 
     def list_of(self, key: bytes) -> int:
@@ -327,6 +334,11 @@ def _shares(keys: list[bytes], endpoints: dict[bytes, bytes]) -> list[str]:
         if stays:
             found[_shown(endpoints[keys[other]])] += (1 - own) / len(keys)
     return sorted(f"{shown} {share * 1000:.0f}" for shown, share in found.items())
+
+
+def _reached(endpoint: bytes, flags: int) -> str:
+    """An instance of a waypoint is told what for, an endpoint is not: one must not be taken for the other."""
+    return _shown(endpoint) + " by waypoint" * bool(flags & ServiceFlag.WAYPOINT)
 
 
 def _shown(value: bytes) -> str:

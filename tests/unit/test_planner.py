@@ -6,10 +6,12 @@ import copy
 from collections.abc import Iterable, Iterator
 
 import msgspec
+import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pykmesh.contracts.address import Families, Mode, Range, Service
+from pykmesh.contracts.address import Families, Mode, Range, Service, Waypoint, Workload
+from pykmesh.contracts.waypoints import HANDOFF_PORT
 from pykmesh.kernel.layout import AddressKind, Reason
 from pykmesh.kernel.records import (
     ADDRESS_KEY,
@@ -82,21 +84,55 @@ def test_what_stays_is_reachable_at_every_step_and_nobody_else_ever_is(script: l
     """
     world = World()
     for response in script:
-        touched = Touched()
-        model.put(world.mesh, response, touched)
-        steps = list(world.planner.plan(world.mesh, touched))
-        before, done = world.maps.reachable(), copy.deepcopy(world.maps)
-        done.apply(steps)
-        after, members = done.reachable(), done.members()
-        stays = [k for k in before.keys() & after.keys() if world.maps.list_of(k) == done.list_of(k)]
-        for _ in world.maps.writes(steps):
-            now = world.maps.reachable()
-            assert before.keys() & after.keys() <= now.keys() <= before.keys() | after.keys()
-            for key, endpoints in now.items():
-                own = before.get(key, set()) | after.get(key, set())
-                assert endpoints <= own | members.get(world.maps.list_of(key), set())
-            for key in stays:
-                assert before[key] & after[key] <= now[key]
+        take_write_by_write(world, response)
+
+
+def take_write_by_write(world: World, response: list[Change]) -> None:
+    touched = Touched()
+    model.put(world.mesh, response, touched)
+    steps = list(world.planner.plan(world.mesh, touched))
+    before, done = world.maps.reachable(), copy.deepcopy(world.maps)
+    done.apply(steps)
+    after, members = done.reachable(), done.members()
+    stays = [k for k in before.keys() & after.keys() if world.maps.list_of(k) == done.list_of(k)]
+    for _ in world.maps.writes(steps):
+        now = world.maps.reachable()
+        assert before.keys() & after.keys() <= now.keys() <= before.keys() | after.keys()
+        for key, endpoints in now.items():
+            own = before.get(key, set()) | after.get(key, set())
+            assert endpoints <= own | members.get(world.maps.list_of(key), set())
+        for key in stays:
+            assert before[key] & after[key] <= now[key]
+
+
+@pytest.mark.parametrize("pods", [1, 2, 3])
+def test_no_endpoint_is_taken_for_an_instance_when_a_waypoint_comes_or_goes(pods: int) -> None:
+    """Nor an instance for an endpoint: it would not be told what a connection is for, and close it."""
+    world, (instance, *others) = World(), model.UIDS
+    shop = made("shop/a.shop", vips=(("", ip_from_text("10.96.0.1")),))
+    waypoint = msgspec.structs.replace(made("shop/b.shop"), ports=((HANDOFF_PORT, 15008),))
+    by_waypoint = msgspec.structs.replace(shop, waypoint=Waypoint(service=waypoint.name))
+    members = [member(instance, waypoint), *(member(uid, shop) for uid in others[:pods])]
+    world.take([Change(resource.name, resource) for resource in (shop, waypoint)])
+    world.take([Change(pod.uid, pod) for pod in members])
+    for resource in (by_waypoint, shop, by_waypoint):
+        take_write_by_write(world, [Change(shop.name, resource)])
+        assert world.maps.plain() == model.expected(world.mesh)
+
+
+def member(uid: str, service: Service) -> Workload:
+    drawn = (model.change(number).resource for number in range(1000))
+    found = next(resource for resource in drawn if isinstance(resource, Workload))
+    return msgspec.structs.replace(
+        found,
+        uid=uid,
+        network="",
+        addresses=(ip_from_text(f"10.1.1.{model.UIDS.index(uid)}"),),
+        services=((service.name, ()),),
+        healthy=True,
+        capacity=1,
+        raw=uid.encode(),
+    )
 
 
 @EXAMPLES

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from pykmesh.contracts import messages
-from pykmesh.contracts.address import decode_address
+from pykmesh.contracts.address import Service, Waypoint, decode_address
 from pykmesh.contracts.messages import VERSION, ResolveReply, ResolveRequest, WorkloadName
 from pykmesh.kernel.records import ip_from_text
-from services.map_writer.desired import Rules
+from services.map_writer.desired import PortId, Rules
 from services.map_writer.follower import Follower
 from services.map_writer.mesh import Touched
 from services.map_writer.names import Names
@@ -58,3 +59,17 @@ async def test_a_workload_of_which_not_all_can_be_read_still_has_its_uid() -> No
     found = await named("10.1.0.1", broken_locality("web-1", "10.1.0.1"))
     assert found is not None
     assert (found.uid, found.name) == (uid("web-1"), "")
+
+
+async def test_a_connection_from_before_a_service_gained_its_waypoint_is_still_its() -> None:
+    follower, planner, shop = Follower(), Planner(Held(), Limits(10, 10, 10), Rules()), host("shop")
+    lists = {way: PortId(shop, 80, 4, way).id for way in (False, True)}
+    for waypoint in ("", host("wp"), ""):
+        touched, found = Touched(), decode_address(service("shop", "10.96.0.1").resource.value)
+        assert isinstance(found, Service)
+        by_way = Waypoint(service=waypoint) if waypoint else None
+        follower.mesh.put(shop, msgspec.structs.replace(found, waypoint=by_way), touched)
+        list(planner.plan(follower.mesh, touched))
+        request = messages.encode(ResolveRequest(VERSION, [*lists.values()], []))
+        answer = messages.decode(ResolveReply, await Names(follower, lambda: planner).answer(request))
+        assert [name and name.name for name in answer.services] == ["shop", "shop"]
