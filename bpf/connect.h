@@ -62,6 +62,8 @@ static __always_inline void remember(struct bpf_sock_addr *ctx, const struct des
 	state->endpoint = choice->endpoint.address;
 	state->endpoint_port = choice->endpoint.port;
 	state->handed_over = !!(choice->flags & SERVICE_WAYPOINT);
+	if (state->handed_over)
+		state->netns_cookie = bpf_get_netns_cookie(ctx);
 	state->balanced = choice->flags & SERVICE_LEAST_CONNECTIONS ? BALANCED_WANTED : BALANCED_NOT;
 	if (!state->opened_ns && ctx->protocol == IPPROTO_UDP)
 		state->opened_ns = bpf_ktime_get_ns();

@@ -19,6 +19,7 @@ struct shared_types {
 	enum service_flag service_flag;
 	enum dns_limit dns_limit;
 	enum switch_index switch_index;
+	enum handoff_prefix handoff_prefix;
 };
 const struct shared_types *const volatile shared_types = NULL;
 

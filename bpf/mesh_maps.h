@@ -108,6 +108,23 @@ struct {
 	__type(value, __u64);
 } shunned SEC(".maps");
 
+/* Who enrolled pods are. Writer: map_writer. Reader: sockops. A pod that has none is nobody to waypoints. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, struct pod_key);
+	__type(value, struct identity_value);
+} identities SEC(".maps");
+
+/* What identities are hashed with: random, as long as the map lives. Writer and reader: map_writer. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct identity_secret);
+} identity_secrets SEC(".maps");
+
 /*
  * Connections on their way to a waypoint of this node. Writer: sockops, before the SYN leaves. Reader and
  * remover: getsockopt, when it is accepted. Evicts the least recently used: the waypoint closes that one.

@@ -156,8 +156,9 @@ struct socket_state {
 	__be16 endpoint_port;
 	__u8 direction; /* enum direction, 0 until the connection is under way */
 	__u8 established;
-	__u8 balanced;	  /* enum balanced */
-	__u8 handed_over; /* 1: the endpoint is a waypoint's instance, which is told what was asked for */
+	__u8 balanced;	    /* enum balanced */
+	__u8 handed_over;   /* 1: the endpoint is a waypoint's instance, which is told what was asked for */
+	__u64 netns_cookie; /* of the client, where the connection is handed over */
 };
 
 /* Whether a socket counts among the open connections of its endpoint. */
@@ -176,14 +177,40 @@ struct handoff_key {
 	__u32 pad;
 };
 
-/* What the client asked for. */
+/*
+ * Who an enrolled pod is, as map_writer numbers it: keyed hashes, which nobody else can make. All zero: it is
+ * not known. Begins with its key, as `services` do.
+ */
+struct identity_value {
+	__u64 netns_cookie;
+	__u8 namespace_id[5];
+	__u8 account_id[5]; /* of trust domain, namespace and service account together */
+	__u8 reserved[6];
+};
+
+struct identity_secret {
+	__u8 bytes[32];
+};
+
+/* What the client asked for, and who it is. */
 struct handoff_value {
 	__u64 service;
 	struct ip vip;
 	__be16 vip_port;
 	__u16 pad;
 	__u32 pad2;
-	__u8 reserved[16];
+	__u8 client_namespace[5];
+	__u8 client_account[5];
+	__u8 reserved[6];
+};
+
+/*
+ * The address that a waypoint is told of a connection: the service's, and who the client is. It begins with
+ * HANDOFF_IPV4 and the address itself, or HANDOFF_IPV6 and a hash of it.
+ */
+enum handoff_prefix {
+	HANDOFF_IPV4 = 0xfd4d,
+	HANDOFF_IPV6 = 0xfd4e,
 };
 
 /* Where connections to a waypoint come in on its own node. */
@@ -331,6 +358,7 @@ _Static_assert(sizeof(struct datagram_value) == 32, "datagram_value");
 _Static_assert(sizeof(struct peer_key) == 24, "peer_key");
 _Static_assert(sizeof(struct handoff_key) == 40, "handoff_key");
 _Static_assert(sizeof(struct handoff_value) == 48, "handoff_value");
+_Static_assert(sizeof(struct identity_value) == 24, "identity_value");
 _Static_assert(sizeof(struct front_key) == 20, "front_key");
 _Static_assert(sizeof(struct front_value) == 68, "front_value");
 _Static_assert(sizeof(struct affinity_value) == 32, "affinity_value");

@@ -13,20 +13,43 @@
 
 #include "choose.h"
 
-#define SOL_IP		  0
-#define SOL_IPV6	  41
-#define SO_ORIGINAL_DST	  80 /* linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST is the same number */
-#define SOCKADDR_IN_SIZE  16
-#define SOCKADDR_IN6_SIZE 28
+#define SOL_IP		0
+#define SOL_IPV6	41
+#define SO_ORIGINAL_DST 80 /* linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST is the same number */
 
-/* struct sockaddr_in6, whose beginning is that of struct sockaddr_in. */
+/* struct sockaddr_in6 */
 struct original_destination {
 	__u16 family;
 	__be16 port;
-	__be32 address4; /* the flow information of an IPv6 address */
-	struct ip address6;
+	__be32 flow;
+	__be16 prefix; /* enum handoff_prefix */
+	__u8 service[4];
+	__u8 namespace_id[5];
+	__u8 account_id[5];
 	__u32 scope;
 };
+
+/* One that changes while it is read is read again, then taken for unknown. */
+static __always_inline void note_client(__u64 netns_cookie, struct handoff_value *asked)
+{
+	struct pod_key key = { .netns_cookie = netns_cookie };
+	int attempt;
+
+#pragma unroll
+	for (attempt = 0; attempt < READ_ATTEMPTS; attempt++) {
+		struct identity_value *value = bpf_map_lookup_elem(&identities, &key);
+
+		if (!value)
+			return;
+		__builtin_memcpy(asked->client_namespace, value->namespace_id, sizeof(value->namespace_id));
+		__builtin_memcpy(asked->client_account, value->account_id, sizeof(value->account_id));
+		barrier();
+		if (*(volatile __u64 *)&value->netns_cookie == netns_cookie)
+			return;
+		__builtin_memset(asked->client_namespace, 0, sizeof(asked->client_namespace));
+		__builtin_memset(asked->client_account, 0, sizeof(asked->client_account));
+	}
+}
 
 static __always_inline void note_handoff(const struct handoff_key *key, const struct socket_state *state)
 {
@@ -34,6 +57,7 @@ static __always_inline void note_handoff(const struct handoff_key *key, const st
 				       .vip = state->vip,
 				       .vip_port = state->vip_port };
 
+	note_client(state->netns_cookie, &asked);
 	if (bpf_map_update_elem(&handoffs, key, &asked, BPF_ANY))
 		count(REASON_STATE_LOST);
 }
@@ -60,7 +84,16 @@ static __always_inline bool handoff_key_of(struct bpf_sock *sk, struct handoff_k
 	return true;
 }
 
-/* An IPv4 service is told as IPv4 and an IPv6 one as IPv6, whatever the socket is. */
+/* What stands for a service's address in the one that a waypoint is told. */
+static __always_inline __u32 handoff_service(const struct ip *vip)
+{
+	if (ip_is_v4(vip))
+		return vip->word[3];
+	return vip->word[0] * 0x9e3779b1u + vip->word[1] * 0x85ebca6bu + vip->word[2] * 0xc2b2ae35u +
+	       vip->word[3] * 0x27d4eb2fu;
+}
+
+/* Always told as IPv6, whatever the socket is: Envoy takes it so, and there is room to say who asks. */
 SEC("cgroup/getsockopt")
 int pykmesh_origdst(struct bpf_sockopt *ctx)
 {
@@ -68,28 +101,26 @@ int pykmesh_origdst(struct bpf_sockopt *ctx)
 	struct handoff_key key = {};
 	struct handoff_value *asked;
 	struct bpf_sock *sk = ctx->sk;
+	__u32 service;
 
 	if (ctx->optname != SO_ORIGINAL_DST || (ctx->level != SOL_IP && ctx->level != SOL_IPV6) || !sk)
 		return 1;
 	if (!handoff_key_of(sk, &key))
 		return 1;
 	asked = bpf_map_lookup_elem(&handoffs, &key);
-	if (!asked || (void *)answer + SOCKADDR_IN_SIZE > ctx->optval_end)
+	if (!asked || (void *)(answer + 1) > ctx->optval_end)
 		return 1;
+	service = handoff_service(&asked->vip);
+	answer->family = AF_INET6;
 	answer->port = asked->vip_port;
-	if (ip_is_v4(&asked->vip)) {
-		answer->family = AF_INET;
-		answer->address4 = asked->vip.word[3];
-		ctx->optlen = SOCKADDR_IN_SIZE;
-	} else {
-		if ((void *)answer + SOCKADDR_IN6_SIZE > ctx->optval_end)
-			return 1;
-		answer->family = AF_INET6;
-		answer->address4 = 0;
-		answer->address6 = asked->vip;
-		answer->scope = 0;
-		ctx->optlen = SOCKADDR_IN6_SIZE;
-	}
+	answer->flow = 0;
+	answer->prefix = bpf_htons(ip_is_v4(&asked->vip) ? HANDOFF_IPV4 : HANDOFF_IPV6);
+	__builtin_memcpy(answer->service, &service, sizeof(service));
+	__builtin_memcpy(answer->namespace_id, asked->client_namespace, sizeof(answer->namespace_id));
+	__builtin_memcpy(answer->account_id, asked->client_account, sizeof(answer->account_id));
+	answer->scope = 0;
+	ctx->optlen = sizeof(*answer);
+	barrier(); /* one store for both is refused by the verifier */
 	ctx->retval = 0;
 	bpf_map_delete_elem(&handoffs, &key);
 	return 1;

@@ -16,6 +16,11 @@ Istio's own waypoints have none: they take HBONE at 15008. The port that a Gatew
 """
 
 
+def principal(namespace: str, account: str, trust_domain: str = "") -> str:
+    """A workload's identity as Istio writes it, without `spiffe://`."""
+    return f"{trust_domain or 'cluster.local'}/ns/{namespace}/sa/{account or 'default'}"
+
+
 class _Part(msgspec.Struct, array_like=True, frozen=True):
     pass
 
@@ -44,22 +49,28 @@ class MeshService(_Part, frozen=True):
 class WaypointsRequest(_Part, frozen=True):
     """`waypoints`: the waypoints' own services.
 
-    What is wanted besides those that go by way of them: services by name, and all those of namespaces.
+    What is wanted besides those that go by way of them: services by name, all those of namespaces, and the
+    ids of clients' namespaces and principals.
     """
 
     version: int
     waypoints: list[str]
     backends: list[str]
     namespaces: list[str]
+    client_namespaces: list[str] = []
+    client_principals: list[str] = []
 
 
 class WaypointsReply(_Part, frozen=True):
     """`users`: of each waypoint, the services that go by way of it. Services that are unknown miss.
 
-    Before the mesh is whole nothing is said: `is_synced` is false.
+    Ids are those of `contracts.handoff`, in hexadecimal, of each name that was asked for. Before the mesh is
+    whole nothing is said: `is_synced` is false.
     """
 
     version: int
     is_synced: bool
     users: dict[str, list[str]] = {}
     services: list[MeshService] = []
+    namespace_ids: dict[str, str] = {}
+    account_ids: dict[str, str] = {}

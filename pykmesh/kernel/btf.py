@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 BTF_MAGIC = 0xEB9F
-ENUMS = ("reason", "direction", "flow_kind", "address_kind", "service_flag", "dns_limit", "switch_index")
+ENUMS = (
+    "reason",
+    "direction",
+    "flow_kind",
+    "address_kind",
+    "service_flag",
+    "dns_limit",
+    "switch_index",
+    "handoff_prefix",
+)
 _INT, _PTR, _ARRAY, _STRUCT, _UNION, _ENUM, _TYPEDEF = 1, 2, 3, 4, 5, 6, 8
 _QUALIFIERS = {9, 10, 11, 18}
 _VAR, _DATASEC = 14, 15
@@ -164,15 +173,7 @@ def layout(elf: bytes) -> dict[str, Any]:
     for described in maps.values():
         described["hash"] = _hash(described, structures)
     enums = {}
-    for name in (
-        "reason",
-        "direction",
-        "flow_kind",
-        "address_kind",
-        "service_flag",
-        "dns_limit",
-        "switch_index",
-    ):
+    for name in ENUMS:
         rest = btf.types[btf.by_name(_ENUM, name)].rest
         enums[name] = {btf.string(rest[i]): rest[i + 1] for i in range(0, len(rest), 2)}
     return {"structures": structures, "maps": maps, "enums": enums, "settings": _settings(btf)}

@@ -126,6 +126,7 @@ _PREFIXES = {
     "address_kind": "ADDRESS_",
     "service_flag": "SERVICE_",
     "switch_index": "SWITCH_",
+    "handoff_prefix": "HANDOFF_",
 }
 
 
@@ -184,6 +185,13 @@ class Switch(IntEnum):
     VIEWS = 0
 
 
+class HandoffPrefix(IntEnum):
+    """How an address begins that waypoints are told, by the family of the service's own."""
+
+    IPV4 = 0xFD4D
+    IPV6 = 0xFD4E
+
+
 def dns_limits() -> tuple[int, int]:
     """How many servers of names a namespace may ask by way of the proxy; for how many ms it may be silent."""
     found = _enum("dns_limit")
@@ -202,6 +210,7 @@ _ENUMS: dict[str, type[IntEnum | IntFlag]] = {
     "address_kind": AddressKind,
     "service_flag": ServiceFlag,
     "switch_index": Switch,
+    "handoff_prefix": HandoffPrefix,
 }
 
 

@@ -62,6 +62,7 @@ def _load(settings: LoaderSettings) -> Programs:
         "addresses": settings.addresses_max,
         "ranges": settings.ranges_max,
         "pods": settings.pods_max,
+        "identities": settings.pods_max,
         "opens": settings.opens_max,
         "datagrams": settings.datagrams_max,
         "affinities": settings.affinities_max,

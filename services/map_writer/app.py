@@ -46,6 +46,7 @@ from services.map_writer.directory import Directory
 from services.map_writer.dns import Dns
 from services.map_writer.follower import Change, Follower, GapError
 from services.map_writer.hosts import HostNames
+from services.map_writer.identities import Identities
 from services.map_writer.locality import Locality
 from services.map_writer.names import Names
 from services.map_writer.pages import Inspection
@@ -84,11 +85,14 @@ class Resolved(NamedTuple):
 class MapWriter:
     """The state of the process and its loop."""
 
-    def __init__(self, runtime: Runtime[MapWriterSettings], bus: Bus, maps: Maps) -> None:
+    def __init__(
+        self, runtime: Runtime[MapWriterSettings], bus: Bus, maps: Maps, identities: Identities
+    ) -> None:
         settings = runtime.settings
         self._runtime = runtime
         self._bus = bus
         self.maps = maps
+        self.identities = identities
         self.follower = Follower(_here(settings))
         self.directory = Directory()
         self.rules = Rules(settings.network, settings.refuse_unenforced_policy, selections(settings))
@@ -211,6 +215,7 @@ class MapWriter:
             took_ms = round((time.perf_counter() - started) * 1e3, 3)
             self.last_write = {"entries": dict(written), "took_ms": took_ms, "time": time.time()}
             span.set_attributes({f"pykmesh.entries.{name}": number for name, number in written.items()})
+        self.identities.follow(self.follower.mesh, change)
         self._applied = (self.follower.epoch, self.follower.received_seq)
         if change.sweep or written.total() > MANY_ENTRIES:
             gc.freeze()
@@ -346,14 +351,15 @@ async def run(runtime: Runtime[MapWriterSettings]) -> None:
         runtime.readiness.wait_for(task)
     maps = await runtime.open_pins(Maps, PinError)
     bus = await runtime.connect_bus()
-    writer = MapWriter(runtime, bus, maps)
+    identities = Identities(runtime.settings.pin_dir, runtime.note_error)
+    writer = MapWriter(runtime, bus, maps, identities)
     async with anyio.create_task_group() as tasks:
         await bus.subscribe(Subject.CONFIG_LOG, writer.receive)
         await writer.open()
         await bus.serve(Subject.MAP_RESOLVE, Names(writer.follower, lambda: writer.planner).answer)
         dns = Dns(writer.follower, maps, writer.directory, runtime.settings.cluster_domain)
         await bus.serve(Subject.DNS_RESOLVE, dns.answer)
-        await bus.serve(Subject.WAYPOINTS, Waypoints(writer.follower, writer.rules).answer)
+        await bus.serve(Subject.WAYPOINTS, Waypoints(writer.follower, writer.rules, identities).answer)
         runtime.details = writer.status
         Inspection(writer.follower, lambda: writer.planner, maps, writer.rules, writer.is_settled).add_pages(
             runtime.admin
@@ -362,13 +368,14 @@ async def run(runtime: Runtime[MapWriterSettings]) -> None:
         metrics.add_page(runtime.admin, lambda: chain(writer.health(), names.health()))
         tasks.start_soon(_report_each_second, writer)
         tasks.start_soon(names.run, writer.resolved)
+        tasks.start_soon(identities.run)
         await writer.run()
 
 
 async def _report_each_second(writer: MapWriter) -> None:
     """Ends the process when its maps are no more the ones that the programs read: the next one reads them."""
     while True:
-        if not writer.maps.are_current():
+        if not (writer.maps.are_current() and writer.identities.are_current()):
             raise RuntimeError("a map was made anew by bpf_loader: starting again to fill it")
         await writer.report()
         await anyio.sleep(REPORT_INTERVAL_S)

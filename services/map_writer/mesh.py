@@ -471,6 +471,15 @@ class Mesh:
         found = (self.workload(name) for name in owners)
         return min(found, key=lambda w: ("//Pod/" not in w.uid, not w.prefers_hbone, w.uid))
 
+    def is_a_workloads(self, place: Place) -> bool:
+        return place in self.pod_owners
+
+    def client_at(self, place: Place) -> Workload | None:
+        """Who connects from an address; None where several pods are said to have it: nobody knows which."""
+        owners = self.pod_owners.get(place)
+        pods = [uid for uid in owners if "//Pod/" in uid] if isinstance(owners, tuple) else []
+        return None if len(pods) > 1 else self.pod_at(place)
+
     def are_plainly_pods(self, places: Sequence[Place]) -> bool:
         """Whether each address is one ordinary workload's and nobody else's: nothing needs decoding."""
         owners = [*map(self.pod_owners.get, places)]

@@ -8,14 +8,16 @@ from pykmesh.contracts.waypoints import MeshService, ServicePort, WaypointsReply
 from pykmesh.kernel.records import ip_to_text
 from services.map_writer.desired import Rules, own_endpoints
 from services.map_writer.follower import Follower
+from services.map_writer.identities import Identities
 
 
 class Waypoints:
     """Reads the state that the loop owns; never changes it."""
 
-    def __init__(self, follower: Follower, rules: Rules) -> None:
+    def __init__(self, follower: Follower, rules: Rules, identities: Identities) -> None:
         self._follower = follower
         self._rules = rules
+        self._identities = identities
 
     async def answer(self, data: bytes) -> bytes:
         """A request that is not understood is answered as if the mesh were not whole yet."""
@@ -39,7 +41,14 @@ class Waypoints:
             namespaces = set(request.namespaces)
             wanted |= dict.fromkeys(n for n in mesh.services if n.partition("/")[0] in namespaces)
         services = [self._service(name) for name in wanted if name in mesh.services]
-        return WaypointsReply(messages.VERSION, is_synced=True, users=users, services=services)
+        return WaypointsReply(
+            messages.VERSION,
+            is_synced=True,
+            users=users,
+            services=services,
+            namespace_ids={n: self._identities.namespace_id(n).hex() for n in request.client_namespaces},
+            account_ids={p: self._identities.account_id(p).hex() for p in request.client_principals},
+        )
 
     def _service(self, name: str) -> MeshService:
         mesh = self._follower.mesh

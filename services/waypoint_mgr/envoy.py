@@ -1,7 +1,7 @@
 """Envoy's resources as proto JSON: what a waypoint's listener, chains, clusters and endpoints look like.
 
-A connection finds its chain by its original destination. There is no default chain: what came without one,
-or with one that no service has, is closed.
+A connection finds its chain by its original destination (contracts.handoff). There is no default chain: what
+came without one, or with one that no service has, is closed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from typing import Any, Final
 
 import msgspec
 
+from pykmesh.contracts.handoff import SERVICE_BITS, told_address
 from pykmesh.contracts.waypoints import Endpoint
+from pykmesh.kernel.records import ip_from_text
 from services.waypoint_mgr.protocols import AppProtocol
 
 Json = dict[str, Any]
@@ -101,7 +103,9 @@ def tcp_chain(at: Port, vips: Iterable[str], access_log: bool) -> Json:
 
 
 def _chain(at: Port, vips: Iterable[str], name: str, config: Json) -> Json:
-    ranges = [{"addressPrefix": vip, "prefixLen": 128 if ":" in vip else 32} for vip in vips]
+    """For whoever asks for one of these addresses."""
+    told = (told_address(ip_from_text(vip)) for vip in vips)
+    ranges = [{"addressPrefix": address, "prefixLen": SERVICE_BITS} for address in told]
     return {
         "name": at.cluster,
         "filterChainMatch": {"prefixRanges": ranges, "destinationPort": at.port},

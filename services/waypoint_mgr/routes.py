@@ -12,7 +12,9 @@ from typing import Final
 
 import msgspec
 
+from pykmesh.contracts.handoff import told_address
 from pykmesh.contracts.waypoints import MeshService
+from pykmesh.kernel.records import ip_from_text
 from pykmesh.manifests.http_route import RouteMatch
 from pykmesh.manifests.objects import Gateway, ObjectRef, Service
 from services.waypoint_mgr import envoy
@@ -119,7 +121,7 @@ def _free(
     """The addresses at which nobody else is: Envoy refuses a listener with two chains for one."""
     free = []
     for vip in vips:
-        owner = taken.setdefault((vip, at.port), at.service)
+        owner = taken.setdefault((told_address(ip_from_text(vip)), at.port), at.service)
         if owner == at.service:
             free.append(vip)
         else:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
 
 from pykmesh.contracts.enrollment import Action, ask_for_cgroup
+from pykmesh.contracts.handoff import NOBODY, Identity, told_address
 from pykmesh.demo.pods import Pod
 from pykmesh.kernel import pins
 from pykmesh.kernel.layout import Reason
 from pykmesh.kernel.maps import PinnedMap
+from pykmesh.kernel.records import IDENTITY_VALUE, ip_from_text
 from tests.mesh.manifests import Object, host, pod, service, text
 from tests.mesh.node import Node, python, serve, until
 
@@ -106,7 +108,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
             assert listener.stdout is not None
             assert listener.stdout.readline() == "ready\n"
             pods = (found.client, found.web)
-            known = [pod(p.name, str(p.address4), str(p.address6), app=p.name) for p in pods]
+            known = [client_pod(p) for p in pods]
             node.write("pods", text(*known))
             node.write("waypoint", text(*waypoint_service(found.waypoint)))
             node.write("web", text(web(waypoint="wp")))
@@ -127,16 +129,61 @@ def handed_over(mesh: Mesh) -> Mesh:
     return mesh
 
 
+def client_of(mesh: Mesh) -> Identity:
+    """Who the mesh's only enrolled pod is, as the programs read it."""
+    with PinnedMap(pins.maps_dir(mesh.node.pin_dir), "identities") as identities:
+        values = [value for _, value in identities.items()]
+    return Identity(*IDENTITY_VALUE.unpack(values[0])[1:]) if values else NOBODY
+
+
+def told(mesh: Mesh, vip: str) -> str:
+    client = client_of(mesh)
+    assert client != NOBODY
+    return told_address(ip_from_text(vip), client)
+
+
+def hear(mesh: Mesh, address: str = VIP4) -> str:
+    """What the waypoint says that it was told."""
+    return python(mesh.client, HEAR.format(address=address, port=80)).partition(" ")[0]
+
+
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("asked", "vip"),
     [(VIP4, VIP4), (VIP6, VIP6), (f"::ffff:{VIP4}", VIP4)],
     ids=["IPv4", "IPv6", "IPv4-mapped"],
 )
-def test_the_waypoint_is_told_what_was_asked_for_before_a_byte_is_sent(
-    handed_over: Mesh, asked: str, told: str
+def test_the_waypoint_is_told_what_was_asked_for_and_who_asks_before_a_byte_is_sent(
+    handed_over: Mesh, asked: str, vip: str
 ) -> None:
     heard = python(handed_over.client, HEAR.format(address=asked, port=80))
-    assert heard == f"{told} 80|{asked}|80"
+    assert heard == f"{told(handed_over, vip)} 80|{asked}|80"
+
+
+def test_who_asks_follows_what_is_said_of_the_pod_at_its_address(handed_over: Mesh) -> None:
+    node, client = handed_over.node, handed_over.client
+    known, nobody = told(handed_over, VIP4), told_address(ip_from_text(VIP4))
+    other = pod("other", str(client.address4), app="other")
+    other["spec"]["serviceAccountName"] = "other"
+
+    def say(*pods: Object, expected: Callable[[str], bool]) -> None:
+        node.write("pods", text(*pods, client_pod(handed_over.web)))
+        until(lambda: expected(hear(handed_over)), f"{len(pods)} pods")
+
+    say(other, expected=lambda heard: heard not in (known, nobody))
+    say(other, client_pod(client), expected=nobody.__eq__)
+    say(expected=nobody.__eq__)
+    say(client_pod(client), expected=known.__eq__)
+
+
+def client_pod(client: Pod) -> Object:
+    return pod(client.name, str(client.address4), str(client.address6), app=client.name)
+
+
+def test_who_a_pod_is_outlives_the_writer_of_it(handed_over: Mesh) -> None:
+    before = client_of(handed_over)
+    handed_over.node.kill("map_writer")
+    handed_over.node.until_ready()
+    assert client_of(handed_over) == before != NOBODY
 
 
 def test_an_ipv6_service_reaches_a_waypoint_of_ipv4_alone_and_is_told_as_such(handed_over: Mesh) -> None:
@@ -144,7 +191,7 @@ def test_an_ipv6_service_reaches_a_waypoint_of_ipv4_alone_and_is_told_as_such(ha
     node.write("waypoint", text(*waypoint_service(handed_over.waypoint, families=("IPv4",))))
     node.until_endpoints(host("web"), {f"{handed_over.waypoint.address4}:{PORT}"})
     heard = python(handed_over.client, HEAR.format(address=VIP6, port=80))
-    assert heard == f"{VIP6} 80|{VIP6}|80"
+    assert heard == f"{told(handed_over, VIP6)} 80|{VIP6}|80"
 
 
 def test_who_connects_to_the_waypoint_by_himself_is_no_client_of_a_service(handed_over: Mesh) -> None:
@@ -154,12 +201,12 @@ def test_who_connects_to_the_waypoint_by_himself_is_no_client_of_a_service(hande
 
 
 def test_a_thousand_connections_are_all_told_right(handed_over: Mesh) -> None:
-    code = """
+    code = f"""
 import socket
 wrong = 0
 for _ in range(1000):
-    with socket.create_connection(("10.96.0.10", 80), 5) as s:
-        wrong += s.recv(100) != b"10.96.0.10 80"
+    with socket.create_connection(("{VIP4}", 80), 5) as s:
+        wrong += s.recv(100) != b"{told(handed_over, VIP4)} 80"
 print(wrong)
 """
     assert python(handed_over.client, code) == "0"
@@ -192,7 +239,7 @@ def test_a_service_loses_its_waypoint_and_gets_it_back(handed_over: Mesh) -> Non
     assert said.stdout == "web\n"
     node.write("web", text(web(waypoint="wp")))
     until(lambda: handed_over.waypoint.address4 in str(node.endpoints(host("web"))), "the waypoint again")
-    assert python(handed_over.client, HEAR.format(address=VIP4, port=80)).startswith(f"{VIP4} 80")
+    assert hear(handed_over) == told(handed_over, VIP4)
 
 
 def refusals(node: Node) -> dict[str, int]:

@@ -89,15 +89,23 @@ GOLDEN: list[tuple[Message, str]] = [
         "95 01 02 a3776562 91c410" + "00" * 16 + "91 92c410" + "00" * 16 + "35",
     ),
     (DnsReply(VERSION, DnsOutcome.NOT_READY), "95 01 00 a0 90 c0"),
-    (WaypointsRequest(VERSION, ["a"], ["b"], ["c"]), "94 01 91a161 91a162 91a163"),
+    (
+        WaypointsRequest(VERSION, ["a"], ["b"], ["c"], ["d"], ["e"]),
+        "96 01 91a161 91a162 91a163 91a164 91a165",
+    ),
     (
         WaypointsReply(
             VERSION,
             is_synced=True,
             users={"a": ["b"]},
             services=[MeshService("b", ["10.0.0.1"], [ServicePort(80, [Endpoint("10.0.0.2", 8080, 1)])])],
+            namespace_ids={"d": "01"},
+            account_ids={"e": "02"},
         ),
-        "94 01 c3 81a16191a162 9193a16291a831302e302e302e31 919250 9193a831302e302e302e32cd1f9001",
+        (
+            "96 01 c3 81a16191a162 9193a16291a831302e302e302e31 919250 9193a831302e302e302e32cd1f9001"
+            "81a164a23031 81a165a23032"
+        ),
     ),
 ]
 KINDS = [

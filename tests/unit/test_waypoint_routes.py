@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from pykmesh.contracts.handoff import told_address
 from pykmesh.contracts.waypoints import Endpoint, MeshService
+from pykmesh.kernel.records import ip_from_text
 from pykmesh.manifests.objects import ObjectRef
 from pykmesh.manifests.parse import parse
 from services.waypoint_mgr.encode import (
@@ -58,12 +60,10 @@ def said(configuration: Configuration) -> list[str]:
 def test_each_port_has_a_chain_for_all_its_addresses() -> None:
     world = shop({"port": 80, "name": "http"}, {"port": 9, "name": "tcp"}, vips=("10.96.0.1", "fd96::1"))
     made = world.configuration()
-    assert chains(made) == {
-        port(80).cluster: (["10.96.0.1", "fd96::1"], 80),
-        port(9).cluster: (["10.96.0.1", "fd96::1"], 9),
-    }
+    told = [told_address(ip_from_text(vip)) for vip in ("10.96.0.1", "fd96::1")]
+    assert chains(made) == {port(80).cluster: (told, 80), port(9).cluster: (told, 9)}
     lengths = [one["prefixLen"] for one in made.chains[0]["filterChainMatch"]["prefixRanges"]]
-    assert lengths == [32, 128]
+    assert lengths == [48, 48]
     assert made.protocols == {port(80): AppProtocol.HTTP, port(9): AppProtocol.TCP}
     assert made.routes.keys() == {port(80).cluster}
     assert made.clusters.keys() == made.assignments.keys() == {port(80).cluster, port(9).cluster}

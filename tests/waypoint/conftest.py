@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+
+from pykmesh.kernel.layout import HandoffPrefix
 
 from .backends import Backend, serving
 
@@ -25,3 +29,16 @@ def folder() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="wp-"))
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def told_addresses() -> Iterator[None]:
+    """All that a waypoint may be told are addresses of this network namespace."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: addresses are made")
+    routes = [f"{prefix:x}::/16" for prefix in HandoffPrefix]
+    for route in routes:
+        subprocess.run(["ip", "-6", "route", "add", "local", route, "dev", "lo"], check=True)
+    yield
+    for route in routes:
+        subprocess.run(["ip", "-6", "route", "del", "local", route, "dev", "lo"], check=True)

@@ -28,7 +28,7 @@ from services.waypoint_mgr.encode import (
 
 from .backends import Backend, ask
 from .test_instance import canary
-from .world import World, ads_server, waypoint
+from .world import World, ads_server, at, waypoint
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60), pytest.mark.usefixtures("one_event_loop")]
 
@@ -276,14 +276,14 @@ async def test_an_envoy_refuses_what_is_wrong_and_goes_on_with_what_was_right(
             **good.routes[name],
             "virtualHosts": [{"name": "a", "domains": ["*"]}, {"name": "b", "domains": ["*"]}],
         }
-        broken = {**resources(good, "0.0.0.0", envoy.port)}
+        broken = {**resources(good, "::", envoy.port)}
         broken[ROUTE_TYPE] = {name: encode(ROUTE_TYPE, wrong)}
         server.publish(envoy.spec.node_id, broken)
         with anyio.fail_after(DEADLINE_S):
             (refusal,) = (await server.settled(envoy.spec.node_id)).refusals
         assert refusal.type_url == ROUTE_TYPE
         assert "domain" in refusal.message
-        answer = await anyio.to_thread.run_sync(lambda: ask("127.0.1.1", envoy.port))
+        answer = await anyio.to_thread.run_sync(lambda: ask(at("127.0.1.1"), envoy.port))
         assert answer.status == 200
         assert (await envoy.apply(good)).is_current
 
@@ -298,7 +298,7 @@ async def test_an_envoy_that_lost_its_server_is_found_current_by_the_next(
             await envoy.apply(configuration)
             await envoy.ready()
             await stack.aclose()
-            answer = await anyio.to_thread.run_sync(lambda: ask("127.0.1.1", envoy.port))
+            answer = await anyio.to_thread.run_sync(lambda: ask(at("127.0.1.1"), envoy.port))
             assert answer.status == 200
             async with ads_server(folder / "ads") as envoy.server:
                 with capture_logs() as logs:
@@ -315,10 +315,10 @@ async def test_an_envoy_that_runs_takes_a_service_more_and_a_service_less_at_onc
         world = canary(backends, envoy.port)
         began = time.monotonic()
         assert (await envoy.apply(world.configuration())).is_current
-        assert await status_of("127.0.1.1", envoy.port) == 200
+        assert await status_of(at("127.0.1.1"), envoy.port) == 200
         world.routes.clear()
         assert (await envoy.apply(world.configuration())).is_current
-        assert await status_of("127.0.1.1", envoy.port) == 200
+        assert await status_of(at("127.0.1.1"), envoy.port) == 200
         world.known["shop/web.shop.svc.cluster.local"] = world.users.pop()
         assert (await envoy.apply(world.configuration())).is_current
         assert time.monotonic() - began < 5  # Envoy gives up a resource that it misses after 15 s

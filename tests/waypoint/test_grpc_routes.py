@@ -17,7 +17,7 @@ from pykmesh.contracts.waypoints import Endpoint
 from pykmesh.manifests.objects import KINDS, from_plain
 from services.waypoint_mgr.routes import Configuration
 
-from .world import DEADLINE_S, World, ads_server, grpc_route, kubernetes_service, mesh_service, waypoint
+from .world import DEADLINE_S, World, ads_server, at, grpc_route, kubernetes_service, mesh_service, waypoint
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60), pytest.mark.usefixtures("one_event_loop")]
 
@@ -86,7 +86,7 @@ async def routed(folder: Path, *rules: dict[str, Any], **spec: Any) -> AsyncIter
         made = world.configuration()
         await envoy.apply(made)
         await envoy.ready()
-        yield Caller(f"{ADDRESS}:{envoy.port}", made)
+        yield Caller(f"[{at(ADDRESS)}]:{envoy.port}", made)
 
 
 def method(**said: str) -> dict[str, Any]:

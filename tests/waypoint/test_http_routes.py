@@ -18,7 +18,17 @@ from pykmesh.manifests.objects import ObjectRef
 from services.waypoint_mgr.routes import Configuration
 
 from .backends import DEADLINE_S, Answer, Backend, ask
-from .world import TO_WEB, Waypoint, World, ads_server, http_route, kubernetes_service, mesh_service, waypoint
+from .world import (
+    TO_WEB,
+    Waypoint,
+    World,
+    ads_server,
+    at,
+    http_route,
+    kubernetes_service,
+    mesh_service,
+    waypoint,
+)
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60), pytest.mark.usefixtures("one_event_loop")]
 
@@ -38,7 +48,8 @@ class Routed:
         headers = dict(request.get("headers", {}))
         if "host" in request:
             headers["Host"] = request["host"].replace("PORT", str(self.port))
-        return ask(address(case), self.port, request.get("path", "/"), request.get("method", "GET"), headers)
+        told, path = at(address(case)), request.get("path", "/")
+        return ask(told, self.port, path, request.get("method", "GET"), headers)
 
 
 def address(case: int) -> str:

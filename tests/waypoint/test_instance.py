@@ -27,6 +27,7 @@ from .world import (
     DEADLINE_S,
     World,
     ads_server,
+    at,
     http_route,
     kubernetes_service,
     mesh_service,
@@ -62,7 +63,7 @@ async def test_a_header_and_weights_choose_the_backend(folder: Path, backends: d
         await envoy.ready()
 
         def told(**headers: str) -> str:
-            answer = ask("127.0.1.1", envoy.port, headers=headers)
+            answer = ask(at("127.0.1.1"), envoy.port, headers=headers)
             return str(answer.told["backend"])
 
         assert await anyio.to_thread.run_sync(lambda: told(**{"x-version": "v2"})) == "v2"
@@ -111,7 +112,7 @@ async def test_a_server_may_speak_first(folder: Path) -> None:
             await envoy.ready()
 
             def banner() -> bytes:
-                with socket.create_connection(("127.0.1.2", envoy.port), timeout=DEADLINE_S) as sock:
+                with socket.create_connection((at("127.0.1.2"), envoy.port), timeout=DEADLINE_S) as sock:
                     return sock.recv(100)
 
             assert await anyio.to_thread.run_sync(banner) == b"220 hello"
@@ -227,7 +228,7 @@ async def test_stopping_lets_a_request_end(folder: Path) -> None:
 
             async def request() -> None:
                 path = f"/?wait={DEADLINE_S}"
-                answers.append(await anyio.to_thread.run_sync(lambda: ask("127.0.1.1", envoy.port, path)))
+                answers.append(await anyio.to_thread.run_sync(lambda: ask(at("127.0.1.1"), envoy.port, path)))
 
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(request)
@@ -248,7 +249,7 @@ async def test_stopping_ends_at_the_deadline(folder: Path, backends: dict[str, B
     async with ads_server(folder / "ads") as server, waypoint(server, folder) as envoy:
         await envoy.apply(canary(backends, envoy.port).configuration())
         await envoy.ready()
-        with socket.create_connection(("127.0.1.1", envoy.port)) as idle:
+        with socket.create_connection((at("127.0.1.1"), envoy.port)) as idle:
             with anyio.fail_after(DEADLINE_S):
                 while not await envoy.instance.connections():
                     await anyio.sleep(0.01)

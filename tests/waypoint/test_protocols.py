@@ -19,7 +19,7 @@ from services.waypoint_mgr.regexes import error_in
 
 from .backends import DEADLINE_S, Backend, ask
 from .test_instance import canary
-from .world import World, ads_server, http_route, kubernetes_service, mesh_service, waypoint
+from .world import World, ads_server, at, http_route, kubernetes_service, mesh_service, waypoint
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60), pytest.mark.usefixtures("one_event_loop")]
 
@@ -64,7 +64,7 @@ async def test_grpc_goes_through_and_is_routed_by_its_method(folder: Path) -> No
         world.routes.append(http_route("shop", "r", {"rules": [rule]}))
         await envoy.apply(world.configuration())
         await envoy.ready()
-        async with grpc.aio.insecure_channel(f"127.0.1.3:{envoy.port}") as channel:
+        async with grpc.aio.insecure_channel(f"[{at('127.0.1.3')}]:{envoy.port}") as channel:
             assert await channel.unary_unary(ECHO)(b"hello", timeout=DEADLINE_S) == b"hello"
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await channel.unary_unary("/test.Echo/Other")(b"", timeout=DEADLINE_S)
@@ -103,7 +103,7 @@ async def test_websockets_go_through(folder: Path) -> None:
             await envoy.ready()
 
             def converse() -> tuple[bytes, bytes]:
-                with socket.create_connection(("127.0.1.4", envoy.port), timeout=DEADLINE_S) as sock:
+                with socket.create_connection((at("127.0.1.4"), envoy.port), timeout=DEADLINE_S) as sock:
                     sock.sendall(UPGRADE)
                     answer = b""
                     while b"\r\n\r\n" not in answer:
@@ -114,7 +114,9 @@ async def test_websockets_go_through(folder: Path) -> None:
             assert await anyio.to_thread.run_sync(converse) == (b"HTTP/1.1 101 Switching Protocols", b"ping")
 
 
-async def test_both_families_come_in_at_one_listener(folder: Path, backends: dict[str, Backend]) -> None:
+async def test_services_of_both_families_come_in_at_one_listener(
+    folder: Path, backends: dict[str, Backend]
+) -> None:
     async with ads_server(folder / "ads") as server, waypoint(server, folder) as envoy:
         world = canary(backends, envoy.port)
         (web,) = world.users
@@ -126,7 +128,7 @@ async def test_both_families_come_in_at_one_listener(folder: Path, backends: dic
             assert (await server.settled(envoy.spec.node_id)).is_current
         await envoy.ready()
         for address in ("127.0.1.5", "::1"):
-            answer = await anyio.to_thread.run_sync(lambda address=address: ask(address, envoy.port))
+            answer = await anyio.to_thread.run_sync(lambda address=address: ask(at(address), envoy.port))
             assert answer.status == 200
 
 
@@ -149,7 +151,7 @@ async def test_envoy_takes_and_refuses_the_same_regular_expressions(
                 for one in patterns
             ]
             hosts = [{"name": "a", "domains": ["*"], "routes": routes}]
-            changed = dict(resources(good, "0.0.0.0", envoy.port))
+            changed = dict(resources(good, "::", envoy.port))
             changed[ROUTE_TYPE] = {name: encode(ROUTE_TYPE, {"name": name, "virtualHosts": hosts})}
             server.publish(envoy.spec.node_id, changed)
             with anyio.fail_after(DEADLINE_S):

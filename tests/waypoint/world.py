@@ -1,4 +1,4 @@
-"""A waypoint without the kernel's help: its services' addresses are on loopback, where Envoy sees them."""
+"""A waypoint without the kernel's help: what it would be told of a connection are addresses of loopback."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 import anyio
 
+from pykmesh.contracts.handoff import NOBODY, Identity, told_address
 from pykmesh.contracts.waypoints import Endpoint, MeshService, ServicePort
+from pykmesh.kernel.records import ip_from_text
 from pykmesh.manifests.objects import KINDS, Gateway, GRPCRoute, HTTPRoute, Service, from_plain
 from services.waypoint_mgr import instances
 from services.waypoint_mgr.ads import AdsServer, NodeStatus
@@ -23,6 +25,11 @@ DOMAIN = "cluster.local"
 NODE = "waypoint~1"
 DEADLINE_S = 20.0
 TO_WEB = {"group": "", "kind": "Service", "name": "web"}
+
+
+def at(vip: str, client: Identity = NOBODY) -> str:
+    """Where a client of a service at `vip` connects to."""
+    return told_address(ip_from_text(vip), client)
 
 
 def named(namespace: str, name: str) -> str:
@@ -106,7 +113,7 @@ class Waypoint:
         self.instance = instances.start(spec)
 
     async def apply(self, configuration: Configuration) -> NodeStatus:
-        self.server.publish(self.spec.node_id, resources(configuration, "0.0.0.0", self.port))
+        self.server.publish(self.spec.node_id, resources(configuration, "::", self.port))
         with anyio.fail_after(DEADLINE_S):
             return await self.server.settled(self.spec.node_id)
 

@@ -1,0 +1,138 @@
+"""Who the enrolled pods of this node are, for waypoints: `identities` follows the pods and the mesh.
+
+An identity is that of the workload at the pod's address: as true as the control plane's word on who has
+which address, and no more (no certificate is asked for). A pod at whose address nobody is known, or several
+pods, is nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+import anyio
+
+from pykmesh.contracts.address import Workload, workload_message
+from pykmesh.contracts.handoff import ID_BYTES, NOBODY, Identity
+from pykmesh.contracts.waypoints import principal
+from pykmesh.kernel import libbpf, pins
+from pykmesh.kernel.maps import MapFullError, PinnedMap
+from pykmesh.kernel.records import (
+    ADDRESS_KEY,
+    IDENTITY_SECRET_BYTES,
+    IDENTITY_SECRET_KEY,
+    IDENTITY_VALUE,
+    NO_IP,
+    POD_KEY,
+    POD_VALUE,
+)
+from services.map_writer.follower import Change
+from services.map_writer.mesh import Mesh, Place
+
+_NO_SECRET: Final = bytes(IDENTITY_SECRET_BYTES)
+
+
+LOOK_S: Final = 0.2
+
+
+class Identities:
+    """Until a whole mesh is followed the map stays as it was. PinError when the maps are not there."""
+
+    def __init__(self, pin_dir: Path, note_error: Callable[..., None]) -> None:
+        directory = pins.maps_dir(pin_dir)
+        self._note_error = note_error
+        self._mesh: Mesh | None = None
+        self._pods: dict[bytes, tuple[Place, ...]] = {}
+        self._places: set[Place] = set()
+        with contextlib.ExitStack() as opened:
+            self._pods_map = opened.enter_context(PinnedMap(directory, "pods"))
+            self._map = opened.enter_context(PinnedMap(directory, "identities"))
+            with PinnedMap(directory, "identity_secrets") as secrets:
+                self._secret = _secret(secrets)
+            self.close = opened.pop_all().close
+
+    async def run(self) -> None:
+        """Takes what pods come and go. Until cancelled."""
+        while True:
+            self.look()
+            await anyio.sleep(LOOK_S)
+
+    def look(self) -> None:
+        pods = {key: tuple(_places(value)) for key, value in self._pods_map.items()}
+        if pods != self._pods:
+            self._pods = pods
+            self._places = {place for places in pods.values() for place in places}
+            self._say()
+
+    def follow(self, mesh: Mesh, change: Change) -> None:
+        """After the mesh has changed."""
+        self._mesh = mesh
+        if change.sweep or not self._places.isdisjoint(change.touched.places):
+            self._say()
+
+    def are_current(self) -> bool:
+        return self._pods_map.is_current() and self._map.is_current()
+
+    def namespace_id(self, namespace: str) -> bytes:
+        return self._hash(f"ns {namespace}")
+
+    def account_id(self, name: str) -> bytes:
+        """Of a principal: `trust domain/ns/namespace/sa/account`."""
+        return self._hash(f"sa {name}")
+
+    def _hash(self, text: str) -> bytes:
+        hashed = hashlib.blake2b(text.encode(), key=self._secret, digest_size=ID_BYTES).digest()
+        return hashed if any(hashed) else bytes(ID_BYTES - 1) + b"\1"
+
+    def _say(self) -> None:
+        """Makes the map say what is so: what cannot be written is tried again at the next change."""
+        if self._mesh is None:
+            return
+        wanted = {}
+        for key, places in self._pods.items():
+            if (found := self._identity(self._mesh, places)) != NOBODY:
+                wanted[key] = IDENTITY_VALUE.pack(*POD_KEY.unpack(key), *found)
+        try:
+            said = dict(self._map.items())
+            for key in said.keys() - wanted.keys():
+                self._map.remove(key)
+            for key, value in wanted.items():
+                if said.get(key) != value:
+                    self._map.put(key, value)
+        except (MapFullError, libbpf.KernelError) as error:
+            self._note_error("identities_not_written", error=error)
+
+    def _identity(self, mesh: Mesh, places: tuple[Place, ...]) -> Identity:
+        """All its addresses must be the same workload's, or nobody's."""
+        found = [mesh.client_at(place) for place in places if mesh.is_a_workloads(place)]
+        first = found[0] if found else None
+        if first is None or any(client is None or client.uid != first.uid for client in found):
+            return NOBODY
+        return self._of(first)
+
+    def _of(self, workload: Workload) -> Identity:
+        said = workload_message(workload.raw)
+        if not said.namespace:
+            return NOBODY
+        name = principal(said.namespace, said.service_account, said.trust_domain)
+        return Identity(self.namespace_id(said.namespace), self.account_id(name))
+
+
+def _places(pod: bytes) -> Iterator[Place]:
+    address4, address6, network, _ = POD_VALUE.unpack(pod)
+    for address in (address4, address6):
+        if address != NO_IP:
+            yield Place(ADDRESS_KEY.pack(address, network))
+
+
+def _secret(secrets: PinnedMap) -> bytes:
+    """Made by whoever is here first: as long as the map lives the ids that Envoys were told stay right."""
+    known = secrets.get(IDENTITY_SECRET_KEY) or _NO_SECRET
+    if known == _NO_SECRET:
+        known = os.urandom(IDENTITY_SECRET_BYTES)
+        secrets.put(IDENTITY_SECRET_KEY, known)
+    return known
