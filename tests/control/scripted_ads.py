@@ -175,6 +175,7 @@ class ScriptedAds:
         self.state: dict[str, dict[str, Resource]] = {url: {} for url in TYPES}
         self.believed: dict[str, dict[str, str]] = {url: {} for url in TYPES}
         """The versions that the client must name when it comes back."""
+        self._is_new: set[str] = set()
         self._unsure: set[str] = set()
         self.violations: list[str] = []
         self.answers_subscriptions = True
@@ -274,9 +275,8 @@ class ScriptedAds:
         return self.unknown[number - 1]
 
     def client_restarted(self) -> None:
-        """A new process of the client: it holds nothing."""
-        for believed in self.believed.values():
-            believed.clear()
+        """A new process of the client comes next: it holds nothing, whatever the last words of the old one."""
+        self._is_new = set(TYPES)
 
     def complain(self, what: str) -> None:
         self.violations.append(what)
@@ -285,6 +285,9 @@ class ScriptedAds:
         assert not self.violations, self.violations
 
     def check_versions(self, request: Request) -> None:
+        if request.type_url in self._is_new:
+            self._is_new.remove(request.type_url)
+            self.believed[request.type_url] = {}
         said, believed = dict(request.initial_resource_versions), self.believed[request.type_url]
         wrong = {
             name: (said.get(name), believed.get(name))
