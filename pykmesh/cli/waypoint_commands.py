@@ -96,19 +96,23 @@ def list_(instance: Instance, /, output: str) -> None:
 @output_option
 @click.pass_obj
 def status(instance: Instance, /, which: str, output: str) -> None:
-    """Instances, services and routes of waypoints, and what is wrong with them.
+    """Instances, services, routes and policies of waypoints, and what is wrong with them.
 
     Exit status 1 when one has no instance that is ready, or something is wrong.
     """
-    found = [each for each in _waypoints(instance) if which in ("", each["name"])]
+    said = _status(instance)
+    found = [each for each in said["waypoints"] if which in ("", each["name"])]
     if which and not found:
         raise Failure(f"no waypoint {which}")
+    unenforced = [] if which else said["policies_unenforced"]
     if output == "table":
         for each in found:
             _tell(each)
+        for policy in unenforced:
+            click.echo(f"! {policy['policy']} is enforced by nobody: {policy['why']}")
     else:
-        show(output, {"waypoints": found}, (), ())
-    if any(_problems(each) or not (_ready(each) or _sleeps(each)) for each in found):
+        show(output, {"waypoints": found, "policies_unenforced": unenforced}, (), ())
+    if unenforced or any(_problems(each) or not (_ready(each) or _sleeps(each)) for each in found):
         sys.exit(1)
 
 
@@ -163,9 +167,10 @@ def _sleeps(found: dict[str, Any]) -> bool:
 def _problems(found: dict[str, Any]) -> list[str]:
     """What is wrong, a line each."""
     lines = [
-        f"{route['route']}: {route['type']} is {route['status']}: {route['reason']}: {route['message']}"
-        for route in found["routes"]
-        if (route["status"] == "True") != (route["type"] in ("Accepted", "ResolvedRefs"))
+        f"{one[what]}: {one['type']} is {one['status']}: {one['reason']}: {one['message']}"
+        for what, key in (("route", "routes"), ("policy", "policies"))
+        for one in found[key]
+        if (one["status"] == "True") != (one["type"] in ("Accepted", "ResolvedRefs"))
     ]
     lines += [f"conflict: {conflict}" for conflict in found["conflicts"]]
     lines += found["annotations_misread"]
@@ -203,6 +208,8 @@ def _tell(found: dict[str, Any]) -> None:
         click.echo(f"  service {service}")
     for route in sorted({route["route"] for route in found["routes"]}):
         click.echo(f"  route {route}")
+    for policy in sorted({policy["policy"] for policy in found["policies"]}):
+        click.echo(f"  policy {policy}")
     for problem in _problems(found):
         click.echo(f"  ! {problem}")
 

@@ -5,9 +5,11 @@ A service is named `namespace/hostname`, as in the workload API. Messages of the
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
+
+from pykmesh.contracts.handoff import ID_BYTES
 
 HANDOFF_PORT: Final = 15019
 """The port of a waypoint's service at which its instances take connections that the kernel hands over.
@@ -61,16 +63,19 @@ class WaypointsRequest(_Part, frozen=True):
     client_principals: list[str] = []
 
 
+ClientId = Annotated[bytes, msgspec.Meta(min_length=ID_BYTES, max_length=ID_BYTES)]
+
+
 class WaypointsReply(_Part, frozen=True):
     """`users`: of each waypoint, the services that go by way of it. Services that are unknown miss.
 
-    Ids are those of `contracts.handoff`, in hexadecimal, of each name that was asked for. Before the mesh is
-    whole nothing is said: `is_synced` is false.
+    Ids are those of `contracts.handoff`, of each name that was asked for. Before the mesh is whole nothing is
+    said: `is_synced` is false.
     """
 
     version: int
     is_synced: bool
     users: dict[str, list[str]] = {}
     services: list[MeshService] = []
-    namespace_ids: dict[str, str] = {}
-    account_ids: dict[str, str] = {}
+    namespace_ids: dict[str, ClientId] = {}
+    account_ids: dict[str, ClientId] = {}

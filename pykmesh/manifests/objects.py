@@ -15,6 +15,7 @@ import msgspec
 
 from pykmesh.contracts.settings import AFFINITY_S_MAX
 from pykmesh.manifests.addresses import HEADLESS, IP, ClusterIP, IPFamily, IPRange, parse_text
+from pykmesh.manifests.authorization_policy import AuthorizationPolicySpec
 from pykmesh.manifests.grpc_route import GRPCRouteSpec
 from pykmesh.manifests.http_route import HTTPRouteSpec
 from pykmesh.manifests.names import Name, PortNumber
@@ -427,6 +428,10 @@ class GRPCRoute(_Object, frozen=True, kw_only=True):
     spec: GRPCRouteSpec = GRPCRouteSpec()
 
 
+class AuthorizationPolicy(_Object, frozen=True, kw_only=True):
+    spec: AuthorizationPolicySpec = AuthorizationPolicySpec()
+
+
 WAYPOINT_CLASSES = ("istio-waypoint", "pykmesh-waypoint")
 """Gateway classes whose Gateways are waypoints."""
 NAMESPACE_NAME = "kubernetes.io/metadata.name"
@@ -452,6 +457,7 @@ Object: TypeAlias = (
     | Gateway
     | HTTPRoute
     | GRPCRoute
+    | AuthorizationPolicy
 )
 
 KINDS: dict[tuple[str, str], type[Object]] = {
@@ -465,6 +471,7 @@ KINDS: dict[tuple[str, str], type[Object]] = {
     ("gateway.networking.k8s.io", "Gateway"): Gateway,
     ("gateway.networking.k8s.io", "HTTPRoute"): HTTPRoute,
     ("gateway.networking.k8s.io", "GRPCRoute"): GRPCRoute,
+    ("security.istio.io", "AuthorizationPolicy"): AuthorizationPolicy,
 }
 """The types that are read, by API group and kind; the version within a group does not matter."""
 

@@ -46,8 +46,8 @@ class Waypoints:
             is_synced=True,
             users=users,
             services=services,
-            namespace_ids={n: self._identities.namespace_id(n).hex() for n in request.client_namespaces},
-            account_ids={p: self._identities.account_id(p).hex() for p in request.client_principals},
+            namespace_ids={n: self._identities.namespace_id(n) for n in request.client_namespaces},
+            account_ids={p: self._identities.account_id(p) for p in request.client_principals},
         )
 
     def _service(self, name: str) -> MeshService:

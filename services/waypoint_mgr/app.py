@@ -24,8 +24,10 @@ from pykmesh.process import Runtime
 from services.waypoint_mgr import announce, fleet
 from services.waypoint_mgr.ads import AdsServer
 from services.waypoint_mgr.announce import Announcements
+from services.waypoint_mgr.attachments import Condition
 from services.waypoint_mgr.encode import EncodeError, resources
 from services.waypoint_mgr.fleet import Fleet
+from services.waypoint_mgr.policies import Clients, names_in, unenforced
 from services.waypoint_mgr.routes import Configuration, translate
 from services.waypoint_mgr.scaling import policy_of
 from services.waypoint_mgr.source import Objects, Route, mesh_name, watch
@@ -124,8 +126,14 @@ class WaypointMgr:
         if not objects.waypoints:
             return True
         namespaces = sorted(set().union(*map(objects.namespaces_of, objects.waypoints.values())))
+        names = names_in(objects.policies)
         request = WaypointsRequest(
-            messages.VERSION, [*objects.waypoints], self._backends(objects), namespaces
+            messages.VERSION,
+            [*objects.waypoints],
+            self._backends(objects),
+            namespaces,
+            sorted(names.namespaces),
+            sorted(names.principals),
         )
         try:
             data = await bus.request(Subject.WAYPOINTS, messages.encode(request))
@@ -157,7 +165,10 @@ class WaypointMgr:
             if service.name in mesh.users.get(name, ())
             or (service.name.partition("/")[0] in namespaces and service.name not in objects.waypoints)
         ]
-        found = await anyio.to_thread.run_sync(self._translate, name, waypoint, users, known, objects)
+        clients = Clients(mesh.namespace_ids, mesh.account_ids)
+        found = await anyio.to_thread.run_sync(
+            self._translate, name, waypoint, users, known, objects, clients
+        )
         members = [member for member in self.members.members.values() if member.waypoint == name]
         for member in members:
             try:
@@ -175,10 +186,11 @@ class WaypointMgr:
         users: list[MeshService],
         known: dict[str, MeshService],
         objects: Objects,
+        clients: Clients,
     ) -> Configuration:
         """A route that is wrong counts as it was when it was right."""
-        domain, services = self._settings.cluster_domain, objects.services
-        found = translate(waypoint, users, known, services, objects.routes, domain)
+        domain, services, policies = self._settings.cluster_domain, objects.services, objects.policies
+        found = translate(waypoint, users, known, services, objects.routes, domain, policies, clients)
         refused = found.refused
         good = {route.ref: route for route in objects.routes if route.ref not in refused}
         before = self._good_routes.get(name, {})
@@ -187,9 +199,9 @@ class WaypointMgr:
         if not earlier:
             return found
         routes = [*good.values(), *earlier]
-        kept = translate(waypoint, users, known, services, routes, domain)
-        told = tuple(c for c in found.conditions if c.route in refused)
-        rest = tuple(c for c in kept.conditions if c.route not in refused)
+        kept = translate(waypoint, users, known, services, routes, domain, policies, clients)
+        told = tuple(c for c in found.conditions if c.of in refused)
+        rest = tuple(c for c in kept.conditions if c.of not in refused)
         return Configuration(**{**_fields(kept), "conditions": (*rest, *told)})
 
     def _announce(self, objects: Objects) -> None:
@@ -215,9 +227,16 @@ class WaypointMgr:
         objects = self._objects or Objects()
         return {
             "waypoints": [self._waypoint(name, found) for name, found in sorted(objects.waypoints.items())],
+            "policies_unenforced": [
+                {"policy": str(ref), "why": why} for ref, why in unenforced(objects, self._users()).items()
+            ],
             "manifest_errors": list(objects.errors),
             "config_dir": str(self._settings.config_dir.resolve()),
         }
+
+    def _users(self) -> dict[str, list[str]]:
+        """Of each waypoint, the services that go by way of it."""
+        return self._mesh.users if self._mesh else {}
 
     def _waypoint(self, name: str, gateway: Gateway) -> dict[str, Any]:
         found = self._configurations.get(name, Configuration())
@@ -227,25 +246,27 @@ class WaypointMgr:
         return {
             "name": f"{gateway.namespace}/{gateway.name}",
             "class": gateway.spec.gateway_class_name,
-            "services": sorted(self._mesh.users.get(name, ())) if self._mesh else [],
+            "services": sorted(self._users().get(name, ())),
             "instances": [
                 {**member.status(), "configuration": states.get(member.name)} for member in members
             ],
-            "routes": [
-                {
-                    "route": str(condition.route),
-                    "type": condition.type,
-                    "status": str(condition.status),
-                    "reason": condition.reason,
-                    "message": condition.message,
-                }
-                for condition in found.conditions
-            ],
+            "routes": [_told("route", condition) for condition in found.conditions],
+            "policies": [_told("policy", condition) for condition in found.policies],
             "conflicts": list(found.conflicts),
             "scaling": group.status() if group else None,
             "namespaces_turned_away": sorted((self._objects or Objects()).turned_away(gateway)),
             "annotations_misread": policy_of(gateway.metadata.annotations)[1],
         }
+
+
+def _told(what: str, condition: Condition) -> dict[str, str]:
+    return {
+        what: str(condition.of),
+        "type": condition.type,
+        "status": str(condition.status),
+        "reason": condition.reason,
+        "message": condition.message,
+    }
 
 
 def _fields(found: Configuration) -> dict[str, Any]:

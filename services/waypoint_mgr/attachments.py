@@ -27,9 +27,12 @@ UNSUPPORTED_VALUE: Final = "UnsupportedValue"
 
 
 class Condition(msgspec.Struct, frozen=True):
-    """What a waypoint says of a route, by Gateway API's types and reasons. `parent` is what it names."""
+    """What a waypoint says of a route or policy, by Gateway API's types and reasons.
 
-    route: ObjectRef
+    `parent` is what a route names, of a policy the waypoint.
+    """
+
+    of: ObjectRef
     parent: ObjectRef
     type: str
     status: bool

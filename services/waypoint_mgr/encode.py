@@ -76,9 +76,11 @@ class _Field(NamedTuple):
 
 @cache
 def _class_of(type_url: str) -> Any:
+    from betterproto2.casing import pascal_case  # noqa: PLC0415  (with the classes, when needed)
+
     package, _, name = type_url.removeprefix(_PREFIX).rpartition(".")
     try:
-        return getattr(importlib.import_module(f"envoy_data_plane.{package}"), name)
+        return getattr(importlib.import_module(f"envoy_data_plane.{package}"), pascal_case(name))
     except (ImportError, AttributeError) as error:
         raise EncodeError(f"{type_url}: Envoy has no such message") from error
 

@@ -7,7 +7,7 @@ came without one, or with one that no service has, is closed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -44,6 +44,18 @@ class Port(msgspec.Struct, frozen=True, order=True):
         return f"{self.service}|{self.port}".replace(".", "_")
 
 
+class Range(NamedTuple):
+    """Addresses that begin alike."""
+
+    address: str
+    bits: int
+
+
+def everybodys(vips: Iterable[str]) -> list[Range]:
+    """What is told of any client's connections to these addresses."""
+    return [Range(told_address(ip_from_text(vip)), SERVICE_BITS) for vip in vips]
+
+
 def listener(address: str, port: int, chains: Sequence[Json]) -> Json:
     """`::` takes IPv4 as well. A port that another holds is refused, not shared: no SO_REUSEPORT."""
     where = socket_address(address, port)
@@ -62,21 +74,28 @@ def listener(address: str, port: int, chains: Sequence[Json]) -> Json:
 
 def _nobodys_chain() -> Json:
     """Envoy refuses a listener without chains; at this address there is nobody."""
-    proxy = _typed("filters.network.tcp_proxy.v3.TcpProxy") | {"statPrefix": "nobody", "cluster": "nobody"}
-    return _chain(Port("nobody", 1), ("255.255.255.255",), "envoy.filters.network.tcp_proxy", proxy)
+    return closing_chain(Port("nobody", 1), [Range("255.255.255.255", 32)])
+
+
+def closing_chain(at: Port, ranges: Iterable[Range]) -> Json:
+    """There is no such cluster, so connections are closed at once."""
+    proxy = _typed("filters.network.tcp_proxy.v3.TcpProxy") | {"statPrefix": "closed", "cluster": "nobody"}
+    return _chain(at, ranges, _named("envoy.filters.network.tcp_proxy", proxy), name=f"{at.cluster}|closed")
 
 
 def socket_address(address: str, port: int) -> Json:
     return {"socketAddress": {"address": address, "portValue": port}}
 
 
-def http_chain(at: Port, vips: Iterable[str], access_log: bool) -> Json:
+def http_chain(at: Port, ranges: Iterable[Range], access_log: bool, filters: Sequence[Json] = ()) -> Json:
+    """`filters` are asked before a request is routed."""
     manager = _typed("filters.network.http_connection_manager.v3.HttpConnectionManager") | {
         "statPrefix": at.stat_name,
         "rds": {"routeConfigName": at.cluster, "configSource": _ADS},
-        "httpFilters": [_extension("filters.http.router.v3.Router")],
-        # As Istio's waypoints, an inner hop: x-forwarded-for and -proto of the edge go on unchanged. Of no
-        # peer is it believed who its client is (an empty list of trusted ones): that is whom we talk to.
+        "httpFilters": [*filters, _extension("filters.http.router.v3.Router")],
+        # As Istio's waypoints, an inner hop: x-forwarded-for and -proto of the edge go on unchanged (without
+        # this extension the peer would be added). So to Envoy whoever is named there last is the client:
+        # nothing may be decided by its "remote" address, which anybody can write, but by the peer's.
         "originalIpDetectionExtensions": [
             {
                 "name": "envoy.http.original_ip_detection.xff",
@@ -90,26 +109,39 @@ def http_chain(at: Port, vips: Iterable[str], access_log: bool) -> Json:
         "streamIdleTimeout": NO_TIMEOUT,
         "accessLog": _access_log(access_log),
     }
-    return _chain(at, vips, "envoy.filters.network.http_connection_manager", manager)
+    return _chain(at, ranges, _named("envoy.filters.network.http_connection_manager", manager))
 
 
-def tcp_chain(at: Port, vips: Iterable[str], access_log: bool) -> Json:
+def tcp_chain(at: Port, ranges: Iterable[Range], access_log: bool, filters: Sequence[Json] = ()) -> Json:
+    """`filters` are asked when the client's first byte comes."""
     proxy = _typed("filters.network.tcp_proxy.v3.TcpProxy") | {
         "statPrefix": at.stat_name,
         "cluster": at.cluster,
         "accessLog": _access_log(access_log),
     }
-    return _chain(at, vips, "envoy.filters.network.tcp_proxy", proxy)
+    return _chain(at, ranges, *filters, _named("envoy.filters.network.tcp_proxy", proxy))
 
 
-def _chain(at: Port, vips: Iterable[str], name: str, config: Json) -> Json:
-    """For whoever asks for one of these addresses."""
-    told = (told_address(ip_from_text(vip)) for vip in vips)
-    ranges = [{"addressPrefix": address, "prefixLen": SERVICE_BITS} for address in told]
+def rbac(rules: Json) -> Json:
+    return _named("envoy.filters.http.rbac", _typed("filters.http.rbac.v3.RBAC") | {"rules": rules})
+
+
+def network_rbac(at: Port, rules: Json) -> Json:
+    config = _typed("filters.network.rbac.v3.RBAC") | {"rules": rules, "statPrefix": f"{at.stat_name}."}
+    return _named("envoy.filters.network.rbac", config)
+
+
+def _named(name: str, config: Json) -> Json:
+    return {"name": name, "typedConfig": config}
+
+
+def _chain(at: Port, ranges: Iterable[Range], *filters: Json, name: str = "") -> Json:
+    """For what is told of these addresses."""
+    told = [{"addressPrefix": found.address, "prefixLen": found.bits} for found in ranges]
     return {
-        "name": at.cluster,
-        "filterChainMatch": {"prefixRanges": ranges, "destinationPort": at.port},
-        "filters": [{"name": name, "typedConfig": config}],
+        "name": name or at.cluster,
+        "filterChainMatch": {"prefixRanges": told, "destinationPort": at.port},
+        "filters": list(filters),
     }
 
 

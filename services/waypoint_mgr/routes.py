@@ -27,9 +27,10 @@ from services.waypoint_mgr.attachments import (
     attach,
 )
 from services.waypoint_mgr.envoy import Json, Port
+from services.waypoint_mgr.policies import Clients, Guard
 from services.waypoint_mgr.protocols import AppProtocol
 from services.waypoint_mgr.rules import action_of, match_fields, rank, straight_to
-from services.waypoint_mgr.source import Route
+from services.waypoint_mgr.source import Policy, Route
 
 ACCESS_LOG: Final = "pykmesh.io/access-log"
 """An annotation of the Gateway; "true": its Envoys log each request on their standard output."""
@@ -47,6 +48,8 @@ class Configuration(msgspec.Struct, frozen=True):
     protocols: Mapping[Port, AppProtocol] = {}
     """What each port is taken to carry."""
     conditions: tuple[Condition, ...] = ()
+    policies: tuple[Condition, ...] = ()
+    """What is said of AuthorizationPolicies."""
     conflicts: tuple[str, ...] = ()
     """Services that claim an address and port that another one has; the first by name keeps it."""
 
@@ -57,7 +60,7 @@ class Configuration(msgspec.Struct, frozen=True):
     def refused(self) -> frozenset[ObjectRef]:
         """Routes that are wrong in themselves: what they said before may be put in their place."""
         return frozenset(
-            condition.route
+            condition.of
             for condition in self.conditions
             if condition.type == ACCEPTED and condition.reason == UNSUPPORTED_VALUE
         )
@@ -70,10 +73,13 @@ def translate(
     services: Mapping[str, Service],
     routes: Sequence[Route],
     domain: str,
+    policies: Sequence[Policy] = (),
+    clients: Clients | None = None,
 ) -> Configuration:
     """`users`: services whose traffic goes by way of it. `known`, `services`: by `namespace/hostname`."""
     mesh = Mesh(users, known, services, domain)
     attached = attach(waypoint, mesh, routes)
+    guard = Guard(waypoint, mesh, policies, clients or Clients())
     logs = waypoint.metadata.annotations.get(ACCESS_LOG) == "true"
     taken, conflicts = dict[tuple[str, int], str](), list[str]()
     chains, configurations = list[Json](), dict[str, Json]()
@@ -85,12 +91,12 @@ def translate(
             protocol = protocols[at] = mesh.protocol(at, _carried(own or ()))
             backends.add(at)
             vips = _free(user.vips, at, taken, conflicts)
-            if protocol is AppProtocol.TCP:
-                chains += [envoy.tcp_chain(at, vips, logs)] if vips else []
-                continue
             if not vips:
                 continue
-            chains.append(envoy.http_chain(at, vips, logs))
+            if protocol is AppProtocol.TCP:
+                chains += guard.tcp_chains(at, vips, logs)
+                continue
+            chains.append(guard.http_chain(at, vips, logs))
             routed = own or attached.to_gateway
             configurations[at.cluster], used = _route_configuration(at, routed, mesh)
             backends |= used
@@ -105,6 +111,7 @@ def translate(
         assignments={at.cluster: envoy.load_assignment(at, mesh.endpoints(at)) for at in sorted(backends)},
         protocols=protocols,
         conditions=tuple(attached.conditions),
+        policies=tuple(guard.conditions()),
         conflicts=tuple(conflicts),
     )
 

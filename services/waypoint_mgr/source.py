@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import anyio
 import anyio.to_thread
 import msgspec
 
+from pykmesh.manifests.authorization_policy import Action, AuthorizationPolicySpec
 from pykmesh.manifests.folder import Content, Folder
 from pykmesh.manifests.http_route import HTTPRouteSpec
 from pykmesh.manifests.objects import (
     USE_WAYPOINT,
     USE_WAYPOINT_NAMESPACE,
+    AuthorizationPolicy,
     Gateway,
     GRPCRoute,
     HTTPRoute,
@@ -23,9 +25,14 @@ from pykmesh.manifests.objects import (
     Object,
     ObjectRef,
     Service,
+    ServiceEntry,
     ref_of,
     service_hostname,
 )
+
+DRY_RUN: Final = "istio.io/dry-run"
+ROOT_NAMESPACE: Final = "istio-system"
+"""Where policies for a whole class of Gateways are."""
 
 _T = TypeVar("_T", bound=Object)
 
@@ -58,12 +65,57 @@ class Route(msgspec.Struct, frozen=True):
         return self.ref.name
 
 
+class Policy(msgspec.Struct, frozen=True):
+    """An AuthorizationPolicy, and what it is for, by names in the mesh."""
+
+    ref: ObjectRef
+    spec: AuthorizationPolicySpec
+    is_dry_run: bool = False
+    services: frozenset[str] = frozenset()
+    waypoints: frozenset[str] = frozenset()
+    classes: frozenset[str] = frozenset()
+    """Of Gateways."""
+
+    @classmethod
+    def of(
+        cls, obj: AuthorizationPolicy, domain: str, entry_hosts: Mapping[ObjectRef, tuple[str, ...]]
+    ) -> Policy:
+        found: dict[str, set[str]] = {"Service": set(), "Gateway": set(), "GatewayClass": set()}
+        for target in obj.spec.targets:
+            if target.kind == "ServiceEntry":
+                hosts = entry_hosts.get(ObjectRef("ServiceEntry", obj.namespace, target.name), ())
+                found["Service"].update(f"{obj.namespace}/{host}" for host in hosts)
+            elif target.kind != "GatewayClass":
+                found[target.kind].add(mesh_name(obj.namespace, target.name, domain))
+            elif obj.namespace == ROOT_NAMESPACE:
+                found["GatewayClass"].add(target.name)
+        return cls(
+            ref_of(obj),
+            obj.spec,
+            obj.metadata.annotations.get(DRY_RUN, "").lower() == "true",
+            *(frozenset(names) for names in found.values()),
+        )
+
+    @property
+    def denies(self) -> bool:
+        """CUSTOM asks an authorizer of its own, which there is none of here."""
+        return self.spec.action in (Action.DENY, Action.CUSTOM)
+
+    @property
+    def not_enforced(self) -> str:
+        """Why it refuses nothing; "" if it is enforced."""
+        if self.is_dry_run:
+            return f"the annotation {DRY_RUN} says that it is not to be enforced"
+        return "AUDIT: nothing is logged" if self.spec.action is Action.AUDIT else ""
+
+
 class Objects(msgspec.Struct, frozen=True):
     """Waypoints and services by their names in the mesh (a waypoint is named as its own service is)."""
 
     waypoints: Mapping[str, Gateway] = {}
     services: Mapping[str, Service] = {}
     routes: tuple[Route, ...] = ()
+    policies: tuple[Policy, ...] = ()
     namespaces: Mapping[str, Labels] = {}
     """Those that are said, with their labels."""
     errors: tuple[str, ...] = ()
@@ -71,10 +123,14 @@ class Objects(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, content: Content, domain: str) -> Objects:
         objects = [located.object for located in content.objects]
+        entry_hosts = {ref_of(o): o.spec.hosts for o in objects if isinstance(o, ServiceEntry)}
         return cls(
             waypoints=_by_mesh_name((o for o in objects if isinstance(o, Gateway) and o.is_waypoint), domain),
             services=_by_mesh_name((o for o in objects if isinstance(o, Service)), domain),
             routes=tuple(Route.of(o) for o in objects if isinstance(o, HTTPRoute | GRPCRoute)),
+            policies=tuple(
+                Policy.of(o, domain, entry_hosts) for o in objects if isinstance(o, AuthorizationPolicy)
+            ),
             namespaces={o.name: o.labels for o in objects if isinstance(o, Namespace)},
             errors=tuple(map(str, content.errors)),
         )

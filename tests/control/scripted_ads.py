@@ -275,7 +275,7 @@ class ScriptedAds:
         return self.unknown[number - 1]
 
     def client_restarted(self) -> None:
-        """A new process of the client comes next: it holds nothing, whatever the last words of the old one."""
+        """A new process of the client comes next: it holds nothing, whatever the old one says last."""
         self._is_new = set(TYPES)
 
     def complain(self, what: str) -> None:

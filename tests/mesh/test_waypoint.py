@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pykmesh.kernel.cgroups import find_root
-from tests.mesh.manifests import host, text
+from tests.mesh.manifests import Object, host, text
 from tests.mesh.node import Node, finish, probe, python, until
 from tests.mesh.waypoints import (
     CANARY,
@@ -131,6 +131,57 @@ def test_a_waypoint_that_is_deleted_ends_its_envoy_and_refuses_until_it_is_back(
     until_handed_over(routed)
     until(lambda: ask(routed, 5, "x-canary: yes") == {(200, "v2"): 5}, "served again")
     assert node.pid_of("waypoint_mgr") == manager, "it went on all the while"
+
+
+def allow(*accounts: str, target: str = "shop") -> Object:
+    """Who may ask the service anything; nobody else may."""
+    return {
+        "apiVersion": "security.istio.io/v1",
+        "kind": "AuthorizationPolicy",
+        "metadata": {"name": "allow", "namespace": "shop"},
+        "spec": {
+            "targetRefs": [{"kind": "Service", "name": target}],
+            "rules": [{"from": [{"source": {"serviceAccounts": list(accounts)}}]}],
+        },
+    }
+
+
+def test_a_policy_says_who_may_ask_by_the_account_of_his_pod(routed: Mesh) -> None:
+    node = routed.node
+    try:
+        node.write("policy", text(allow("other")))
+        until(lambda: {code for code, _ in ask(routed)} == {403}, "everybody else refused")
+        node.write("policy", text(allow("other", "default")))
+        until(lambda: {code for code, _ in ask(routed)} == {200}, "the client let in")
+        node.write("policy", text(allow("other")).replace("serviceAccounts", "serviceAccount"))
+        until(lambda: node.status()["processes"]["control_plane"]["manifest_errors"], "the error told")
+        assert {code for code, _ in ask(routed, 5)} == {200}, "what was good counts on"
+        node.write("policy", text(allow("other")))
+        until(lambda: {code for code, _ in ask(routed)} == {403}, "refused again")
+        for process in ("map_writer", "waypoint_mgr"):
+            node.kill(process)
+            node.until_ready()
+            assert {code for code, _ in ask(routed, 20)} == {403}, f"{process} came back"
+    finally:
+        node.write("policy", "# none\n")
+    until(lambda: {code for code, _ in ask(routed)} == {200}, "no policy, no refusal")
+
+
+def test_a_policy_that_nobody_enforces_is_told_with_the_reason(routed: Mesh) -> None:
+    node = routed.node
+    try:
+        node.write("policy", text(allow("other", target="v1")))
+        until(lambda: "no service that goes by way of one" in waypoint_status(routed), "told")
+        assert "! AuthorizationPolicy shop/allow is enforced by nobody" in waypoint_status(routed)
+        node.write("policy", text(allow("other")))
+        until(lambda: "  policy AuthorizationPolicy shop/allow" in waypoint_status(routed), "enforced")
+        assert "nobody" not in waypoint_status(routed)
+    finally:
+        node.write("policy", "# none\n")
+
+
+def waypoint_status(mesh: Mesh) -> str:
+    return str(mesh.node.cli("waypoint", "status", check=False).stdout)
 
 
 def conditions(mesh: Mesh, kind: str, value: str) -> list[Any]:

@@ -137,7 +137,7 @@ async def test_what_has_no_backend_is_unavailable_and_told(folder: Path) -> None
         found = await caller.call("/c.D/E", times=60)
         assert found.keys() == {"UNAVAILABLE", "v1 /c.D/E -"}
         assert (await caller.call("/e.F/G")).keys() == {"UNAVAILABLE"}
-        conditions = {(str(c.route), c.type): (c.status, c.reason) for c in caller.made.conditions}
+        conditions = {(str(c.of), c.type): (c.status, c.reason) for c in caller.made.conditions}
         assert conditions == {
             ("GRPCRoute shop/r", "Accepted"): (True, "Accepted"),
             ("GRPCRoute shop/r", "ResolvedRefs"): (False, "BackendNotFound"),

@@ -16,8 +16,9 @@ from pykmesh.manifests.objects import KINDS, Gateway, GRPCRoute, HTTPRoute, Serv
 from services.waypoint_mgr import instances
 from services.waypoint_mgr.ads import AdsServer, NodeStatus
 from services.waypoint_mgr.encode import resources
+from services.waypoint_mgr.policies import Clients
 from services.waypoint_mgr.routes import Configuration, translate
-from services.waypoint_mgr.source import Route
+from services.waypoint_mgr.source import Policy, Route
 
 from .backends import free_port
 
@@ -91,6 +92,8 @@ class World:
         self.known: dict[str, MeshService] = {}
         self.services: dict[str, Service] = {}
         self.routes: list[Route] = []
+        self.policies: list[Policy] = []
+        self.clients = Clients()
 
     def add_user(self, service: MeshService, kubernetes: Service) -> None:
         self.users.append(service)
@@ -100,7 +103,10 @@ class World:
         self.known[service.name] = service
 
     def configuration(self) -> Configuration:
-        return translate(self.gateway, self.users, self.known, self.services, self.routes, DOMAIN)
+        routes, policies = self.routes, self.policies
+        return translate(
+            self.gateway, self.users, self.known, self.services, routes, DOMAIN, policies, self.clients
+        )
 
 
 class Waypoint:
