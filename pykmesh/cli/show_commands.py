@@ -58,30 +58,34 @@ def status(instance: Instance, wait_s: float, output: str) -> None:
 
     Exit status 1 when one is not ready.
     """
-    from pykmesh.node.ask import supervised
-
     found = require_running(instance)
     deadline = time.monotonic() + wait_s
-    while True:
-        supervisor = supervised(found)
-        processes = {"nats": _broker_status(found, supervisor.get("nats", {}).get("pid"))}
-        processes |= {name: _process_status(getattr(found.ports, name)) for name in _names(found, supervisor)}
-        ready = all(process and process["ready"] for process in processes.values())
-        if ready or time.monotonic() >= deadline:
-            break
+    while not (value := status_of(found))["ready"] and time.monotonic() < deadline:
         time.sleep(0.1)
-    restarts = {name: supervisor[name]["restarts"] if name in supervisor else None for name in processes}
-    value = {
+    restarts = value["restarts"]
+    rows = [_status_row(name, process, restarts[name]) for name, process in value["processes"].items()]
+    show(output, value, _STATUS_COLUMNS, rows)
+    if not value["ready"]:
+        sys.exit(1)
+
+
+def status_of(instance: Instance) -> dict[str, Any]:
+    """What `status -o json` shows of one that runs."""
+    from pykmesh.node.ask import supervised
+
+    supervisor = supervised(instance)
+    processes = {"nats": _broker_status(instance, supervisor.get("nats", {}).get("pid"))}
+    for name in _names(instance, supervisor):
+        processes[name] = _process_status(getattr(instance.ports, name))
+    return {
         "schema": STATUS_VERSION,
-        "instance": found.name,
-        "ready": ready,
-        "restarts": restarts,
+        "instance": instance.name,
+        "ready": all(process and process["ready"] for process in processes.values()),
+        "restarts": {
+            name: supervisor[name]["restarts"] if name in supervisor else None for name in processes
+        },
         "processes": processes,
     }
-    rows = [_status_row(name, process, restarts[name]) for name, process in processes.items()]
-    show(output, value, _STATUS_COLUMNS, rows)
-    if not ready:
-        sys.exit(1)
 
 
 def _broker_status(instance: Instance, pid: int | None) -> dict[str, Any] | None:

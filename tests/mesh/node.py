@@ -13,9 +13,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pykmesh.cli.show_commands import status_of
 from pykmesh.demo.pods import Pod, PodNetwork
+from pykmesh.kernel import pins
 from pykmesh.kernel.cgroups import find_root
+from pykmesh.kernel.maps import PinnedMap
+from pykmesh.kernel.records import (
+    ENDPOINT_KEY,
+    ENDPOINT_VALUE,
+    SERVICE_KEY,
+    SERVICE_VALUE,
+    ip_to_text,
+    port_number,
+)
 from pykmesh.node.instance import Instance, running
+from services.map_writer.desired import PortId
 
 DEADLINE_S = 30.0
 
@@ -103,11 +115,11 @@ class Node:
         until(lambda: pid not in self.children(), f"{process} to end")
 
     def status(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.cli("status", "-o", "json", check=False).stdout)
-        return found
+        """What `pykmesh status -o json` shows: asked for again and again, without a process each time."""
+        return status_of(self.instance)
 
     def until_ready(self) -> None:
-        until(lambda: self.cli("status", check=False).returncode == 0, "every process ready")
+        until(lambda: self.status()["ready"], "every process ready")
 
     def write(self, name: str, text: str) -> None:
         """A file of the configuration folder, there at once and whole."""
@@ -116,10 +128,20 @@ class Node:
         temporary.rename(self.config / f"{name}.yaml")
 
     def endpoints(self, service: str, port: int | None = None) -> set[str]:
-        """What the kernel holds for a service, as address:port."""
-        entries = self.json("get", "endpoints", "--from", "bpf")["endpoints"]
-        wanted = [e for e in entries if e["service"] == service and port in (None, e["port"])]
-        return {f"{e['endpoint']}:{e['endpoint_port']}" for e in wanted}
+        """Where the programs send connections to a service, as address:port."""
+        found = set()
+        maps_dir = pins.maps_dir(self.pin_dir)
+        with PinnedMap(maps_dir, "services") as services, PinnedMap(maps_dir, "endpoints") as endpoints:
+            for key, value in services.items():
+                at = port_number(SERVICE_KEY.unpack(key)[2])
+                list_id, count, *_ = SERVICE_VALUE.unpack(value)
+                own = {PortId(service, at, family, way).id for family in (4, 6) for way in (False, True)}
+                if port not in (None, at) or list_id not in own:
+                    continue
+                slots = (endpoints.get(ENDPOINT_KEY.pack(list_id, slot)) for slot in range(count))
+                for _, ip, own_port in map(ENDPOINT_VALUE.unpack, filter(None, slots)):
+                    found.add(f"{ip_to_text(ip)}:{port_number(own_port)}")
+        return found
 
     def raw_endpoints(self) -> set[str]:
         """What the kernel holds for all services together, whether map_writer can name them or not."""
