@@ -92,8 +92,12 @@ class Node:
         return found
 
     def pid_of(self, process: str) -> int:
-        """The process itself (the supervisor's wrapper becomes it)."""
-        return next(pid for pid, name in self.children().items() if name == process)
+        """The process itself, once it runs (the supervisor's wrapper becomes it)."""
+
+        def found() -> int | None:
+            return next((pid for pid, name in self.children().items() if name == process), None)
+
+        return int(until(found, f"{process} to run"))
 
     def children(self) -> dict[int, str]:
         found = {}
