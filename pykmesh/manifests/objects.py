@@ -19,6 +19,7 @@ from pykmesh.manifests.authorization_policy import AuthorizationPolicySpec
 from pykmesh.manifests.grpc_route import GRPCRouteSpec
 from pykmesh.manifests.http_route import HTTPRouteSpec
 from pykmesh.manifests.names import Name, PortNumber
+from pykmesh.manifests.tcp_route import TCPRouteSpec
 
 TargetPort = Annotated[int, msgspec.Meta(ge=0, le=65535)] | str
 """A number or the name of a container's port; 0 and "" are as good as none."""
@@ -428,6 +429,10 @@ class GRPCRoute(_Object, frozen=True, kw_only=True):
     spec: GRPCRouteSpec = GRPCRouteSpec()
 
 
+class TCPRoute(_Object, frozen=True, kw_only=True):
+    spec: TCPRouteSpec
+
+
 class AuthorizationPolicy(_Object, frozen=True, kw_only=True):
     spec: AuthorizationPolicySpec = AuthorizationPolicySpec()
 
@@ -457,6 +462,7 @@ Object: TypeAlias = (
     | Gateway
     | HTTPRoute
     | GRPCRoute
+    | TCPRoute
     | AuthorizationPolicy
 )
 
@@ -471,6 +477,7 @@ KINDS: dict[tuple[str, str], type[Object]] = {
     ("gateway.networking.k8s.io", "Gateway"): Gateway,
     ("gateway.networking.k8s.io", "HTTPRoute"): HTTPRoute,
     ("gateway.networking.k8s.io", "GRPCRoute"): GRPCRoute,
+    ("gateway.networking.k8s.io", "TCPRoute"): TCPRoute,
     ("security.istio.io", "AuthorizationPolicy"): AuthorizationPolicy,
 }
 """The types that are read, by API group and kind; the version within a group does not matter."""

@@ -6,7 +6,7 @@ Backends in other namespaces need no ReferenceGrant: within a mesh any client ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -98,6 +98,11 @@ class Attached(msgspec.Struct, frozen=True):
     to_gateway: list[Route]
     conditions: list[Condition]
 
+    def of_gateway(self, protocol: AppProtocol) -> list[Route]:
+        """Those that route what a port carries."""
+        is_tcp = protocol is AppProtocol.TCP
+        return [route for route in self.to_gateway if (route.carries is AppProtocol.TCP) == is_tcp]
+
 
 class _Refusal(NamedTuple):
     reason: str
@@ -105,13 +110,19 @@ class _Refusal(NamedTuple):
 
 
 def attach(waypoint: Gateway, mesh: Mesh, routes: Sequence[Route]) -> Attached:
+    """TCPRoutes come last: a port that others route carries HTTP."""
     attached = Attached({}, [], [])
-    for route in sorted(routes, key=age):
+    for route in sorted(routes, key=lambda route: (route.carries is AppProtocol.TCP, *age(route))):
         parents = [(parent, _parent_ref(route, parent)) for parent in route.spec.parent_refs]
         ours = [(parent, ref) for parent, ref in parents if _is_ours(ref, waypoint, mesh)]
         if ours:
             _attach_route(route, ours, waypoint, mesh, attached)
     return attached
+
+
+def carried(routes: Iterable[Route]) -> AppProtocol:
+    """What a port with these routes carries, if it does not say so itself."""
+    return max((route.carries for route in routes), default=AppProtocol.TCP)
 
 
 def age(route: Route) -> tuple[str, str, str]:
@@ -129,7 +140,7 @@ def _attach_route(
     errors = [error for rule in route.spec.rules for error in errors_in(rule)]
     for parent, ref in parents:
         found = _Refusal(UNSUPPORTED_VALUE, "; ".join(errors)) if errors else None
-        found = found or _refusal(route, parent, ref, waypoint, mesh)
+        found = found or _refusal(route, parent, ref, waypoint, mesh, attached)
         if found:
             said = Condition(route.ref, ref, ACCEPTED, False, found.reason, found.message)
             attached.conditions.append(said)
@@ -138,7 +149,7 @@ def _attach_route(
         attached.conditions.extend(_what_is_left_out(route, ref, mesh))
         if ref.kind == "Gateway":
             _add(attached.to_gateway, route)
-        for port in _ports_of(parent, ref, mesh):
+        for port in _ports_of(route, parent, ref, mesh, attached):
             _add(attached.to_ports.setdefault(port, []), route)
 
 
@@ -158,7 +169,7 @@ def _is_ours(ref: ObjectRef, waypoint: Gateway, mesh: Mesh) -> bool:
 
 
 def _refusal(
-    route: Route, parent: ParentRef, ref: ObjectRef, waypoint: Gateway, mesh: Mesh
+    route: Route, parent: ParentRef, ref: ObjectRef, waypoint: Gateway, mesh: Mesh, attached: Attached
 ) -> _Refusal | None:
     if ref.kind == "Gateway":
         any_listener = not parent.section_name and parent.port is None
@@ -170,27 +181,35 @@ def _refusal(
     if ref.namespace != route.namespace:
         what = "a route for clients of one namespace (the Service is in another) is not honoured by waypoints"
         return _Refusal("NotAllowedByParent", what)
-    if not _ports_of(parent, ref, mesh):
-        return _Refusal("NoMatchingParent", "the Service has no such port")
+    if not _ports_of(route, parent, ref, mesh, attached):
+        what = " that carries nothing but TCP" if route.carries is AppProtocol.TCP else ""
+        return _Refusal("NoMatchingParent", f"the Service has no such port{what}")
     return None
 
 
-def _ports_of(parent: ParentRef, ref: ObjectRef, mesh: Mesh) -> list[Port]:
+def _ports_of(route: Route, parent: ParentRef, ref: ObjectRef, mesh: Mesh, attached: Attached) -> list[Port]:
     """Of a Service; none of a Gateway, which stands behind all."""
     if ref.kind == "Gateway":
         return []
-    return [
+    found = (
         port
         for port in mesh.ports(mesh.users[mesh.name_of(ref.namespace, ref.name)])
         if parent.port in (None, port.port) and parent.section_name in ("", mesh.port_name(port))
-    ]
+    )
+    if route.carries is not AppProtocol.TCP:
+        return list(found)
+    return [port for port in found if _is_tcp(port, mesh, attached)]
+
+
+def _is_tcp(at: Port, mesh: Mesh, attached: Attached) -> bool:
+    return mesh.protocol(at, carried(attached.to_ports.get(at, ()))) is AppProtocol.TCP
 
 
 def _what_is_left_out(route: Route, parent: ObjectRef, mesh: Mesh) -> Iterator[Condition]:
     """Backends that are none, and what is not honoured."""
     resolve = partial(mesh.resolve, namespace=route.namespace)
     rules = route.spec.rules
-    actions = [action_of(rule, Port("", 0), resolve, is_grpc=route.is_grpc) for rule in rules]
+    actions = [action_of(rule, Port("", 0), resolve, route.carries) for rule in rules]
     unresolved = list(dict.fromkeys(one for action in actions for one in action.unresolved))
     reason = unresolved[0].reason if unresolved else RESOLVED_REFS
     message = "; ".join(one.message for one in unresolved)

@@ -112,11 +112,18 @@ def http_chain(at: Port, ranges: Iterable[Range], access_log: bool, filters: Seq
     return _chain(at, ranges, _named("envoy.filters.network.http_connection_manager", manager))
 
 
-def tcp_chain(at: Port, ranges: Iterable[Range], access_log: bool, filters: Sequence[Json] = ()) -> Json:
-    """`filters` are asked when the client's first byte comes."""
+def tcp_chain(
+    at: Port,
+    ranges: Iterable[Range],
+    access_log: bool,
+    target: str | list[Json],
+    filters: Sequence[Json] = (),
+) -> Json:
+    """`target`: a cluster, or a split. `filters` are asked when the client's first byte comes."""
+    to: Json = {"cluster": target} if isinstance(target, str) else {"weightedClusters": {"clusters": target}}
     proxy = _typed("filters.network.tcp_proxy.v3.TcpProxy") | {
         "statPrefix": at.stat_name,
-        "cluster": at.cluster,
+        **to,
         "accessLog": _access_log(access_log),
     }
     return _chain(at, ranges, *filters, _named("envoy.filters.network.tcp_proxy", proxy))

@@ -163,12 +163,15 @@ class Guard:
         filters = [rbac(rules) for rules in self._rules(at, vips, is_http=True)]
         return http_chain(at, everybodys(vips), access_log, filters)
 
-    def tcp_chains(self, at: Port, vips: Sequence[str], access_log: bool) -> Iterator[Json]:
+    def tcp_chains(
+        self, at: Port, vips: Sequence[str], access_log: bool, target: str | list[Json]
+    ) -> Iterator[Json]:
         """One for those whose first byte is to be waited for, one that closes what others begin."""
         rules = self._rules(at, vips, is_http=False)
         let_in, others = turned_away(rules, vips)
         if let_in:
-            yield tcp_chain(at, let_in, access_log, [network_rbac(at, one) for one in rules])
+            filters = [network_rbac(at, one) for one in rules]
+            yield tcp_chain(at, let_in, access_log, target, filters)
         if others:
             yield closing_chain(at, others)
 

@@ -25,11 +25,12 @@ from services.waypoint_mgr.attachments import (
     Mesh,
     age,
     attach,
+    carried,
 )
 from services.waypoint_mgr.envoy import Json, Port
 from services.waypoint_mgr.policies import Clients, Guard
 from services.waypoint_mgr.protocols import AppProtocol
-from services.waypoint_mgr.rules import action_of, match_fields, rank, straight_to
+from services.waypoint_mgr.rules import action_of, match_fields, rank, straight_to, tcp_target
 from services.waypoint_mgr.source import Policy, Route
 
 ACCESS_LOG: Final = "pykmesh.io/access-log"
@@ -87,21 +88,24 @@ def translate(
     as_backend: dict[Port, AppProtocol] = {}
     for user in mesh.users.values():
         for at in mesh.ports(user):
-            own = attached.to_ports.get(at)
-            protocol = protocols[at] = mesh.protocol(at, _carried(own or ()))
+            own = attached.to_ports.get(at, [])
+            protocol = protocols[at] = mesh.protocol(at, carried(own))
             backends.add(at)
             vips = _free(user.vips, at, taken, conflicts)
             if not vips:
                 continue
+            routed = own or attached.of_gateway(protocol)
             if protocol is AppProtocol.TCP:
-                chains += guard.tcp_chains(at, vips, logs)
+                target, used = _tcp_target(at, routed, mesh)
+                chains += guard.tcp_chains(at, vips, logs, target)
+                backends |= used
+                as_backend |= dict.fromkeys(used - as_backend.keys(), AppProtocol.TCP)
                 continue
             chains.append(guard.http_chain(at, vips, logs))
-            routed = own or attached.to_gateway
             configurations[at.cluster], used = _route_configuration(at, routed, mesh)
             backends |= used
             for backend in used:
-                as_backend[backend] = max(as_backend.get(backend, AppProtocol.TCP), _carried(routed))
+                as_backend[backend] = max(as_backend.get(backend, AppProtocol.TCP), carried(routed))
     for at in backends - protocols.keys():
         protocols[at] = mesh.protocol(at, as_backend[at])
     return Configuration(
@@ -116,10 +120,12 @@ def translate(
     )
 
 
-def _carried(routes: Iterable[Route]) -> AppProtocol:
-    """What a port with these routes carries, if it does not say so itself."""
-    found = (AppProtocol.HTTP2 if route.is_grpc else AppProtocol.HTTP for route in routes)
-    return max(found, default=AppProtocol.TCP)
+def _tcp_target(at: Port, routes: Sequence[Route], mesh: Mesh) -> tuple[str | list[Json], frozenset[Port]]:
+    """The oldest route's, or the service itself; and the backends that it names."""
+    if not routes:
+        return at.cluster, frozenset()
+    (rule,) = routes[0].spec.rules
+    return tcp_target(rule, partial(mesh.resolve, namespace=routes[0].namespace))
 
 
 def _free(
@@ -154,7 +160,7 @@ def _route_configuration(at: Port, routes: Sequence[Route], mesh: Mesh) -> tuple
     for route in routes:
         resolve = partial(mesh.resolve, namespace=route.namespace)
         for index, rule in enumerate(route.spec.rules):
-            action = action_of(rule, at, resolve, is_grpc=route.is_grpc)
+            action = action_of(rule, at, resolve, route.carries)
             backends |= action.backends
             name = {"name": f"{route.namespace}/{route.name}/{rule.name or index}"}
             for match in rule.matches or (RouteMatch(),):

@@ -36,6 +36,7 @@ from pykmesh.manifests.http_route import (
     duration_ms,
 )
 from services.waypoint_mgr.envoy import NO_TIMEOUT, Json, Port
+from services.waypoint_mgr.protocols import AppProtocol
 from services.waypoint_mgr.regexes import error_in
 
 RETRIES: Final = 2
@@ -143,9 +144,15 @@ def _first_of_name(matches: Iterable[Json]) -> list[Json]:
     return list(by_name.values())
 
 
-def action_of(rule: RouteRule, at: Port, resolve: Resolve, *, is_grpc: bool = False) -> Action:
+def action_of(rule: RouteRule, at: Port, resolve: Resolve, carries: AppProtocol = AppProtocol.HTTP) -> Action:
     """`at`: where the request was sent to. What cannot be done is answered with 500, of gRPC with 503."""
-    return _Builder(rule, at, resolve, 503 if is_grpc else 500).build()
+    return _Builder(rule, at, resolve, 503 if carries is AppProtocol.HTTP2 else 500).build()
+
+
+def tcp_target(rule: RouteRule, resolve: Resolve) -> tuple[str | list[Json], frozenset[Port]]:
+    """Where connections go, a cluster or a split; those for what is no backend are closed."""
+    builder = _Builder(rule, Port("", 0), resolve, 500)
+    return builder.target() or UNRESOLVED, builder.found
 
 
 class _Builder:
@@ -160,13 +167,17 @@ class _Builder:
         self._unresolved: list[Unresolved] = []
         self._dropped: list[str] = []
 
+    @property
+    def found(self) -> frozenset[Port]:
+        return frozenset(self._backends)
+
     def build(self) -> Action:
         fields = self._fields()
         if self._rule.session_persistence is not None:
             self._dropped.append("sessionPersistence")
         if any(match.method is HTTPMethod.CONNECT for match in self._rule.matches):
             self._dropped.append("method CONNECT")
-        return Action(fields, frozenset(self._backends), tuple(self._unresolved), tuple(self._dropped))
+        return Action(fields, self.found, tuple(self._unresolved), tuple(self._dropped))
 
     def _fields(self) -> Json:
         fields: Json = {}
@@ -193,7 +204,7 @@ class _Builder:
             return fields | _answer(self._failure)
         if redirect is not None:
             return fields | {"redirect": redirect}
-        target = self._target()
+        target = self.target()
         if target is None:
             return fields | _answer(self._failure)
         sent = _forward(target, self._rule.timeouts, self._rule.retry)
@@ -221,7 +232,7 @@ class _Builder:
         share = {"numerator": mirror.per_million, "denominator": "MILLION"}
         return [{"cluster": found.cluster, "runtimeFraction": {"defaultValue": share}}]
 
-    def _target(self) -> str | list[Json] | None:
+    def target(self) -> str | list[Json] | None:
         """A cluster or a split; None if every weight is 0."""
         shares = [self._share(ref) for ref in self._rule.backend_refs]
         shares = [share for share in shares if share["weight"]]

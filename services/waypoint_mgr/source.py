@@ -26,9 +26,11 @@ from pykmesh.manifests.objects import (
     ObjectRef,
     Service,
     ServiceEntry,
+    TCPRoute,
     ref_of,
     service_hostname,
 )
+from services.waypoint_mgr.protocols import AppProtocol
 
 DRY_RUN: Final = "istio.io/dry-run"
 ROOT_NAMESPACE: Final = "istio-system"
@@ -43,18 +45,19 @@ def mesh_name(namespace: str, name: str, domain: str) -> str:
 
 
 class Route(msgspec.Struct, frozen=True):
-    """An HTTPRoute, or a GRPCRoute as the HTTPRoute that does the same."""
+    """An HTTPRoute, or another as the HTTPRoute that does the same."""
 
     ref: ObjectRef
     created: str
     spec: HTTPRouteSpec
-    is_grpc: bool = False
+    carries: AppProtocol = AppProtocol.HTTP
+    """What it routes."""
 
     @classmethod
-    def of(cls, obj: HTTPRoute | GRPCRoute) -> Route:
-        is_grpc = isinstance(obj, GRPCRoute)
-        spec = obj.spec.as_http if isinstance(obj, GRPCRoute) else obj.spec
-        return cls(ref_of(obj), obj.metadata.creation_timestamp, spec, is_grpc)
+    def of(cls, obj: HTTPRoute | GRPCRoute | TCPRoute) -> Route:
+        carries = {GRPCRoute: AppProtocol.HTTP2, TCPRoute: AppProtocol.TCP}.get(type(obj), AppProtocol.HTTP)
+        spec = obj.spec if isinstance(obj, HTTPRoute) else obj.spec.as_http
+        return cls(ref_of(obj), obj.metadata.creation_timestamp, spec, carries)
 
     @property
     def namespace(self) -> str:
@@ -127,7 +130,7 @@ class Objects(msgspec.Struct, frozen=True):
         return cls(
             waypoints=_by_mesh_name((o for o in objects if isinstance(o, Gateway) and o.is_waypoint), domain),
             services=_by_mesh_name((o for o in objects if isinstance(o, Service)), domain),
-            routes=tuple(Route.of(o) for o in objects if isinstance(o, HTTPRoute | GRPCRoute)),
+            routes=tuple(Route.of(o) for o in objects if isinstance(o, HTTPRoute | GRPCRoute | TCPRoute)),
             policies=tuple(
                 Policy.of(o, domain, entry_hosts) for o in objects if isinstance(o, AuthorizationPolicy)
             ),

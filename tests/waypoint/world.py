@@ -12,7 +12,7 @@ import anyio
 from pykmesh.contracts.handoff import NOBODY, Identity, told_address
 from pykmesh.contracts.waypoints import Endpoint, MeshService, ServicePort
 from pykmesh.kernel.records import ip_from_text
-from pykmesh.manifests.objects import KINDS, Gateway, GRPCRoute, HTTPRoute, Service, from_plain
+from pykmesh.manifests.objects import KINDS, Gateway, GRPCRoute, HTTPRoute, Service, TCPRoute, from_plain
 from services.waypoint_mgr import instances
 from services.waypoint_mgr.ads import AdsServer, NodeStatus
 from services.waypoint_mgr.encode import resources
@@ -58,6 +58,17 @@ def http_route(namespace: str, name: str, spec: dict[str, Any], created: str = "
     }
     made = from_plain(plain, KINDS["gateway.networking.k8s.io", "HTTPRoute"])
     assert isinstance(made, HTTPRoute)
+    return Route.of(made)
+
+
+def tcp_route(namespace: str, name: str, *backends: dict[str, Any], **spec: Any) -> Route:
+    """Attached to the Service web, if it does not say otherwise."""
+    plain = {
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {"parentRefs": [TO_WEB], "rules": [{"backendRefs": list(backends)}], **spec},
+    }
+    made = from_plain(plain, KINDS["gateway.networking.k8s.io", "TCPRoute"])
+    assert isinstance(made, TCPRoute)
     return Route.of(made)
 
 
