@@ -11,6 +11,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from pykmesh.contracts.requests import RequestSums
 from pykmesh.contracts.waypoints import WaypointsReply, WaypointsRequest
 
 VERSION: Final = 1
@@ -27,6 +28,7 @@ class Subject(StrEnum):
     MAP_RESOLVE = "pykmesh.v1.map.resolve"  # map_writer answers ResolveRequest with ResolveReply
     DNS_RESOLVE = "pykmesh.v1.dns.resolve"  # map_writer answers DnsRequest with DnsReply
     WAYPOINTS = "pykmesh.v1.map.waypoints"  # map_writer answers WaypointsRequest with WaypointsReply
+    REQUESTS = "pykmesh.v1.waypoint.requests"  # waypoint_mgr publishes RequestSums
 
 
 class ResourceType(IntEnum):
@@ -211,6 +213,7 @@ Message = (
     | DnsReply
     | WaypointsRequest
     | WaypointsReply
+    | RequestSums
 )
 _M = TypeVar("_M", bound=Message)
 

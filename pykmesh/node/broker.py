@@ -19,9 +19,9 @@ PERMISSIONS: Final[dict[str, tuple[list[Subject], list[Subject]]]] = {
         [Subject.CONFIG_SNAPSHOT, Subject.MAP_REPORT],
         [Subject.CONFIG_LOG, Subject.MAP_RESOLVE, Subject.DNS_RESOLVE, Subject.WAYPOINTS],
     ),
-    "telemetry": ([Subject.MAP_RESOLVE], []),
+    "telemetry": ([Subject.MAP_RESOLVE], [Subject.REQUESTS]),
     "dns_proxy": ([Subject.DNS_RESOLVE], []),
-    "waypoint_mgr": ([Subject.WAYPOINTS], [Subject.MAP_REPORT]),
+    "waypoint_mgr": ([Subject.WAYPOINTS, Subject.REQUESTS], [Subject.MAP_REPORT]),
 }
 
 

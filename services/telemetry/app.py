@@ -17,6 +17,10 @@ import anyio.to_thread
 import structlog
 
 from pykmesh.admin import Admin, Page, Query
+from pykmesh.bus import Headers
+from pykmesh.contracts import messages
+from pykmesh.contracts.messages import ContractError, Subject
+from pykmesh.contracts.requests import RequestSums
 from pykmesh.contracts.settings import TelemetrySettings
 from pykmesh.kernel import pins
 from pykmesh.kernel.layout import Reason, check_enums
@@ -26,11 +30,12 @@ from pykmesh.kernel.ring import RingHeldError, RingReader
 from pykmesh.process import Runtime
 from services.telemetry.flows import IPPROTO_TCP, Drain
 from services.telemetry.labels import NO_FLAGS, Edge
-from services.telemetry.ledger import Amounts, Ledger
+from services.telemetry.ledger import Amounts, Ledger, of_tcp, without_names
 from services.telemetry.live import Live
 from services.telemetry.metrics import CONTENT_TYPE, LOST_STAGES, Exposition, MapFill, Snapshot
 from services.telemetry.names import Names
 from services.telemetry.opens import Opened, Opens
+from services.telemetry.requests import Requests
 
 log = structlog.get_logger(__name__)
 
@@ -67,9 +72,11 @@ class Telemetry:
 
     def __init__(self, runtime: Runtime[TelemetrySettings], opened: Pins) -> None:
         self._settings = runtime.settings
+        self._note_error = runtime.note_error
         self._pins = opened
         self.names = Names(runtime.settings.network)
-        self.ledger = Ledger(self.names)
+        self.ledger: Ledger[Edge, Amounts] = Ledger(of_tcp(self.names), without_names)
+        self.requests = Requests(self.names)
         self.live = Live(self.names, runtime.settings.observe_buffer)
         self.drain = Drain(opened.ring, self.ledger, self.live.publish)
         self._opens: Opens
@@ -77,7 +84,7 @@ class Telemetry:
         self.counters = opened.counters.counter_sums()
         self._fill: dict[str, MapFill] = {}
         self._rates: dict[str, float] = {}
-        self.names.on_answer = self.ledger.settle
+        self.names.on_answer = self._settle
 
     async def run(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         """Runs until cancelled; started once the counters' state is known."""
@@ -98,8 +105,9 @@ class Telemetry:
             counted = self.drain.drained, self.opened
             self._add_opens(await anyio.to_thread.run_sync(self._opens.read))
             self._read_counters()
-            self.ledger.settle()
-            self.ledger.drop_rested()
+            self._settle()
+            for ledger in (self.ledger, self.requests.ledger):
+                ledger.drop_rested()
             await anyio.sleep(TICK_S)
             now = time.monotonic()
             self._rates = {
@@ -107,6 +115,17 @@ class Telemetry:
                 "opened_per_s": round((self.opened - counted[1]) / (now - before), 1),
             }
             before = now
+
+    def _settle(self) -> None:
+        self.ledger.settle()
+        self.requests.ledger.settle()
+
+    async def served(self, data: bytes, _: Headers) -> None:
+        """From waypoint_mgr."""
+        try:
+            self.requests.take(messages.decode(RequestSums, data))
+        except (ContractError, ValueError) as error:
+            self._note_error("requests_not_understood", error=error)
 
     def _add_opens(self, found: list[Opened]) -> None:
         for key, count in found:
@@ -143,6 +162,7 @@ class Telemetry:
         ring = self._pins.ring
         return Snapshot(
             series=self.ledger.snapshot(),
+            requests=self.requests.ledger.snapshot(),
             counters=self.counters,
             drained=self.drain.drained,
             not_understood=ring.skipped,
@@ -169,6 +189,7 @@ class Telemetry:
             },
             "rates": self._rates,
             "ledger": self.ledger.status(),
+            "requests": self.requests.status(),
             "resolvers": self.names.status(),
             "observe": self.live.status(),
             "maps": {name: [fill.entries, fill.max_entries] for name, fill in self._fill.items()},
@@ -193,7 +214,8 @@ async def run(runtime: Runtime[TelemetrySettings]) -> None:
                 metrics.route(path, telemetry.scrape)
             runtime.admin.route("/flows", telemetry.live.page)
             runtime.details = lambda: {"metrics_port": port, **telemetry.status()}
-            telemetry.names.bus = await runtime.connect_bus()
+            bus = telemetry.names.bus = await runtime.connect_bus()
+            await bus.subscribe(Subject.REQUESTS, telemetry.served)
             await anyio.sleep_forever()
 
 

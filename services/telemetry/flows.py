@@ -109,7 +109,9 @@ def amounts(found: Group, known: Meaning) -> Amounts:
 class Drain:
     """The loop from the ring to the ledger; `publish` sees each batch before its room is given back."""
 
-    def __init__(self, ring: RingReader, ledger: Ledger, publish: Callable[[Records], None]) -> None:
+    def __init__(
+        self, ring: RingReader, ledger: Ledger[Edge, Amounts], publish: Callable[[Records], None]
+    ) -> None:
         self.ring = ring
         self._ledger = ledger
         self._publish = publish

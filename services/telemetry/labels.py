@@ -1,4 +1,4 @@
-"""Istio's labels of TCP traffic, in their order, from what is known of both ends. Pure.
+"""Istio's labels of traffic, in their order, from what is known of both ends. Pure.
 
 What is not known is "unknown", as in Istio. So are the principals and the security policy, always:
 an address is no proof of identity, and what is carried in plaintext is never called mutual TLS.
@@ -93,6 +93,31 @@ def labels(
         "tcp",
         edge.flags,
         UNKNOWN,
+    )
+
+
+REQUEST_LABELS: Final = (*LABELS, "response_code", "grpc_response_status")
+
+
+def request_labels(
+    source: WorkloadName | None,
+    destination: WorkloadName | None,
+    service: ServiceName,
+    response_code: str,
+    response_flags: str,
+    grpc_status: str,
+) -> Labels:
+    """The values of REQUEST_LABELS: the waypoint reports what was asked of a service, and who answered."""
+    return (
+        "waypoint",
+        *_workload(source),
+        *_service(service),
+        *_workload(destination),
+        "grpc" if grpc_status else "http",
+        response_flags or NO_FLAGS,
+        UNKNOWN,
+        response_code,
+        grpc_status,
     )
 
 

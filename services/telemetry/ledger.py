@@ -1,4 +1,4 @@
-"""The sums behind Istio's TCP metrics.
+"""The sums behind Istio's metrics, of connections and of requests.
 
 Owns every series. What is counted is never dropped: it waits a little for the names of its ends, and
 is then added to the series of the labels that are known, "unknown" where none are. A series keeps the
@@ -8,11 +8,11 @@ labels that it has got: names that come later hold for what is counted later, so
 from __future__ import annotations
 
 import time
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, Final, Generic, NamedTuple, Protocol, Self, TypeVar
 
-from pykmesh.contracts.messages import ServiceName, WorkloadName
 from services.telemetry.labels import LABELS, UNKNOWN, Edge, Labels, labels
-from services.telemetry.names import Clock, Found, Names
+from services.telemetry.names import Clock, Names
 
 NAMES_WAIT_S: Final = 5.0
 """Longer than a restart of map_writer takes."""
@@ -22,6 +22,16 @@ BOUND_MAX: Final = 131_072
 SERIES_MAX: Final = 10_000
 SERIES_REST_S: Final = 3600.0
 """A series without traffic for so long is dropped; when it comes again it counts from zero."""
+
+
+class Summed(Protocol):
+    def plus(self, other: Self, /) -> Self: ...
+
+
+E = TypeVar("E", bound=Hashable)
+A = TypeVar("A", bound=Summed)
+Describe = Callable[[E], tuple[Labels, float]]
+"""The labels of an edge as far as they are known, and until when they hold: not even now, if names miss."""
 
 
 class Amounts(NamedTuple):
@@ -43,41 +53,57 @@ class Amounts(NamedTuple):
         )
 
 
-NOTHING: Final = Amounts()
-
-
-class Series:
+class Series(Generic[A]):
     """The sums of one set of labels."""
 
     __slots__ = ("amounts", "last_counted")
 
-    def __init__(self) -> None:
-        self.amounts = NOTHING
+    def __init__(self, amounts: A) -> None:
+        self.amounts = amounts
         self.last_counted = 0.0
 
 
-class _Bound(NamedTuple):
-    series: Series
+class _Bound(NamedTuple, Generic[A]):
+    series: Series[A]
     until: float
 
 
-class _Waiting(NamedTuple):
-    amounts: Amounts
+class _Waiting(NamedTuple, Generic[A]):
+    amounts: A
     since: float
 
 
-class Ledger:
-    def __init__(self, names: Names, clock: Clock = time.monotonic) -> None:
-        self._names = names
+def of_tcp(names: Names) -> Describe[Edge]:
+    def describe(edge: Edge) -> tuple[Labels, float]:
+        source, destination = names.workload(edge.source), names.workload(edge.destination)
+        service = names.service(edge.service)
+        until = min(end.fresh_until for end in (source, destination, service))
+        return labels(edge, source.value, destination.value, service.value), until
+
+    return describe
+
+
+def without_names(edge: Edge) -> Labels:
+    return labels(edge, None, None, None)
+
+
+class Ledger(Generic[E, A]):
+    """`unnamed`: the labels of an edge when there are too many series."""
+
+    def __init__(
+        self, describe: Describe[E], unnamed: Callable[[E], Labels], clock: Clock = time.monotonic
+    ) -> None:
+        self._describe = describe
+        self._unnamed = unnamed
         self._clock = clock
-        self._series: dict[Labels, Series] = {}
-        self._bound: dict[Edge, _Bound] = {}
-        self._waiting: dict[Edge, _Waiting] = {}
+        self._series: dict[Labels, Series[A]] = {}
+        self._bound: dict[E, _Bound[A]] = {}
+        self._waiting: dict[E, _Waiting[A]] = {}
         self.folded = 0
         """Times that an edge went to the series without names because there were too many series."""
         self.dropped = 0
 
-    def add(self, edge: Edge, amounts: Amounts) -> None:
+    def add(self, edge: E, amounts: A) -> None:
         now = self._clock()
         bound = self._bound.get(edge)
         if bound is not None and bound.until > now:
@@ -96,41 +122,30 @@ class Ledger:
             if self._bind(edge, waiting.amounts, now, patient=waiting.since + NAMES_WAIT_S > now):
                 del self._waiting[edge]
 
-    def _bind(self, edge: Edge, amounts: Amounts, now: float, *, patient: bool) -> bool:
+    def _bind(self, edge: E, amounts: A, now: float, *, patient: bool) -> bool:
         """False, and nothing done, when a name is missing that is worth waiting for."""
-        ends = (
-            self._names.workload(edge.source),
-            self._names.workload(edge.destination),
-            self._names.service(edge.service),
-        )
-        until = min(end.fresh_until for end in ends)
+        wanted, until = self._describe(edge)
         if until <= now:
             if patient:
                 return False
             until = now + RETRY_NAMES_S
-        series = self._find(edge, *ends)
         if len(self._bound) >= BOUND_MAX:
             self._bound.clear()
+        series = self._series.get(wanted)
+        if series is None and len(self._series) >= SERIES_MAX:
+            self.folded += 1
+            wanted = self._unnamed(edge)
+            series = self._series.get(wanted)
+        if series is None:
+            series = self._series[wanted] = Series(amounts)
+            series.last_counted = now
+        else:
+            self._count(series, amounts, now)
         self._bound[edge] = _Bound(series, until)
-        self._count(series, amounts, now)
         return True
 
-    def _find(
-        self,
-        edge: Edge,
-        source: Found[WorkloadName],
-        destination: Found[WorkloadName],
-        service: Found[ServiceName],
-    ) -> Series:
-        wanted = labels(edge, source.value, destination.value, service.value)
-        found = self._series.get(wanted)
-        if found is None and len(self._series) >= SERIES_MAX:
-            self.folded += 1
-            wanted = labels(edge, None, None, None)
-        return found or self._series.setdefault(wanted, Series())
-
     @staticmethod
-    def _count(series: Series, amounts: Amounts, now: float) -> None:
+    def _count(series: Series[A], amounts: A, now: float) -> None:
         series.amounts = series.amounts.plus(amounts)
         series.last_counted = now
 
@@ -146,7 +161,7 @@ class Ledger:
             if bound.until > now and bound.series.last_counted + SERIES_REST_S >= now
         }
 
-    def snapshot(self) -> list[tuple[Labels, Amounts]]:
+    def snapshot(self) -> list[tuple[Labels, A]]:
         return [(key, series.amounts) for key, series in self._series.items()]
 
     def status(self) -> dict[str, Any]:

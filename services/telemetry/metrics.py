@@ -10,13 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
+from pykmesh.contracts.requests import BOUNDS
 from pykmesh.kernel.layout import Reason
-from services.telemetry.labels import LABELS, NO_FLAGS, Labels
+from services.telemetry.labels import LABELS, NO_FLAGS, REQUEST_LABELS, Labels
 from services.telemetry.ledger import Amounts
+from services.telemetry.requests import Grown, Served
 
 CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
 NOT_REFUSED: Final = frozenset(
@@ -32,6 +39,16 @@ _TCP: Final = (
     ("istio_tcp_sent_bytes", "Bytes of responses, of connections that ended.", "response_bytes"),
     ("istio_tcp_received_bytes", "Bytes of requests, of connections that ended.", "request_bytes"),
 )
+_HISTOGRAMS: Final = (
+    (
+        "istio_request_duration_milliseconds",
+        "From a request's first byte to its answer's last.",
+        "duration_ms",
+    ),
+    ("istio_request_bytes", "Sizes of requests' bodies.", "request_bytes"),
+    ("istio_response_bytes", "Sizes of answers' bodies.", "response_bytes"),
+)
+_BOUNDS: Final = (*(f"{bound:g}" if bound < 1e6 else str(bound) for bound in BOUNDS), "+Inf")
 _FLAGS: Final = LABELS.index("response_flags")
 _FAILED: Final = ("istio_tcp_connections_failed", "Connections that never were, refused ones included.")
 
@@ -45,6 +62,7 @@ class Snapshot(NamedTuple):
     """All that one scrape shows. `counters`: the kernel's, by enum reason."""
 
     series: list[tuple[Labels, Amounts]]
+    requests: list[tuple[Labels, Served]]
     counters: list[int]
     drained: int
     not_understood: int
@@ -66,6 +84,7 @@ class Exposition(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield from self._traffic()
+        yield from self._requests()
         yield self._lost()
         yield self._refusals()
         yield from self._own()
@@ -83,6 +102,20 @@ class Exposition(Collector):
         for key, amounts in failed:
             family.add_metric(key, amounts.failed)
         yield family
+
+    def _requests(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(
+            "istio_requests", "Requests that waypoints served.", labels=REQUEST_LABELS
+        )
+        for key, served in self._snapshot.requests:
+            family.add_metric(key, served.requests)
+        yield family
+        for name, text, field in _HISTOGRAMS:
+            histogram = HistogramMetricFamily(name, text, labels=REQUEST_LABELS)
+            for key, served in self._snapshot.requests:
+                grown: Grown = getattr(served, field)
+                histogram.add_metric(key, list(zip(_BOUNDS, grown.buckets, strict=True)), grown.total)
+            yield histogram
 
     def _lost(self) -> Metric:
         family = CounterMetricFamily(

@@ -28,6 +28,7 @@ from services.waypoint_mgr.attachments import Condition
 from services.waypoint_mgr.encode import EncodeError, resources
 from services.waypoint_mgr.fleet import Fleet
 from services.waypoint_mgr.policies import Clients, names_in, unenforced
+from services.waypoint_mgr.requests import Reporter
 from services.waypoint_mgr.routes import Configuration, translate
 from services.waypoint_mgr.scaling import policy_of
 from services.waypoint_mgr.source import Objects, Route, mesh_name, watch
@@ -280,7 +281,7 @@ async def run(runtime: Runtime[WaypointMgrSettings]) -> None:
     settings.envoys_dir.mkdir(parents=True, exist_ok=True)
     ads = AdsServer()
     ads_socket = settings.envoys_dir / "ads.sock"
-    manager = WaypointMgr(runtime, ads)
+    manager, reporter = WaypointMgr(runtime, ads), Reporter(runtime.note_error)
     members = Fleet(
         fleet.Settings(
             envoys_dir=settings.envoys_dir,
@@ -292,6 +293,7 @@ async def run(runtime: Runtime[WaypointMgrSettings]) -> None:
             enroll_socket=settings.enroll_socket,
         ),
         manager.wake,
+        reporter.last_words,
     )
     manager.members = members
     runtime.details = manager.status
@@ -302,7 +304,9 @@ async def run(runtime: Runtime[WaypointMgrSettings]) -> None:
         poll_s = settings.poll_ms / 1000
         tasks.start_soon(watch, settings.config_dir, settings.cluster_domain, poll_s, manager.configured)
         tasks.start_soon(manager.run)
+        tasks.start_soon(reporter.run, members.served)
         bus = await runtime.connect_bus()
+        reporter.bus = bus
         await bus.subscribe(Subject.MAP_REPORT, manager.reported)
         await anyio.sleep_forever()
 

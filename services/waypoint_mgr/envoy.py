@@ -107,7 +107,7 @@ def http_chain(at: Port, ranges: Iterable[Range], access_log: bool, filters: Seq
         "normalizePath": True,
         "serverHeaderTransformation": "PASS_THROUGH",
         "streamIdleTimeout": NO_TIMEOUT,
-        "accessLog": _access_log(access_log),
+        "accessLog": [_request_log(at), *_access_log(access_log)],
     }
     return _chain(at, ranges, _named("envoy.filters.network.http_connection_manager", manager))
 
@@ -156,6 +156,41 @@ def _access_log(wanted: bool) -> list[Json]:
     if not wanted:
         return []
     return [_extension("access_loggers.stream.v3.StdoutAccessLog", "envoy.access_loggers.stdout")]
+
+
+REQUESTS: Final = "requests"
+"""What the names of statistics of requests begin with."""
+REQUEST_TAGS: Final = (
+    "client",
+    "endpoint",
+    "service",
+    "port",
+    "response_code",
+    "response_flags",
+    "grpc_status",
+)
+REQUEST_HISTOGRAMS: Final = ("duration", "request_bytes", "response_bytes")
+
+
+def _request_log(at: Port) -> Json:
+    """Counts each request by who asked whom for what, and how it ended (contracts.requests)."""
+    values = (
+        "%DOWNSTREAM_DIRECT_REMOTE_ADDRESS_WITHOUT_PORT%",
+        "%UPSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%",
+        at.service.replace("%", "%%"),
+        str(at.port),
+        "%RESPONSE_CODE%",
+        "%RESPONSE_FLAGS%",
+        "%GRPC_STATUS_NUMBER%",
+    )
+    tags = [{"name": tag, "valueFormat": value} for tag, value in zip(REQUEST_TAGS, values, strict=True)]
+    kinds = (("Milliseconds", "%DURATION%"), ("Bytes", "%BYTES_RECEIVED%"), ("Bytes", "%BYTES_SENT%"))
+    histograms = [
+        {"stat": {"name": name, "tags": tags}, "unit": unit, "valueFormat": value}
+        for name, (unit, value) in zip(REQUEST_HISTOGRAMS, kinds, strict=True)
+    ]
+    config = _typed("access_loggers.stats.v3.Config") | {"statPrefix": REQUESTS, "histograms": histograms}
+    return _named("envoy.access_loggers.stats", config)
 
 
 def cluster(at: Port, protocol: AppProtocol) -> Json:

@@ -14,7 +14,7 @@ import shutil
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +29,7 @@ from pykmesh.contracts.enrollment import EnrollmentError, ask_for_front, ask_for
 from services.waypoint_mgr.announce import Place
 from services.waypoint_mgr.fronts import Front, FrontError, listening_socket
 from services.waypoint_mgr.instances import UNHEARD, EnvoyProcess, InstanceError, Spec, adopt, start
+from services.waypoint_mgr.requests import Served
 from services.waypoint_mgr.scaling import Found, Load, Policy, decide
 
 READY_POLL_S: Final = 0.05
@@ -200,11 +201,17 @@ class Group:
 
 
 class Fleet:
-    """`changed` is called when an instance becomes ready, ends or leaves."""
+    """`changed` is called when an instance becomes ready, ends or leaves; `last_words` before it is ended."""
 
-    def __init__(self, settings: Settings, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        changed: Callable[[], None],
+        last_words: Callable[[Served], Awaitable[None]],
+    ) -> None:
         self._settings = settings
         self._tell = changed
+        self._last_words = last_words
         self._tasks: anyio.abc.TaskGroup
         self._steering_due = anyio.Event()
         self._is_wanted = False
@@ -293,6 +300,12 @@ class Fleet:
         if not waits and not any(member.is_steered for member in self._standing(waypoint)):
             return []
         return [Place(_short_name(waypoint), group.front.address, group.front.port)]
+
+    def served(self) -> Iterator[Served]:
+        """Those that may have served requests."""
+        for member in self.members.values():
+            if member.is_ready and member.process is not None:
+                yield Served(member.name, member.process)
 
     @property
     def address(self) -> str:
@@ -395,7 +408,9 @@ class Fleet:
                 await anyio.sleep(READY_POLL_S)
         if took_connections:
             await anyio.sleep(HANDSHAKE_S)
-        await process.stop(DRAIN_DEADLINE_S)
+        await process.drain(DRAIN_DEADLINE_S)
+        await self._last_words(Served(member.name, process))
+        await process.stop()
 
     # -- who gets connections
 

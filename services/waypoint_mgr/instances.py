@@ -12,6 +12,7 @@ import re
 import signal
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
+from urllib.parse import quote
 
 import anyio
 import anyio.abc
@@ -25,6 +26,8 @@ from services.waypoint_mgr.envoy import LISTENER
 DRAIN_S: Final = 45
 """As Istio's: how long connections of a chain that changed may go on."""
 ADMIN_DEADLINE_S: Final = 2.0
+STATISTICS_S: Final = 1
+"""How old what histograms say may be."""
 END_DEADLINE_S: Final = 5.0
 POLL_S: Final = 0.1
 SOCKET_PATH_BYTES_MAX: Final = 107
@@ -65,8 +68,12 @@ class Instance(Protocol):
         """Returns when it has ended, however."""
         ...
 
-    async def stop(self, drain_deadline_s: float) -> None:
-        """Lets its connections end, for so long, then ends it."""
+    async def drain(self, deadline_s: float) -> None:
+        """Lets its connections end, for so long."""
+        ...
+
+    async def stop(self) -> None:
+        """Ends it."""
         ...
 
 
@@ -95,6 +102,7 @@ def bootstrap(spec: Spec) -> dict[str, Any]:
     backoff = {"retryBackOff": {"baseInterval": "0.1s", "maxInterval": "1s"}}
     return {
         "node": {"id": spec.node_id, "cluster": spec.waypoint},
+        "statsFlushInterval": f"{STATISTICS_S}s",
         "admin": {"address": {"pipe": {"path": str(admin_socket(spec.state_dir))}}},
         "dynamicResources": {
             "adsConfig": {
@@ -264,11 +272,10 @@ class EnvoyProcess:
             os.close(own)
         self._reap()
 
-    async def stop(self, drain_deadline_s: float) -> None:
-        """Clients must have been sent elsewhere before. Ends earlier when no connection is left."""
-        with anyio.move_on_after(drain_deadline_s):
+    async def drain(self, deadline_s: float) -> None:
+        """Clients must have been sent elsewhere before. Over earlier when no connection is left."""
+        with anyio.move_on_after(deadline_s):
             await self._drain()
-        await self._end()
 
     def close(self) -> None:
         """Leaves it running."""
@@ -282,6 +289,17 @@ class EnvoyProcess:
         stats = {stat["name"]: stat["value"] for stat in json.loads(body)["stats"] if "name" in stat}
         return sum(value for name, value in stats.items() if _CLIENTS.fullmatch(name))
 
+    async def statistics(self, pattern: str) -> str:
+        """Those whose names match, as Prometheus reads them. Raises what `UNHEARD` has."""
+        _, body = await self._admin("GET", f"/stats/prometheus?filter={quote(pattern)}")
+        return body.decode()
+
+    @property
+    def began_s(self) -> float:
+        """In seconds since boot. Raises what `UNHEARD` has."""
+        began = _Stat.of(pid_file(self._state_dir).read_text())
+        return began.start_time / os.sysconf("SC_CLK_TCK")
+
     async def _drain(self) -> None:
         try:
             await self._admin("POST", "/healthcheck/fail")
@@ -293,7 +311,7 @@ class EnvoyProcess:
         except UNHEARD as error:
             log.warning("instance_not_drained", node=self.node_id, error=str(error))
 
-    async def _end(self) -> None:
+    async def stop(self) -> None:
         with anyio.CancelScope(shield=True):
             for number in (signal.SIGTERM, signal.SIGKILL):
                 self._signal(number)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from pykmesh.kernel.cgroups import find_root
 from tests.mesh.manifests import Object, host, text
@@ -178,6 +180,28 @@ def test_a_policy_that_nobody_enforces_is_told_with_the_reason(routed: Mesh) -> 
         assert "nobody" not in waypoint_status(routed)
     finally:
         node.write("policy", "# none\n")
+
+
+def requests(mesh: Mesh, **labels: str) -> float:
+    """How many Prometheus is told of."""
+    port = mesh.node.status()["processes"]["telemetry"]["metrics_port"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    samples = (one for family in families for one in family.samples if one.name == "istio_requests_total")
+    return sum(one.value for one in samples if labels.items() <= one.labels.items())
+
+
+def test_requests_are_counted_with_who_asked_whom(routed: Mesh) -> None:
+    elsewhere = {"type": "RequestRedirect", "requestRedirect": {"statusCode": 307, "hostname": "x.test"}}
+    asked = {"matches": [{"headers": [{"name": "x-away", "value": "yes"}]}], "filters": [elsewhere]}
+    routed.node.write("route", text(route(asked, CANARY, SPLIT)))
+    until(lambda: ask(routed, 1, "x-away: yes") == {(307, ""): 1}, "the redirect")
+    ask(routed, 30, "x-away: yes")
+    who = {"reporter": "waypoint", "source_canonical_service": "client", "destination_service_name": "shop"}
+    until(lambda: requests(routed, **who, response_code="307") >= 31, "all counted")
+    assert requests(routed, **who, response_code="307", request_protocol="http") == 31
+    assert requests(routed, **who, response_code="307", destination_workload="unknown") == 31
+    assert requests(routed, **who, response_code="200", destination_canonical_service="web") >= 20
 
 
 def waypoint_status(mesh: Mesh) -> str:

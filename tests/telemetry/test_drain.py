@@ -11,7 +11,7 @@ import pytest
 from pykmesh.kernel.layout import Direction, FlowKind
 from pykmesh.kernel.ring import RingReader
 from services.telemetry.flows import Drain, Records
-from services.telemetry.ledger import NAMES_WAIT_S, Amounts, Ledger
+from services.telemetry.ledger import NAMES_WAIT_S, Amounts, Ledger, of_tcp, without_names
 from services.telemetry.names import Names
 from tests.telemetry.kernel import UDP, Instance
 from tests.telemetry.rows import Clock
@@ -27,7 +27,7 @@ class Books:
 
     def __init__(self, ring: RingReader) -> None:
         self.clock = Clock()
-        self.ledger = Ledger(Names("", self.clock), self.clock)
+        self.ledger = Ledger(of_tcp(Names("", self.clock)), without_names, self.clock)
         self.published = 0
         self.drain = Drain(ring, self.ledger, self._publish)
 

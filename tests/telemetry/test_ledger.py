@@ -7,7 +7,7 @@ import pytest
 from pykmesh.kernel.layout import Direction
 from services.telemetry import ledger as module
 from services.telemetry.labels import LABELS, Edge
-from services.telemetry.ledger import Amounts, Ledger
+from services.telemetry.ledger import Amounts, Ledger, of_tcp, without_names
 from services.telemetry.names import Names
 from tests.telemetry.rows import CLIENT, SERVER, WEB, Clock, ip, numbered_ip, workload
 
@@ -19,7 +19,7 @@ class Books:
     def __init__(self) -> None:
         self.clock = Clock()
         self.names = Names("", self.clock)
-        self.ledger = Ledger(self.names, self.clock)
+        self.ledger = Ledger(of_tcp(self.names), without_names, self.clock)
 
     def answer(self, **workloads: str) -> None:
         """Answers all that is open: workloads by address, the service always."""

@@ -23,6 +23,7 @@ TCP_NAMES = [
 def scrape(*series: tuple[Edge, Amounts], **fields: object) -> dict[str, dict[tuple, float]]:
     values = {
         "series": [(labels(edge, *NAMES), amounts) for edge, amounts in series],
+        "requests": [],
         "counters": [0] * len(Reason),
         "drained": 0,
         "not_understood": 0,

@@ -27,6 +27,7 @@ from pykmesh.contracts.messages import (
     Subject,
     WorkloadName,
 )
+from pykmesh.contracts.requests import Histogram, RequestSeries, RequestSums
 from pykmesh.contracts.waypoints import (
     Endpoint,
     MeshService,
@@ -107,6 +108,11 @@ GOLDEN: list[tuple[Message, str]] = [
             "81a164c4053132333435 81a165c4053637383930"
         ),
     ),
+    (
+        RequestSums(VERSION, "i", 1.5, 2, [RequestSeries(*"ceprfgs", *[Histogram([1] * 20, 0.5)] * 3)]),
+        "95 01 a169 cb3ff8000000000000 02 91 9a a163 a165 a170 a172 a166 a167 a173"
+        + f"92 dc0014 {'01' * 20} cb3fe0000000000000" * 3,
+    ),
 ]
 KINDS = [
     ConfigBatch,
@@ -119,6 +125,7 @@ KINDS = [
     DnsReply,
     WaypointsRequest,
     WaypointsReply,
+    RequestSums,
 ]
 
 
@@ -136,6 +143,7 @@ def test_the_subjects_and_types_are_what_they_always_were() -> None:
         "pykmesh.v1.map.resolve",
         "pykmesh.v1.dns.resolve",
         "pykmesh.v1.map.waypoints",
+        "pykmesh.v1.waypoint.requests",
     }
     assert messages.TYPE_URLS == {
         0: "type.googleapis.com/istio.workload.Address",

@@ -25,6 +25,7 @@ from services.waypoint_mgr import instances
 from .backends import Answer, Backend, ask, free_port, serving
 from .world import (
     DEADLINE_S,
+    Waypoint,
     World,
     ads_server,
     at,
@@ -218,6 +219,11 @@ async def test_a_path_too_long_for_a_socket_is_named(folder: Path) -> None:
         instances.start(spec)
 
 
+async def leave(envoy: Waypoint) -> None:
+    await envoy.instance.drain(DEADLINE_S)
+    await envoy.instance.stop()
+
+
 async def test_stopping_lets_a_request_end(folder: Path) -> None:
     with serving("own") as slow:
         backends = dict.fromkeys(("own", "v1", "v2", "mirror"), slow)
@@ -233,7 +239,7 @@ async def test_stopping_lets_a_request_end(folder: Path) -> None:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(request)
                 await anyio.to_thread.run_sync(lambda: slow.seen.get(timeout=DEADLINE_S))
-                tasks.start_soon(envoy.instance.stop, DEADLINE_S)
+                tasks.start_soon(leave, envoy)
                 with anyio.fail_after(DEADLINE_S):
                     while await envoy.instance.is_ready():  # /ready says no once it drains
                         await anyio.sleep(0.01)
@@ -254,7 +260,8 @@ async def test_stopping_ends_at_the_deadline(folder: Path, backends: dict[str, B
                 while not await envoy.instance.connections():
                     await anyio.sleep(0.01)
             began = time.monotonic()
-            await envoy.instance.stop(0.3)
+            await envoy.instance.drain(0.3)
+            await envoy.instance.stop()
             assert 0.3 <= time.monotonic() - began < 3
             idle.settimeout(DEADLINE_S)
             assert idle.recv(1) == b""

@@ -140,7 +140,7 @@ class Waypoint:
                 await anyio.sleep(0.02)
 
     async def end(self) -> None:
-        await self.instance.stop(0)
+        await self.instance.stop()
         self.instance.close()
 
 
