@@ -32,6 +32,7 @@ from services.waypoint_mgr.requests import Reporter
 from services.waypoint_mgr.routes import Configuration, translate
 from services.waypoint_mgr.scaling import policy_of
 from services.waypoint_mgr.source import Objects, Route, mesh_name, watch
+from services.waypoint_mgr.spans import Spans, spans_of
 
 log = structlog.get_logger(__name__)
 
@@ -191,7 +192,8 @@ class WaypointMgr:
     ) -> Configuration:
         """A route that is wrong counts as it was when it was right."""
         domain, services, policies = self._settings.cluster_domain, objects.services, objects.policies
-        found = translate(waypoint, users, known, services, objects.routes, domain, policies, clients)
+        spans, _ = self._spans(waypoint)
+        found = translate(waypoint, users, known, services, objects.routes, domain, policies, clients, spans)
         refused = found.refused
         good = {route.ref: route for route in objects.routes if route.ref not in refused}
         before = self._good_routes.get(name, {})
@@ -200,10 +202,13 @@ class WaypointMgr:
         if not earlier:
             return found
         routes = [*good.values(), *earlier]
-        kept = translate(waypoint, users, known, services, routes, domain, policies, clients)
+        kept = translate(waypoint, users, known, services, routes, domain, policies, clients, spans)
         told = tuple(c for c in found.conditions if c.of in refused)
         rest = tuple(c for c in kept.conditions if c.of not in refused)
         return Configuration(**{**_fields(kept), "conditions": (*rest, *told)})
+
+    def _spans(self, waypoint: Gateway) -> tuple[Spans | None, list[str]]:
+        return spans_of(waypoint.metadata.annotations, self._settings.otlp_endpoint)
 
     def _announce(self, objects: Objects) -> None:
         """Nothing is taken back before it is known what runs."""
@@ -256,7 +261,10 @@ class WaypointMgr:
             "conflicts": list(found.conflicts),
             "scaling": group.status() if group else None,
             "namespaces_turned_away": sorted((self._objects or Objects()).turned_away(gateway)),
-            "annotations_misread": policy_of(gateway.metadata.annotations)[1],
+            "annotations_misread": [
+                *policy_of(gateway.metadata.annotations)[1],
+                *self._spans(gateway)[1],
+            ],
         }
 
 

@@ -79,17 +79,23 @@ def _nobodys_chain() -> Json:
 
 def closing_chain(at: Port, ranges: Iterable[Range]) -> Json:
     """There is no such cluster, so connections are closed at once."""
-    proxy = _typed("filters.network.tcp_proxy.v3.TcpProxy") | {"statPrefix": "closed", "cluster": "nobody"}
-    return _chain(at, ranges, _named("envoy.filters.network.tcp_proxy", proxy), name=f"{at.cluster}|closed")
+    proxy = typed("filters.network.tcp_proxy.v3.TcpProxy") | {"statPrefix": "closed", "cluster": "nobody"}
+    return _chain(at, ranges, named("envoy.filters.network.tcp_proxy", proxy), name=f"{at.cluster}|closed")
 
 
 def socket_address(address: str, port: int) -> Json:
     return {"socketAddress": {"address": address, "portValue": port}}
 
 
-def http_chain(at: Port, ranges: Iterable[Range], access_log: bool, filters: Sequence[Json] = ()) -> Json:
+def http_chain(
+    at: Port,
+    ranges: Iterable[Range],
+    access_log: bool,
+    filters: Sequence[Json] = (),
+    tracing: Json | None = None,
+) -> Json:
     """`filters` are asked before a request is routed."""
-    manager = _typed("filters.network.http_connection_manager.v3.HttpConnectionManager") | {
+    manager = typed("filters.network.http_connection_manager.v3.HttpConnectionManager") | {
         "statPrefix": at.stat_name,
         "rds": {"routeConfigName": at.cluster, "configSource": _ADS},
         "httpFilters": [*filters, _extension("filters.http.router.v3.Router")],
@@ -99,7 +105,7 @@ def http_chain(at: Port, ranges: Iterable[Range], access_log: bool, filters: Seq
         "originalIpDetectionExtensions": [
             {
                 "name": "envoy.http.original_ip_detection.xff",
-                "typedConfig": _typed("http.original_ip_detection.xff.v3.XffConfig")
+                "typedConfig": typed("http.original_ip_detection.xff.v3.XffConfig")
                 | {"xffTrustedCidrs": {"cidrs": []}},
             }
         ],
@@ -108,8 +114,9 @@ def http_chain(at: Port, ranges: Iterable[Range], access_log: bool, filters: Seq
         "serverHeaderTransformation": "PASS_THROUGH",
         "streamIdleTimeout": NO_TIMEOUT,
         "accessLog": [_request_log(at), *_access_log(access_log)],
+        **({"tracing": tracing} if tracing else {}),
     }
-    return _chain(at, ranges, _named("envoy.filters.network.http_connection_manager", manager))
+    return _chain(at, ranges, named("envoy.filters.network.http_connection_manager", manager))
 
 
 def tcp_chain(
@@ -121,24 +128,24 @@ def tcp_chain(
 ) -> Json:
     """`target`: a cluster, or a split. `filters` are asked when the client's first byte comes."""
     to: Json = {"cluster": target} if isinstance(target, str) else {"weightedClusters": {"clusters": target}}
-    proxy = _typed("filters.network.tcp_proxy.v3.TcpProxy") | {
+    proxy = typed("filters.network.tcp_proxy.v3.TcpProxy") | {
         "statPrefix": at.stat_name,
         **to,
         "accessLog": _access_log(access_log),
     }
-    return _chain(at, ranges, *filters, _named("envoy.filters.network.tcp_proxy", proxy))
+    return _chain(at, ranges, *filters, named("envoy.filters.network.tcp_proxy", proxy))
 
 
 def rbac(rules: Json) -> Json:
-    return _named("envoy.filters.http.rbac", _typed("filters.http.rbac.v3.RBAC") | {"rules": rules})
+    return named("envoy.filters.http.rbac", typed("filters.http.rbac.v3.RBAC") | {"rules": rules})
 
 
 def network_rbac(at: Port, rules: Json) -> Json:
-    config = _typed("filters.network.rbac.v3.RBAC") | {"rules": rules, "statPrefix": f"{at.stat_name}."}
-    return _named("envoy.filters.network.rbac", config)
+    config = typed("filters.network.rbac.v3.RBAC") | {"rules": rules, "statPrefix": f"{at.stat_name}."}
+    return named("envoy.filters.network.rbac", config)
 
 
-def _named(name: str, config: Json) -> Json:
+def named(name: str, config: Json) -> Json:
     return {"name": name, "typedConfig": config}
 
 
@@ -160,6 +167,8 @@ def _access_log(wanted: bool) -> list[Json]:
 
 REQUESTS: Final = "requests"
 """What the names of statistics of requests begin with."""
+REQUEST_SERIES_MAX: Final = 3000
+"""Of one Envoy. Requests that would begin another series are not counted, and this is told."""
 REQUEST_TAGS: Final = (
     "client",
     "endpoint",
@@ -189,14 +198,20 @@ def _request_log(at: Port) -> Json:
         {"stat": {"name": name, "tags": tags}, "unit": unit, "valueFormat": value}
         for name, (unit, value) in zip(REQUEST_HISTOGRAMS, kinds, strict=True)
     ]
-    config = _typed("access_loggers.stats.v3.Config") | {"statPrefix": REQUESTS, "histograms": histograms}
-    return _named("envoy.access_loggers.stats", config)
+    # One scope for all chains, and bounded: each that asks and each that answers makes series of its own.
+    scope = {
+        "prefix": REQUESTS,
+        "sharingName": REQUESTS,
+        "maxHistograms": REQUEST_SERIES_MAX * len(REQUEST_HISTOGRAMS),
+    }
+    config = typed("access_loggers.stats.v3.Config") | {"statsScope": scope, "histograms": histograms}
+    return named("envoy.access_loggers.stats", config)
 
 
 def cluster(at: Port, protocol: AppProtocol) -> Json:
     """Endpoints as they are said, never by panic; limits none, as Istio's."""
     version = "http2ProtocolOptions" if protocol is AppProtocol.HTTP2 else "httpProtocolOptions"
-    options = _typed("upstreams.http.v3.HttpProtocolOptions") | {"explicitHttpConfig": {version: {}}}
+    options = typed("upstreams.http.v3.HttpProtocolOptions") | {"explicitHttpConfig": {version: {}}}
     return {
         "name": at.cluster,
         "altStatName": at.stat_name,
@@ -224,10 +239,10 @@ def _endpoint(endpoint: Endpoint) -> Json:
     return said | {"loadBalancingWeight": endpoint.weight} if endpoint.weight else said
 
 
-def _typed(name: str) -> Json:
+def typed(name: str) -> Json:
     return {"@type": _TYPE + name}
 
 
 def _extension(name: str, envoy_name: str = "") -> Json:
     """Named after its place: filters.http.router.v3.Router is envoy.filters.http.router."""
-    return {"name": envoy_name or f"envoy.{name.rsplit('.', 2)[0]}", "typedConfig": _typed(name)}
+    return {"name": envoy_name or f"envoy.{name.rsplit('.', 2)[0]}", "typedConfig": typed(name)}

@@ -17,7 +17,7 @@ from pykmesh.bus import Bus, BusUnavailableError
 from pykmesh.contracts import messages
 from pykmesh.contracts.messages import Subject
 from pykmesh.contracts.requests import BOUNDS, Histogram, RequestSeries, RequestSums
-from services.waypoint_mgr.envoy import REQUEST_HISTOGRAMS, REQUEST_TAGS, REQUESTS
+from services.waypoint_mgr.envoy import REQUEST_HISTOGRAMS, REQUEST_SERIES_MAX, REQUEST_TAGS, REQUESTS
 from services.waypoint_mgr.instances import STATISTICS_S, UNHEARD, EnvoyProcess
 
 REPORT_S: Final = 5.0
@@ -117,6 +117,10 @@ class Reporter:
         except StatisticsError as error:
             self._note_error("requests_not_understood", instance=one.name, error=error)
             return
+        if len(series) >= REQUEST_SERIES_MAX:
+            self._note_error(
+                "requests_not_all_counted", instance=one.name, error=f"more than {REQUEST_SERIES_MAX} series"
+            )
         for start in range(0, max(len(series), 1), SERIES_IN_A_MESSAGE):
             part = series[start : start + SERIES_IN_A_MESSAGE]
             sums = RequestSums(messages.VERSION, one.name, one.process.began_s, self._look, part)

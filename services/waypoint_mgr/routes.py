@@ -32,6 +32,7 @@ from services.waypoint_mgr.policies import Clients, Guard
 from services.waypoint_mgr.protocols import AppProtocol
 from services.waypoint_mgr.rules import action_of, match_fields, rank, straight_to, tcp_target
 from services.waypoint_mgr.source import Policy, Route
+from services.waypoint_mgr.spans import CLUSTER, Spans
 
 ACCESS_LOG: Final = "pykmesh.io/access-log"
 """An annotation of the Gateway; "true": its Envoys log each request on their standard output."""
@@ -76,12 +77,14 @@ def translate(
     domain: str,
     policies: Sequence[Policy] = (),
     clients: Clients | None = None,
+    spans: Spans | None = None,
 ) -> Configuration:
     """`users`: services whose traffic goes by way of it. `known`, `services`: by `namespace/hostname`."""
     mesh = Mesh(users, known, services, domain)
     attached = attach(waypoint, mesh, routes)
     guard = Guard(waypoint, mesh, policies, clients or Clients())
     logs = waypoint.metadata.annotations.get(ACCESS_LOG) == "true"
+    tracing = spans.tracing(f"{waypoint.name}.{waypoint.namespace}") if spans else None
     taken, conflicts = dict[tuple[str, int], str](), list[str]()
     chains, configurations = list[Json](), dict[str, Json]()
     protocols, backends = dict[Port, AppProtocol](), set[Port]()
@@ -101,7 +104,7 @@ def translate(
                 backends |= used
                 as_backend |= dict.fromkeys(used - as_backend.keys(), AppProtocol.TCP)
                 continue
-            chains.append(guard.http_chain(at, vips, logs))
+            chains.append(guard.http_chain(at, vips, logs, tracing))
             configurations[at.cluster], used = _route_configuration(at, routed, mesh)
             backends |= used
             for backend in used:
@@ -111,7 +114,8 @@ def translate(
     return Configuration(
         chains=tuple(chains),
         routes=configurations,
-        clusters={at.cluster: envoy.cluster(at, protocols[at]) for at in sorted(backends)},
+        clusters={at.cluster: envoy.cluster(at, protocols[at]) for at in sorted(backends)}
+        | ({CLUSTER: spans.cluster} if spans else {}),
         assignments={at.cluster: envoy.load_assignment(at, mesh.endpoints(at)) for at in sorted(backends)},
         protocols=protocols,
         conditions=tuple(attached.conditions),

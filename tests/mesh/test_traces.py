@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from tests.collector import Collector, collecting
 from tests.mesh.manifests import host, pod, service, text
 from tests.mesh.node import Node, until
 
 
-class Collector(ThreadingHTTPServer):
-    """Keeps the spans that come."""
-
-    def __init__(self) -> None:
-        self.spans: list[Span] = []
-        super().__init__(("127.0.0.1", 0), Handler)
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Collector
-
-    def do_POST(self) -> None:
-        data = self.rfile.read(int(self.headers["content-length"]))
-        for resource in ExportTraceServiceRequest.FromString(data).resource_spans:
-            for scope in resource.scope_spans:
-                self.server.spans += scope.spans
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        """Says nothing."""
-
-
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    with Collector() as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with collecting() as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def test_one_trace_from_the_response_to_the_map_write(collector: Collector, tmp_path: Path) -> None:
@@ -66,8 +36,11 @@ def test_one_trace_from_the_response_to_the_map_write(collector: Collector, tmp_
             return wanted in by_trace.values()
 
         until(whole, "one trace with all three spans")
-        applied = [s for s in collector.spans if s.name == "map_writer apply" and s.parent_span_id]
-        keys = {attribute.key for span in applied for attribute in span.attributes}
-        assert "pykmesh.entries.endpoints" in keys
+
+        def keys() -> set[str]:
+            applied = [s for s in collector.spans if s.name == "map_writer apply" and s.parent_span_id]
+            return {attribute.key for span in applied for attribute in span.attributes}
+
+        until(lambda: "pykmesh.entries.endpoints" in keys(), "what was written")
     finally:
         node.end()

@@ -19,6 +19,7 @@ from services.waypoint_mgr.encode import resources
 from services.waypoint_mgr.policies import Clients
 from services.waypoint_mgr.routes import Configuration, translate
 from services.waypoint_mgr.source import Policy, Route
+from services.waypoint_mgr.spans import Spans
 
 from .backends import free_port
 
@@ -105,6 +106,7 @@ class World:
         self.routes: list[Route] = []
         self.policies: list[Policy] = []
         self.clients = Clients()
+        self.spans: Spans | None = None
 
     def add_user(self, service: MeshService, kubernetes: Service) -> None:
         self.users.append(service)
@@ -116,7 +118,15 @@ class World:
     def configuration(self) -> Configuration:
         routes, policies = self.routes, self.policies
         return translate(
-            self.gateway, self.users, self.known, self.services, routes, DOMAIN, policies, self.clients
+            self.gateway,
+            self.users,
+            self.known,
+            self.services,
+            routes,
+            DOMAIN,
+            policies,
+            self.clients,
+            self.spans,
         )
 
 
