@@ -23,6 +23,7 @@ struct tcp_sock {
 	__u64 bytes_sent;
 	__u64 bytes_retrans;
 	__u64 bytes_received;
+	__u32 write_seq;
 };
 
 #pragma clang attribute pop

@@ -184,7 +184,7 @@ struct handoff_key {
 struct identity_value {
 	__u64 netns_cookie;
 	__u8 namespace_id[5];
-	__u8 account_id[5]; /* of trust domain, namespace and service account together */
+	__u8 account_id[5]; /* of namespace and service account together */
 	__u8 reserved[6];
 };
 
@@ -198,7 +198,8 @@ struct handoff_value {
 	struct ip vip;
 	__be16 vip_port;
 	__u16 pad;
-	__u32 pad2;
+	__u32 sequence; /* with which the client's SYN begins: of this connection, and no other of these ports
+			 */
 	__u8 client_namespace[5];
 	__u8 client_account[5];
 	__u8 reserved[6];

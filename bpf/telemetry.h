@@ -105,7 +105,8 @@ static __always_inline void connecting(struct bpf_sock_ops *ops)
 					   .client_port = bpf_htons(ops->local_port),
 					   .waypoint_port = state->endpoint_port };
 
-		note_handoff(&key, state);
+		if (ops->sk)
+			note_handoff(ops->sk, &key, state);
 	}
 	if (state->balanced == BALANCED_WANTED) {
 		balance(state, 1);

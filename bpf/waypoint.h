@@ -51,11 +51,17 @@ static __always_inline void note_client(__u64 netns_cookie, struct handoff_value
 	}
 }
 
-static __always_inline void note_handoff(const struct handoff_key *key, const struct socket_state *state)
+static __always_inline void note_handoff(struct bpf_sock *sk, const struct handoff_key *key,
+					 const struct socket_state *state)
 {
+	struct tcp_sock *tcp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
 	struct handoff_value asked = { .service = state->service,
 				       .vip = state->vip,
 				       .vip_port = state->vip_port };
+
+	if (!tcp)
+		return;
+	asked.sequence = BPF_CORE_READ(tcp, write_seq);
 
 	note_client(state->netns_cookie, &asked);
 	if (bpf_map_update_elem(&handoffs, key, &asked, BPF_ANY))
@@ -93,6 +99,21 @@ static __always_inline __u32 handoff_service(const struct ip *vip)
 	       vip->word[3] * 0x27d4eb2fu;
 }
 
+/*
+ * Whether a note is of this connection: notes of those that came to nothing stay, and addresses and ports are
+ * used again. What was received so far tells where the client began; a FIN counts as one byte more.
+ */
+static __always_inline bool is_noted(struct bpf_sock *sk, const struct handoff_value *asked)
+{
+	struct bpf_tcp_sock *tcp = bpf_tcp_sock(sk);
+	__u32 began;
+
+	if (!tcp)
+		return false;
+	began = tcp->rcv_nxt - (__u32)tcp->bytes_received - 1;
+	return began == asked->sequence || began == asked->sequence + 1;
+}
+
 /* Always told as IPv6, whatever the socket is: Envoy takes it so, and there is room to say who asks. */
 SEC("cgroup/getsockopt")
 int pykmesh_origdst(struct bpf_sockopt *ctx)
@@ -108,7 +129,7 @@ int pykmesh_origdst(struct bpf_sockopt *ctx)
 	if (!handoff_key_of(sk, &key))
 		return 1;
 	asked = bpf_map_lookup_elem(&handoffs, &key);
-	if (!asked || (void *)(answer + 1) > ctx->optval_end)
+	if (!asked || (void *)(answer + 1) > ctx->optval_end || !is_noted(sk, asked))
 		return 1;
 	service = handoff_service(&asked->vip);
 	answer->family = AF_INET6;

@@ -104,15 +104,18 @@ def status(instance: Instance, /, which: str, output: str) -> None:
     found = [each for each in said["waypoints"] if which in ("", each["name"])]
     if which and not found:
         raise Failure(f"no waypoint {which}")
-    unenforced = [] if which else said["policies_unenforced"]
+    unenforced, errors = ([], []) if which else (said["policies_unenforced"], said["manifest_errors"])
     if output == "table":
         for each in found:
             _tell(each)
         for policy in unenforced:
-            click.echo(f"! {policy['policy']} is enforced by nobody: {policy['why']}")
+            click.echo(f"! {policy['policy']} is not enforced: {policy['why']}")
+        for error in errors:
+            click.echo(f"! {error}")
     else:
-        show(output, {"waypoints": found, "policies_unenforced": unenforced}, (), ())
-    if unenforced or any(_problems(each) or not (_ready(each) or _sleeps(each)) for each in found):
+        value = {"waypoints": found, "policies_unenforced": unenforced, "manifest_errors": errors}
+        show(output, value, (), ())
+    if unenforced or errors or any(_problems(each) or not (_ready(each) or _sleeps(each)) for each in found):
         sys.exit(1)
 
 
@@ -170,7 +173,7 @@ def _problems(found: dict[str, Any]) -> list[str]:
         f"{one[what]}: {one['type']} is {one['status']}: {one['reason']}: {one['message']}"
         for what, key in (("route", "routes"), ("policy", "policies"))
         for one in found[key]
-        if (one["status"] == "True") != (one["type"] in ("Accepted", "ResolvedRefs"))
+        if (one["status"] == "True") != (one["type"] in ("Accepted", "ResolvedRefs", "Enforced"))
     ]
     lines += [f"conflict: {conflict}" for conflict in found["conflicts"]]
     lines += found["annotations_misread"]

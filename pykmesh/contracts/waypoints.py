@@ -18,9 +18,9 @@ Istio's own waypoints have none: they take HBONE at 15008. The port that a Gatew
 """
 
 
-def principal(namespace: str, account: str, trust_domain: str = "") -> str:
-    """A workload's identity as Istio writes it, without `spiffe://`."""
-    return f"{trust_domain or 'cluster.local'}/ns/{namespace}/sa/{account or 'default'}"
+def account_name(namespace: str, account: str) -> str:
+    """A service account among all, in whatever trust domain."""
+    return f"{namespace}/{account or 'default'}"
 
 
 class _Part(msgspec.Struct, array_like=True, frozen=True):
@@ -41,18 +41,22 @@ class ServicePort(_Part, frozen=True):
 
 
 class MeshService(_Part, frozen=True):
-    """`vips` are the addresses in the node's network at which clients ask for it."""
+    """`vips` are the addresses in the node's network at which clients ask for it.
+
+    `owned`: those of which it has them all to itself, or before the others that name them.
+    """
 
     name: str
     vips: list[str] = []
     ports: list[ServicePort] = []
+    owned: list[str] = []
 
 
 class WaypointsRequest(_Part, frozen=True):
     """`waypoints`: the waypoints' own services.
 
     What is wanted besides those that go by way of them: services by name, all those of namespaces, and the
-    ids of clients' namespaces and principals.
+    ids of clients' namespaces and accounts.
     """
 
     version: int
@@ -60,7 +64,7 @@ class WaypointsRequest(_Part, frozen=True):
     backends: list[str]
     namespaces: list[str]
     client_namespaces: list[str] = []
-    client_principals: list[str] = []
+    client_accounts: list[str] = []
 
 
 ClientId = Annotated[bytes, msgspec.Meta(min_length=ID_BYTES, max_length=ID_BYTES)]

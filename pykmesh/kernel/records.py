@@ -35,6 +35,10 @@ FRONT_KEY: Final = codec("front_key", "address", "port")
 FRONT_VALUE: Final = codec("front_value", "count", "ports")
 POD_KEY: Final = codec("pod_key", "netns_cookie")
 POD_VALUE: Final = codec("pod_value", "address4", "address6", "network", "cgroup_id")
+HANDOFF_KEY: Final = codec("handoff_key", "client", "waypoint", "client_port", "waypoint_port")
+HANDOFF_VALUE: Final = codec(
+    "handoff_value", "service", "vip", "vip_port", "sequence", "client_namespace", "client_account"
+)
 IDENTITY_VALUE: Final = codec("identity_value", "netns_cookie", "namespace_id", "account_id")
 IDENTITY_SECRET_KEY: Final = bytes(4)
 IDENTITY_SECRET_BYTES: Final = 32

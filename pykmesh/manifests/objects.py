@@ -436,6 +436,11 @@ class TCPRoute(_Object, frozen=True, kw_only=True):
 class AuthorizationPolicy(_Object, frozen=True, kw_only=True):
     spec: AuthorizationPolicySpec = AuthorizationPolicySpec()
 
+    def __post_init__(self) -> None:
+        for target in self.spec.targets:
+            if target.namespace not in ("", self.namespace):
+                raise ValueError(f"a target in another namespace ({target.namespace}) cannot be had")
+
 
 WAYPOINT_CLASSES = ("istio-waypoint", "pykmesh-waypoint")
 """Gateway classes whose Gateways are waypoints."""

@@ -2,7 +2,8 @@
 
 An identity is that of the workload at the pod's address: as true as the control plane's word on who has
 which address, and no more (no certificate is asked for). A pod at whose address nobody is known, or several
-pods, is nobody.
+pods, is nobody. So is one whose address another pod had before, until the control plane speaks of it again:
+what it said before was said of the other.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import anyio
 
 from pykmesh.contracts.address import Workload, workload_message
 from pykmesh.contracts.handoff import ID_BYTES, NOBODY, Identity
-from pykmesh.contracts.waypoints import principal
+from pykmesh.contracts.waypoints import account_name
 from pykmesh.kernel import libbpf, pins
 from pykmesh.kernel.maps import MapFullError, PinnedMap
 from pykmesh.kernel.records import (
@@ -48,11 +49,15 @@ class Identities:
         self._mesh: Mesh | None = None
         self._pods: dict[bytes, tuple[Place, ...]] = {}
         self._places: set[Place] = set()
+        self._had: dict[Place, bytes] = {}
+        """The pod that had an address last, by its key."""
+        self._inherited: set[Place] = set()
+        """Addresses of which nothing was said since another pod has them."""
         with contextlib.ExitStack() as opened:
             self._pods_map = opened.enter_context(PinnedMap(directory, "pods"))
             self._map = opened.enter_context(PinnedMap(directory, "identities"))
-            with PinnedMap(directory, "identity_secrets") as secrets:
-                self._secret = _secret(secrets)
+            self._secrets = opened.enter_context(PinnedMap(directory, "identity_secrets"))
+            self._secret = _secret(self._secrets)
             self.close = opened.pop_all().close
 
     async def run(self) -> None:
@@ -64,6 +69,9 @@ class Identities:
     def look(self) -> None:
         pods = {key: tuple(_places(value)) for key, value in self._pods_map.items()}
         if pods != self._pods:
+            for key, places in pods.items():
+                self._inherited.update(p for p in places if self._had.setdefault(p, key) != key)
+                self._had.update(dict.fromkeys(places, key))
             self._pods = pods
             self._places = {place for places in pods.values() for place in places}
             self._say()
@@ -71,17 +79,18 @@ class Identities:
     def follow(self, mesh: Mesh, change: Change) -> None:
         """After the mesh has changed."""
         self._mesh = mesh
+        self._inherited.difference_update(change.touched.places)
         if change.sweep or not self._places.isdisjoint(change.touched.places):
             self._say()
 
     def are_current(self) -> bool:
-        return self._pods_map.is_current() and self._map.is_current()
+        return all(pinned.is_current() for pinned in (self._pods_map, self._map, self._secrets))
 
     def namespace_id(self, namespace: str) -> bytes:
         return self._hash(f"ns {namespace}")
 
     def account_id(self, name: str) -> bytes:
-        """Of a principal: `trust domain/ns/namespace/sa/account`."""
+        """Of a service account: `namespace/account`."""
         return self._hash(f"sa {name}")
 
     def _hash(self, text: str) -> bytes:
@@ -108,6 +117,8 @@ class Identities:
 
     def _identity(self, mesh: Mesh, places: tuple[Place, ...]) -> Identity:
         """All its addresses must be the same workload's, or nobody's."""
+        if not self._inherited.isdisjoint(places):
+            return NOBODY
         found = [mesh.client_at(place) for place in places if mesh.is_a_workloads(place)]
         first = found[0] if found else None
         if first is None or any(client is None or client.uid != first.uid for client in found):
@@ -118,7 +129,7 @@ class Identities:
         said = workload_message(workload.raw)
         if not said.namespace:
             return NOBODY
-        name = principal(said.namespace, said.service_account, said.trust_domain)
+        name = account_name(said.namespace, said.service_account)
         return Identity(self.namespace_id(said.namespace), self.account_id(name))
 
 

@@ -9,6 +9,7 @@ from pykmesh.kernel.records import ip_to_text
 from services.map_writer.desired import Rules, own_endpoints
 from services.map_writer.follower import Follower
 from services.map_writer.identities import Identities
+from services.map_writer.mesh import place_of
 
 
 class Waypoints:
@@ -47,15 +48,17 @@ class Waypoints:
             users=users,
             services=services,
             namespace_ids={n: self._identities.namespace_id(n) for n in request.client_namespaces},
-            account_ids={p: self._identities.account_id(p) for p in request.client_principals},
+            account_ids={a: self._identities.account_id(a) for a in request.client_accounts},
         )
 
     def _service(self, name: str) -> MeshService:
         mesh = self._follower.mesh
         service = mesh.services[name]
         ports = own_endpoints(mesh, service, self._rules)
+        here = [place for place in service.vips if place[0] == self._rules.network]
         return MeshService(
             name,
-            [ip_to_text(ip) for network, ip in service.vips if network == self._rules.network],
+            [ip_to_text(ip) for _, ip in here],
             [ServicePort(port, endpoints) for port, endpoints in ports.items()],
+            [ip_to_text(ip) for network, ip in here if mesh.vip_owner(place_of(network, ip)) == name],
         )

@@ -8,13 +8,16 @@ for it stands in the address that Envoy is told, by which it chooses a chain of 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from pykmesh.contracts.handoff import ALL_BITS, told_address
 from pykmesh.kernel.records import ip_from_text
 from services.waypoint_mgr.envoy import Json, Range, everybodys
 
-_Network = ipaddress.IPv6Network
+_Client = tuple[int, int]
+"""A range of told addresses: the first, and how many bits they have in common."""
+_Holds = Callable[[_Client], bool | None]
+"""Whether a condition is met by a client; None where that is not known yet."""
 
 
 def turned_away(rules: Sequence[Json], vips: Sequence[str]) -> tuple[list[Range], list[Range]]:
@@ -23,67 +26,78 @@ def turned_away(rules: Sequence[Json], vips: Sequence[str]) -> tuple[list[Range]
     `rules`: of the port's RBAC filters. The longest range counts: each that a rule names stands for itself,
     and whoever is in none of them for all the others of his namespace, or of all.
     """
-    named = {found for one in rules for found in _ranges_in(one)}
     unknown = (Range(told_address(ip_from_text(vip)), ALL_BITS) for vip in vips)
+    ranges = {*everybodys(vips), *unknown}
+    refusals = [_refusal(one, ranges) for one in rules]
     let_in, out = list[Range](), list[Range]()
-    for told in sorted({*everybodys(vips), *unknown, *named}):
-        refused = any(_refuses(one, _Network(told)) for one in rules)
-        (out if refused else let_in).append(told)
+    for told in sorted(ranges):
+        client = int(ipaddress.IPv6Address(told.address)), told.bits
+        (out if any(refuses(client) for refuses in refusals) else let_in).append(told)
     return (let_in, out) if out else (everybodys(vips), [])
 
 
-def _ranges_in(part: object) -> Iterator[Range]:
-    """All that conditions within name."""
-    if isinstance(part, list):
-        for item in part:
-            yield from _ranges_in(item)
-    elif isinstance(part, dict):
-        if (found := part.get("destinationIp")) is not None:
-            yield Range(found["addressPrefix"], found["prefixLen"])
-        for item in part.values():
-            yield from _ranges_in(item)
+def _refusal(rules: Json, ranges: set[Range]) -> Callable[[_Client], bool]:
+    """Whether a client is refused whatever else there is to ask. Adds the ranges that are named."""
+    policies = [_policy(policy, ranges) for policy in rules["policies"].values()]
+    if rules["action"] == "DENY":
+        return lambda client: any(holds(client) is True for holds in policies)
+    return lambda client: all(holds(client) is False for holds in policies)
 
 
-def _refuses(rules: Json, client: _Network) -> bool:
-    """Whatever else there is to ask."""
-    found = [_matches(policy, client) for policy in rules["policies"].values()]
-    return True in found if rules["action"] == "DENY" else all(one is False for one in found)
-
-
-def _matches(policy: Json, client: _Network) -> bool | None:
-    parts = (_either(_holds(part, client) for part in policy[key]) for key in ("permissions", "principals"))
+def _policy(policy: Json, ranges: set[Range]) -> _Holds:
+    parts = [
+        _either([_condition(part, ranges) for part in policy[key]]) for key in ("permissions", "principals")
+    ]
     return _both(parts)
 
 
-def _holds(condition: Mapping[str, Json], client: _Network) -> bool | None:
-    """None where it is not known yet."""
+def _condition(condition: Json, ranges: set[Range]) -> _Holds:
     ((kind, said),) = condition.items()
     match kind:
         case "any":
-            return True
+            return lambda _: True
         case "destinationIp":
-            return client.subnet_of(_Network((said["addressPrefix"], said["prefixLen"])))
+            ranges.add(found := Range(said["addressPrefix"], said["prefixLen"]))
+            return _within(found)
         case "notRule" | "notId":
-            found = _holds(said, client)
-            return None if found is None else not found
+            return _opposite(_condition(said, ranges))
         case "andRules" | "andIds":
-            return _both(_holds(part, client) for part in _parts(said))
+            return _both(_conditions(said, ranges))
         case "orRules" | "orIds":
-            return _either(_holds(part, client) for part in _parts(said))
+            return _either(_conditions(said, ranges))
         case _:
-            return None
+            return lambda _: None
 
 
-def _parts(said: Json) -> Iterator[Json]:
-    for parts in said.values():
-        yield from parts
+def _conditions(said: Json, ranges: set[Range]) -> list[_Holds]:
+    return [_condition(part, ranges) for parts in said.values() for part in parts]
 
 
-def _both(found: Iterable[bool | None]) -> bool | None:
-    known = set(found)
-    return False if False in known else None if None in known else True
+def _within(wanted: Range) -> _Holds:
+    rest = ALL_BITS - wanted.bits
+    beginning = int(ipaddress.IPv6Address(wanted.address)) >> rest
+    return lambda client: client[1] >= wanted.bits and client[0] >> rest == beginning
 
 
-def _either(found: Iterable[bool | None]) -> bool | None:
-    known = set(found)
-    return True if True in known else None if None in known else False
+def _opposite(part: _Holds) -> _Holds:
+    def holds(client: _Client) -> bool | None:
+        found = part(client)
+        return None if found is None else not found
+
+    return holds
+
+
+def _both(parts: Sequence[_Holds]) -> _Holds:
+    def holds(client: _Client) -> bool | None:
+        known = {part(client) for part in parts}
+        return False if False in known else None if None in known else True
+
+    return holds
+
+
+def _either(parts: Sequence[_Holds]) -> _Holds:
+    def holds(client: _Client) -> bool | None:
+        known = {part(client) for part in parts}
+        return True if True in known else None if None in known else False
+
+    return holds

@@ -6,6 +6,7 @@ bus is away.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,6 +38,8 @@ from services.waypoint_mgr.spans import Spans, spans_of
 log = structlog.get_logger(__name__)
 
 TICK_S: Final = 1.0
+ASK_S: Final = 10.0
+"""The mesh is asked for at least so often: a report that says of a change can be lost."""
 SETTLE_S: Final = 0.02
 """Changes that come this soon after one another are taken together."""
 ENROLL_S: Final = 5.0
@@ -53,6 +56,8 @@ class WaypointMgr:
         self.members: Fleet
         self._announcements = Announcements(runtime.settings.waypoints_dir)
         self._objects: Objects | None = None
+        self._errors: tuple[str, ...] = ()
+        """What is wrong in the folder."""
         self._mesh: WaypointsReply | None = None
         self._configurations: dict[str, Configuration] = {}
         self._good_routes: dict[str, dict[ObjectRef, Route]] = {}
@@ -70,7 +75,12 @@ class WaypointMgr:
         self._due.set()
 
     def configured(self, objects: Objects) -> None:
-        """From the folder."""
+        """From the folder. Nothing is done until it was whole once: a policy may be in what is missing."""
+        self._errors = objects.errors
+        if self._objects is None and not objects.is_whole:
+            for error in objects.errors:
+                self._runtime.note_error("configuration_not_whole", error=error)
+            return
         self._objects = objects
         self._mesh_is_due = True
         self._runtime.readiness.done("configuration")
@@ -90,11 +100,14 @@ class WaypointMgr:
 
     async def run(self) -> None:
         """Until cancelled."""
+        asked = 0.0
         while True:
             with anyio.move_on_after(TICK_S):
                 await self._due.wait()
                 await anyio.sleep(SETTLE_S)
             self._due = anyio.Event()
+            if time.monotonic() - asked > ASK_S:
+                self._mesh_is_due, asked = True, time.monotonic()
             if self._objects is not None:
                 await self._reconcile(self._objects)
 
@@ -135,7 +148,7 @@ class WaypointMgr:
             self._backends(objects),
             namespaces,
             sorted(names.namespaces),
-            sorted(names.principals),
+            sorted(names.accounts),
         )
         try:
             data = await bus.request(Subject.WAYPOINTS, messages.encode(request))
@@ -236,7 +249,7 @@ class WaypointMgr:
             "policies_unenforced": [
                 {"policy": str(ref), "why": why} for ref, why in unenforced(objects, self._users()).items()
             ],
-            "manifest_errors": list(objects.errors),
+            "manifest_errors": list(self._errors),
             "config_dir": str(self._settings.config_dir.resolve()),
         }
 

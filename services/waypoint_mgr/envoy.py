@@ -113,6 +113,9 @@ def http_chain(
         "normalizePath": True,
         "serverHeaderTransformation": "PASS_THROUGH",
         "streamIdleTimeout": NO_TIMEOUT,
+        # When its chain changes a connection is told to go, and stays for so long, also one of HTTP/1.1 whose
+        # client waits for its end: Envoy's five seconds are more than some have.
+        "drainTimeout": "1s",
         "accessLog": [_request_log(at), *_access_log(access_log)],
         **({"tracing": tracing} if tracing else {}),
     }

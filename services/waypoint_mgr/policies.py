@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from pykmesh.contracts.handoff import ALL_BITS, NAMESPACE_BITS, NOBODY, SERVICE_BITS, Identity, told_address
-from pykmesh.contracts.waypoints import principal
+from pykmesh.contracts.waypoints import account_name
 from pykmesh.kernel.records import Ip, ip_from_text, ip_to_text
 from pykmesh.manifests.authorization_policy import (
     Action,
@@ -45,11 +45,13 @@ ENFORCED: Final = "Enforced"
 
 _ANY: Final[Json] = {"any": True}
 _PRINCIPAL: Final = re.compile(r"(?P<domain>[^/*]+)/ns/(?P<namespace>[^/*]+)/(sa/(?P<account>[^/*]+|\*)|\*)")
+_OWN_DOMAIN: Final = "cluster.local"
+"""What policies call the mesh's own trust domain, whatever it is. Of others no client is known."""
 _HEADER: Final = re.compile(r"request\.headers\[(.+)\]")
 
 
 class Clients(msgspec.Struct, frozen=True):
-    """Ids of the namespaces and principals that policies name."""
+    """Ids of the namespaces and service accounts that policies name."""
 
     namespaces: Mapping[str, bytes] = {}
     accounts: Mapping[str, bytes] = {}
@@ -59,17 +61,17 @@ class Names(msgspec.Struct, frozen=True):
     """What policies name of clients."""
 
     namespaces: frozenset[str] = frozenset()
-    principals: frozenset[str] = frozenset()
+    accounts: frozenset[str] = frozenset()
 
 
 def names_in(policies: Iterable[Policy]) -> Names:
-    namespaces, principals = set[str](), set[str]()
+    namespaces, accounts = set[str](), set[str]()
     for policy in policies:
         for namespace, account in _clients_of(policy):
             namespaces.add(namespace)
             if account:
-                principals.add(account)
-    return Names(frozenset(namespaces), frozenset(principals))
+                accounts.add(account)
+    return Names(frozenset(namespaces), frozenset(accounts))
 
 
 def _clients_of(policy: Policy) -> Iterator[_Client]:
@@ -84,17 +86,17 @@ def _clients_of(policy: Policy) -> Iterator[_Client]:
 
 
 _Client = tuple[str, str]
-"""A namespace and a principal in it; "" for all of the namespace."""
+"""A namespace and a service account in it; "" for all of the namespace."""
 _ReadClient = Callable[[str, str], _Client | None]
 """From a value and the policy's own namespace; None for a pattern that cannot be honoured."""
 
 
 def _by_principal(value: str, _: str) -> _Client | None:
     found = _PRINCIPAL.fullmatch(value.removeprefix("spiffe://"))
-    if found is None:
+    if found is None or found["domain"] != _OWN_DOMAIN:
         return None
     namespace, account = found["namespace"], found["account"] or "*"
-    return namespace, "" if account == "*" else principal(namespace, account, found["domain"])
+    return namespace, "" if account == "*" else account_name(namespace, account)
 
 
 def _by_namespace(value: str, _: str) -> _Client | None:
@@ -103,7 +105,7 @@ def _by_namespace(value: str, _: str) -> _Client | None:
 
 def _by_service_account(value: str, own: str) -> _Client | None:
     namespace, _, account = value.rpartition("/")
-    return None if "*" in value else (namespace or own, principal(namespace or own, account))
+    return None if "*" in value else (namespace or own, account_name(namespace or own, account))
 
 
 _IDENTITIES: Final[Mapping[str, _ReadClient]] = {
@@ -205,19 +207,21 @@ class Guard:
 
 
 def unenforced(objects: Objects, users: Mapping[str, Collection[str]]) -> dict[ObjectRef, str]:
-    """Policies that no waypoint enforces for anything, and why. `users`: of each waypoint, its services."""
+    """Policies of which something is enforced by nobody, and why. `users`: of each waypoint, its services."""
     reached = {service for services in users.values() for service in services}
     classes = {gateway.spec.gateway_class_name for gateway in objects.waypoints.values()}
     found = {}
     for policy in objects.policies:
+        lost = [
+            *(f"service {name}" for name in sorted(policy.services - reached)),
+            *(f"Gateway {name}" for name in sorted(policy.waypoints - objects.waypoints.keys())),
+            *(f"GatewayClass {name}" for name in sorted(policy.classes - classes)),
+            *policy.unknown,
+        ]
         if not policy.spec.targets:
             found[policy.ref] = "it has no targetRefs, and only waypoints enforce policies"
-        elif not (
-            policy.services & reached
-            or policy.waypoints & objects.waypoints.keys()
-            or policy.classes & classes
-        ):
-            found[policy.ref] = "what it names is no waypoint, and no service that goes by way of one"
+        elif lost:
+            found[policy.ref] = f"no waypoint, and no service that goes by way of one: {', '.join(lost)}"
     return found
 
 
@@ -308,7 +312,8 @@ class _Writer:
     def _operation(self, operation: Operation) -> Iterator[Json]:
         yield from self._pair("ports", operation.ports, operation.not_ports, self._port)
         for name, matched, unmatched, read in (
-            ("hosts", operation.hosts, operation.not_hosts, _host),
+            ("hosts", operation.hosts, (), _host(self._denies, self._at.port)),
+            ("hosts", (), operation.not_hosts, _host(not self._denies, self._at.port)),
             ("methods", operation.methods, operation.not_methods, _header(":method")),
             ("paths", operation.paths, operation.not_paths, _path),
         ):
@@ -396,13 +401,26 @@ def _header(name: str) -> _Read:
     return match
 
 
-def _host(value: str) -> Json:
-    """In any case of letters, with a port or without."""
-    pattern = f".*{re.escape(value[1:])}" if value.startswith("*") else re.escape(value)
-    if value.endswith("*") and value != "*":
-        pattern = f"{re.escape(value[:-1])}.*"
-    regex = f"(?i){pattern}(:[0-9]+)?"
-    return {"header": {"name": ":authority", "stringMatch": {"safeRegex": {"regex": regex}}}}
+def _host(is_strict: bool, port: int) -> _Read:
+    """In any case of letters, with this port or without; `is_strict`: whatever may stand behind or before."""
+
+    def match(value: str) -> Json:
+        if value == "*":
+            return _authority({"prefix": ""})
+        found = [_string(value)]
+        if "prefix" not in found[0]:
+            ((how, name),) = found[0].items()
+            found.append({how: f"{name}:{port}"})
+            if is_strict:
+                end = {"contains": f"{name}:"} if how == "suffix" else {"prefix": f"{name}:"}
+                found += [end, {how: f"{name}."}, {"contains": f"{name}.:"}, {"suffix": f"@{name}"}]
+        return _PERMISSION.one_of(map(_authority, found))
+
+    return match
+
+
+def _authority(match: Json) -> Json:
+    return {"header": {"name": ":authority", "stringMatch": {**match, "ignoreCase": True}}}
 
 
 def _path(value: str) -> Json | None:

@@ -85,7 +85,7 @@ def translate(
     guard = Guard(waypoint, mesh, policies, clients or Clients())
     logs = waypoint.metadata.annotations.get(ACCESS_LOG) == "true"
     tracing = spans.tracing(f"{waypoint.name}.{waypoint.namespace}") if spans else None
-    taken, conflicts = dict[tuple[str, int], str](), list[str]()
+    taken, conflicts = _owners(mesh), list[str]()
     chains, configurations = list[Json](), dict[str, Json]()
     protocols, backends = dict[Port, AppProtocol](), set[Port]()
     as_backend: dict[Port, AppProtocol] = {}
@@ -132,18 +132,29 @@ def _tcp_target(at: Port, routes: Sequence[Route], mesh: Mesh) -> tuple[str | li
     return tcp_target(rule, partial(mesh.resolve, namespace=routes[0].namespace))
 
 
+def _owners(mesh: Mesh) -> dict[tuple[str, int], str]:
+    """Of what is told of connections to an address and port, whose that is in the eyes of the kernel."""
+    found: dict[tuple[str, int], str] = {}
+    for user in mesh.users.values():
+        for vip in user.owned:
+            for at in mesh.ports(user):
+                found.setdefault((told_address(ip_from_text(vip)), at.port), user.name)
+    return found
+
+
 def _free(
     vips: Iterable[str], at: Port, taken: dict[tuple[str, int], str], conflicts: list[str]
 ) -> list[str]:
-    """The addresses at which nobody else is: Envoy refuses a listener with two chains for one."""
-    free = []
+    """The addresses at which nobody else is, each once: Envoy refuses a listener with two chains for one."""
+    free: dict[str, str] = {}
     for vip in vips:
-        owner = taken.setdefault((told_address(ip_from_text(vip)), at.port), at.service)
+        told = told_address(ip_from_text(vip))
+        owner = taken.setdefault((told, at.port), at.service)
         if owner == at.service:
-            free.append(vip)
+            free.setdefault(told, vip)
         else:
             conflicts.append(f"{at.service}: {vip} port {at.port} is {owner}'s")
-    return free
+    return list(free.values())
 
 
 class _Entry(msgspec.Struct, frozen=True):

@@ -78,25 +78,34 @@ class Policy(msgspec.Struct, frozen=True):
     waypoints: frozenset[str] = frozenset()
     classes: frozenset[str] = frozenset()
     """Of Gateways."""
+    unknown: tuple[str, ...] = ()
+    """Targets that are none here."""
 
     @classmethod
     def of(
         cls, obj: AuthorizationPolicy, domain: str, entry_hosts: Mapping[ObjectRef, tuple[str, ...]]
     ) -> Policy:
-        found: dict[str, set[str]] = {"Service": set(), "Gateway": set(), "GatewayClass": set()}
+        services, waypoints, classes, unknown = set[str](), set[str](), set[str](), list[str]()
         for target in obj.spec.targets:
-            if target.kind == "ServiceEntry":
-                hosts = entry_hosts.get(ObjectRef("ServiceEntry", obj.namespace, target.name), ())
-                found["Service"].update(f"{obj.namespace}/{host}" for host in hosts)
-            elif target.kind != "GatewayClass":
-                found[target.kind].add(mesh_name(obj.namespace, target.name, domain))
-            elif obj.namespace == ROOT_NAMESPACE:
-                found["GatewayClass"].add(target.name)
+            name = mesh_name(obj.namespace, target.name, domain)
+            if target.kind == "Service":
+                services.add(name)
+            elif target.kind == "Gateway":
+                waypoints.add(name)
+            elif target.kind == "GatewayClass" and obj.namespace == ROOT_NAMESPACE:
+                classes.add(target.name)
+            elif hosts := entry_hosts.get(ObjectRef(target.kind, obj.namespace, target.name)):
+                services.update(f"{obj.namespace}/{host}" for host in hosts)
+            else:
+                unknown.append(f"{target.kind} {target.name}")
         return cls(
             ref_of(obj),
             obj.spec,
-            obj.metadata.annotations.get(DRY_RUN, "").lower() == "true",
-            *(frozenset(names) for names in found.values()),
+            is_dry_run=obj.metadata.annotations.get(DRY_RUN, "").lower() == "true",
+            services=frozenset(services),
+            waypoints=frozenset(waypoints),
+            classes=frozenset(classes),
+            unknown=tuple(unknown),
         )
 
     @property
@@ -122,6 +131,8 @@ class Objects(msgspec.Struct, frozen=True):
     namespaces: Mapping[str, Labels] = {}
     """Those that are said, with their labels."""
     errors: tuple[str, ...] = ()
+    is_whole: bool = True
+    """False when a file that was never good is missing in it."""
 
     @classmethod
     def of(cls, content: Content, domain: str) -> Objects:
@@ -136,6 +147,7 @@ class Objects(msgspec.Struct, frozen=True):
             ),
             namespaces={o.name: o.labels for o in objects if isinstance(o, Namespace)},
             errors=tuple(map(str, content.errors)),
+            is_whole=not content.refused,
         )
 
     def namespaces_of(self, waypoint: Gateway) -> set[str]:

@@ -15,7 +15,7 @@ from pykmesh.demo.pods import Pod
 from pykmesh.kernel import pins
 from pykmesh.kernel.layout import Reason
 from pykmesh.kernel.maps import PinnedMap
-from pykmesh.kernel.records import IDENTITY_VALUE, ip_from_text
+from pykmesh.kernel.records import HANDOFF_KEY, HANDOFF_VALUE, IDENTITY_VALUE, ip_from_text
 from tests.mesh.manifests import Object, host, pod, service, text
 from tests.mesh.node import Node, python, serve, until
 
@@ -198,6 +198,29 @@ def test_who_connects_to_the_waypoint_by_himself_is_no_client_of_a_service(hande
     address = handed_over.waypoint.address4
     heard = python(handed_over.client, HEAR.format(address=address, port=PORT))
     assert heard == f"nothing|{address}|{PORT}"
+
+
+def test_what_is_noted_of_a_connection_that_came_to_nothing_is_nobody_elses(handed_over: Mesh) -> None:
+    """Who uses its addresses and ports again is not told: he might be somebody else."""
+    maps_dir = pins.maps_dir(handed_over.node.pin_dir)
+    port = f"""
+import socket
+with socket.create_connection(("{VIP4}", 80), 5) as s:
+    print(s.getsockname()[1])
+    s.recv(100)
+"""
+    client_port = int(python(handed_over.client, port))
+    with PinnedMap(maps_dir, "handoffs") as handoffs:
+        note = HANDOFF_VALUE.pack(1, ip_from_text(VIP4), (80).to_bytes(2, "big"), 12345, b"nsnsn", b"acact")
+        addresses = map(ip_from_text, (str(handed_over.client.address4), str(handed_over.waypoint.address4)))
+        ends = (number.to_bytes(2, "big") for number in (client_port, PORT))
+        handoffs.put(HANDOFF_KEY.pack(*addresses, *ends), note)
+    again = f"""
+import socket
+with socket.create_connection(("{handed_over.waypoint.address4}", {PORT}), 5, ("", {client_port})) as s:
+    print(s.recv(100).decode())
+"""
+    until(lambda: python(handed_over.client, again) == "nothing", "the port to be free again")
 
 
 def test_a_thousand_connections_are_all_told_right(handed_over: Mesh) -> None:

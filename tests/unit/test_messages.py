@@ -99,12 +99,17 @@ GOLDEN: list[tuple[Message, str]] = [
             VERSION,
             is_synced=True,
             users={"a": ["b"]},
-            services=[MeshService("b", ["10.0.0.1"], [ServicePort(80, [Endpoint("10.0.0.2", 8080, 1)])])],
+            services=[
+                MeshService(
+                    "b", ["10.0.0.1"], [ServicePort(80, [Endpoint("10.0.0.2", 8080, 1)])], ["10.0.0.1"]
+                )
+            ],
             namespace_ids={"d": b"12345"},
             account_ids={"e": b"67890"},
         ),
         (
-            "96 01 c3 81a16191a162 9193a16291a831302e302e302e31 919250 9193a831302e302e302e32cd1f9001"
+            "96 01 c3 81a16191a162 9194a16291a831302e302e302e31 919250 9193a831302e302e302e32cd1f9001"
+            "91a831302e302e302e31"
             "81a164c4053132333435 81a165c4053637383930"
         ),
     ),

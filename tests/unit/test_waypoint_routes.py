@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from pykmesh.contracts.handoff import told_address
@@ -367,3 +368,21 @@ def test_the_bytes_are_those_that_the_classes_read() -> None:
     messages += [(Listener, LISTENER_TYPE, made.listener("0.0.0.0", 15019))]
     for kind, type_url, message in messages:
         assert kind.parse(encode(type_url, message)).to_dict() == kind.from_dict(message).to_dict()
+
+
+def test_an_address_that_a_service_has_twice_has_one_chain() -> None:
+    """Two that are told alike, as these of IPv6 are, are one, too."""
+    world = shop(vips=("10.96.0.1", "10.96.0.1", "1fd::100:0", "2fd::e2ce:7aea"))
+    (chain,) = world.configuration().chains
+    ranges = [one["addressPrefix"] for one in chain["filterChainMatch"]["prefixRanges"]]
+    assert len(ranges) == len(set(ranges)) == 2
+
+
+def test_an_address_is_its_owners_whatever_the_names() -> None:
+    world = shop()
+    (web,) = world.users
+    evil = mesh_service("aaa", "evil", {80: []}, web.vips)
+    world.users = [evil, msgspec.structs.replace(web, owned=web.vips)]
+    made = world.configuration()
+    assert chains(made).keys() == {port(80).cluster}
+    assert "aaa/evil" in made.conflicts[0]

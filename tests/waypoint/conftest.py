@@ -38,7 +38,9 @@ def told_addresses() -> Iterator[None]:
         pytest.skip("needs root: addresses are made")
     routes = [f"{prefix:x}::/16" for prefix in HandoffPrefix]
     for route in routes:
-        subprocess.run(["ip", "-6", "route", "add", "local", route, "dev", "lo"], check=True)
+        subprocess.run(["ip", "-6", "route", "replace", "local", route, "dev", "lo"], check=True)
     yield
     for route in routes:
-        subprocess.run(["ip", "-6", "route", "del", "local", route, "dev", "lo"], check=True)
+        subprocess.run(
+            ["ip", "-6", "route", "del", "local", route, "dev", "lo"], check=False, capture_output=True
+        )

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from pykmesh.contracts.handoff import ID_BYTES, NOBODY, Identity
-from pykmesh.contracts.waypoints import Endpoint, principal
+from pykmesh.contracts.waypoints import Endpoint, account_name
 from pykmesh.manifests.objects import AuthorizationPolicy, ObjectRef, from_plain
 from services.waypoint_mgr.attachments import Condition
 from services.waypoint_mgr.policies import Clients, names_in, unenforced
@@ -45,12 +45,12 @@ def an_id(text: str) -> bytes:
 def client(name: str) -> Identity:
     """Of namespace/account."""
     namespace, _, account = name.partition("/")
-    return Identity(an_id(namespace), an_id(principal(namespace, account))) if account else NOBODY
+    return Identity(an_id(namespace), an_id(account_name(namespace, account))) if account else NOBODY
 
 
 def clients_of(policies: list[Policy]) -> Clients:
     names = names_in(policies)
-    return Clients({n: an_id(n) for n in names.namespaces}, {p: an_id(p) for p in names.principals})
+    return Clients({n: an_id(n) for n in names.namespaces}, {p: an_id(p) for p in names.accounts})
 
 
 def policy(namespace: str, name: str, spec: dict[str, Any]) -> Policy:
@@ -84,7 +84,8 @@ class Guarded:
 
     def ask(self, case: int, request: dict[str, Any]) -> int:
         who = client(request.get("as", "shop/web").replace("HERE", namespace(case)))
-        headers = {"Host": request.get("host", "web"), **request.get("headers", {})}
+        host = request.get("host", "web").replace("PORT", str(self.port))
+        headers = {"Host": host, **request.get("headers", {})}
         connection = http.client.HTTPConnection(at(address(case), who), self.port, timeout=DEADLINE_S)
         try:
             if "from" in request:
@@ -272,10 +273,13 @@ def test_a_policy_that_nobody_enforces_is_told() -> None:
         a_policy("waypoint", **gate, name="waypoint"),
         a_policy("no-waypoint", **gate, name="nobody"),
         a_policy("of-workloads"),
+        policy("shop", "two", {"targetRefs": [*TO_WEB, {"kind": "Service", "name": "wbe"}]}),
+        policy("shop", "class", {"targetRefs": [{**gate, "kind": "GatewayClass", "name": "istio-waypoint"}]}),
     )
     objects = Objects(waypoints=waypoints, policies=policies)
     found = unenforced(objects, {named("shop", "waypoint"): [named("shop", "web")]})
-    assert {ref.name for ref in found} == {"past", "no-waypoint", "of-workloads"}
+    assert {ref.name for ref in found} == {"past", "no-waypoint", "of-workloads", "two", "class"}
+    assert found[ObjectRef("AuthorizationPolicy", "shop", "two")].endswith(named("shop", "wbe"))
     assert "targetRefs" in found[ObjectRef("AuthorizationPolicy", "shop", "of-workloads")]
 
 
@@ -293,6 +297,7 @@ def test_a_policy_that_nobody_enforces_is_told() -> None:
         ({"action": "PERMIT"}, "Invalid enum value"),
         ({"targetRefs": [{"kind": "Deployment", "name": "x"}]}, "no target of policies"),
         ({"selector": {}, "targetRefs": [{"kind": "Service", "name": "x"}]}, "at most one of"),
+        ({"targetRefs": [{"kind": "Service", "name": "x", "namespace": "other"}]}, "another namespace"),
     ],
 )
 def test_a_policy_that_is_wrong_is_refused_by_the_field(spec: dict[str, Any], why: str) -> None:
