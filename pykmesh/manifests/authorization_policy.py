@@ -17,7 +17,7 @@ from pykmesh.manifests.names import Name
 
 ISTIO_NETWORKING_GROUP: Final = "networking.istio.io"
 _KEYS: Final = re.compile(
-    r"request\.headers\[[^\[\]]+\]|source\.(ip|namespace|principal|serviceAccount)|remote\.ip"
+    r"request\.headers\[:?[-A-Za-z0-9!#$%&'*+.^_`|~]+\]|source\.(ip|namespace|principal|serviceAccount)|remote\.ip"
     r"|destination\.(ip|port)|connection\.sni|request\.auth\.(principal|audiences|presenter)"
     r"|request\.auth\.claims(\[[^\[\]]+\])+|experimental\.envoy\.filters\..+"
 )

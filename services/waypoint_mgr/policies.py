@@ -19,13 +19,7 @@ import msgspec
 from pykmesh.contracts.handoff import ALL_BITS, NAMESPACE_BITS, NOBODY, SERVICE_BITS, Identity, told_address
 from pykmesh.contracts.waypoints import account_name
 from pykmesh.kernel.records import Ip, ip_from_text, ip_to_text
-from pykmesh.manifests.authorization_policy import (
-    Action,
-    Operation,
-    Rule,
-    Source,
-    When,
-)
+from pykmesh.manifests.authorization_policy import Action, Operation, Rule, Source, When
 from pykmesh.manifests.objects import Gateway, ObjectRef, ref_of
 from services.waypoint_mgr.admission import turned_away
 from services.waypoint_mgr.attachments import ACCEPTED, PARTIALLY_INVALID, UNSUPPORTED_VALUE, Condition, Mesh
@@ -392,7 +386,7 @@ def _peer(value: str) -> Json | None:
     return {"directRemoteIp": {"addressPrefix": str(network.network_address), "prefixLen": network.prefixlen}}
 
 
-def _header(name: str) -> _Read:
+def _header(name: str) -> Callable[[str], Json]:
     def match(value: str) -> Json:
         if value == "*":
             return {"header": {"name": name, "presentMatch": True}}
@@ -406,7 +400,7 @@ def _host(is_strict: bool, port: int) -> _Read:
 
     def match(value: str) -> Json:
         if value == "*":
-            return _authority({"prefix": ""})
+            return _header(":authority")(value)
         found = [_string(value)]
         if "prefix" not in found[0]:
             ((how, name),) = found[0].items()

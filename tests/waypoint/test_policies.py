@@ -292,6 +292,7 @@ def test_a_policy_that_nobody_enforces_is_told() -> None:
         ({"rules": [{"to": [{"operation": {}}]}]}, "an operation must say something"),
         ({"rules": [{"when": [{"key": "source.namespace"}]}]}, "one or both of values and notValues"),
         ({"rules": [{"when": [{"key": "source.name", "values": ["x"]}]}]}, "key is not known"),
+        ({"rules": [{"when": [{"key": "request.headers[x y]", "values": ["x"]}]}]}, "key is not known"),
         ({"rules": [{"from": [{"source": {"ipBlocks": ["1.2.3"]}}]}]}, "Not an IP address"),
         ({"rules": [{"to": [{"operation": {"ports": ["http"]}}]}]}, "ports"),
         ({"action": "PERMIT"}, "Invalid enum value"),
