@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import random
 import socket
 import socketserver
 import threading
@@ -304,3 +305,66 @@ def test_a_policy_that_nobody_enforces_is_told() -> None:
 def test_a_policy_that_is_wrong_is_refused_by_the_field(spec: dict[str, Any], why: str) -> None:
     with pytest.raises(msgspec.ValidationError, match=why):
         from_plain({"metadata": {"name": "x"}, "spec": spec}, AuthorizationPolicy)
+
+
+NASTY = [
+    "*",
+    "**",
+    "x*",
+    "*x",
+    "a b",
+    "é",
+    "\t",
+    "{x}",
+    "/",
+    "//",
+    "a" * 300,
+    "%",
+    "\\",
+    "()[+",
+    "::1",
+    "1.2.3.4",
+]
+FIELDS = {
+    "source": ["principals", "notPrincipals", "namespaces", "notNamespaces", "requestPrincipals"],
+    "operation": ["hosts", "notHosts", "methods", "notMethods", "paths", "notPaths"],
+}
+KEYS = ["request.headers[x-a]", "request.headers[:method]", "source.ip", "destination.ip", "destination.port",
+        "source.principal", "source.namespace", "connection.sni", "request.auth.claims[a]"]  # fmt: skip
+
+
+def drawn(draw: random.Random) -> dict[str, Any]:
+    """Some rule that may be written."""
+
+    def part(kind: str) -> dict[str, Any]:
+        return {kind: {draw.choice(FIELDS[kind]): draw.sample(NASTY, draw.randrange(1, 4)) for _ in range(2)}}
+
+    def when() -> dict[str, Any]:
+        return {"key": draw.choice(KEYS), draw.choice(["values", "notValues"]): draw.sample(NASTY, 2)}
+
+    return {
+        "from": [part("source") for _ in range(draw.randrange(3))],
+        "to": [part("operation") for _ in range(draw.randrange(3))],
+        "when": [when() for _ in range(draw.randrange(3))],
+    }
+
+
+@pytest.mark.parametrize("name", ["http", "tcp"])
+async def test_whatever_a_policy_says_envoy_takes(folder: Path, name: str) -> None:
+    """One that it refused would keep all others of the waypoint as they were."""
+    draw, world = random.Random(name), World()
+    async with ads_server(folder / "ads") as server, waypoint(server, folder) as envoy:
+        for number in range(60):
+            here = f"n-{number}"
+            vips = [f"127.0.9.{number + 1}", f"fd96::{number + 1:x}"]
+            world.add_user(
+                mesh_service(here, "web", {80: []}, vips),
+                kubernetes_service(here, "web", {"port": 80, "name": name}),
+            )
+            for action in ("ALLOW", "DENY"):
+                rules = [drawn(draw) for _ in range(3)]
+                world.policies.append(policy(here, action.lower(), {"action": action, "rules": rules}))
+        world.clients = clients_of(world.policies)
+        status = await envoy.apply(world.configuration())
+        assert not status.refusals
+        assert status.is_current
