@@ -126,6 +126,7 @@ def handed_over(mesh: Mesh) -> Mesh:
     mesh.node.write("web", text(web(waypoint="wp")))
     expected = {f"{address}:{PORT}" for address in (mesh.waypoint.address4, mesh.waypoint.address6)}
     mesh.node.until_endpoints(host("web"), expected)
+    until(lambda: client_of(mesh) != NOBODY, "the client to be known")
     return mesh
 
 
@@ -203,13 +204,8 @@ def test_who_connects_to_the_waypoint_by_himself_is_no_client_of_a_service(hande
 def test_what_is_noted_of_a_connection_that_came_to_nothing_is_nobody_elses(handed_over: Mesh) -> None:
     """Who uses its addresses and ports again is not told: he might be somebody else."""
     maps_dir = pins.maps_dir(handed_over.node.pin_dir)
-    port = f"""
-import socket
-with socket.create_connection(("{VIP4}", 80), 5) as s:
-    print(s.getsockname()[1])
-    s.recv(100)
-"""
-    client_port = int(python(handed_over.client, port))
+    a_free_one = "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])"
+    client_port = int(python(handed_over.client, a_free_one))
     with PinnedMap(maps_dir, "handoffs") as handoffs:
         note = HANDOFF_VALUE.pack(1, ip_from_text(VIP4), (80).to_bytes(2, "big"), 12345, b"nsnsn", b"acact")
         addresses = map(ip_from_text, (str(handed_over.client.address4), str(handed_over.waypoint.address4)))
@@ -220,7 +216,7 @@ import socket
 with socket.create_connection(("{handed_over.waypoint.address4}", {PORT}), 5, ("", {client_port})) as s:
     print(s.recv(100).decode())
 """
-    until(lambda: python(handed_over.client, again) == "nothing", "the port to be free again")
+    assert python(handed_over.client, again) == "nothing"
 
 
 def test_a_thousand_connections_are_all_told_right(handed_over: Mesh) -> None:
