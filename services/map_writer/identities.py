@@ -35,8 +35,6 @@ from services.map_writer.follower import Change
 from services.map_writer.mesh import Mesh, Place
 
 _NO_SECRET: Final = bytes(IDENTITY_SECRET_BYTES)
-
-
 LOOK_S: Final = 0.2
 
 

@@ -48,7 +48,7 @@ _HISTOGRAMS: Final = (
     ("istio_request_bytes", "Sizes of requests' bodies.", "request_bytes"),
     ("istio_response_bytes", "Sizes of answers' bodies.", "response_bytes"),
 )
-_BOUNDS: Final = (*(f"{bound:g}" if bound < 1e6 else str(bound) for bound in BOUNDS), "+Inf")
+_BOUNDS: Final = (*map(str, BOUNDS), "+Inf")
 _FLAGS: Final = LABELS.index("response_flags")
 _FAILED: Final = ("istio_tcp_connections_failed", "Connections that never were, refused ones included.")
 

@@ -12,7 +12,7 @@ from operator import add
 from typing import Any, Final, NamedTuple
 
 from pykmesh.contracts.messages import WorkloadName, service_name
-from pykmesh.contracts.requests import BOUNDS, Histogram, RequestSeries, RequestSums
+from pykmesh.contracts.requests import Histogram, RequestSeries, RequestSums
 from pykmesh.kernel.records import NO_IP, Ip, ip_from_text
 from services.telemetry.labels import Labels, request_labels
 from services.telemetry.ledger import Describe, Ledger
@@ -20,14 +20,13 @@ from services.telemetry.names import Names
 
 FORGET_S: Final = 3600.0
 """An Envoy of which nothing was heard for so long has ended."""
-_BUCKETS: Final = len(BOUNDS) + 1
 
 
 class Grown(NamedTuple):
     """Of one histogram: how many more are in each (cumulative) bucket, and how much more they sum up to."""
 
-    buckets: tuple[int, ...] = (0,) * _BUCKETS
-    total: float = 0.0
+    buckets: tuple[int, ...]
+    total: float
 
     def plus(self, other: Grown) -> Grown:
         return Grown(tuple(map(add, self.buckets, other.buckets)), self.total + other.total)

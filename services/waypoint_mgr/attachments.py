@@ -1,7 +1,8 @@
 """Which routes are for which ports of a waypoint's services, and what their authors are told.
 
 A route attaches to a Service whose traffic goes by way of the waypoint, or to the waypoint's Gateway.
-Backends in other namespaces need no ReferenceGrant: within a mesh any client may call them.
+Backends in other namespaces need no ReferenceGrant, and policies for them are not asked: those are for what
+comes to a service by way of its own waypoint.
 """
 
 from __future__ import annotations

@@ -71,8 +71,10 @@ def names_in(policies: Iterable[Policy]) -> Names:
 def _clients_of(policy: Policy) -> Iterator[_Client]:
     for rule in policy.spec.rules:
         for source in (one.source for one in rule.from_):
-            for kind, values in _identities_of(source):
-                yield from filter(None, (kind(value, policy.ref.namespace) for value in values))
+            for _, matched, unmatched, read in _identities_of(source):
+                yield from filter(
+                    None, (read(value, policy.ref.namespace) for value in (*matched, *unmatched))
+                )
         for when in rule.when:
             if (by_key := _IDENTITIES.get(when.key)) is not None:
                 values = (*when.values, *when.not_values)
@@ -109,10 +111,13 @@ _IDENTITIES: Final[Mapping[str, _ReadClient]] = {
 }
 
 
-def _identities_of(source: Source) -> Iterator[tuple[_ReadClient, Iterable[str]]]:
-    yield _by_principal, (*source.principals, *source.not_principals)
-    yield _by_namespace, (*source.namespaces, *source.not_namespaces)
-    yield _by_service_account, (*source.service_accounts, *source.not_service_accounts)
+def _identities_of(source: Source) -> tuple[tuple[str, Sequence[str], Sequence[str], _ReadClient], ...]:
+    """The fields that ask who a client is: name, values, those that must not be, and how they are read."""
+    return (
+        ("principals", source.principals, source.not_principals, _by_principal),
+        ("namespaces", source.namespaces, source.not_namespaces, _by_namespace),
+        ("serviceAccounts", source.service_accounts, source.not_service_accounts, _by_service_account),
+    )
 
 
 class _Words(NamedTuple):
@@ -266,11 +271,7 @@ class _Writer:
         return _PERMISSION.both([_PERMISSION.no(unknown), *who])
 
     def _source(self, source: Source, who: list[Json], addresses: list[Json], rest: list[Json]) -> None:
-        for name, matched, unmatched, read in (
-            ("principals", source.principals, source.not_principals, _by_principal),
-            ("namespaces", source.namespaces, source.not_namespaces, _by_namespace),
-            ("serviceAccounts", source.service_accounts, source.not_service_accounts, _by_service_account),
-        ):
+        for name, matched, unmatched, read in _identities_of(source):
             who += self._pair(name, matched, unmatched, self._client(read))
         # "Remote" addresses are what a header says, which nobody vouches for.
         for name, ranges, others, read_range in (

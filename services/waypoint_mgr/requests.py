@@ -23,7 +23,6 @@ from services.waypoint_mgr.instances import STATISTICS_S, UNHEARD, EnvoyProcess
 REPORT_S: Final = 5.0
 SERIES_IN_A_MESSAGE: Final = 1000
 _PREFIX: Final = f"envoy_{REQUESTS}_"
-_LAST: Final = len(BOUNDS)
 _NO_ADDRESS: Final = "-"
 
 log = structlog.get_logger(__name__)
@@ -109,6 +108,7 @@ class Reporter:
     async def _tell(self, one: Served) -> None:
         """What cannot be had or said now is said the next time: nothing is lost while the Envoy runs."""
         try:
+            began_s = one.process.began_s
             text = await one.process.statistics(f"^{REQUESTS}\\.")
             series = await anyio.to_thread.run_sync(read, text)
         except UNHEARD as error:
@@ -123,7 +123,7 @@ class Reporter:
             )
         for start in range(0, max(len(series), 1), SERIES_IN_A_MESSAGE):
             part = series[start : start + SERIES_IN_A_MESSAGE]
-            sums = RequestSums(messages.VERSION, one.name, one.process.began_s, self._look, part)
+            sums = RequestSums(messages.VERSION, one.name, began_s, self._look, part)
             try:
                 if self.bus is not None:
                     await self.bus.publish(Subject.REQUESTS, messages.encode(sums))

@@ -53,7 +53,7 @@ class Configuration(msgspec.Struct, frozen=True):
     policies: tuple[Condition, ...] = ()
     """What is said of AuthorizationPolicies."""
     conflicts: tuple[str, ...] = ()
-    """Services that claim an address and port that another one has; the first by name keeps it."""
+    """Services that claim an address and port that another one has: its owner, else the first by name."""
 
     def listener(self, address: str, port: int) -> Json:
         return envoy.listener(address, port, self.chains)
@@ -101,11 +101,9 @@ def translate(
             if protocol is AppProtocol.TCP:
                 target, used = _tcp_target(at, routed, mesh)
                 chains += guard.tcp_chains(at, vips, logs, target)
-                backends |= used
-                as_backend |= dict.fromkeys(used - as_backend.keys(), AppProtocol.TCP)
-                continue
-            chains.append(guard.http_chain(at, vips, logs, tracing))
-            configurations[at.cluster], used = _route_configuration(at, routed, mesh)
+            else:
+                chains.append(guard.http_chain(at, vips, logs, tracing))
+                configurations[at.cluster], used = _route_configuration(at, routed, mesh)
             backends |= used
             for backend in used:
                 as_backend[backend] = max(as_backend.get(backend, AppProtocol.TCP), carried(routed))
