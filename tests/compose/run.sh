@@ -138,6 +138,22 @@ start_prober() { # a client that connects every 10 ms
 	until_true 10 test -s "$work/prober"
 }
 
+names() { # of services are answered in the pod, by the overlay, whichever server it asks
+	export COMPOSE_FILE=compose/compose.yaml:compose/dns.yaml
+	compose up --detach --wait --wait-timeout 120 || return 1
+	is_bound dns_proxy 0 21 39 && is_bound bpf_loader 0 19 21 || return 1 # SYS_ADMIN, BPF; SYS_PTRACE
+	cat >>"$PYKMESH_CONFIG_DIR/pods.yaml" <<-END || return 1
+		---
+		{apiVersion: v1, kind: Pod, metadata: {name: client}, status: {podIP: ${client_address:?}}}
+	END
+	until_true 20 name_is_answered
+}
+
+name_is_answered() {
+	[ "$(in_pod client "$python" -c 'import dns.message as m, dns.query as q
+print(q.udp(m.make_query("pod-web.default.svc.cluster.local", "A"), "10.77.0.1", timeout=1).answer[0][0])')" = $VIP ]
+}
+
 none_failed() { # what the prober saw until now
 	local pid
 	for pid in $(in_node cat "$client_cgroup/cgroup.procs"); do in_node kill -TERM "$pid" || return 1; done
@@ -196,6 +212,7 @@ check "the other is enrolled through bpf_loader's socket" enroll || finish
 check "the service's address answers" until_true 20 answers || finish
 check "so it does from a container to a container, by the README" containers || true
 check "a client connects every 10 ms" start_prober || finish
+check "names of services are answered, with dns.yaml over it" names || true
 check "bpf_loader is killed, and is healthy again" kill_loader || true
 check "docker compose down" down || finish
 check "the service still answers: the kernel keeps it" answers || true
