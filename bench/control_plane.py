@@ -1,5 +1,8 @@
 """A scripted control plane in a process of its own: nothing when asked, then what it is told.
 
+    python -m bench.control_plane SERVICES PODS [at-once]
+
+at-once: the whole mesh when asked.
 Commands come as JSON lines on standard input: `{"mesh": true}`, the whole mesh in one response;
 `{"health": n, "healthy": b}`, a pod's health; `{"replace": n}`, a pod is replaced. Answers go as JSON
 lines to standard output, `sent` and `acked` in seconds of CLOCK_MONOTONIC.
@@ -27,8 +30,9 @@ SERVICE = "envoy.service.discovery.v3.AggregatedDiscoveryService"
 class Plane:
     """Serves one client at a time."""
 
-    def __init__(self, services: int, pods: int) -> None:
+    def __init__(self, services: int, pods: int, *, at_once: bool) -> None:
         self.services, self.pods = services, pods
+        self.at_once = at_once
         self.mesh = meshes.response(list(meshes.mesh(services, pods)), "mesh")
         self.outbox: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
         self.sent: dict[str, float] = {}
@@ -46,6 +50,9 @@ class Plane:
 
     async def _read(self, request: Request) -> None:
         if not request.response_nonce:
+            if self.at_once and request.type_url == TYPE_URLS[ResourceType.ADDRESS]:
+                await self.outbox.put(("mesh", self.mesh))
+                return
             # An empty mesh at first: the processes are warm when the mesh comes.
             nonce = "first" if request.type_url == TYPE_URLS[ResourceType.ADDRESS] else "policies"
             empty = discovery_pb2.DeltaDiscoveryResponse(type_url=request.type_url, nonce=nonce)
@@ -95,8 +102,8 @@ def say(**what: object) -> None:
     print(json.dumps(what), flush=True)
 
 
-async def main(services: int, pods: int) -> None:
-    plane = Plane(services, pods)
+async def main(services: int, pods: int, *, at_once: bool) -> None:
+    plane = Plane(services, pods, at_once=at_once)
     server = grpc.aio.server(options=[("grpc.max_send_message_length", -1)])
     handler = grpc.stream_stream_rpc_method_handler(plane.stream, request_deserializer=Request.FromString)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
@@ -111,4 +118,4 @@ async def main(services: int, pods: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]), int(sys.argv[2])))
+    asyncio.run(main(int(sys.argv[1]), int(sys.argv[2]), at_once="at-once" in sys.argv[3:]))

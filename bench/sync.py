@@ -34,9 +34,9 @@ DEFAULT_ROOM = 250_000
 
 
 class ControlPlane:
-    def __init__(self, services: int, pods: int) -> None:
+    def __init__(self, services: int, pods: int, *words: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.control_plane", str(services), str(pods)],
+            [sys.executable, "-m", "bench.control_plane", str(services), str(pods), *words],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.last_sent = 0.0
