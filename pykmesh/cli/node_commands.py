@@ -120,6 +120,12 @@ def _parse_settings(values: tuple[str, ...]) -> dict[str, str]:
     help="The network namespace that waypoints run in (this one).",
 )
 @click.option(
+    "--kubeconfig",
+    default="",
+    metavar="FILE",
+    help="Run the waypoints of this API server on this node; with --xds-address.",
+)
+@click.option(
     "--otlp-endpoint",
     default="",
     envvar="OTEL_EXPORTER_OTLP_ENDPOINT",
@@ -159,6 +165,10 @@ def up(
     options = Options(**values, settings=_parse_settings(settings))
     if (options.config_dir is None) == (not options.xds_address):
         raise click.UsageError("give either --config-dir or --xds-address")
+    if options.config_dir and options.kubeconfig:
+        raise click.UsageError(
+            "with --config-dir waypoints are in that folder: --kubeconfig is of an istiod's cluster"
+        )
     _check_readable(options)
     if problem := obstacle(instance.pin_dir):
         raise Failure(problem)
@@ -170,8 +180,14 @@ def up(
 
 
 def _check_readable(options: Any) -> None:
-    """Failure for a file without which xds_client would only go on trying."""
-    files = {"--xds-root-cert": options.xds_root_cert, "--xds-token-file": options.xds_token_file}
+    """Failure for a file without which a process would only go on trying."""
+    from pykmesh.contracts.settings import IN_CLUSTER
+
+    files = {
+        "--xds-root-cert": options.xds_root_cert,
+        "--xds-token-file": options.xds_token_file,
+        "--kubeconfig": Path(options.kubeconfig) if options.kubeconfig not in ("", IN_CLUSTER) else None,
+    }
     for option, path in files.items():
         try:
             if path is not None:

@@ -138,7 +138,12 @@ def _manifest(namespace: str, name: str, for_: str) -> str:
 
 
 def _file(instance: Instance, namespace: str, name: str) -> Path:
-    return Path(_status(instance)["config_dir"]) / f"waypoint-{namespace}-{name}.yaml"
+    """Failure where waypoints are an API server's."""
+    said = _status(instance)
+    if said["kubeconfig"]:
+        how = "pykmesh waypoint generate NAME | kubectl apply -f -; kubectl delete gateway NAME"
+        raise Failure(f"waypoints are in the API server of {said['kubeconfig']}: {how}")
+    return Path(said["config_dir"]) / f"waypoint-{namespace}-{name}.yaml"
 
 
 def _status(instance: Instance) -> dict[str, Any]:
@@ -148,7 +153,7 @@ def _status(instance: Instance) -> dict[str, Any]:
     try:
         status: dict[str, Any] = fetch(found.ports.waypoint_mgr, "/status")
     except OSError as error:
-        why = "it runs with the embedded control plane only" if error.errno else str(error)
+        why = "it runs with --config-dir or --kubeconfig only" if error.errno else str(error)
         raise Failure(f"waypoint_mgr does not answer: {why}") from error
     return status
 

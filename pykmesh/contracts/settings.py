@@ -125,11 +125,18 @@ class DnsProxySettings(CommonSettings, frozen=True, kw_only=True):
     """Where a pod asks more servers than there is room for, one that was not asked for so long gives way."""
 
 
+IN_CLUSTER: Final = "in-cluster"
+
+
 class WaypointMgrSettings(CommonSettings, frozen=True, kw_only=True):
     admin_port: int = 15216
     enroll_socket: Path = Path("/run/pykmesh/default/enroll.sock")
     config_dir: Path = Path("config")
-    """Gateways, routes and services, as YAML."""
+    """Gateways, routes, policies and services, as YAML."""
+    kubeconfig: str = ""
+    """Of an API server that has them instead: a file, or IN_CLUSTER: by this pod's service account."""
+    node_name: str = ""
+    """This node's among those whose waypoints the API server is told of; empty: the host's name."""
     waypoints_dir: Path = Path("/run/pykmesh/default/waypoints")
     """Where the control plane is told which instances waypoints have."""
     envoys_dir: Path = Path("/run/pykmesh/default/envoys")

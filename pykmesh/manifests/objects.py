@@ -442,8 +442,11 @@ class AuthorizationPolicy(_Object, frozen=True, kw_only=True):
                 raise ValueError(f"a target in another namespace ({target.namespace}) cannot be had")
 
 
-WAYPOINT_CLASSES = ("istio-waypoint", "pykmesh-waypoint")
+WAYPOINT_CLASS = "pykmesh-waypoint"
+WAYPOINT_CLASSES = frozenset({"istio-waypoint", WAYPOINT_CLASS})
 """Gateway classes whose Gateways are waypoints."""
+CLUSTER_CLASSES = frozenset({WAYPOINT_CLASS})
+"""Of them those that are ours beside an istiod, which runs its own."""
 NAMESPACE_NAME = "kubernetes.io/metadata.name"
 USE_WAYPOINT = "istio.io/use-waypoint"
 USE_WAYPOINT_NAMESPACE = "istio.io/use-waypoint-namespace"

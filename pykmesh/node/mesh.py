@@ -49,6 +49,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     waypoint_address: str = ""
     """Where waypoints listen, for this node's pods."""
     waypoint_netns: Path | None = None
+    kubeconfig: str = ""
+    """Of the API server whose Gateways are run here, beside an istiod."""
     settings: dict[str, str] = {}
     """Further settings by their environment names, over all others."""
 
@@ -56,7 +58,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 def service_names(options: Options) -> list[str]:
     """The services that run with these options."""
     names = [*SERVICES, DNS] if options.dns else list(SERVICES)
-    return [*names, WAYPOINTS] if options.config_dir else names
+    return [*names, WAYPOINTS] if options.config_dir or options.kubeconfig else names
 
 
 def port_names(options: Options) -> list[str]:
@@ -138,6 +140,8 @@ def _service(instance: Instance, options: Options, name: str) -> CommonSettings:
             waypoint_cgroup=waypoints.cgroup(instance, options.cgroup_root or find_root()),
             waypoint_address=options.waypoint_address,
             waypoint_netns=options.waypoint_netns,
+            kubeconfig=options.kubeconfig,
+            node_name=options.node_name,
         )
     return LoaderSettings(
         **common,  # type: ignore[arg-type]

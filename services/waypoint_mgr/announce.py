@@ -1,7 +1,8 @@
-"""Tells the control plane which instances waypoints have: each has a Service, each instance an EndpointSlice.
+"""Tells the control plane where waypoints are: each has a Service, each node's front an EndpointSlice.
 
 That is how every node learns of them, by the workload API as of all else. A waypoint's Service has the
-port HANDOFF_PORT, by which data planes tell it from one of Istio's own.
+port HANDOFF_PORT, by which data planes tell it from one of Istio's own. To the embedded control plane it is
+said in files, here; to an API server by cluster_writer.py.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import hashlib
 import ipaddress
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
+import msgspec
 import yaml
 
 from pykmesh.contracts.waypoints import HANDOFF_PORT
-from pykmesh.manifests.objects import GATEWAY_NAME, Gateway
+from pykmesh.manifests.objects import GATEWAY_NAME, USE_WAYPOINT, Gateway, ObjectRef
+from services.waypoint_mgr.attachments import Condition
 
 PORT_NAME: Final = "handoff"
 SUFFIX: Final = ".yaml"
@@ -30,16 +33,39 @@ class Place(NamedTuple):
     port: int
 
 
+class Announced(msgspec.Struct, frozen=True):
+    """A waypoint, by its Gateway. `manifests` None: it is not known yet what runs; what was said stays."""
+
+    ref: ObjectRef
+    uid: str
+    hostname: str
+    manifests: list[dict[str, Any]] | None
+    is_reachable: bool = False
+    """The mesh knows that somebody takes connections there."""
+
+
+class Said(msgspec.Struct, frozen=True):
+    waypoints: tuple[Announced, ...] = ()
+    routes: Mapping[ObjectRef, tuple[Condition, ...]] = {}
+    """All there are, with what waypoints say of them."""
+
+
+class Announcer(Protocol):
+    def say(self, said: Said) -> None:
+        """Takes what is so. OSError when that cannot be told for some of it; it is for the rest."""
+
+
 def objects(waypoint: Gateway, places: Iterable[Place]) -> list[dict[str, Any]]:
     """As manifests. The Service is there also where no instance is: its traffic is then refused by name."""
     labels = {GATEWAY_NAME: waypoint.name}
+    own = {**labels, USE_WAYPOINT: "none"}  # it goes by way of nobody, whatever its namespace does
     service = {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": {"name": waypoint.name, "namespace": waypoint.namespace, "labels": labels},
+        "metadata": {"name": waypoint.name, "namespace": waypoint.namespace, "labels": own},
         "spec": {
             "ipFamilyPolicy": "PreferDualStack",
-            "ports": [{"name": PORT_NAME, "port": HANDOFF_PORT}],
+            "ports": [{"name": PORT_NAME, "port": HANDOFF_PORT, "protocol": "TCP"}],
         },
     }
     return [service, *(_slice(waypoint, labels, place) for place in places)]
@@ -55,8 +81,8 @@ def _slice(waypoint: Gateway, labels: dict[str, str], place: Place) -> dict[str,
             "labels": {**labels, "kubernetes.io/service-name": waypoint.name},
         },
         "addressType": f"IPv{ipaddress.ip_address(place.address).version}",
-        "endpoints": [{"addresses": [place.address]}],
-        "ports": [{"name": PORT_NAME, "port": place.port}],
+        "endpoints": [{"addresses": [place.address], "conditions": {"ready": True}}],
+        "ports": [{"name": PORT_NAME, "port": place.port, "protocol": "TCP"}],
     }
 
 
@@ -66,32 +92,29 @@ class Announcements:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def put(self, waypoints: Mapping[str, list[dict[str, Any]] | None]) -> None:
-        """Makes the files say this and nothing else. None: the file stays as it is.
-
-        OSError when that cannot be done for one of them; it is for the others.
-        """
+    def say(self, said: Said) -> None:
+        """Makes the files say this and nothing else. The folder has no statuses."""
         self._directory.mkdir(parents=True, exist_ok=True)
         errors: list[str] = []
-        paths = {name: self._directory / f"{_file_name(name)}{SUFFIX}" for name in waypoints}
-        for name, found in waypoints.items():
+        paths = {each.ref: self._directory / f"{_file_name(each.ref)}{SUFFIX}" for each in said.waypoints}
+        for each in said.waypoints:
             try:
-                if found is not None:
-                    _write(paths[name], yaml.safe_dump_all(found, sort_keys=False))
+                if each.manifests is not None:
+                    _write(paths[each.ref], yaml.safe_dump_all(each.manifests, sort_keys=False))
             except OSError as error:
-                errors.append(f"{name}: {error}")
+                errors.append(f"{each.ref}: {error}")
         for path in set(self._directory.glob(f"*{SUFFIX}")) - set(paths.values()):
             path.unlink(missing_ok=True)
         if errors:
             raise OSError("; ".join(errors))
 
 
-def _file_name(waypoint: str) -> str:
-    """Of a waypoint's `namespace/name`; a digest of one that is too long."""
-    name = waypoint.replace("/", "_")  # which no name has
+def _file_name(waypoint: ObjectRef) -> str:
+    """A digest of one that is too long."""
+    name = f"{waypoint.namespace}_{waypoint.name}"  # no name has a _
     if len(name) <= NAME_MAX:
         return name
-    return f"{name[: NAME_MAX - 33]}-{hashlib.blake2b(waypoint.encode(), digest_size=16).hexdigest()}"
+    return f"{name[: NAME_MAX - 33]}-{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}"
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Wires waypoint_mgr: the folder -> waypoints and their instances; the bus -> their configuration -> Envoys.
+"""Wires waypoint_mgr: a folder or API server -> waypoints, their instances; the bus -> their configuration.
 
 An Envoy gets its configuration by ADS and goes on with what it has while this process, map_writer or the
 bus is away.
@@ -6,7 +6,9 @@ bus is away.
 
 from __future__ import annotations
 
+import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,11 +22,11 @@ from pykmesh.contracts.enrollment import Action, EnrollmentError, ask_for_cgroup
 from pykmesh.contracts.messages import ContractError, MapReport, Subject
 from pykmesh.contracts.settings import WaypointMgrSettings
 from pykmesh.contracts.waypoints import MeshService, WaypointsReply, WaypointsRequest
-from pykmesh.manifests.objects import Gateway, ObjectRef
+from pykmesh.manifests.objects import Gateway, ObjectRef, ref_of
 from pykmesh.process import Runtime
 from services.waypoint_mgr import announce, fleet
 from services.waypoint_mgr.ads import AdsServer
-from services.waypoint_mgr.announce import Announcements
+from services.waypoint_mgr.announce import Announced, Announcements, Announcer, Said
 from services.waypoint_mgr.attachments import Condition
 from services.waypoint_mgr.encode import EncodeError, resources
 from services.waypoint_mgr.fleet import Fleet
@@ -44,6 +46,7 @@ SETTLE_S: Final = 0.02
 """Changes that come this soon after one another are taken together."""
 ENROLL_S: Final = 5.0
 RETRY_S: Final = 0.1
+KUBECONFIG_S: Final = 5.0
 
 
 class WaypointMgr:
@@ -54,7 +57,7 @@ class WaypointMgr:
         self._settings = runtime.settings
         self._ads = ads
         self.members: Fleet
-        self._announcements = Announcements(runtime.settings.waypoints_dir)
+        self.announcer: Announcer = Announcements(runtime.settings.waypoints_dir)
         self._objects: Objects | None = None
         self._errors: tuple[str, ...] = ()
         """What is wrong in the folder."""
@@ -75,7 +78,7 @@ class WaypointMgr:
         self._due.set()
 
     def configured(self, objects: Objects) -> None:
-        """From the folder. Nothing is done until it was whole once: a policy may be in what is missing."""
+        """From the source. Nothing is done until it was whole once: a policy may be in what is missing."""
         self._errors = objects.errors
         if self._objects is None and not objects.is_whole:
             for error in objects.errors:
@@ -161,14 +164,14 @@ class WaypointMgr:
         return reply.is_synced
 
     def _backends(self, objects: Objects) -> list[str]:
-        """The services that routes name, whether they are there or not."""
+        """The services that routes name, whether they are there or not, and the waypoints' own."""
         domain = self._settings.cluster_domain
         found = dict.fromkeys(
             mesh_name(ref.namespace or route.namespace, ref.name, domain)
             for route in objects.routes
             for ref in route.spec.backends
         )
-        return list(found)
+        return [*{**found, **dict.fromkeys(objects.waypoints)}]
 
     async def _configure(self, name: str, waypoint: Gateway, objects: Objects, mesh: WaypointsReply) -> None:
         """Also for services that may come by way of it: their connections must find it ready for them."""
@@ -225,18 +228,24 @@ class WaypointMgr:
 
     def _announce(self, objects: Objects) -> None:
         """Nothing is taken back before it is known what runs."""
-        said = {
-            f"{waypoint.namespace}/{waypoint.name}": self._manifests(name, waypoint)
-            for name, waypoint in objects.waypoints.items()
-        }
+        conditions: dict[ObjectRef, list[Condition]] = {route.ref: [] for route in objects.routes}
+        for found in self._configurations.values():
+            for condition in found.conditions:
+                conditions.setdefault(condition.of, []).append(condition)
+        waypoints = tuple(self._announced(name, each) for name, each in objects.waypoints.items())
         try:
-            self._announcements.put(said)
+            self.announcer.say(Said(waypoints, {ref: tuple(said) for ref, said in conditions.items()}))
         except OSError as error:
             self._runtime.note_error("instances_not_announced", error=error)
 
-    def _manifests(self, name: str, waypoint: Gateway) -> list[dict[str, Any]] | None:
+    def _announced(self, name: str, waypoint: Gateway) -> Announced:
         places = self.members.places(name) if self.is_enrolled else None
-        return None if places is None else announce.objects(waypoint, places)
+        manifests = None if places is None else announce.objects(waypoint, places)
+        own = next((s for s in self._mesh.services if s.name == name), None) if self._mesh else None
+        known = {(e.address, e.port) for port in own.ports for e in port.endpoints} if own else set()
+        is_reachable = any((place.address, place.port) in known for place in places or ())
+        hostname = name.partition("/")[2]
+        return Announced(ref_of(waypoint), waypoint.metadata.uid, hostname, manifests, is_reachable)
 
     @property
     def has_waypoints(self) -> bool:
@@ -250,6 +259,7 @@ class WaypointMgr:
                 {"policy": str(ref), "why": why} for ref, why in unenforced(objects, self._users()).items()
             ],
             "manifest_errors": list(self._errors),
+            "kubeconfig": self._settings.kubeconfig,
             "config_dir": str(self._settings.config_dir.resolve()),
         }
 
@@ -322,14 +332,39 @@ async def run(runtime: Runtime[WaypointMgrSettings]) -> None:
         tasks.start_soon(ads.serve, ads_socket, manager.wake)
         await tasks.start(members.run)
         tasks.start_soon(_enroll, settings, manager)
-        poll_s = settings.poll_ms / 1000
-        tasks.start_soon(watch, settings.config_dir, settings.cluster_domain, poll_s, manager.configured)
+        if settings.kubeconfig:
+            tasks.start_soon(_follow_cluster, settings, manager, runtime.note_error)
+        else:
+            poll_s = settings.poll_ms / 1000
+            tasks.start_soon(watch, settings.config_dir, settings.cluster_domain, poll_s, manager.configured)
         tasks.start_soon(manager.run)
         tasks.start_soon(reporter.run, members.served)
         bus = await runtime.connect_bus()
         reporter.bus = bus
         await bus.subscribe(Subject.MAP_REPORT, manager.reported)
         await anyio.sleep_forever()
+
+
+async def _follow_cluster(
+    settings: WaypointMgrSettings, manager: WaypointMgr, note_error: Callable[..., None]
+) -> None:
+    """Until cancelled. The library is loaded by those alone who have a cluster."""
+    from services.waypoint_mgr.cluster import FAILURES, Cluster, connect  # noqa: PLC0415
+    from services.waypoint_mgr.cluster_writer import ClusterWriter  # noqa: PLC0415
+
+    while True:
+        try:
+            client = connect(settings.kubeconfig)
+            break
+        except (*FAILURES, ValueError) as error:
+            note_error("kubeconfig_not_read", kubeconfig=settings.kubeconfig, error=error)
+            await anyio.sleep(KUBECONFIG_S)
+    cluster = Cluster(client, settings.cluster_domain, manager.configured, note_error)
+    node = settings.node_name or socket.gethostname()
+    manager.announcer = writer = ClusterWriter(client, cluster, node, note_error)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(cluster.run)
+        tasks.start_soon(writer.run)
 
 
 async def _enroll(settings: WaypointMgrSettings, manager: WaypointMgr) -> None:

@@ -1,8 +1,11 @@
-"""What is configured: Gateways that are waypoints, routes and services, from a folder that is watched."""
+"""What is configured: Gateways that are waypoints, routes, policies and services.
+
+From a folder that is watched, here, or from an API server (cluster.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -11,11 +14,12 @@ import anyio.to_thread
 import msgspec
 
 from pykmesh.manifests.authorization_policy import Action, AuthorizationPolicySpec
-from pykmesh.manifests.folder import Content, Folder
+from pykmesh.manifests.folder import Folder
 from pykmesh.manifests.http_route import HTTPRouteSpec
 from pykmesh.manifests.objects import (
     USE_WAYPOINT,
     USE_WAYPOINT_NAMESPACE,
+    WAYPOINT_CLASSES,
     AuthorizationPolicy,
     Gateway,
     GRPCRoute,
@@ -135,19 +139,29 @@ class Objects(msgspec.Struct, frozen=True):
     """False when a file that was never good is missing in it."""
 
     @classmethod
-    def of(cls, content: Content, domain: str) -> Objects:
-        objects = [located.object for located in content.objects]
+    def of(
+        cls,
+        objects: Iterable[Object],
+        domain: str,
+        *,
+        errors: Iterable[str] = (),
+        is_whole: bool = True,
+        classes: Collection[str] = WAYPOINT_CLASSES,
+    ) -> Objects:
+        """`classes`: of the Gateways that are waypoints here."""
+        objects = [*objects]
+        gateways = (o for o in objects if isinstance(o, Gateway) and o.spec.gateway_class_name in classes)
         entry_hosts = {ref_of(o): o.spec.hosts for o in objects if isinstance(o, ServiceEntry)}
         return cls(
-            waypoints=_by_mesh_name((o for o in objects if isinstance(o, Gateway) and o.is_waypoint), domain),
+            waypoints=_by_mesh_name(gateways, domain),
             services=_by_mesh_name((o for o in objects if isinstance(o, Service)), domain),
             routes=tuple(Route.of(o) for o in objects if isinstance(o, HTTPRoute | GRPCRoute | TCPRoute)),
             policies=tuple(
                 Policy.of(o, domain, entry_hosts) for o in objects if isinstance(o, AuthorizationPolicy)
             ),
             namespaces={o.name: o.labels for o in objects if isinstance(o, Namespace)},
-            errors=tuple(map(str, content.errors)),
-            is_whole=not content.refused,
+            errors=tuple(errors),
+            is_whole=is_whole,
         )
 
     def namespaces_of(self, waypoint: Gateway) -> set[str]:
@@ -184,7 +198,13 @@ async def watch(path: Path, domain: str, poll_s: float, changed: Callable[[Objec
     while True:
         sight = await anyio.to_thread.run_sync(folder.look)
         if last is None or folder.has_changed(sight):
-            found = Objects.of(await anyio.to_thread.run_sync(folder.read, sight), domain)
+            content = await anyio.to_thread.run_sync(folder.read, sight)
+            found = Objects.of(
+                (located.object for located in content.objects),
+                domain,
+                errors=map(str, content.errors),
+                is_whole=not content.refused,
+            )
             if found != last:
                 last = found
                 changed(found)

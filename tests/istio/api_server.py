@@ -11,7 +11,7 @@ from typing import Any, Final
 Object = dict[str, Any]
 TIMEOUT_S: Final = 30.0
 ISTIO_AUDIENCE: Final = "istio-ca"
-_OF_NO_NAMESPACE: Final = {"CustomResourceDefinition", "Namespace", "Node"}
+_OF_NO_NAMESPACE: Final = {"CustomResourceDefinition", "GatewayClass", "Namespace", "Node"}
 _APPLY: Final = "application/apply-patch+yaml"
 _MERGE: Final = "application/merge-patch+json"
 
@@ -103,4 +103,6 @@ def _path(found: Object) -> str:
 def _plural(word: str) -> str:
     if word[-1] == "y" and word[-2] not in "aeiou":
         return f"{word[:-1]}ies"
+    if word[-1] == "s":
+        return f"{word}es"
     return f"{word}s"

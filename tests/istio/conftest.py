@@ -19,11 +19,15 @@ _NUMBERS = itertools.count(1)
 
 
 class Mesh(NamedTuple):
-    """A node that follows istiod, with an enrolled client and three servers that tests make pods of."""
+    """A node that follows istiod, with an enrolled client and three servers that tests make pods of.
+
+    The API server's waypoints run in the pod `waypoint`.
+    """
 
     node: Node
     client: Pod
     web: list[Pod]
+    waypoint: Pod
 
 
 @pytest.fixture(scope="session")
@@ -52,14 +56,15 @@ def mesh(control_plane: ControlPlane, tmp_path_factory: pytest.TempPathFactory) 
     clients = Namespace(control_plane.api, "clients")
     try:
         with node.network as network:
-            client = network.add("client", 10)
+            client, waypoint = network.add("client", 10), network.add("waypoint", 11)
             web = [network.add(f"web-{i}", 20 + i) for i in (1, 2, 3)]
             for server in web:
                 serve(server, "--http", "8080", "--http", "8081", "--udp", "9090")
             clients.apply(pod("client", str(client.address4), str(client.address6), app="client"))
-            node.start()
+            listens = ("--waypoint-address", str(waypoint.address4), "--waypoint-netns", str(waypoint.netns))
+            node.start("--kubeconfig", str(control_plane.kubeconfig), *listens)
             node.enroll(client)
-            yield Mesh(node, client, web)
+            yield Mesh(node, client, web, waypoint)
             said = node.status()["processes"]["xds_client"]
             assert (said["connected"], said["nacks"]) == (True, 0), said
     finally:

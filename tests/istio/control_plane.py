@@ -48,6 +48,7 @@ class ControlPlane:
         self._directory = directory
         self._ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
         self._processes: dict[str, Process] = {}
+        self._api_server_words: list[str | Path]
         self.api: ApiServer
 
     def __enter__(self) -> Self:
@@ -73,6 +74,11 @@ class ControlPlane:
         return f"127.0.0.1:{self._ports['xds_tls']}"
 
     @property
+    def kubeconfig(self) -> Path:
+        """Of the API server."""
+        return self._directory / "kubeconfig"
+
+    @property
     def istiod(self) -> Process:
         return self._processes["istiod"]
 
@@ -83,6 +89,11 @@ class ControlPlane:
     def logs(self) -> str:
         """The end of each process's log."""
         return "\n".join(f"--- {p.log}\n{p.tail()}" for p in self._processes.values())
+
+    def restart_api_server(self) -> None:
+        """On its port, with its store, its certificate and its token. It serves when this returns."""
+        self._processes["kube-apiserver"].end()
+        self._run_api_server()
 
     def stop_istiod(self) -> None:
         """Fails when it ended by itself before."""
@@ -102,7 +113,7 @@ class ControlPlane:
             self._binaries.istiod, "discovery",
             *(f"--{flag}=127.0.0.1:{self._ports[port]}" for flag, port in listen.items()),
             "--httpsAddr=", "--ctrlz_port=0", "--shutdownDuration=1s",
-            "--kubeconfig", self._directory / "kubeconfig", "--registries=Kubernetes",
+            "--kubeconfig", self.kubeconfig, "--registries=Kubernetes",
             "--clusterID=Kubernetes", "--domain=cluster.local", "--namespace=istio-system",
             "--meshConfig", self._directory / "mesh.yaml",
             "--networksConfig", self._directory / "none.yaml",
@@ -144,7 +155,7 @@ class ControlPlane:
         authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(certificate)
         trustme.CA().private_key_pem.write_to_path(signer)
         tokens.write_text(f'{token},admin,admin,"system:masters"\n')
-        api_server = self._start("kube-apiserver", [
+        self._api_server_words = [
             self._binaries.kube_apiserver, f"--etcd-servers=http://127.0.0.1:{self._ports['etcd']}",
             "--bind-address=127.0.0.1", f"--secure-port={self._ports['api']}",
             "--tls-cert-file", certificate, "--tls-private-key-file", certificate,
@@ -155,10 +166,14 @@ class ControlPlane:
             "--service-account-issuer=https://kubernetes.default.svc",
             "--api-audiences=https://kubernetes.default.svc,istio-ca",
             "--service-account-key-file", signer, "--service-account-signing-key-file", signer,
-        ])  # fmt: skip
+        ]  # fmt: skip
         self.api = ApiServer(self._ports["api"], token, root)
-        api_server.until(lambda: self.api.request("GET", "/readyz") == "ok", "readiness")
+        self._run_api_server()
         self._write_kubeconfig(token, root)
+
+    def _run_api_server(self) -> None:
+        api_server = self._start("kube-apiserver", self._api_server_words)
+        api_server.until(lambda: self.api.request("GET", "/readyz") == "ok", "readiness")
 
     def _write_kubeconfig(self, token: str, root: Path) -> None:
         server = {"server": f"https://127.0.0.1:{self._ports['api']}", "certificate-authority": str(root)}
@@ -170,7 +185,7 @@ class ControlPlane:
             "contexts": [{"name": "tests", "context": {"cluster": "tests", "user": "admin"}}],
             "current-context": "tests",
         }
-        (self._directory / "kubeconfig").write_text(yaml.safe_dump(config))
+        self.kubeconfig.write_text(yaml.safe_dump(config))
 
     def _install_crds(self) -> None:
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -1,0 +1,256 @@
+"""What an API server says of waypoints and of what they are for: each kind is listed, then watched.
+
+An object that cannot be read counts as it last was. A policy that never could be is taken to refuse all that
+it is for: one broken policy must neither let anybody in nor hold up the waypoints of others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from functools import cache
+from typing import Any, Final, NamedTuple
+
+import anyio
+import httpx2
+import msgspec
+import structlog
+from lightkube.config.kubeconfig import KubeConfig
+from lightkube.core.async_client import AsyncClient
+from lightkube.core.exceptions import ApiError, ConfigError
+from lightkube.core.resource import (
+    ApiInfo,
+    GlobalSubResource,
+    NamespacedResourceG,
+    NamespacedSubResource,
+    Resource,
+    ResourceDef,
+)
+from lightkube.generic_resource import (
+    Generic,
+    GenericGlobalResource,
+    GenericNamespacedResource,
+    create_api_info,
+)
+
+from pykmesh.contracts.settings import IN_CLUSTER
+from pykmesh.manifests.authorization_policy import Action
+from pykmesh.manifests.objects import (
+    CLUSTER_CLASSES,
+    KINDS,
+    AuthorizationPolicy,
+    Object,
+    ObjectRef,
+    from_plain,
+    ref_of,
+)
+from services.waypoint_mgr.source import Objects
+
+log = structlog.get_logger(__name__)
+
+Plain = dict[str, Any]
+FAILURES: Final = (httpx2.HTTPError, ConfigError, OSError)
+"""What a request to an API server may end with."""
+WATCH_S: Final = 300
+"""A watch ends after this time, and begins again where it was."""
+SILENCE_S: Final = WATCH_S + 30.0
+"""A watch that says nothing for so long may be dead: the kind is listed anew."""
+RETRY_S: Final = 1.0
+MISSING_S: Final = 30.0
+"""How often a kind is asked for that the server does not have."""
+SETTLE_S: Final = 0.02
+CHUNK: Final = 500
+NOT_FOUND: Final = 404
+
+
+class Kind(NamedTuple):
+    group: str
+    versions: tuple[str, ...]
+    """Of those that the server has the first is read."""
+    name: str
+    plural: str
+    is_namespaced: bool = True
+
+
+READ: Final = (
+    Kind("", ("v1",), "Namespace", "namespaces", is_namespaced=False),
+    Kind("", ("v1",), "Service", "services"),
+    Kind("networking.istio.io", ("v1", "v1beta1"), "ServiceEntry", "serviceentries"),
+    Kind("gateway.networking.k8s.io", ("v1", "v1beta1"), "Gateway", "gateways"),
+    Kind("gateway.networking.k8s.io", ("v1", "v1beta1"), "HTTPRoute", "httproutes"),
+    Kind("gateway.networking.k8s.io", ("v1",), "GRPCRoute", "grpcroutes"),
+    Kind("gateway.networking.k8s.io", ("v1", "v1alpha2"), "TCPRoute", "tcproutes"),
+    Kind("security.istio.io", ("v1", "v1beta1"), "AuthorizationPolicy", "authorizationpolicies"),
+)
+
+
+@cache
+def resource(kind: Kind, version: str = "") -> Any:
+    """The kind as lightkube has it, its objects in plain types."""
+    parent: type[Resource] = GenericNamespacedResource if kind.is_namespaced else GenericGlobalResource
+    info = create_api_info(kind.group, version or kind.versions[0], kind.name, kind.plural)
+    return type(kind.name, (parent,), {"_api_info": info})
+
+
+@cache
+def status_of(kind: Kind, version: str = "") -> Any:
+    """The status of a kind, which is written for itself."""
+    of = ResourceDef(kind.group, version or kind.versions[0], kind.name)
+    info = ApiInfo(of, kind.plural, ["get", "patch"], of, "status")
+    parent: type[Resource] = NamespacedSubResource if kind.is_namespaced else GlobalSubResource
+    return type("Status", (parent, Generic), {"_api_info": info})
+
+
+def everywhere(of: Any) -> dict[str, Any]:
+    """Words for a request about objects of all namespaces."""
+    return {"namespace": "*"} if issubclass(of, NamespacedResourceG) else {}
+
+
+def connect(kubeconfig: str) -> AsyncClient:
+    """A client of the API server that a file names, or the pod's own. ConfigError, OSError, ValueError."""
+    if kubeconfig == IN_CLUSTER:
+        found = KubeConfig.from_service_account()
+    else:
+        found = KubeConfig.from_file(kubeconfig)
+    return AsyncClient(config=found.get())
+
+
+class _Read(NamedTuple):
+    """An object as it came, what it says, and why that may be less."""
+
+    plain: Plain
+    version: str
+    object: Object | None
+    error: str
+
+
+class Cluster:
+    """Tells what is configured, once every kind was listed, and whenever that changes."""
+
+    def __init__(
+        self,
+        client: AsyncClient,
+        domain: str,
+        changed: Callable[[Objects], None],
+        note_error: Callable[..., None],
+    ) -> None:
+        self._client = client
+        self._domain = domain
+        self._changed = changed
+        self._note_error = note_error
+        self._held: dict[Kind, dict[ObjectRef, _Read]] = {}
+        self._due = anyio.Event()
+
+    def plain(self, ref: ObjectRef) -> Plain | None:
+        """An object as the server has it; None when there is none."""
+        for held in self._held.values():
+            if ref in held:
+                return held[ref].plain
+        return None
+
+    async def run(self) -> None:
+        """Until cancelled. While the server is away what it said counts."""
+        async with anyio.create_task_group() as tasks:
+            for kind in READ:
+                tasks.start_soon(self._follow, kind)
+            await self._tell()
+
+    async def _tell(self) -> None:
+        last: Objects | None = None
+        while True:
+            await self._due.wait()
+            await anyio.sleep(SETTLE_S)
+            self._due = anyio.Event()
+            if len(self._held) == len(READ) and (found := self._objects()) != last:
+                last = found
+                self._changed(found)
+
+    def _objects(self) -> Objects:
+        reads = [each for kind in READ for _, each in sorted(self._held[kind].items())]
+        objects = [each.object for each in reads if each.object is not None]
+        errors = [each.error for each in reads if each.error]
+        return Objects.of(objects, self._domain, errors=errors, classes=CLUSTER_CLASSES)
+
+    async def _follow(self, kind: Kind) -> None:
+        told = ""
+        while True:
+            try:
+                async for _ in self._changes(kind):
+                    told = ""
+                    self._due.set()
+            except (*FAILURES, TimeoutError) as error:
+                if told != repr(error):
+                    told = repr(error)
+                    self._note_error("api_server_not_followed", kind=kind.name, error=error)
+            await anyio.sleep(RETRY_S)
+
+    async def _changes(self, kind: Kind) -> AsyncIterator[None]:
+        """Takes a list, then what changes; one turn for each. Ends when the kind is to be listed anew."""
+        for version in kind.versions:
+            found = resource(kind, version)
+            listed = self._client.list(found, chunk_size=CHUNK, **everywhere(found))
+            try:
+                self._take_all(kind, [each async for each in listed])
+            except ApiError as error:
+                if error.status.code == NOT_FOUND:
+                    continue
+                raise
+            yield
+            watch = self._client.watch(
+                found, resource_version=listed.resourceVersion, server_timeout=WATCH_S, **everywhere(found)
+            )
+            events = aiter(watch)
+            while True:
+                with anyio.fail_after(SILENCE_S):
+                    event, plain = await anext(events)
+                self._take(kind, plain, is_gone=event == "DELETED")
+                yield
+        self._take_all(kind, [])
+        yield
+        await anyio.sleep(MISSING_S)
+
+    def _take_all(self, kind: Kind, listed: Iterable[Mapping[str, Any]]) -> None:
+        before = self._held.get(kind, {})
+        self._held[kind] = {}
+        for plain in listed:
+            ref = _ref(kind, plain)
+            self._held[kind][ref] = _read(kind, ref, dict(plain), before.get(ref))
+
+    def _take(self, kind: Kind, plain: Mapping[str, Any], *, is_gone: bool) -> None:
+        ref, held = _ref(kind, plain), self._held[kind]
+        if is_gone:
+            held.pop(ref, None)
+        else:
+            held[ref] = _read(kind, ref, dict(plain), held.get(ref))
+
+
+def _ref(kind: Kind, plain: Mapping[str, Any]) -> ObjectRef:
+    metadata = plain["metadata"]
+    return ObjectRef(kind.name, metadata.get("namespace", ""), metadata["name"])
+
+
+def _read(kind: Kind, ref: ObjectRef, plain: Plain, before: _Read | None) -> _Read:
+    version = plain["metadata"].get("resourceVersion", "")
+    if before is not None and before.version == version:
+        return before
+    try:
+        found = from_plain(plain, KINDS[kind.group, kind.name])
+    except msgspec.ValidationError as error:
+        kept = before.object if before else None
+        return _Read(plain, version, kept or _stand_in(ref, plain), f"{ref}: {error}")
+    if ref_of(found) != ref:
+        return _Read(plain, version, None, f"{ref}: is read as {ref_of(found)}")
+    return _Read(plain, version, found, "")
+
+
+def _stand_in(ref: ObjectRef, plain: Plain) -> Object | None:
+    """What a policy that cannot be read is taken for: it refuses everybody, where it says for whom it is."""
+    if ref.kind != AuthorizationPolicy.__name__:
+        return None
+    said = plain.get("spec", {})
+    targets = {key: said[key] for key in ("targetRef", "targetRefs") if key in said}
+    spec = {**targets, "action": Action.DENY.value, "rules": [{}]}
+    try:
+        metadata = {"name": ref.name, "namespace": ref.namespace}
+        return from_plain({"metadata": metadata, "spec": spec}, AuthorizationPolicy)
+    except msgspec.ValidationError:
+        return None

@@ -1,0 +1,95 @@
+"""What is written on Gateways and routes in an API server, by what waypoints are and say. Pure.
+
+Names, types and reasons are Gateway API's. A condition that stays as it was keeps its time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from services.waypoint_mgr.attachments import ACCEPTED, Condition
+
+Plain = dict[str, Any]
+CONTROLLER: Final = "pykmesh.io/waypoint"
+"""Who writes: the class's controllerName."""
+PROGRAMMED: Final = "Programmed"
+_PENDING: Final = "Pending"
+_TIME: Final = "lastTransitionTime"
+
+
+def gateway_status(
+    gateway: Plain, addresses: Sequence[str], hostname: str, is_reachable: bool, now: str
+) -> Plain:
+    """Of a Gateway, as the server has it.
+
+    `addresses`: of its Service. It has them once somebody answers there, and keeps them: a control plane
+    sends traffic past a waypoint that has no address.
+    """
+    before: Plain = gateway.get("status", {})
+    known = before.get("addresses", [])
+    if is_reachable:
+        known = [{"type": "IPAddress", "value": each} for each in addresses]
+        known.append({"type": "Hostname", "value": hostname})
+    why = "connections are taken" if is_reachable else "nobody takes connections: what is for it is refused"
+    said = [
+        _condition(ACCEPTED, True, ACCEPTED, "pykmesh runs it"),
+        _condition(PROGRAMMED, is_reachable, PROGRAMMED if is_reachable else _PENDING, why),
+    ]
+    conditions = _dated(said, before.get("conditions", ()), gateway, now)
+    return {"addresses": known, "conditions": conditions}
+
+
+def class_status(gateway_class: Plain, now: str) -> Plain:
+    said = [_condition(ACCEPTED, True, ACCEPTED, "waypoint_mgr runs its Gateways")]
+    before = gateway_class.get("status", {}).get("conditions", ())
+    return {"conditions": _dated(said, before, gateway_class, now)}
+
+
+def route_parents(route: Plain, said: Iterable[Condition], now: str) -> list[Plain]:
+    """All of a route's parents: what others say of it stays, and what we said and say no more goes."""
+    before: list[Plain] = route.get("status", {}).get("parents", [])
+    kept = [each for each in before if each.get("controllerName") != CONTROLLER]
+    ours = {_key(each["parentRef"]): each for each in before if each.get("controllerName") == CONTROLLER}
+    found = []
+    conditions = [*said]
+    for parent in route.get("spec", {}).get("parentRefs", ()):
+        own = [_told(each) for each in conditions if _is(each, parent, route)]
+        if own:
+            old = ours.get(_key(parent), {}).get("conditions", ())
+            dated = _dated(own, old, route, now)
+            found.append({"parentRef": parent, "controllerName": CONTROLLER, "conditions": dated})
+    return kept + found
+
+
+def _is(condition: Condition, parent: Plain, route: Plain) -> bool:
+    namespace = parent.get("namespace") or route["metadata"].get("namespace", "")
+    kind = parent.get("kind", "Gateway")
+    return (condition.parent.kind, condition.parent.namespace, condition.parent.name) == (
+        kind,
+        namespace,
+        parent["name"],
+    )
+
+
+def _told(found: Condition) -> Plain:
+    return _condition(found.type, found.status, found.reason, found.message)
+
+
+def _condition(kind: str, status: bool, reason: str, message: str) -> Plain:
+    return {"type": kind, "status": str(status), "reason": reason, "message": message}
+
+
+def _dated(said: Iterable[Plain], before: Iterable[Plain], of: Plain, now: str) -> list[Plain]:
+    """With the generation that they are of, and since when they are so."""
+    known = {each["type"]: each for each in before}
+    found = []
+    for each in {one["type"]: one for one in said}.values():
+        old = known.get(each["type"], {})
+        since = old[_TIME] if old.get("status") == each["status"] and _TIME in old else now
+        found.append({**each, "observedGeneration": of["metadata"].get("generation", 0), _TIME: since})
+    return found
+
+
+def _key(parent: Plain) -> tuple[object, ...]:
+    return tuple(sorted(parent.items()))
