@@ -18,6 +18,24 @@ Istio's own waypoints have none: they take HBONE at 15008. The port that a Gatew
 """
 
 
+_SLICE: Final = "discovery.k8s.io/EndpointSlice"
+
+
+def slice_name(front: str, node: str) -> str:
+    """Of the EndpointSlice that says where a waypoint's connections come in on a node. `front` has no dot."""
+    return f"{front}.{node}"
+
+
+def node_of_front(uid: str) -> str:
+    """Of the workload that control planes make of it; "" where that does not say.
+
+    Connections are handed over within a node: a front on another one would not know what they are for.
+    """
+    cluster_and_kind, _, rest = uid.partition(f"/{_SLICE}/")
+    name = rest.split("/")[1] if cluster_and_kind and rest.count("/") == 2 else ""
+    return name.partition(".")[2]
+
+
 def account_name(namespace: str, account: str) -> str:
     """A service account among all, in whatever trust domain."""
     return f"{namespace}/{account or 'default'}"

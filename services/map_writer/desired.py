@@ -21,7 +21,7 @@ from pykmesh.contracts.address import (
     Workload,
 )
 from pykmesh.contracts.bulk import Group
-from pykmesh.contracts.waypoints import HANDOFF_PORT, Endpoint
+from pykmesh.contracts.waypoints import HANDOFF_PORT, Endpoint, node_of_front
 from pykmesh.kernel.layout import AddressKind, Reason, ServiceFlag, offset
 from pykmesh.kernel.records import (
     ADDRESS_KEY,
@@ -161,7 +161,7 @@ def _add_ports_by_waypoint(
 def _by_waypoint(
     mesh: Mesh, service: Service, rules: Rules, weights: dict[bytes, int]
 ) -> tuple[Reason, EndpointsOf]:
-    """Refused where the waypoint is unknown, has no instance, or takes nothing but HBONE: never past it."""
+    """Refused where the waypoint is unknown, has none here, or takes nothing but HBONE: never past it."""
     waypoint, said = mesh.waypoint_of(service), service.waypoint
     if said is None or said == Waypoint():
         return Reason.WAYPOINT_UNSUPPORTED, _nothing
@@ -170,7 +170,7 @@ def _by_waypoint(
     target = dict(waypoint.ports).get(HANDOFF_PORT)
     if target is None:
         return Reason.WAYPOINT_UNSUPPORTED, _nothing
-    own = _endpoints(mesh, waypoint, rules, weights)
+    own = _endpoints(mesh, waypoint, rules, weights, is_waypoint=True)
     if not any(own(HANDOFF_PORT, target, 0, 0)):
         return Reason.WAYPOINT_UNAVAILABLE, _nothing
     weights.clear()
@@ -232,13 +232,25 @@ def _verdict_without_endpoints(mesh: Mesh, service: Service, rules: Rules) -> Re
     return Reason.ROUTED
 
 
-def _endpoints(mesh: Mesh, service: Service, rules: Rules, weights: dict[bytes, int]) -> EndpointsOf:
-    """What makes the lists of a port of this service, and fills in the weights where they differ."""
+def _endpoints(
+    mesh: Mesh, service: Service, rules: Rules, weights: dict[bytes, int], *, is_waypoint: bool = False
+) -> EndpointsOf:
+    """What makes the lists of a port of this service, and fills in the weights where they differ.
+
+    Of a waypoint: where connections can be handed over from here.
+    """
     groups = mesh.ordinary_members.get(service.name)
-    if groups is not None and not rules.refuse_unenforced_policy and not is_ranked(service):
+    if (
+        groups is not None
+        and not is_waypoint
+        and not rules.refuse_unenforced_policy
+        and not is_ranked(service)
+    ):
         own = [group for group in groups if group.network == rules.network]
         return partial(_lists_of_groups, service, own) if own else _nothing
     usable = list(_usable(mesh, service, rules))
+    if is_waypoint:
+        usable = [each for each in usable if node_of_front(each.uid) in ("", mesh.here.node)]
     if not usable:
         return _nothing
     if is_ranked(service):

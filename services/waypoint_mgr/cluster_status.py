@@ -19,7 +19,7 @@ _TIME: Final = "lastTransitionTime"
 
 
 def gateway_status(
-    gateway: Plain, addresses: Sequence[str], hostname: str, is_reachable: bool, now: str
+    gateway: Plain, addresses: Sequence[str], hostname: str, *, is_reachable: bool, now: str
 ) -> Plain:
     """Of a Gateway, as the server has it.
 
@@ -36,8 +36,9 @@ def gateway_status(
         _condition(ACCEPTED, True, ACCEPTED, "pykmesh runs it"),
         _condition(PROGRAMMED, is_reachable, PROGRAMMED if is_reachable else _PENDING, why),
     ]
-    conditions = _dated(said, before.get("conditions", ()), gateway, now)
-    return {"addresses": known, "conditions": conditions}
+    found: list[Plain] = before.get("conditions", [])
+    others = [each for each in found if each["type"] not in (ACCEPTED, PROGRAMMED)]
+    return {"addresses": known, "conditions": [*_dated(said, found, gateway, now), *others]}
 
 
 def class_status(gateway_class: Plain, now: str) -> Plain:

@@ -17,6 +17,7 @@ from lightkube.core.async_client import AsyncClient
 from lightkube.core.exceptions import ApiError
 from lightkube.types import PatchType
 
+from pykmesh.contracts.waypoints import slice_name
 from pykmesh.manifests.objects import GATEWAY_NAME, WAYPOINT_CLASS, ObjectRef
 from services.waypoint_mgr.announce import Announced, Said
 from services.waypoint_mgr.attachments import Condition
@@ -133,7 +134,7 @@ class ClusterWriter:
         labels = {**metadata["labels"], _MANAGED_BY[kind]: MANAGER}
         name = metadata["name"]
         if kind == _SLICE.name:
-            name = f"{name}-{self._node}"
+            name = slice_name(name, self._node)
             labels[NODE_LABEL] = self._node
         owner = {
             "apiVersion": "gateway.networking.k8s.io/v1",
@@ -195,7 +196,9 @@ class ClusterWriter:
         plain, addresses = self._cluster.plain(waypoint.ref), self._addresses.get(waypoint.ref)
         if plain is None or addresses is None:
             return
-        status = gateway_status(plain, addresses, waypoint.hostname, waypoint.is_reachable, now)
+        status = gateway_status(
+            plain, addresses, waypoint.hostname, is_reachable=waypoint.is_reachable, now=now
+        )
         await self._write_status(waypoint.ref, plain, status)
 
     async def _write_route(self, route: ObjectRef, conditions: Iterable[Condition], now: str) -> None:

@@ -15,6 +15,7 @@ class Binaries(NamedTuple):
     etcd: Path
     kube_apiserver: Path
     istiod: Path
+    istioctl: Path
     crds: Path
     """One file of YAML: Istio's own, and those of the Gateway API."""
 
@@ -22,11 +23,15 @@ class Binaries(NamedTuple):
 def find() -> Binaries | None:
     """None when they are not built. A folder that is there is whole."""
     kubernetes = FOLDER / f"kubernetes-{_locked('kubernetes', 'k8s.io/kubernetes')}"
-    istiod = FOLDER / f"istiod-{_locked('istiod', 'istio.io/istio')}"
-    if not (kubernetes.is_dir() and istiod.is_dir()):
+    istio = FOLDER / f"istio-{_locked('istio', 'istio.io/istio')}"
+    if not (kubernetes.is_dir() and istio.is_dir()):
         return None
     return Binaries(
-        kubernetes / "etcd", kubernetes / "kube-apiserver", istiod / "istiod", istiod / "crds.yaml"
+        etcd=kubernetes / "etcd",
+        kube_apiserver=kubernetes / "kube-apiserver",
+        istiod=istio / "istiod",
+        istioctl=istio / "istioctl",
+        crds=istio / "crds.yaml",
     )
 
 

@@ -179,6 +179,21 @@ def test_while_the_api_server_is_away_what_it_said_counts(
     assert counted["failed"] == 0, counted["errors"]
 
 
+def test_the_front_of_another_node_is_never_taken(mesh: Mesh, routed: Namespace) -> None:
+    """Nobody there would know what a connection is for."""
+    metadata = {"labels": {"kubernetes.io/service-name": "wp"}}
+    there = {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "addressType": "IPv4",
+        "endpoints": [{"addresses": ["192.0.2.9"], "conditions": {"ready": True}}],
+        "ports": [{"name": "handoff", "port": 15400, "protocol": "TCP"}],
+    }
+    routed.apply({**there, "metadata": {"name": "wp-a1b2c3.n2", **metadata}})
+    until(lambda: "192.0.2.9" in str(mesh.node.json("get", "workloads")), "the front to be known")
+    assert {e.partition(":")[0] for e in mesh.node.endpoints(routed.host("shop"))} == {mesh.waypoint.address4}
+
+
 def test_a_route_that_is_wrong_is_told_so_and_counts_as_it_was(mesh: Mesh, routed: Namespace) -> None:
     _, second, _ = mesh.web
     until(lambda: set(asked(mesh, routed, "x-canary: yes")) == {(200, second.name)}, "the canary")

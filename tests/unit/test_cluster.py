@@ -1,0 +1,127 @@
+"""What is read of an API server's objects, and what is written on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pykmesh.contracts.waypoints import node_of_front, slice_name
+from pykmesh.manifests.authorization_policy import Action
+from pykmesh.manifests.objects import AuthorizationPolicy, HTTPRoute, ObjectRef
+from services.waypoint_mgr.attachments import Condition
+from services.waypoint_mgr.cluster import READ, _read, _ref, resource, status_of
+from services.waypoint_mgr.cluster_status import CONTROLLER, gateway_status, route_parents
+
+BEFORE, NOW = "2026-01-01T00:00:00Z", "2026-02-02T00:00:00Z"
+KINDS = {kind.name: kind for kind in READ}
+SERVICE = {"group": "", "kind": "Service", "name": "shop"}
+OTHERS = {"parentRef": SERVICE, "controllerName": "istio.io/mesh-controller", "conditions": []}
+
+
+def policy(version: str, **spec: Any) -> dict[str, Any]:
+    return {"metadata": {"name": "p", "namespace": "shop", "resourceVersion": version}, "spec": spec}
+
+
+def route(*parents: dict[str, Any]) -> dict[str, Any]:
+    metadata = {"name": "r", "namespace": "shop", "generation": 7}
+    return {"metadata": metadata, "spec": {"parentRefs": [SERVICE]}, "status": {"parents": [*parents]}}
+
+
+def said(kind: str, *, status: bool = True) -> Condition:
+    of, parent = ObjectRef("HTTPRoute", "shop", "r"), ObjectRef("Service", "shop", "shop")
+    return Condition(of, parent, kind, status, kind)
+
+
+def ours(kind: str, status: str, since: str) -> dict[str, Any]:
+    condition = {
+        "type": kind,
+        "status": status,
+        "reason": kind,
+        "message": "",
+        "observedGeneration": 7,
+        "lastTransitionTime": since,
+    }
+    return {"parentRef": SERVICE, "controllerName": CONTROLLER, "conditions": [condition]}
+
+
+def test_a_policy_that_never_could_be_read_refuses_all_at_its_targets() -> None:
+    kind = KINDS["AuthorizationPolicy"]
+    target = {"kind": "Service", "group": "", "name": "shop"}
+    plain = policy("1", action="ALLOW", rules=[{"nobody": "knows"}], targetRefs=[target])
+    found = _read(kind, _ref(kind, plain), plain, None)
+    assert "nobody" in found.error
+    assert isinstance(found.object, AuthorizationPolicy)
+    assert found.object.spec.action is Action.DENY
+    assert [rule.from_ for rule in found.object.spec.rules] == [()]
+    assert [each.name for each in found.object.spec.targets] == ["shop"]
+
+
+def test_one_that_could_counts_as_it_was_until_it_can_be_read_again() -> None:
+    kind = KINDS["AuthorizationPolicy"]
+    good = policy("1", action="ALLOW", targetRefs=[{"kind": "Service", "group": "", "name": "shop"}])
+    first = _read(kind, _ref(kind, good), good, None)
+    broken = policy("2", action="NONE")
+    second = _read(kind, _ref(kind, broken), broken, first)
+    assert (second.object, second.version) == (first.object, "2")
+    assert second.error.startswith("AuthorizationPolicy shop/p: ")
+    assert _read(
+        kind, _ref(kind, good), good | {"metadata": good["metadata"] | {"resourceVersion": "3"}}, second
+    ) == (first._replace(plain=good | {"metadata": good["metadata"] | {"resourceVersion": "3"}}, version="3"))
+
+
+def test_a_route_that_cannot_be_read_is_told_and_missing() -> None:
+    kind = KINDS["HTTPRoute"]
+    plain = {**route(), "spec": {"rules": [{"timeouts": {"request": "soon"}}]}}
+    found = _read(kind, _ref(kind, plain), plain, None)
+    assert found.object is None
+    assert "soon" in found.error or "timeouts" in found.error
+
+
+def test_what_others_say_of_a_route_stays_and_what_stays_so_keeps_its_time() -> None:
+    plain = route(OTHERS, ours("Accepted", "True", BEFORE))
+    assert route_parents(plain, [said("Accepted")], NOW) == [OTHERS, ours("Accepted", "True", BEFORE)]
+    changed = route_parents(plain, [said("Accepted", status=False)], NOW)
+    assert changed == [OTHERS, ours("Accepted", "False", NOW)]
+
+
+def test_what_is_said_of_a_route_no_more_goes() -> None:
+    assert route_parents(route(OTHERS, ours("Accepted", "True", BEFORE)), [], NOW) == [OTHERS]
+
+
+@pytest.mark.parametrize("namespace", ["other", ""])
+def test_a_parent_is_one_of_its_namespace(namespace: str) -> None:
+    plain = route()
+    plain["spec"]["parentRefs"] = [SERVICE | {"namespace": namespace}]
+    assert bool(route_parents(plain, [said("Accepted")], NOW)) == (namespace == "")
+
+
+def test_a_gateway_has_addresses_once_it_is_reachable_and_keeps_them() -> None:
+    plain: dict[str, Any] = {"metadata": {"generation": 2}}
+    first = gateway_status(plain, ["10.0.0.1"], "wp.shop", is_reachable=False, now=BEFORE)
+    assert first["addresses"] == []
+    assert [(c["type"], c["status"]) for c in first["conditions"]] == [
+        ("Accepted", "True"),
+        ("Programmed", "False"),
+    ]
+    second = gateway_status(plain | {"status": first}, ["10.0.0.1"], "wp.shop", is_reachable=True, now=NOW)
+    assert [each["value"] for each in second["addresses"]] == ["10.0.0.1", "wp.shop"]
+    assert [c["lastTransitionTime"] for c in second["conditions"]] == [BEFORE, NOW]
+    third = gateway_status(plain | {"status": second}, [], "wp.shop", is_reachable=False, now=NOW)
+    assert third["addresses"] == second["addresses"]
+
+
+def test_every_kind_is_read_into_the_type_of_its_name() -> None:
+    assert HTTPRoute.__name__ in KINDS
+    for kind in READ:
+        info = resource(kind)._api_info
+        assert (info.resource.kind, info.plural) == (kind.name, kind.plural)
+        assert status_of(kind)._api_info.action == "status"
+
+
+def test_a_front_is_known_by_its_node() -> None:
+    for node in ("n1", "ip-10-0-0-1.eu-west-1.compute.internal"):
+        uid = f"Kubernetes/discovery.k8s.io/EndpointSlice/shop/{slice_name('wp-a1b2c3', node)}/10.0.0.1"
+        assert node_of_front(uid) == node
+    for uid in ("Kubernetes//Pod/shop/wp.n1", "", "c/discovery.k8s.io/EndpointSlice/shop/wp-a1b2c3/10.0.0.1"):
+        assert node_of_front(uid) == ""
