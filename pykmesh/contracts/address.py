@@ -13,7 +13,7 @@ from sys import intern
 from typing import Final, NamedTuple, TypeVar, cast
 
 import msgspec
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from pykmesh.kernel.records import Ip, ip_from_wire, network_id
 from pykmesh.proto import authorization_pb2, workload_pb2
@@ -22,6 +22,7 @@ PORT_MAX: Final = 65535
 SELECTION_EXTENSION: Final = "pykmesh.io/selection"
 _V6_BITS, _V4_BITS = 128, 32
 _T = TypeVar("_T")
+_M = TypeVar("_M", bound=Message)
 ServicePorts = tuple[str, tuple[tuple[int, int], ...]]
 
 
@@ -92,6 +93,8 @@ class Waypoint(NamedTuple):
     service: str = ""
     network: str = ""
     ip: Ip | None = None
+    weight: int = 1
+    """Among those of a service: so large a share of its connections."""
 
 
 class Service(msgspec.Struct, frozen=True, gc=False):
@@ -109,7 +112,7 @@ class Service(msgspec.Struct, frozen=True, gc=False):
     mode: Mode
     scopes: tuple[int, ...]
     allows_unhealthy: bool
-    waypoint: Waypoint | None
+    waypoints: tuple[Waypoint, ...]
     canonical: bool
     hidden: bool = False
     selection: Selection = Selection()
@@ -228,28 +231,39 @@ def _service(message: workload_pb2.ServiceOutline) -> Service:
         mode,
         scopes,
         allows_unhealthy,
-        _waypoint(message) if message.HasField("waypoint") or message.weighted_waypoints else None,
+        _waypoints(message) if message.HasField("waypoint") or message.weighted_waypoints else (),
         message.canonical,
         _is_hidden(message.visibility),
         _selection(message.extensions) if message.extensions else _ANY,
     )
 
 
-def _waypoint(message: workload_pb2.ServiceOutline) -> Waypoint:
-    """Of weighted ones none is chosen yet."""
-    if message.weighted_waypoints:
-        return Waypoint()
+def _waypoints(message: workload_pb2.ServiceOutline) -> tuple[Waypoint, ...]:
+    """Those with a weight, by it; else the one that is said besides (xds.md 1.2)."""
+    where = "service.weighted_waypoints"
+    parsed = (_parsed(where, workload_pb2.WeightedWaypoint, data) for data in message.weighted_waypoints)
+    weighted = [each for each in parsed if each.weight]
+    found = [_waypoint(f"{where}.destination", each.destination, each.weight) for each in weighted]
+    if found or not message.HasField("waypoint"):
+        return tuple(found) or (Waypoint(),)
+    where = "service.waypoint"
+    return (_waypoint(where, _parsed(where, workload_pb2.GatewayAddress, message.waypoint)),)
+
+
+def _parsed(where: str, kind: type[_M], data: bytes) -> _M:
     try:
-        found = workload_pb2.GatewayAddress.FromString(message.waypoint)
+        return kind.FromString(data)
     except DecodeError as error:
-        raise FieldError("service.waypoint", f"not a GatewayAddress message: {error}") from error
+        raise FieldError(where, f"not a {kind.DESCRIPTOR.name} message: {error}") from error
+
+
+def _waypoint(where: str, found: workload_pb2.GatewayAddress, weight: int = 1) -> Waypoint:
     if found.HasField("hostname"):
-        return Waypoint(service=f"{found.hostname.namespace}/{found.hostname.hostname}")
+        return Waypoint(service=f"{found.hostname.namespace}/{found.hostname.hostname}", weight=weight)
     if found.HasField("address"):
-        network = network_name("service.waypoint.address.network", found.address.network)
-        ip = _ip("service.waypoint.address", found.address.address)
-        return Waypoint(network=network, ip=ip)
-    return Waypoint()
+        network = network_name(f"{where}.address.network", found.address.network)
+        return Waypoint(network=network, ip=_ip(f"{where}.address", found.address.address), weight=weight)
+    return Waypoint(weight=weight)
 
 
 def _is_hidden(visibility: int) -> bool:

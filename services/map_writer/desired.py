@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
 from functools import cache, partial
+from math import lcm
 from typing import Final, NamedTuple
 
 from pykmesh.contracts.address import (
@@ -121,7 +122,7 @@ def desired_service(mesh: Mesh, name: str, rules: Rules) -> DesiredService:
     if not vips:
         return NOTHING
     found = DesiredService({}, {}, {}, {})
-    if service.waypoint is not None:
+    if service.waypoints:
         _add_ports_by_waypoint(found, mesh, service, vips, rules)
         return found
     verdict = Reason.PASSTHROUGH if service.mode is Mode.PASSTHROUGH else Reason.ROUTED
@@ -151,7 +152,7 @@ def own_endpoints(mesh: Mesh, service: Service, rules: Rules) -> dict[int, list[
 def _add_ports_by_waypoint(
     found: DesiredService, mesh: Mesh, service: Service, vips: list[Vip], rules: Rules
 ) -> None:
-    """All ports lead to the instances of the waypoint."""
+    """All ports lead to the instances of the waypoint, or of several by their weights."""
     verdict, endpoints = _by_waypoint(mesh, service, rules, found.weights)
     seen = [vip._replace(flags=vip.flags | ServiceFlag.WAYPOINT, affinity_s=0) for vip in vips]
     for port, _ in service.ports:
@@ -161,20 +162,59 @@ def _add_ports_by_waypoint(
 def _by_waypoint(
     mesh: Mesh, service: Service, rules: Rules, weights: dict[bytes, int]
 ) -> tuple[Reason, EndpointsOf]:
-    """Refused where the waypoint is unknown, has none here, or takes nothing but HBONE: never past it."""
-    waypoint, said = mesh.waypoint_of(service), service.waypoint
-    if said is None or said == Waypoint():
-        return Reason.WAYPOINT_UNSUPPORTED, _nothing
-    if waypoint is None:
+    """Refused where one takes nothing but HBONE, or all are unknown or have none here: never past it.
+
+    Of several those that have none leave their share to the others.
+    """
+    found: list[tuple[EndpointsOf, int]] = []
+    own_weights: dict[bytes, int] = {}
+    """Of instances among those of their waypoint."""
+    for said in service.waypoints:
+        waypoint = mesh.service_of(said)
+        target = dict(waypoint.ports).get(HANDOFF_PORT) if waypoint else 0
+        if said == Waypoint(weight=said.weight) or target is None:
+            return Reason.WAYPOINT_UNSUPPORTED, _nothing
+        if waypoint is not None:
+            own = _endpoints(mesh, waypoint, rules, own_weights, is_waypoint=True)
+            if any(own(HANDOFF_PORT, target, 0, 0)):
+                found.append((partial(_at_handoff, own, target), said.weight))
+    if not found:
         return Reason.WAYPOINT_UNAVAILABLE, _nothing
-    target = dict(waypoint.ports).get(HANDOFF_PORT)
-    if target is None:
-        return Reason.WAYPOINT_UNSUPPORTED, _nothing
-    own = _endpoints(mesh, waypoint, rules, weights, is_waypoint=True)
-    if not any(own(HANDOFF_PORT, target, 0, 0)):
-        return Reason.WAYPOINT_UNAVAILABLE, _nothing
-    weights.clear()
-    return Reason.ROUTED, lambda _port, _target, id4, id6: own(HANDOFF_PORT, target, id4, id6)
+    return Reason.ROUTED, partial(_shared, found, own_weights, weights)
+
+
+def _at_handoff(own: EndpointsOf, target: int, _port: int, _target: int, id4: int, id6: int) -> Lists:
+    return own(HANDOFF_PORT, target, id4, id6)
+
+
+def _shared(
+    waypoints: list[tuple[EndpointsOf, int]],
+    own_weights: dict[bytes, int],
+    weights: dict[bytes, int],
+    port: int,
+    target: int,
+    id4: int,
+    id6: int,
+) -> Lists:
+    """The instances of all, each as probable as its waypoint's weight makes it."""
+    made = [(own(port, target, id4, id6), weight) for own, weight in waypoints]
+    lists: Lists = {}, {}
+    for family, instances in enumerate(lists):
+        parts = [
+            ({value: own_weights.get(value, 1) for value in lists_of[family]}, weight)
+            for lists_of, weight in made
+            if lists_of[family]
+        ]
+        whole = lcm(*(sum(part.values()) for part, _ in parts))
+        shares: dict[bytes, int] = {}
+        for part, weight in parts:
+            factor = weight * whole // sum(part.values())
+            shares |= {value: own * factor for value, own in part.items()}
+        for lists_of, _ in made:
+            instances.update(lists_of[family])
+        if len({*shares.values()}) > 1:
+            weights |= shares
+    return lists
 
 
 def _add_port(
@@ -186,7 +226,7 @@ def _add_port(
     verdict: Reason,
     endpoints: EndpointsOf,
 ) -> None:
-    by_waypoint = service.waypoint is not None
+    by_waypoint = bool(service.waypoints)
     port4, port6 = (PortId(service.name, port, family, by_waypoint) for family in (4, 6))
     id4, id6 = port4.id, port6.id
     list4, list6 = endpoints(port, target, id4, id6)
@@ -408,5 +448,5 @@ PLAIN_WORKLOAD: Final = _address_value(AddressKind.WORKLOAD, Reason.ROUTED, 0)
 
 def _address_verdict(service: Service) -> Reason:
     """For ports that the service does not have: refused, unless all its traffic is left alone."""
-    passes = service.mode is Mode.PASSTHROUGH and service.waypoint is None
+    passes = service.mode is Mode.PASSTHROUGH and not service.waypoints
     return Reason.PASSTHROUGH if passes else Reason.ROUTED

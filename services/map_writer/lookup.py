@@ -70,11 +70,11 @@ def members(mesh: Mesh, owners: Mapping[int, PortId], rules: Rules, list_id: int
     if owner is None or service is None:
         return None
     used = set(desired_service(mesh, service.name, rules).lists.get(list_id, {}).values())
-    waypoint = mesh.waypoint_of(service)
-    if service.waypoint is not None and waypoint is not None:
-        owner, service = owner._replace(port=HANDOFF_PORT), waypoint
+    waypoints = list(filter(None, map(mesh.service_of, service.waypoints)))
+    if waypoints:
+        owner, service = owner._replace(port=HANDOFF_PORT), waypoints[0]
     return {
-        "service": service.name if waypoint is None else f"waypoint {waypoint.name}",
+        "service": " and ".join(f"waypoint {each.name}" for each in waypoints) or service.name,
         "port": owner.port,
         "family": owner.family,
         "mode": service.mode.name,
@@ -90,9 +90,10 @@ def members(mesh: Mesh, owners: Mapping[int, PortId], rules: Rules, list_id: int
                 "matches": _matches(mesh, service, member),
                 "unused": None
                 if member.uid in used
-                else "; ".join(_obstacles(mesh, service, rules, owner, member)),
+                else "; ".join(_obstacles(mesh, each, rules, owner, member)),
             }
-            for member in mesh.members_of(service.name)
+            for each in waypoints or [service]
+            for member in mesh.members_of(each.name)
         ],
     }
 

@@ -14,7 +14,7 @@ from heapq import heapify, heappop, heappush
 from itertools import chain
 from typing import Any, Final, NewType, TypeVar, cast
 
-from pykmesh.contracts.address import Policy, Range, Service, Workload, decode_address
+from pykmesh.contracts.address import Policy, Range, Service, Waypoint, Workload, decode_address
 from pykmesh.contracts.bulk import Group
 from pykmesh.kernel.records import (
     ADDRESS_KEY,
@@ -54,14 +54,15 @@ def _namespace(service: str) -> str:
     return service.partition("/")[0]
 
 
-def _reference(service: Service) -> str | Place | None:
-    """What names a service's waypoint; None where there is none, or it cannot be told."""
-    waypoint = service.waypoint
-    if waypoint is None:
-        return None
+def _reference(waypoint: Waypoint) -> str | Place | None:
+    """What names a waypoint; None where it cannot be told."""
     if waypoint.ip is not None:
         return place_of(waypoint.network, waypoint.ip)
     return waypoint.service or None
+
+
+def _references(service: Service) -> Iterator[str | Place]:
+    return filter(None, map(_reference, service.waypoints))
 
 
 class Touched:
@@ -238,7 +239,7 @@ class Mesh:
         touched.services[name] = None
         if is_ranked(service):
             self.ranked[name] = None
-        if (reference := _reference(service)) is not None:
+        for reference in _references(service):
             self._waypoint_users[reference][name] = None
         touched.add(self.waypoint_users(service), ())
         for found in service.ranges:
@@ -291,9 +292,9 @@ class Mesh:
                 if (service := self.services.get(name)) is not None:
                     touched.add(self.waypoint_users(service), ())
 
-    def waypoint_of(self, service: Service) -> Service | None:
-        """The service by way of which the traffic of this one goes; None while it is unknown."""
-        reference = _reference(service)
+    def service_of(self, waypoint: Waypoint) -> Service | None:
+        """A waypoint's own service; None while it is unknown."""
+        reference = _reference(waypoint)
         if reference is None:
             return None
         name = reference if isinstance(reference, str) else self.vip_owner(reference)
@@ -311,7 +312,7 @@ class Mesh:
     def _unlink_service(self, name: str, service: Service, touched: Touched) -> None:
         touched.services[name] = None
         self.ranked.pop(name, None)
-        if (reference := _reference(service)) is not None:
+        for reference in {*_references(service)}:
             _drop(self._waypoint_users, reference, name)
         touched.add(self.waypoint_users(service), ())
         for found in service.ranges:

@@ -163,18 +163,19 @@ def _service(view: View, service: Service, counts: dict[int, int]) -> dict[str, 
 
 
 def _waypoint(mesh: Mesh, service: Service) -> str:
-    """Its name, or what is said of it; empty where there is none."""
-    said = service.waypoint
-    if said is None:
-        return ""
-    found = mesh.waypoint_of(service)
-    return found.name if found else said.service or (ip_to_text(said.ip) if said.ip else "weighted")
+    """Its name, or what is said of it, of several with their weights; empty where there is none."""
+    names = []
+    for said in service.waypoints:
+        found = mesh.service_of(said)
+        name = found.name if found else said.service or (ip_to_text(said.ip) if said.ip else "unknown")
+        names.append(f"{name} ({said.weight})" if len(service.waypoints) > 1 else name)
+    return ", ".join(names)
 
 
 def _refusals(view: View, service: Service, counts: dict[int, int]) -> list[str]:
     """Why connections to a service, or to a part of it, do not get there."""
     found = [*view.refused.get(service.name, ())]
-    if service.waypoint is not None:
+    if service.waypoints:
         desired = desired_service(view.mesh, service.name, view.rules)
         verdicts = {frontend.verdict for frontend in desired.frontends.values()}
         found += sorted(verdict.label for verdict in verdicts if verdict is not Reason.ROUTED)

@@ -151,6 +151,22 @@ def test_a_service_gains_and_loses_its_waypoint_without_a_failed_request(
     assert counted["failed"] == 0, counted["errors"]
 
 
+def test_a_canary_among_waypoints_gets_its_share_of_connections(mesh: Mesh, routed: Namespace) -> None:
+    """It redirects, the other does not. (Envoy takes a second to close after an answer of its own.)"""
+    weighted = shop()
+    weighted["metadata"]["labels"]["istio.io/use-waypoint-canary"] = "new"
+    weighted["metadata"]["annotations"] = {"istio.io/use-waypoint-canary-weight": "30"}
+    redirect = {"type": "RequestRedirect", "requestRedirect": {"hostname": "elsewhere.test"}}
+    redirects = {**route(), "metadata": {"name": "new"}}
+    redirects["spec"] = {"parentRefs": [{"name": "new"}], "rules": [{"filters": [redirect]}]}
+    routed.delete("HTTPRoute", "shop")
+    routed.apply(gateway("new"), redirects, weighted)
+    until(lambda: len(mesh.node.endpoints(routed.host("shop"), 80)) == 2, "both waypoints")
+    found = asked(mesh, routed, count=80)
+    assert found.total() == 80
+    assert 5 < found[302, ""] < 50, found
+
+
 def test_killing_waypoint_mgr_costs_nothing_and_what_changed_meanwhile_is_read(
     mesh: Mesh, routed: Namespace
 ) -> None:

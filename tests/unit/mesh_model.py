@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -120,19 +121,22 @@ def _service(draw: random.Random) -> Service:
         mode=draw.choice([Mode.UNSPECIFIED, Mode.UNSPECIFIED, Mode.FAILOVER, Mode.STRICT, Mode.PASSTHROUGH]),
         scopes=draw.choice([(), (), (1,), (1, 2)]),
         allows_unhealthy=draw.random() < 0.5,
-        waypoint=_draw_waypoint(draw),
+        waypoints=_draw_waypoints(draw),
         canonical=draw.random() < 0.5,
         hidden=draw.random() < 0.3,
         selection=draw.choice([Selection(), Selection(60), Selection(least_connections=True)]),
     )
 
 
-def _draw_waypoint(draw: random.Random) -> Waypoint | None:
-    """By name or by address; of a service that may be there or not."""
+def _draw_waypoints(draw: random.Random) -> tuple[Waypoint, ...]:
+    """By name or by address; of services that may be there or not."""
     drawn = draw.random()
     if drawn < 0.1:
-        return Waypoint(service=draw.choice(NAMES))
-    return Waypoint(ip=draw.choice(VIPS)) if drawn < 0.2 else None
+        return (Waypoint(service=draw.choice(NAMES)),)
+    if drawn < 0.2:
+        return (Waypoint(ip=draw.choice(VIPS)),)
+    names = draw.sample(NAMES, 2) if drawn < 0.3 else ()
+    return tuple([Waypoint(service=name, weight=draw.choice([1, 10, 30])) for name in names])
 
 
 def _workload(draw: random.Random) -> Workload:
@@ -445,9 +449,9 @@ def _expected_services(mesh: Mesh) -> dict[str, tuple[object, ...]]:
                 assert service is not None
                 name = f"{_shown_network(place, namespace)} {_text(ip)} {port}"
                 flags = ServiceFlag(service.selection.least_connections * ServiceFlag.LEAST_CONNECTIONS)
-                flags |= ServiceFlag(bool(service.waypoint) * ServiceFlag.WAYPOINT)
+                flags |= ServiceFlag(bool(service.waypoints) * ServiceFlag.WAYPOINT)
                 said = _expected_port(mesh, service, ip, port, target)
-                affinity_s = 0 if service.waypoint else service.selection.affinity_s
+                affinity_s = 0 if service.waypoints else service.selection.affinity_s
                 found[name] = (said[0], flags, affinity_s, *said[1:])
     return found
 
@@ -457,7 +461,7 @@ def _places() -> list[tuple[Ip | Range, Ip]]:
 
 
 def _expected_port(mesh: Mesh, service: Service, ip: Ip, port: int, target: int) -> tuple[object, ...]:
-    if service.waypoint is not None:
+    if service.waypoints:
         return _expected_by_waypoint(mesh, service, ip)
     verdict = Reason.ROUTED
     if service.mode is Mode.PASSTHROUGH:
@@ -475,28 +479,35 @@ def _expected_list(verdict: Reason, all_of_them: list[tuple[str, int]], ip: Ip) 
 
 
 def _expected_by_waypoint(mesh: Mesh, service: Service, ip: Ip) -> tuple[object, ...]:
-    """The endpoints of the waypoint's port, whatever the service's own are."""
-    said = service.waypoint
-    assert said is not None
-    waypoint = owner(mesh, said.ip) if said.ip else mesh.services.get(said.service)
-    if waypoint is None:
+    """The endpoints of the waypoints' port, whatever the service's own are."""
+    found: list[tuple[list[tuple[str, int]], int]] = []
+    for said in service.waypoints:
+        waypoint = owner(mesh, said.ip) if said.ip else mesh.services.get(said.service)
+        if waypoint is None:
+            continue
+        target = dict(waypoint.ports).get(HANDOFF_PORT)
+        if target is None:
+            return (Reason.WAYPOINT_UNSUPPORTED,)
+        found.append((_endpoints(mesh, waypoint, HANDOFF_PORT, target), said.weight))
+    if not any(instances for instances, _ in found):
         return (Reason.WAYPOINT_UNAVAILABLE,)
-    target = dict(waypoint.ports).get(HANDOFF_PORT)
-    if target is None:
-        return (Reason.WAYPOINT_UNSUPPORTED,)
-    instances = _endpoints(mesh, waypoint, HANDOFF_PORT, target)
-    if not instances:
-        return (Reason.WAYPOINT_UNAVAILABLE,)
-    return _expected_list(Reason.ROUTED, instances, ip)
+    is_6 = is_v6(_text(ip)) and any(is_v6(e) for instances, _ in found for e, _ in instances)
+    own = [(_weights([(e, w) for e, w in each if is_v6(e) == is_6]), weight) for each, weight in found]
+    whole = math.prod(weights.total() for weights, _ in own if weights)
+    wanted = [(e, weight * w * whole // each.total()) for each, weight in own for e, w in each.items()]
+    return (Reason.ROUTED, *_expected_shares(wanted))
 
 
-def _expected_shares(wanted: list[tuple[str, int]]) -> list[str]:
-    """By weight; where all weigh the same one that comes twice counts once."""
+def _weights(wanted: list[tuple[str, int]]) -> Counter[str]:
+    """Where all weigh the same one that comes twice counts once."""
     weights: Counter[str] = Counter()
     for endpoint, weight in wanted:
         weights[endpoint] += weight
-    if not weights.total():
-        weights = Counter(dict.fromkeys(weights, 1))
+    return weights if weights.total() else Counter(dict.fromkeys(weights, 1))
+
+
+def _expected_shares(wanted: list[tuple[str, int]]) -> list[str]:
+    weights = _weights(wanted)
     return sorted(f"{e} {weight / weights.total() * 1000:.0f}" for e, weight in weights.items())
 
 
@@ -567,7 +578,7 @@ def _expected_addresses(mesh: Mesh) -> dict[str, tuple[object, ...]]:
         for namespace in (None, *viewers(mesh, place)):
             service = owner(mesh, place, namespace)
             if service is not None:
-                passes = service.mode is Mode.PASSTHROUGH and service.waypoint is None
+                passes = service.mode is Mode.PASSTHROUGH and not service.waypoints
                 verdict = Reason.PASSTHROUGH if passes else Reason.ROUTED
                 name = f"{_shown_network(place, namespace)} {_text(ip)}"
                 found[name] = (AddressKind.SERVICE, verdict, "")

@@ -41,7 +41,7 @@ DEFAULT_SERVICE = Service(
     mode=Mode.UNSPECIFIED,
     scopes=(),
     allows_unhealthy=False,
-    waypoint=None,
+    waypoints=(),
     canonical=False,
 )
 
@@ -100,14 +100,38 @@ SERVICES: dict[str, tuple[Fields, Fields]] = {
     "families": ({"ipFamilies": "DUAL"}, {"families": Families.DUAL}),
     "a waypoint by name": (
         {"waypoint": {"hostname": {"namespace": "shop", "hostname": "wp"}, "hboneMtlsPort": 15008}},
-        {"waypoint": Waypoint(service="shop/wp")},
+        {"waypoints": (Waypoint(service="shop/wp"),)},
     ),
     "a waypoint by address": (
         {"waypoint": {"address": {"network": "n", "address": V4}, "hboneMtlsPort": 15008}},
-        {"waypoint": Waypoint(network="n", ip=IP4)},
+        {"waypoints": (Waypoint(network="n", ip=IP4),)},
     ),
-    "a waypoint of which nothing is said": ({"waypoint": {}}, {"waypoint": Waypoint()}),
-    "weighted waypoints": ({"weightedWaypoints": [{"weight": 1}]}, {"waypoint": Waypoint()}),
+    "a waypoint of which nothing is said": ({"waypoint": {}}, {"waypoints": (Waypoint(),)}),
+    "weighted waypoints": (
+        {
+            "waypoint": {"hostname": {"namespace": "shop", "hostname": "old"}},
+            "weightedWaypoints": [
+                {"weight": 95, "destination": {"hostname": {"namespace": "shop", "hostname": "wp"}}},
+                {"weight": 5, "destination": {"address": {"network": "n", "address": V4}}},
+                {"weight": 0, "destination": {"hostname": {"namespace": "shop", "hostname": "off"}}},
+            ],
+        },
+        {"waypoints": (Waypoint(service="shop/wp", weight=95), Waypoint(network="n", ip=IP4, weight=5))},
+    ),
+    "weighted waypoints of which nothing is said": (
+        {"weightedWaypoints": [{"weight": 2}]},
+        {"waypoints": (Waypoint(weight=2),)},
+    ),
+    "weights that are all none": (
+        {
+            "waypoint": {"hostname": {"namespace": "shop", "hostname": "wp"}},
+            "weightedWaypoints": [
+                {"destination": {"hostname": {"namespace": "shop", "hostname": "off"}}},
+            ],
+        },
+        {"waypoints": (Waypoint(service="shop/wp"),)},
+    ),
+    "weights that are all none, and no other": ({"weightedWaypoints": [{}]}, {"waypoints": (Waypoint(),)}),
     "unhealthy endpoints wanted": (
         {"loadBalancing": {"healthPolicy": "ALLOW_ALL"}},
         {"allows_unhealthy": True},

@@ -111,13 +111,42 @@ def test_no_endpoint_is_taken_for_an_instance_when_a_waypoint_comes_or_goes(pods
     world, (instance, *others) = World(), model.UIDS
     shop = made("shop/a.shop", vips=(("", ip_from_text("10.96.0.1")),))
     waypoint = msgspec.structs.replace(made("shop/b.shop"), ports=((HANDOFF_PORT, 15008),))
-    by_waypoint = msgspec.structs.replace(shop, waypoint=Waypoint(service=waypoint.name))
+    by_waypoint = msgspec.structs.replace(shop, waypoints=(Waypoint(service=waypoint.name),))
     members = [member(instance, waypoint), *(member(uid, shop) for uid in others[:pods])]
     world.take([Change(resource.name, resource) for resource in (shop, waypoint)])
     world.take([Change(pod.uid, pod) for pod in members])
     for resource in (by_waypoint, shop, by_waypoint):
         take_write_by_write(world, [Change(shop.name, resource)])
         assert world.maps.plain() == model.expected(world.mesh)
+
+
+def test_several_waypoints_share_connections_by_their_weights() -> None:
+    """And by those of their instances; one that has none leaves its share to the others."""
+    world, uids = World(), model.UIDS
+    shop = made("shop/a.shop", vips=(("", ip_from_text("10.96.0.1")),))
+    old, new = (
+        msgspec.structs.replace(made(name), ports=((HANDOFF_PORT, 15008),))
+        for name in ("shop/b.shop", "shop/c.shop")
+    )
+    weighted = (Waypoint(service=old.name, weight=90), Waypoint(service=new.name, weight=10))
+    by_waypoint = msgspec.structs.replace(shop, waypoints=weighted)
+    world.take([Change(resource.name, resource) for resource in (by_waypoint, old, new)])
+
+    def said() -> object:
+        assert world.maps.plain() == model.expected(world.mesh)
+        (found,) = world.maps.plain()["services"].values()
+        return [found[0], *(text.split()[-1] for text in found[3:])]
+
+    assert said() == [Reason.WAYPOINT_UNAVAILABLE]
+    world.take([Change(uid, member(uid, new)) for uid in uids[1:3]])
+    assert said() == [Reason.ROUTED, "500", "500"]
+    heavy = msgspec.structs.replace(member(uids[2], new), capacity=4, raw=b"heavy")
+    world.take([Change(uids[0], member(uids[0], old)), Change(uids[2], heavy)])
+    assert said() == [Reason.ROUTED, "900", "20", "80"]
+    world.take([Change(uid, None) for uid in uids[1:3]])
+    assert said() == [Reason.ROUTED, "1000"]
+    world.take([Change(new.name, made(new.name))])
+    assert said() == [Reason.WAYPOINT_UNSUPPORTED]
 
 
 def member(uid: str, service: Service) -> Workload:
@@ -196,7 +225,7 @@ def test_each_client_gets_to_the_service_that_it_sees(script: list[list[Change]]
                 if service is not None and port in dict(service.ports):
                     assert found == f"{service.name} {port}"
                 else:
-                    passes = service is None or (service.mode is Mode.PASSTHROUGH and not service.waypoint)
+                    passes = service is None or (service.mode is Mode.PASSTHROUGH and not service.waypoints)
                     assert not found
                     assert (verdict in (Reason.ROUTED, Reason.PASSTHROUGH)) == passes
 
@@ -383,7 +412,7 @@ def made(name: str, *, vips: tuple[tuple[str, Ip], ...] = (), ranges: tuple[Rang
         mode=Mode.UNSPECIFIED,
         scopes=(),
         allows_unhealthy=False,
-        waypoint=None,
+        waypoints=(),
         canonical=False,
     )
 

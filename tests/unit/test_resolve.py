@@ -67,8 +67,8 @@ async def test_a_connection_from_before_a_service_gained_its_waypoint_is_still_i
     for waypoint in ("", host("wp"), ""):
         touched, found = Touched(), decode_address(service("shop", "10.96.0.1").resource.value)
         assert isinstance(found, Service)
-        by_way = Waypoint(service=waypoint) if waypoint else None
-        follower.mesh.put(shop, msgspec.structs.replace(found, waypoint=by_way), touched)
+        by_way = (Waypoint(service=waypoint),) if waypoint else ()
+        follower.mesh.put(shop, msgspec.structs.replace(found, waypoints=by_way), touched)
         list(planner.plan(follower.mesh, touched))
         request = messages.encode(ResolveRequest(VERSION, [*lists.values()], []))
         answer = messages.decode(ResolveReply, await Names(follower, lambda: planner).answer(request))
