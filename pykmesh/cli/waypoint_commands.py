@@ -176,7 +176,7 @@ def _problems(found: dict[str, Any]) -> list[str]:
     """What is wrong, a line each."""
     lines = [
         f"{one[what]}: {one['type']} is {one['status']}: {one['reason']}: {one['message']}"
-        for what, key in (("route", "routes"), ("policy", "policies"))
+        for what, key in (("route", "routes"), ("policy", "policies"), ("destination", "destinations"))
         for one in found[key]
         if (one["status"] == "True") != (one["type"] in ("Accepted", "ResolvedRefs", "Enforced"))
     ]

@@ -16,6 +16,7 @@ import msgspec
 from pykmesh.contracts.settings import AFFINITY_S_MAX
 from pykmesh.manifests.addresses import HEADLESS, IP, ClusterIP, IPFamily, IPRange, parse_text
 from pykmesh.manifests.authorization_policy import AuthorizationPolicySpec
+from pykmesh.manifests.destination_rule import DestinationRuleSpec
 from pykmesh.manifests.grpc_route import GRPCRouteSpec
 from pykmesh.manifests.http_route import HTTPRouteSpec
 from pykmesh.manifests.names import Name, PortNumber
@@ -442,6 +443,10 @@ class AuthorizationPolicy(_Object, frozen=True, kw_only=True):
                 raise ValueError(f"a target in another namespace ({target.namespace}) cannot be had")
 
 
+class DestinationRule(_Object, frozen=True, kw_only=True):
+    spec: DestinationRuleSpec
+
+
 WAYPOINT_CLASS = "pykmesh-waypoint"
 WAYPOINT_CLASSES = frozenset({"istio-waypoint", WAYPOINT_CLASS})
 """Gateway classes whose Gateways are waypoints."""
@@ -472,6 +477,7 @@ Object: TypeAlias = (
     | GRPCRoute
     | TCPRoute
     | AuthorizationPolicy
+    | DestinationRule
 )
 
 KINDS: dict[tuple[str, str], type[Object]] = {
@@ -487,6 +493,7 @@ KINDS: dict[tuple[str, str], type[Object]] = {
     ("gateway.networking.k8s.io", "GRPCRoute"): GRPCRoute,
     ("gateway.networking.k8s.io", "TCPRoute"): TCPRoute,
     ("security.istio.io", "AuthorizationPolicy"): AuthorizationPolicy,
+    ("networking.istio.io", "DestinationRule"): DestinationRule,
 }
 """The types that are read, by API group and kind; the version within a group does not matter."""
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import anyio
 import anyio.to_thread
+import msgspec
 import structlog
 
 from pykmesh.bus import BusUnavailableError, Headers
@@ -32,7 +33,7 @@ from services.waypoint_mgr.encode import EncodeError, resources
 from services.waypoint_mgr.fleet import Fleet
 from services.waypoint_mgr.policies import Clients, names_in, unenforced
 from services.waypoint_mgr.requests import Reporter
-from services.waypoint_mgr.routes import Configuration, translate
+from services.waypoint_mgr.routes import Configuration, Wanted, translate
 from services.waypoint_mgr.scaling import policy_of
 from services.waypoint_mgr.source import Objects, Route, mesh_name, watch
 from services.waypoint_mgr.spans import Spans, spans_of
@@ -207,9 +208,10 @@ class WaypointMgr:
         clients: Clients,
     ) -> Configuration:
         """A route that is wrong counts as it was when it was right."""
-        domain, services, policies = self._settings.cluster_domain, objects.services, objects.policies
+        domain, services = self._settings.cluster_domain, objects.services
+        wanted = Wanted(objects.routes, objects.policies, objects.destinations)
         spans, _ = self._spans(waypoint)
-        found = translate(waypoint, users, known, services, objects.routes, domain, policies, clients, spans)
+        found = translate(waypoint, users, known, services, wanted, domain, clients, spans)
         refused = found.refused
         good = {route.ref: route for route in objects.routes if route.ref not in refused}
         before = self._good_routes.get(name, {})
@@ -217,8 +219,8 @@ class WaypointMgr:
         earlier = [kept_routes[ref] for ref in refused if ref in kept_routes]
         if not earlier:
             return found
-        routes = [*good.values(), *earlier]
-        kept = translate(waypoint, users, known, services, routes, domain, policies, clients, spans)
+        wanted = msgspec.structs.replace(wanted, routes=[*good.values(), *earlier])
+        kept = translate(waypoint, users, known, services, wanted, domain, clients, spans)
         told = tuple(c for c in found.conditions if c.of in refused)
         rest = tuple(c for c in kept.conditions if c.of not in refused)
         return Configuration(**{**_fields(kept), "conditions": (*rest, *told)})
@@ -281,6 +283,7 @@ class WaypointMgr:
             ],
             "routes": [_told("route", condition) for condition in found.conditions],
             "policies": [_told("policy", condition) for condition in found.policies],
+            "destinations": [_told("destination", condition) for condition in found.destinations],
             "conflicts": list(found.conflicts),
             "scaling": group.status() if group else None,
             "namespaces_turned_away": sorted((self._objects or Objects()).turned_away(gateway)),

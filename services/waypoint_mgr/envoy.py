@@ -24,7 +24,7 @@ NO_TIMEOUT: Final = "0s"
 
 _TYPE: Final = "type.googleapis.com/envoy.extensions."
 _ADS: Final[Json] = {"ads": {}, "resourceApiVersion": "V3"}
-_UNLIMITED: Final = 2**32 - 1
+UNLIMITED: Final = 2**32 - 1
 
 
 class Port(msgspec.Struct, frozen=True, order=True):
@@ -211,10 +211,13 @@ def _request_log(at: Port) -> Json:
     return named("envoy.access_loggers.stats", config)
 
 
-def cluster(at: Port, protocol: AppProtocol) -> Json:
-    """Endpoints as they are said, never by panic; limits none, as Istio's."""
+def cluster(at: Port, protocol: AppProtocol, fields: Json | None = None, http: Json | None = None) -> Json:
+    """Endpoints as they are said, never by panic. `fields`, `http`: what is said beside."""
     version = "http2ProtocolOptions" if protocol is AppProtocol.HTTP2 else "httpProtocolOptions"
-    options = typed("upstreams.http.v3.HttpProtocolOptions") | {"explicitHttpConfig": {version: {}}}
+    options = typed("upstreams.http.v3.HttpProtocolOptions") | {
+        "explicitHttpConfig": {version: {}},
+        "commonHttpProtocolOptions": http or {},
+    }
     return {
         "name": at.cluster,
         "altStatName": at.stat_name,
@@ -224,12 +227,9 @@ def cluster(at: Port, protocol: AppProtocol) -> Json:
         "lbPolicy": "LEAST_REQUEST",
         "commonLbConfig": {"healthyPanicThreshold": {"value": 0}},
         "ignoreHealthOnHostRemoval": True,
-        "circuitBreakers": {"thresholds": [dict.fromkeys(_LIMITS, _UNLIMITED)]},
         "typedExtensionProtocolOptions": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": options},
+        **(fields or {}),
     }
-
-
-_LIMITS: Final = ("maxConnections", "maxPendingRequests", "maxRequests", "maxRetries")
 
 
 def load_assignment(at: Port, endpoints: Iterable[Endpoint]) -> Json:

@@ -27,11 +27,17 @@ from services.waypoint_mgr.attachments import (
     attach,
     carried,
 )
+from services.waypoint_mgr.destinations import (
+    Destinations,
+    cluster_fields,
+    connection_fields,
+    hash_policies,
+)
 from services.waypoint_mgr.envoy import Json, Port
 from services.waypoint_mgr.policies import Clients, Guard
 from services.waypoint_mgr.protocols import AppProtocol
 from services.waypoint_mgr.rules import action_of, match_fields, rank, straight_to, tcp_target
-from services.waypoint_mgr.source import Policy, Route
+from services.waypoint_mgr.source import Destination, Policy, Route
 from services.waypoint_mgr.spans import CLUSTER, Spans
 
 ACCESS_LOG: Final = "pykmesh.io/access-log"
@@ -52,6 +58,8 @@ class Configuration(msgspec.Struct, frozen=True):
     conditions: tuple[Condition, ...] = ()
     policies: tuple[Condition, ...] = ()
     """What is said of AuthorizationPolicies."""
+    destinations: tuple[Condition, ...] = ()
+    """And of DestinationRules."""
     conflicts: tuple[str, ...] = ()
     """Services that claim an address and port that another one has: its owner, else the first by name."""
 
@@ -68,21 +76,29 @@ class Configuration(msgspec.Struct, frozen=True):
         )
 
 
+class Wanted(msgspec.Struct, frozen=True):
+    """What is said of how to serve: of all waypoints."""
+
+    routes: Sequence[Route] = ()
+    policies: Sequence[Policy] = ()
+    destinations: Sequence[Destination] = ()
+
+
 def translate(
     waypoint: Gateway,
     users: Sequence[MeshService],
     known: Mapping[str, MeshService],
     services: Mapping[str, Service],
-    routes: Sequence[Route],
+    wanted: Wanted,
     domain: str,
-    policies: Sequence[Policy] = (),
     clients: Clients | None = None,
     spans: Spans | None = None,
 ) -> Configuration:
     """`users`: services whose traffic goes by way of it. `known`, `services`: by `namespace/hostname`."""
     mesh = Mesh(users, known, services, domain)
-    attached = attach(waypoint, mesh, routes)
-    guard = Guard(waypoint, mesh, policies, clients or Clients())
+    attached = attach(waypoint, mesh, wanted.routes)
+    guard = Guard(waypoint, mesh, wanted.policies, clients or Clients())
+    destinations = Destinations(waypoint, wanted.destinations)
     logs = waypoint.metadata.annotations.get(ACCESS_LOG) == "true"
     tracing = spans.tracing(f"{waypoint.name}.{waypoint.namespace}") if spans else None
     taken, conflicts = _owners(mesh), list[str]()
@@ -103,7 +119,7 @@ def translate(
                 chains += guard.tcp_chains(at, vips, logs, target)
             else:
                 chains.append(guard.http_chain(at, vips, logs, tracing))
-                configurations[at.cluster], used = _route_configuration(at, routed, mesh)
+                configurations[at.cluster], used = _route_configuration(at, routed, mesh, destinations)
             backends |= used
             for backend in used:
                 as_backend[backend] = max(as_backend.get(backend, AppProtocol.TCP), carried(routed))
@@ -112,14 +128,20 @@ def translate(
     return Configuration(
         chains=tuple(chains),
         routes=configurations,
-        clusters={at.cluster: envoy.cluster(at, protocols[at]) for at in sorted(backends)}
+        clusters={at.cluster: _cluster(at, protocols[at], destinations) for at in sorted(backends)}
         | ({CLUSTER: spans.cluster} if spans else {}),
         assignments={at.cluster: envoy.load_assignment(at, mesh.endpoints(at)) for at in sorted(backends)},
         protocols=protocols,
         conditions=tuple(attached.conditions),
         policies=tuple(guard.conditions()),
+        destinations=tuple(destinations.conditions()),
         conflicts=tuple(conflicts),
     )
+
+
+def _cluster(at: Port, protocol: AppProtocol, destinations: Destinations) -> Json:
+    policy = destinations.policy(at)
+    return envoy.cluster(at, protocol, cluster_fields(policy), connection_fields(policy))
 
 
 def _tcp_target(at: Port, routes: Sequence[Route], mesh: Mesh) -> tuple[str | list[Json], frozenset[Port]]:
@@ -164,10 +186,12 @@ class _Entry(msgspec.Struct, frozen=True):
     fields: Json
 
 
-def _route_configuration(at: Port, routes: Sequence[Route], mesh: Mesh) -> tuple[Json, frozenset[Port]]:
+def _route_configuration(
+    at: Port, routes: Sequence[Route], mesh: Mesh, destinations: Destinations
+) -> tuple[Json, frozenset[Port]]:
     """Without routes, straight to the service. Also returns the backends that it names."""
     if not routes:
-        hosts = [_virtual_host(_ANY_HOST, [straight_to(at)])]
+        hosts = [_virtual_host(_ANY_HOST, [_kept(straight_to(at), [at], destinations)])]
         return _with_hosts(at, hosts), frozenset()
     entries, backends = list[_Entry](), set[Port]()
     for route in routes:
@@ -178,9 +202,18 @@ def _route_configuration(at: Port, routes: Sequence[Route], mesh: Mesh) -> tuple
             name = {"name": f"{route.namespace}/{route.name}/{rule.name or index}"}
             for match in rule.matches or (RouteMatch(),):
                 fields = name | {"match": match_fields(match)} | action.fields
+                fields = _kept(fields, sorted(action.backends), destinations)
                 entries.append(_Entry(route, (rank(match), age(route), len(entries)), fields))
     names = sorted({name for route in routes for name in route.spec.hostnames or (_ANY_HOST,)})
     return _with_hosts(at, [_host(name, entries) for name in names]), frozenset(backends)
+
+
+def _kept(route: Json, backends: Iterable[Port], destinations: Destinations) -> Json:
+    """With what keeps requests at their endpoints."""
+    found = hash_policies(map(destinations.policy, backends))
+    if not found or "route" not in route:
+        return route
+    return route | {"route": route["route"] | {"hashPolicy": found}}
 
 
 def _with_hosts(at: Port, hosts: list[Json]) -> Json:

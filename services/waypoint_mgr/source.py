@@ -1,4 +1,4 @@
-"""What is configured: Gateways that are waypoints, routes, policies and services.
+"""What is configured: Gateways that are waypoints, routes, policies, DestinationRules and services.
 
 From a folder that is watched, here, or from an API server (cluster.py).
 """
@@ -14,6 +14,7 @@ import anyio.to_thread
 import msgspec
 
 from pykmesh.manifests.authorization_policy import Action, AuthorizationPolicySpec
+from pykmesh.manifests.destination_rule import DestinationRuleSpec
 from pykmesh.manifests.folder import Folder
 from pykmesh.manifests.http_route import HTTPRouteSpec
 from pykmesh.manifests.objects import (
@@ -21,6 +22,7 @@ from pykmesh.manifests.objects import (
     USE_WAYPOINT_NAMESPACE,
     WAYPOINT_CLASSES,
     AuthorizationPolicy,
+    DestinationRule,
     Gateway,
     GRPCRoute,
     HTTPRoute,
@@ -125,6 +127,30 @@ class Policy(msgspec.Struct, frozen=True):
         return "AUDIT: nothing is logged" if self.spec.action is Action.AUDIT else ""
 
 
+class Destination(msgspec.Struct, frozen=True):
+    """A DestinationRule; `host` may begin with `*`."""
+
+    ref: ObjectRef
+    created: str
+    host: str
+    spec: DestinationRuleSpec
+
+    @classmethod
+    def of(cls, obj: DestinationRule, domain: str) -> Destination:
+        """A short name is one of the rule's own namespace."""
+        host = obj.spec.host
+        if "." not in host and not host.startswith("*"):
+            host = f"{host}.{obj.namespace}.svc.{domain}"
+        return cls(ref_of(obj), obj.metadata.creation_timestamp, host, obj.spec)
+
+    def says_of(self, hostname: str) -> int:
+        """How much of a host's name it says; 0: it is not for this one."""
+        if self.host == hostname:
+            return len(hostname) + 1
+        is_below = self.host.startswith("*") and hostname.endswith(self.host[1:])
+        return len(self.host) if is_below else 0
+
+
 class Objects(msgspec.Struct, frozen=True):
     """Waypoints and services by their names in the mesh (a waypoint is named as its own service is)."""
 
@@ -132,6 +158,7 @@ class Objects(msgspec.Struct, frozen=True):
     services: Mapping[str, Service] = {}
     routes: tuple[Route, ...] = ()
     policies: tuple[Policy, ...] = ()
+    destinations: tuple[Destination, ...] = ()
     namespaces: Mapping[str, Labels] = {}
     """Those that are said, with their labels."""
     errors: tuple[str, ...] = ()
@@ -159,6 +186,7 @@ class Objects(msgspec.Struct, frozen=True):
             policies=tuple(
                 Policy.of(o, domain, entry_hosts) for o in objects if isinstance(o, AuthorizationPolicy)
             ),
+            destinations=tuple(Destination.of(o, domain) for o in objects if isinstance(o, DestinationRule)),
             namespaces={o.name: o.labels for o in objects if isinstance(o, Namespace)},
             errors=tuple(errors),
             is_whole=is_whole,

@@ -38,6 +38,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.released.wait(float(asked["wait"][0]))
         fails = int(asked.get("fail", ["0"])[0])
         status = 503 if self.server.failures(self.path) < fails else 200
+        status = 500 if self.server.is_broken else status
         answer = b"" if self.command == "HEAD" else json.dumps(seen).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(answer)))
@@ -63,6 +64,9 @@ class Backend(ThreadingHTTPServer):
         self.name = name
         self.seen: Queue[dict[str, Any]] = Queue()
         self.released = threading.Event()
+        self.is_broken = False
+        """It answers with 500."""
+        self.connections = 0
         self._failed: dict[str, int] = {}
 
     @property
@@ -74,6 +78,10 @@ class Backend(ThreadingHTTPServer):
         before = self._failed.get(path, 0)
         self._failed[path] = before + 1
         return before
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections += 1
+        super().process_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that leaves early is part of the tests."""

@@ -17,8 +17,8 @@ from services.waypoint_mgr import instances
 from services.waypoint_mgr.ads import AdsServer, NodeStatus
 from services.waypoint_mgr.encode import resources
 from services.waypoint_mgr.policies import Clients
-from services.waypoint_mgr.routes import Configuration, translate
-from services.waypoint_mgr.source import Policy, Route
+from services.waypoint_mgr.routes import Configuration, Wanted, translate
+from services.waypoint_mgr.source import Destination, Policy, Route
 from services.waypoint_mgr.spans import Spans
 
 from .backends import free_port
@@ -105,6 +105,7 @@ class World:
         self.services: dict[str, Service] = {}
         self.routes: list[Route] = []
         self.policies: list[Policy] = []
+        self.destinations: list[Destination] = []
         self.clients = Clients()
         self.spans: Spans | None = None
 
@@ -116,17 +117,9 @@ class World:
         self.known[service.name] = service
 
     def configuration(self) -> Configuration:
-        routes, policies = self.routes, self.policies
+        wanted = Wanted(self.routes, self.policies, self.destinations)
         return translate(
-            self.gateway,
-            self.users,
-            self.known,
-            self.services,
-            routes,
-            DOMAIN,
-            policies,
-            self.clients,
-            self.spans,
+            self.gateway, self.users, self.known, self.services, wanted, DOMAIN, self.clients, self.spans
         )
 
 

@@ -1,0 +1,224 @@
+"""DestinationRules: how a waypoint goes to the endpoints of a service. Pure.
+
+Which rule is a service's: one of the waypoint's namespace, else of the service's, else of the root namespace;
+of several the one whose host says the most, then the oldest (Istio's order).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
+
+from pykmesh.manifests.destination_rule import (
+    ConnectionPool,
+    ConsistentHash,
+    DestinationRuleSpec,
+    LoadBalancer,
+    OutlierDetection,
+    PortPolicy,
+    SimpleLB,
+    TrafficPolicy,
+)
+from pykmesh.manifests.durations import seconds_of
+from pykmesh.manifests.objects import Gateway, ObjectRef, ref_of
+from services.waypoint_mgr.attachments import ACCEPTED, PARTIALLY_INVALID, UNSUPPORTED_VALUE, Condition
+from services.waypoint_mgr.envoy import UNLIMITED, Json, Port
+from services.waypoint_mgr.source import ROOT_NAMESPACE, Destination
+
+_BALANCERS: Final = {
+    SimpleLB.ROUND_ROBIN: "ROUND_ROBIN",
+    SimpleLB.RANDOM: "RANDOM",
+    SimpleLB.LEAST_CONN: "LEAST_REQUEST",
+    SimpleLB.LEAST_REQUEST: "LEAST_REQUEST",
+}
+_RING_SIZE: Final = 1024
+
+
+class Destinations:
+    """The rules for what a waypoint reaches, and what is told of them."""
+
+    def __init__(self, waypoint: Gateway, destinations: Sequence[Destination]) -> None:
+        self._waypoint = waypoint
+        self._destinations = [each for each in destinations if each.spec.workload_selector is None]
+        self._used: dict[ObjectRef, Destination] = {}
+
+    def policy(self, at: Port) -> PortPolicy | TrafficPolicy:
+        """Of a service's port; what nobody says is Istio's default."""
+        namespace, _, hostname = at.service.partition("/")
+        for of in dict.fromkeys((self._waypoint.namespace, namespace, ROOT_NAMESPACE)):
+            found = [
+                each
+                for each in self._destinations
+                if each.ref.namespace == of and each.says_of(hostname) and _is_exported(each, self._waypoint)
+            ]
+            if found:
+                best = min(found, key=lambda each: (-each.says_of(hostname), each.created, each.ref.name))
+                self._used[best.ref] = best
+                return best.spec.traffic_policy.at(at.port)
+        return TrafficPolicy()
+
+    def conditions(self) -> Iterator[Condition]:
+        """Of those that were used."""
+        parent = ref_of(self._waypoint)
+        for ref, each in sorted(self._used.items()):
+            yield Condition(ref, parent, ACCEPTED, True, ACCEPTED)
+            if left_out := list(_not_honoured(each.spec)):
+                message = f"not honoured: {', '.join(left_out)}"
+                yield Condition(ref, parent, PARTIALLY_INVALID, True, UNSUPPORTED_VALUE, message)
+
+
+def _not_honoured(spec: DestinationRuleSpec) -> Iterator[str]:
+    """Fields that change nothing here."""
+    if spec.subsets:
+        yield "subsets"
+    policy = spec.traffic_policy
+    yield from (f"trafficPolicy.{name}" for name in _left_out(policy))
+    for name, found in (
+        ("tunnel", policy.tunnel),
+        ("proxyProtocol", policy.proxy_protocol),
+        ("retryBudget", policy.retry_budget),
+    ):
+        if found:
+            yield f"trafficPolicy.{name}"
+    for own in policy.port_level_settings:
+        yield from (f"portLevelSettings[{own.port.number}].{name}" for name in _left_out(own))
+
+
+def _left_out(policy: PortPolicy | TrafficPolicy) -> Iterator[str]:
+    if policy.tls and policy.tls.get("mode") != "DISABLE":
+        yield "tls"
+    balancer = policy.load_balancer or LoadBalancer()
+    if balancer.locality_lb_setting:
+        yield "loadBalancer.localityLbSetting"
+    if balancer.warmup or balancer.warmup_duration_secs:
+        yield "loadBalancer.warmup"
+    if balancer.simple is SimpleLB.PASSTHROUGH:
+        yield "loadBalancer.simple PASSTHROUGH"
+    cookie = balancer.consistent_hash.http_cookie if balancer.consistent_hash else None
+    if cookie and cookie.attributes:
+        yield "loadBalancer.consistentHash.httpCookie.attributes"
+    if policy.outlier_detection and policy.outlier_detection.consecutive_errors is not None:
+        yield "outlierDetection.consecutiveErrors"
+    pool = policy.connection_pool or ConnectionPool()
+    if pool.tcp.tcp_keepalive:
+        yield "connectionPool.tcp.tcpKeepalive"
+    if pool.tcp.max_connection_duration:
+        yield "connectionPool.tcp.maxConnectionDuration"
+    if pool.tcp.idle_timeout:
+        yield "connectionPool.tcp.idleTimeout"
+    if pool.http.h2_upgrade_policy not in (None, "DEFAULT", "DO_NOT_UPGRADE"):
+        yield "connectionPool.http.h2UpgradePolicy"
+    if pool.http.use_client_protocol:
+        yield "connectionPool.http.useClientProtocol"
+    if pool.http.max_concurrent_streams:
+        yield "connectionPool.http.maxConcurrentStreams"
+
+
+def _is_exported(found: Destination, waypoint: Gateway) -> bool:
+    own = found.ref.namespace == waypoint.namespace
+    return not found.spec.export_to or any(
+        to in ("*", waypoint.namespace) or (to == "." and own) for to in found.spec.export_to
+    )
+
+
+def cluster_fields(policy: PortPolicy | TrafficPolicy) -> Json:
+    """What a policy changes of a cluster."""
+    pool = policy.connection_pool or ConnectionPool()
+    fields: Json = {"circuitBreakers": {"thresholds": [_limits(pool)]}}
+    if pool.tcp.connect_timeout:
+        fields["connectTimeout"] = _duration(pool.tcp.connect_timeout)
+    fields |= _balancer(policy.load_balancer or LoadBalancer())
+    if policy.outlier_detection is not None:
+        fields["outlierDetection"] = _outlier_detection(policy.outlier_detection)
+        if policy.outlier_detection.min_health_percent:
+            threshold = {"value": policy.outlier_detection.min_health_percent}
+            fields["commonLbConfig"] = {"healthyPanicThreshold": threshold}
+    return fields
+
+
+def connection_fields(policy: PortPolicy | TrafficPolicy) -> Json:
+    """What a policy changes of a cluster's HTTP connections."""
+    http = (policy.connection_pool or ConnectionPool()).http
+    fields: Json = {}
+    if http.max_requests_per_connection:
+        fields["maxRequestsPerConnection"] = http.max_requests_per_connection
+    if http.idle_timeout:
+        fields["idleTimeout"] = _duration(http.idle_timeout)
+    return fields
+
+
+def hash_policies(policies: Iterable[PortPolicy | TrafficPolicy]) -> list[Json]:
+    """By what requests keep their endpoint, of all clusters that a route leads to."""
+    found = [
+        _hash_policy(policy.load_balancer.consistent_hash)
+        for policy in policies
+        if policy.load_balancer and policy.load_balancer.consistent_hash
+    ]
+    return [each for number, each in enumerate(found) if each not in found[:number]]
+
+
+def _limits(pool: ConnectionPool) -> Json:
+    return {
+        "maxConnections": _or_unlimited(pool.tcp.max_connections),
+        "maxPendingRequests": _or_unlimited(pool.http.http1_max_pending_requests),
+        "maxRequests": _or_unlimited(pool.http.http2_max_requests),
+        "maxRetries": _or_unlimited(pool.http.max_retries),
+    }
+
+
+def _or_unlimited(count: int | None) -> int:
+    return count or UNLIMITED
+
+
+def _balancer(balancer: LoadBalancer) -> Json:
+    hashes = balancer.consistent_hash
+    if hashes is None:
+        return {"lbPolicy": _BALANCERS[balancer.simple]} if balancer.simple in _BALANCERS else {}
+    if hashes.maglev:
+        table = {"tableSize": hashes.maglev.table_size} if hashes.maglev.table_size else {}
+        return {"lbPolicy": "MAGLEV", "maglevLbConfig": table}
+    size = hashes.ring_hash.minimum_ring_size if hashes.ring_hash else hashes.minimum_ring_size or _RING_SIZE
+    return {"lbPolicy": "RING_HASH", "ringHashLbConfig": {"minimumRingSize": size}}
+
+
+def _hash_policy(hashes: ConsistentHash) -> Json:
+    if hashes.http_header_name:
+        return {"header": {"headerName": hashes.http_header_name}}
+    if hashes.http_query_parameter_name:
+        return {"queryParameter": {"name": hashes.http_query_parameter_name}}
+    if hashes.http_cookie:
+        cookie: Json = {"name": hashes.http_cookie.name}
+        if hashes.http_cookie.ttl is not None:
+            cookie["ttl"] = _duration(hashes.http_cookie.ttl)
+        if hashes.http_cookie.path:
+            cookie["path"] = hashes.http_cookie.path
+        return {"cookie": cookie}
+    return {"connectionProperties": {"sourceIp": True}}
+
+
+def _outlier_detection(found: OutlierDetection) -> Json:
+    """As Istio: never by a success rate; what is not said is Envoy's default."""
+    fields: Json = {"enforcingSuccessRate": 0}
+    errors, gateway = found.consecutive_5xx_errors, found.consecutive_gateway_errors
+    if errors is not None:
+        fields |= {"consecutive5xx": errors, "enforcingConsecutive5xx": 100 if errors else 0}
+    if gateway is not None:
+        fields["consecutiveGatewayFailure"] = gateway
+        fields["enforcingConsecutiveGatewayFailure"] = 100 if gateway else 0
+    if found.split_external_local_origin_errors:
+        fields["splitExternalLocalOriginErrors"] = True
+        if found.consecutive_local_origin_failures is not None:
+            fields["consecutiveLocalOriginFailure"] = found.consecutive_local_origin_failures
+            fields["enforcingConsecutiveLocalOriginFailure"] = 100
+        fields["enforcingLocalOriginSuccessRate"] = 0
+    if found.interval:
+        fields["interval"] = _duration(found.interval)
+    if found.base_ejection_time:
+        fields["baseEjectionTime"] = _duration(found.base_ejection_time)
+    if found.max_ejection_percent:
+        fields["maxEjectionPercent"] = found.max_ejection_percent
+    return fields
+
+
+def _duration(text: str) -> str:
+    return f"{seconds_of(text):.9f}".rstrip("0").rstrip(".") + "s"

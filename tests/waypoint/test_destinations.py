@@ -1,0 +1,258 @@
+"""DestinationRules through a real Envoy: which is a service's, and what it changes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import msgspec
+import pytest
+
+from pykmesh.manifests.objects import DestinationRule, from_plain
+from services.waypoint_mgr.destinations import Destinations
+from services.waypoint_mgr.envoy import Port
+from services.waypoint_mgr.source import Destination
+
+from .backends import Answer, Backend, ask
+from .world import (
+    DOMAIN,
+    Waypoint,
+    World,
+    ads_server,
+    at,
+    gateway,
+    http_route,
+    kubernetes_service,
+    mesh_service,
+    named,
+    waypoint,
+)
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60), pytest.mark.usefixtures("one_event_loop")]
+
+ADDRESS = "127.0.9.1"
+WEB = f"web.shop.svc.{DOMAIN}"
+EJECTS = {"consecutive5xxErrors": 2, "baseEjectionTime": "60s", "maxEjectionPercent": 100}
+ONE_AT_A_TIME = {"connectionPool": {"tcp": {"maxConnections": 1}, "http": {"http1MaxPendingRequests": 1}}}
+
+
+def destination(policy: dict[str, Any] | None = None, namespace: str = "shop", **spec: Any) -> Destination:
+    name = spec.pop("name", "web")
+    plain = {
+        "metadata": {"name": name, "namespace": namespace, "creationTimestamp": spec.pop("created", "")},
+        "spec": {"host": "web", **({"trafficPolicy": policy} if policy else {}), **spec},
+    }
+    made = from_plain(plain, DestinationRule)
+    assert isinstance(made, DestinationRule)
+    return Destination.of(made, DOMAIN)
+
+
+class Served:
+    """web's endpoints are v1 and v2, at a waypoint."""
+
+    def __init__(self, envoy: Waypoint) -> None:
+        self._envoy = envoy
+
+    async def ask(self, path: str = "/", **headers: str) -> Answer:
+        return await anyio.to_thread.run_sync(ask, at(ADDRESS), self._envoy.port, path, "GET", headers)
+
+    async def who(self, count: int, **headers: str) -> Counter[str]:
+        """Who answers; the status of what nobody does well."""
+        found = [await self.ask(**headers) for _ in range(count)]
+        return Counter(str(a.told["backend"]) if a.status == 200 else str(a.status) for a in found)
+
+
+@asynccontextmanager
+async def served(
+    folder: Path, backends: dict[str, Backend], *destinations: Destination, by_route: bool = False
+) -> AsyncIterator[Served]:
+    async with ads_server(folder / "ads") as server, waypoint(server, folder) as envoy:
+        world = World()
+        endpoints = [backends[name].endpoint for name in ("v1", "v2")]
+        own = mesh_service("shop", "web", {envoy.port: endpoints}, [ADDRESS])
+        world.add_user(own, kubernetes_service("shop", "web", {"port": envoy.port, "name": "http"}))
+        world.destinations = list(destinations)
+        if by_route:
+            to = {"backendRefs": [{"name": "web", "port": envoy.port}]}
+            world.routes = [http_route("shop", "r", {"rules": [to]})]
+        assert not (await envoy.apply(world.configuration())).refusals
+        await envoy.ready()
+        yield Served(envoy)
+
+
+@pytest.mark.parametrize("rules", [[destination({"outlierDetection": EJECTS})], []], ids=["rule", "none"])
+async def test_an_endpoint_that_fails_again_and_again_is_left_out(
+    folder: Path, backends: dict[str, Backend], monkeypatch: pytest.MonkeyPatch, rules: list[Destination]
+) -> None:
+    monkeypatch.setattr(backends["v2"], "is_broken", True)
+    async with served(folder, backends, *rules) as found:
+        await found.who(20)
+        answers = await found.who(40)
+        assert answers == {"v1": 40} if rules else answers["500"] > 5
+
+
+async def test_what_is_more_than_the_pool_holds_is_refused(
+    folder: Path, backends: dict[str, Backend]
+) -> None:
+    async with served(folder, backends, destination(ONE_AT_A_TIME)) as found:
+        statuses = Counter[int]()
+
+        async def one() -> None:
+            statuses[(await found.ask("/?wait=1")).status] += 1
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(12):
+                tasks.start_soon(one)
+        assert statuses[503] > 2
+        assert statuses[200] > 0
+        assert statuses.total() == 12
+
+
+@pytest.mark.parametrize("by_route", [False, True])
+@pytest.mark.parametrize("how", [{}, {"maglev": {}}, {"ringHash": {"minimumRingSize": 512}}])
+async def test_requests_with_one_header_keep_their_endpoint(
+    folder: Path, backends: dict[str, Backend], how: dict[str, Any], by_route: bool
+) -> None:
+    rule = destination({"loadBalancer": {"consistentHash": {"httpHeaderName": "x-user", **how}}})
+    async with served(folder, backends, rule, by_route=by_route) as found:
+        each = [await found.who(5, **{"x-user": str(user)}) for user in range(20)]
+        assert all(len(who) == 1 for who in each)
+        assert Counter(who for found in each for who in found).keys() == {"v1", "v2"}
+
+
+async def test_a_cookie_is_made_for_who_has_none(folder: Path, backends: dict[str, Backend]) -> None:
+    cookie = {"name": "stay", "ttl": "60s", "path": "/"}
+    rule = destination({"loadBalancer": {"consistentHash": {"httpCookie": cookie}}})
+    async with served(folder, backends, rule) as found:
+        for _ in range(5):
+            first = await found.ask()
+            said = first.headers["set-cookie"].partition(";")[0]
+            assert said.startswith("stay=")
+            assert await found.who(5, cookie=said) == {first.told["backend"]: 5}
+
+
+async def test_a_connection_carries_so_many_requests(folder: Path, backends: dict[str, Backend]) -> None:
+    rule = destination({"connectionPool": {"http": {"maxRequestsPerConnection": 1}}})
+    before = sum(backends[name].connections for name in ("v1", "v2"))
+    async with served(folder, backends, rule) as found:
+        await found.who(12)
+    assert sum(backends[name].connections for name in ("v1", "v2")) == before + 12
+
+
+@pytest.mark.parametrize("simple", ["ROUND_ROBIN", "RANDOM", "LEAST_REQUEST", "LEAST_CONN"])
+async def test_envoy_takes_every_way_of_balancing(
+    folder: Path, backends: dict[str, Backend], simple: str
+) -> None:
+    rule = destination(
+        {"loadBalancer": {"simple": simple}, "connectionPool": {"tcp": {"connectTimeout": "1.5s"}}}
+    )
+    async with served(folder, backends, rule) as found:
+        assert (await found.who(40)).keys() == {"v1", "v2"}
+
+
+def name_of(*rules: Destination) -> str:
+    """Of the rule that is web's, by its first limit."""
+    found = Destinations(gateway(), rules).policy(Port(named("shop", "web"), 80))
+    return str(found.connection_pool.tcp.max_connections if found.connection_pool else None)
+
+
+def limited(connections: int, **spec: Any) -> Destination:
+    return destination({"connectionPool": {"tcp": {"maxConnections": connections}}}, **spec)
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ([limited(1)], "1"),
+        ([limited(1, host=WEB)], "1"),
+        ([limited(1, host="*.shop.svc.cluster.local")], "1"),
+        ([limited(1, host="*")], "1"),
+        ([limited(1, host="other")], "None"),
+        ([limited(1, host="shop/web")], "None"),
+        ([limited(1, host="*.local"), limited(2, host="*.cluster.local", name="b")], "2"),
+        ([limited(1, host="*"), limited(2, name="b")], "2"),
+        (
+            [
+                limited(1, created="2026-01-02T00:00:00Z", name="a"),
+                limited(2, created="2026-01-01T00:00:00Z"),
+            ],
+            "2",
+        ),
+        ([limited(1, namespace="istio-system", host=WEB)], "1"),
+        ([limited(1, namespace="istio-system", host=WEB), limited(2, host="*")], "2"),
+        ([limited(1, namespace="elsewhere", host=WEB)], "None"),
+        ([limited(1, namespace="istio-system", host=WEB, exportTo=["."])], "None"),
+        ([limited(1, namespace="istio-system", host=WEB, exportTo=["shop"])], "1"),
+        ([limited(1, exportTo=["."])], "1"),
+        ([limited(1, workloadSelector={"matchLabels": {"app": "x"}})], "None"),
+        (
+            [
+                destination(
+                    {
+                        "connectionPool": {"tcp": {"maxConnections": 1}},
+                        "portLevelSettings": [
+                            {"port": {"number": 80}, "connectionPool": {"tcp": {"maxConnections": 2}}}
+                        ],
+                    }
+                )
+            ],
+            "2",
+        ),
+    ],
+)
+def test_which_rule_is_a_services(rules: list[Destination], expected: str) -> None:
+    assert name_of(*rules) == expected
+
+
+def test_what_is_not_honoured_is_told() -> None:
+    policy = {
+        "tls": {"mode": "SIMPLE"},
+        "tunnel": {"targetHost": "x"},
+        "loadBalancer": {"simple": "PASSTHROUGH", "warmup": {"duration": "10s"}},
+        "connectionPool": {"tcp": {"tcpKeepalive": {"time": "10s"}}, "http": {"useClientProtocol": True}},
+        "portLevelSettings": [{"port": {"number": 80}, "tls": {"mode": "ISTIO_MUTUAL"}}],
+    }
+    rules = Destinations(gateway(), [destination(policy, subsets=[{"name": "v1"}])])
+    rules.policy(Port(named("shop", "web"), 80))
+    accepted, partly = rules.conditions()
+    assert (accepted.type, accepted.status) == ("Accepted", True)
+    told = partly.message.removeprefix("not honoured: ").split(", ")
+    assert told == [
+        "subsets",
+        "trafficPolicy.tls",
+        "trafficPolicy.loadBalancer.warmup",
+        "trafficPolicy.loadBalancer.simple PASSTHROUGH",
+        "trafficPolicy.connectionPool.tcp.tcpKeepalive",
+        "trafficPolicy.connectionPool.http.useClientProtocol",
+        "trafficPolicy.tunnel",
+        "portLevelSettings[80].tls",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        ({"host": ""}, "host"),
+        ({"trafficPolicy": {"loadBalancer": {"simple": "BEST"}}}, "simple"),
+        ({"trafficPolicy": {"loadBalancer": {"consistentHash": {}}}}, "one of httpHeaderName"),
+        (
+            {
+                "trafficPolicy": {
+                    "loadBalancer": {"simple": "RANDOM", "consistentHash": {"useSourceIp": True}}
+                }
+            },
+            "only one of simple",
+        ),
+        ({"trafficPolicy": {"connectionPool": {"tcp": {"connectTimeout": "soon"}}}}, "connectTimeout"),
+        ({"trafficPolicy": {"outlierDetection": {"maxEjectionPercent": 101}}}, "maxEjectionPercent"),
+        ({"trafficPolicy": {"portLevelSettings": [{}]}}, "port"),
+    ],
+)
+def test_a_spec_that_is_wrong_is_refused(spec: dict[str, Any], why: str) -> None:
+    with pytest.raises(msgspec.ValidationError, match=why):
+        destination(None, **spec) if "host" in spec else destination(spec.get("trafficPolicy"))
