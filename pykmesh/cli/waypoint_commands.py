@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -17,6 +17,12 @@ from pykmesh.node.instance import Instance
 CLASS = "pykmesh-waypoint"
 FOR = ("service", "workload", "all", "none")
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+_TOLD: Final = (
+    ("route", "routes"),
+    ("virtual_service", "virtual_services"),
+    ("policy", "policies"),
+    ("destination", "destinations"),
+)
 _COLUMNS = ("WAYPOINT", "CLASS", "READY", "SERVICES", "ROUTES", "PROBLEMS")
 
 
@@ -176,7 +182,7 @@ def _problems(found: dict[str, Any]) -> list[str]:
     """What is wrong, a line each."""
     lines = [
         f"{one[what]}: {one['type']} is {one['status']}: {one['reason']}: {one['message']}"
-        for what, key in (("route", "routes"), ("policy", "policies"), ("destination", "destinations"))
+        for what, key in _TOLD
         for one in found[key]
         if (one["status"] == "True") != (one["type"] in ("Accepted", "ResolvedRefs", "Enforced"))
     ]

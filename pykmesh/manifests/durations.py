@@ -17,3 +17,8 @@ def seconds_of(text: str) -> float:
     """Of a GoDuration."""
     found = re.findall(r"([0-9.]+)(ms|us|ns|h|m|s)", text)
     return sum(float(count) * _UNIT_S[unit] for count, unit in found)
+
+
+def proto_duration(text: str) -> str:
+    """A GoDuration as protobuf's JSON has it: 90.5s."""
+    return f"{seconds_of(text):.9f}".rstrip("0").rstrip(".") + "s"

@@ -21,6 +21,7 @@ from pykmesh.manifests.grpc_route import GRPCRouteSpec
 from pykmesh.manifests.http_route import HTTPRouteSpec
 from pykmesh.manifests.names import Name, PortNumber
 from pykmesh.manifests.tcp_route import TCPRouteSpec
+from pykmesh.manifests.virtual_service import VirtualServiceSpec
 
 TargetPort = Annotated[int, msgspec.Meta(ge=0, le=65535)] | str
 """A number or the name of a container's port; 0 and "" are as good as none."""
@@ -447,6 +448,10 @@ class DestinationRule(_Object, frozen=True, kw_only=True):
     spec: DestinationRuleSpec
 
 
+class VirtualService(_Object, frozen=True, kw_only=True):
+    spec: VirtualServiceSpec = VirtualServiceSpec()
+
+
 WAYPOINT_CLASS = "pykmesh-waypoint"
 WAYPOINT_CLASSES = frozenset({"istio-waypoint", WAYPOINT_CLASS})
 """Gateway classes whose Gateways are waypoints."""
@@ -478,6 +483,7 @@ Object: TypeAlias = (
     | TCPRoute
     | AuthorizationPolicy
     | DestinationRule
+    | VirtualService
 )
 
 KINDS: dict[tuple[str, str], type[Object]] = {
@@ -494,6 +500,7 @@ KINDS: dict[tuple[str, str], type[Object]] = {
     ("gateway.networking.k8s.io", "TCPRoute"): TCPRoute,
     ("security.istio.io", "AuthorizationPolicy"): AuthorizationPolicy,
     ("networking.istio.io", "DestinationRule"): DestinationRule,
+    ("networking.istio.io", "VirtualService"): VirtualService,
 }
 """The types that are read, by API group and kind; the version within a group does not matter."""
 

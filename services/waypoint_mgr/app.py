@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,7 +35,7 @@ from services.waypoint_mgr.policies import Clients, names_in, unenforced
 from services.waypoint_mgr.requests import Reporter
 from services.waypoint_mgr.routes import Configuration, Wanted, translate
 from services.waypoint_mgr.scaling import policy_of
-from services.waypoint_mgr.source import Objects, Route, mesh_name, watch
+from services.waypoint_mgr.source import Objects, Route, Virtual, mesh_name, watch
 from services.waypoint_mgr.spans import Spans, spans_of
 
 log = structlog.get_logger(__name__)
@@ -64,7 +64,7 @@ class WaypointMgr:
         """What is wrong in the folder."""
         self._mesh: WaypointsReply | None = None
         self._configurations: dict[str, Configuration] = {}
-        self._good_routes: dict[str, dict[ObjectRef, Route]] = {}
+        self._good_routes: dict[str, dict[ObjectRef, Route | Virtual]] = {}
         """By waypoint: one that does not take a route has no opinion of it."""
         self._made_of: object = None
         """What the configurations were made of."""
@@ -172,6 +172,8 @@ class WaypointMgr:
             for route in objects.routes
             for ref in route.spec.backends
         )
+        for virtual in objects.virtuals:
+            found |= dict.fromkeys(virtual.backends())
         return [*{**found, **dict.fromkeys(objects.waypoints)}]
 
     async def _configure(self, name: str, waypoint: Gateway, objects: Objects, mesh: WaypointsReply) -> None:
@@ -209,21 +211,26 @@ class WaypointMgr:
     ) -> Configuration:
         """A route that is wrong counts as it was when it was right."""
         domain, services = self._settings.cluster_domain, objects.services
-        wanted = Wanted(objects.routes, objects.policies, objects.destinations)
+        wanted = Wanted(objects.routes, objects.policies, objects.destinations, objects.virtuals)
         spans, _ = self._spans(waypoint)
         found = translate(waypoint, users, known, services, wanted, domain, clients, spans)
         refused = found.refused
-        good = {route.ref: route for route in objects.routes if route.ref not in refused}
+        said: list[Route | Virtual] = [*objects.routes, *objects.virtuals]
+        good = {each.ref: each for each in said if each.ref not in refused}
         before = self._good_routes.get(name, {})
-        kept_routes = self._good_routes[name] = good | {ref: before[ref] for ref in refused if ref in before}
-        earlier = [kept_routes[ref] for ref in refused if ref in kept_routes]
-        if not earlier:
+        good |= {ref: before[ref] for ref in refused if ref in before}
+        self._good_routes[name] = good
+        if refused.isdisjoint(good):
             return found
-        wanted = msgspec.structs.replace(wanted, routes=[*good.values(), *earlier])
+        routes = tuple(each for each in good.values() if isinstance(each, Route))
+        virtuals = tuple(each for each in good.values() if isinstance(each, Virtual))
+        wanted = msgspec.structs.replace(wanted, routes=routes, virtuals=virtuals)
         kept = translate(waypoint, users, known, services, wanted, domain, clients, spans)
-        told = tuple(c for c in found.conditions if c.of in refused)
-        rest = tuple(c for c in kept.conditions if c.of not in refused)
-        return Configuration(**{**_fields(kept), "conditions": (*rest, *told)})
+        return msgspec.structs.replace(
+            kept,
+            conditions=_of(found.conditions, refused) + _but(kept.conditions, refused),
+            virtuals=_of(found.virtuals, refused) + _but(kept.virtuals, refused),
+        )
 
     def _spans(self, waypoint: Gateway) -> tuple[Spans | None, list[str]]:
         return spans_of(waypoint.metadata.annotations, self._settings.otlp_endpoint)
@@ -283,6 +290,7 @@ class WaypointMgr:
             ],
             "routes": [_told("route", condition) for condition in found.conditions],
             "policies": [_told("policy", condition) for condition in found.policies],
+            "virtual_services": [_told("virtual_service", condition) for condition in found.virtuals],
             "destinations": [_told("destination", condition) for condition in found.destinations],
             "conflicts": list(found.conflicts),
             "scaling": group.status() if group else None,
@@ -304,8 +312,12 @@ def _told(what: str, condition: Condition) -> dict[str, str]:
     }
 
 
-def _fields(found: Configuration) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in found.__struct_fields__}
+def _of(said: tuple[Condition, ...], refs: Collection[ObjectRef]) -> tuple[Condition, ...]:
+    return tuple(one for one in said if one.of in refs)
+
+
+def _but(said: tuple[Condition, ...], refs: Collection[ObjectRef]) -> tuple[Condition, ...]:
+    return tuple(one for one in said if one.of not in refs)
 
 
 async def run(runtime: Runtime[WaypointMgrSettings]) -> None:

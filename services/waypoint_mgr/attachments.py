@@ -77,6 +77,18 @@ class Mesh:
     def endpoints(self, at: Port) -> Sequence[Endpoint]:
         return next((port.endpoints for port in self._known[at.service].ports if port.port == at.port), ())
 
+    def at_host(self, host: str, namespace: str, port: int | None, asked: int) -> Port | None:
+        """A host's port: of one in the namespace, if several have it; that which is said, its only one, or
+        the one that was asked for.
+        """
+        found = [name for name in self._known if name.partition("/")[2] == host]
+        if not found:
+            return None
+        name = min(found, key=lambda name: (name.partition("/")[0] != namespace, name))
+        ports = [one.port for one in self._known[name].ports]
+        wanted = port or (ports[0] if len(ports) == 1 else asked)
+        return Port(name, wanted) if wanted in ports else None
+
     def resolve(self, ref: BackendObjectRef, namespace: str) -> Port | Unresolved:
         """`namespace`: of the route."""
         if not ref.is_service:

@@ -19,7 +19,7 @@ from pykmesh.manifests.destination_rule import (
     SimpleLB,
     TrafficPolicy,
 )
-from pykmesh.manifests.durations import seconds_of
+from pykmesh.manifests.durations import proto_duration
 from pykmesh.manifests.objects import Gateway, ObjectRef, ref_of
 from services.waypoint_mgr.attachments import ACCEPTED, PARTIALLY_INVALID, UNSUPPORTED_VALUE, Condition
 from services.waypoint_mgr.envoy import UNLIMITED, Json, Port
@@ -49,7 +49,9 @@ class Destinations:
             found = [
                 each
                 for each in self._destinations
-                if each.ref.namespace == of and each.says_of(hostname) and _is_exported(each, self._waypoint)
+                if each.ref.namespace == of
+                and each.says_of(hostname)
+                and each.is_seen_in(self._waypoint.namespace)
             ]
             if found:
                 best = min(found, key=lambda each: (-each.says_of(hostname), each.created, each.ref.name))
@@ -114,19 +116,12 @@ def _left_out(policy: PortPolicy | TrafficPolicy) -> Iterator[str]:
         yield "connectionPool.http.maxConcurrentStreams"
 
 
-def _is_exported(found: Destination, waypoint: Gateway) -> bool:
-    own = found.ref.namespace == waypoint.namespace
-    return not found.spec.export_to or any(
-        to in ("*", waypoint.namespace) or (to == "." and own) for to in found.spec.export_to
-    )
-
-
 def cluster_fields(policy: PortPolicy | TrafficPolicy) -> Json:
     """What a policy changes of a cluster."""
     pool = policy.connection_pool or ConnectionPool()
     fields: Json = {"circuitBreakers": {"thresholds": [_limits(pool)]}}
     if pool.tcp.connect_timeout:
-        fields["connectTimeout"] = _duration(pool.tcp.connect_timeout)
+        fields["connectTimeout"] = proto_duration(pool.tcp.connect_timeout)
     fields |= _balancer(policy.load_balancer or LoadBalancer())
     if policy.outlier_detection is not None:
         fields["outlierDetection"] = _outlier_detection(policy.outlier_detection)
@@ -143,7 +138,7 @@ def connection_fields(policy: PortPolicy | TrafficPolicy) -> Json:
     if http.max_requests_per_connection:
         fields["maxRequestsPerConnection"] = http.max_requests_per_connection
     if http.idle_timeout:
-        fields["idleTimeout"] = _duration(http.idle_timeout)
+        fields["idleTimeout"] = proto_duration(http.idle_timeout)
     return fields
 
 
@@ -189,7 +184,7 @@ def _hash_policy(hashes: ConsistentHash) -> Json:
     if hashes.http_cookie:
         cookie: Json = {"name": hashes.http_cookie.name}
         if hashes.http_cookie.ttl is not None:
-            cookie["ttl"] = _duration(hashes.http_cookie.ttl)
+            cookie["ttl"] = proto_duration(hashes.http_cookie.ttl)
         if hashes.http_cookie.path:
             cookie["path"] = hashes.http_cookie.path
         return {"cookie": cookie}
@@ -212,13 +207,9 @@ def _outlier_detection(found: OutlierDetection) -> Json:
             fields["enforcingConsecutiveLocalOriginFailure"] = 100
         fields["enforcingLocalOriginSuccessRate"] = 0
     if found.interval:
-        fields["interval"] = _duration(found.interval)
+        fields["interval"] = proto_duration(found.interval)
     if found.base_ejection_time:
-        fields["baseEjectionTime"] = _duration(found.base_ejection_time)
+        fields["baseEjectionTime"] = proto_duration(found.base_ejection_time)
     if found.max_ejection_percent:
         fields["maxEjectionPercent"] = found.max_ejection_percent
     return fields
-
-
-def _duration(text: str) -> str:
-    return f"{seconds_of(text):.9f}".rstrip("0").rstrip(".") + "s"

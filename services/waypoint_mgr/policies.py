@@ -160,9 +160,17 @@ class Guard:
         self._of_services = [p for p in policies if p not in self._of_all and p.services & mesh.users.keys()]
         self._dropped: dict[ObjectRef, dict[str, None]] = {}
 
-    def http_chain(self, at: Port, vips: Sequence[str], access_log: bool, tracing: Json | None) -> Json:
-        filters = [rbac(rules) for rules in self._rules(at, vips, is_http=True)]
-        return http_chain(at, everybodys(vips), access_log, filters, tracing)
+    def http_chain(
+        self,
+        at: Port,
+        vips: Sequence[str],
+        access_log: bool,
+        tracing: Json | None,
+        filters: Iterable[Json] = (),
+    ) -> Json:
+        """`filters` come after those that let in or not."""
+        own = [rbac(rules) for rules in self._rules(at, vips, is_http=True)]
+        return http_chain(at, everybodys(vips), access_log, [*own, *filters], tracing)
 
     def tcp_chains(
         self, at: Port, vips: Sequence[str], access_log: bool, target: str | list[Json]

@@ -37,8 +37,9 @@ from services.waypoint_mgr.envoy import Json, Port
 from services.waypoint_mgr.policies import Clients, Guard
 from services.waypoint_mgr.protocols import AppProtocol
 from services.waypoint_mgr.rules import action_of, match_fields, rank, straight_to, tcp_target
-from services.waypoint_mgr.source import Destination, Policy, Route
+from services.waypoint_mgr.source import Destination, Policy, Route, Virtual
 from services.waypoint_mgr.spans import CLUSTER, Spans
+from services.waypoint_mgr.virtual import VirtualServices
 
 ACCESS_LOG: Final = "pykmesh.io/access-log"
 """An annotation of the Gateway; "true": its Envoys log each request on their standard output."""
@@ -60,6 +61,8 @@ class Configuration(msgspec.Struct, frozen=True):
     """What is said of AuthorizationPolicies."""
     destinations: tuple[Condition, ...] = ()
     """And of DestinationRules."""
+    virtuals: tuple[Condition, ...] = ()
+    """And of VirtualServices."""
     conflicts: tuple[str, ...] = ()
     """Services that claim an address and port that another one has: its owner, else the first by name."""
 
@@ -71,7 +74,7 @@ class Configuration(msgspec.Struct, frozen=True):
         """Routes that are wrong in themselves: what they said before may be put in their place."""
         return frozenset(
             condition.of
-            for condition in self.conditions
+            for condition in (*self.conditions, *self.virtuals)
             if condition.type == ACCEPTED and condition.reason == UNSUPPORTED_VALUE
         )
 
@@ -82,6 +85,7 @@ class Wanted(msgspec.Struct, frozen=True):
     routes: Sequence[Route] = ()
     policies: Sequence[Policy] = ()
     destinations: Sequence[Destination] = ()
+    virtuals: Sequence[Virtual] = ()
 
 
 def translate(
@@ -99,6 +103,7 @@ def translate(
     attached = attach(waypoint, mesh, wanted.routes)
     guard = Guard(waypoint, mesh, wanted.policies, clients or Clients())
     destinations = Destinations(waypoint, wanted.destinations)
+    virtuals = VirtualServices(waypoint, mesh, wanted.virtuals)
     logs = waypoint.metadata.annotations.get(ACCESS_LOG) == "true"
     tracing = spans.tracing(f"{waypoint.name}.{waypoint.namespace}") if spans else None
     taken, conflicts = _owners(mesh), list[str]()
@@ -117,12 +122,19 @@ def translate(
             if protocol is AppProtocol.TCP:
                 target, used = _tcp_target(at, routed, mesh)
                 chains += guard.tcp_chains(at, vips, logs, target)
+            elif (virtual := virtuals.of(at, is_overridden=bool(own))) is not None:
+                chains.append(guard.http_chain(at, vips, logs, tracing, virtual.filters))
+                used = virtual.backends
+                kept = [_kept(route, sorted(used), destinations) for route in virtual.routes]
+                configurations[at.cluster] = _with_hosts(at, [_virtual_host(_ANY_HOST, kept)])
             else:
                 chains.append(guard.http_chain(at, vips, logs, tracing))
                 configurations[at.cluster], used = _route_configuration(at, routed, mesh, destinations)
             backends |= used
             for backend in used:
-                as_backend[backend] = max(as_backend.get(backend, AppProtocol.TCP), carried(routed))
+                as_backend[backend] = max(
+                    as_backend.get(backend, AppProtocol.TCP), carried(routed), min(protocol, AppProtocol.HTTP)
+                )
     for at in backends - protocols.keys():
         protocols[at] = mesh.protocol(at, as_backend[at])
     return Configuration(
@@ -135,6 +147,7 @@ def translate(
         conditions=tuple(attached.conditions),
         policies=tuple(guard.conditions()),
         destinations=tuple(destinations.conditions()),
+        virtuals=tuple(virtuals.conditions()),
         conflicts=tuple(conflicts),
     )
 

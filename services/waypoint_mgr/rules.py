@@ -350,7 +350,7 @@ def _redirect(redirect: RequestRedirect, prefix: str, at: Port) -> Json:
     scheme = redirect.scheme or "http"
     port = redirect.port or (_DEFAULT_PORTS[scheme] if redirect.scheme else at.port)
     keeps_port = redirect.hostname is None and at.port != port
-    fields: Json = {"responseCode": _REDIRECT_CODES[redirect.status_code]}
+    fields: Json = {"responseCode": REDIRECT_CODES[redirect.status_code]}
     if redirect.scheme:
         fields["schemeRedirect"] = redirect.scheme
     if redirect.hostname:
@@ -360,7 +360,7 @@ def _redirect(redirect: RequestRedirect, prefix: str, at: Port) -> Json:
     return fields | _path_change(redirect.path, prefix, full="pathRedirect")
 
 
-_REDIRECT_CODES: Final = {
+REDIRECT_CODES: Final = {
     301: "MOVED_PERMANENTLY",
     302: "FOUND",
     303: "SEE_OTHER",

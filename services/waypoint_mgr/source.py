@@ -33,9 +33,11 @@ from pykmesh.manifests.objects import (
     Service,
     ServiceEntry,
     TCPRoute,
+    VirtualService,
     ref_of,
     service_hostname,
 )
+from pykmesh.manifests.virtual_service import VirtualServiceSpec
 from services.waypoint_mgr.protocols import AppProtocol
 
 DRY_RUN: Final = "istio.io/dry-run"
@@ -138,17 +140,73 @@ class Destination(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, obj: DestinationRule, domain: str) -> Destination:
         """A short name is one of the rule's own namespace."""
-        host = obj.spec.host
-        if "." not in host and not host.startswith("*"):
-            host = f"{host}.{obj.namespace}.svc.{domain}"
+        host = whole_host(obj.spec.host, obj.namespace, domain)
         return cls(ref_of(obj), obj.metadata.creation_timestamp, host, obj.spec)
 
     def says_of(self, hostname: str) -> int:
         """How much of a host's name it says; 0: it is not for this one."""
-        if self.host == hostname:
-            return len(hostname) + 1
-        is_below = self.host.startswith("*") and hostname.endswith(self.host[1:])
-        return len(self.host) if is_below else 0
+        return says_of(self.host, hostname)
+
+    def is_seen_in(self, namespace: str) -> bool:
+        return is_exported(self.spec.export_to, self.ref.namespace, namespace)
+
+
+class Virtual(msgspec.Struct, frozen=True):
+    """A VirtualService."""
+
+    ref: ObjectRef
+    created: str
+    spec: VirtualServiceSpec
+    domain: str
+
+    @classmethod
+    def of(cls, obj: VirtualService, domain: str) -> Virtual:
+        return cls(ref_of(obj), obj.metadata.creation_timestamp, obj.spec, domain)
+
+    @property
+    def is_for_mesh(self) -> bool:
+        """Not for gateways at the edge alone."""
+        return not self.spec.gateways or "mesh" in self.spec.gateways
+
+    def whole(self, host: str) -> str:
+        """A short name is one of its own namespace."""
+        return whole_host(host, self.ref.namespace, self.domain)
+
+    def says_of(self, hostname: str) -> int:
+        """How much of a host's name it says; 0: it is not for this one."""
+        return max((says_of(self.whole(host), hostname) for host in self.spec.hosts), default=0)
+
+    def is_seen_in(self, namespace: str) -> bool:
+        return is_exported(self.spec.export_to, self.ref.namespace, namespace)
+
+    def backends(self) -> Iterator[str]:
+        """The hosts that it leads to, by their names in the mesh."""
+        for route in self.spec.http:
+            for destination in route.destinations:
+                host = self.whole(destination.host)
+                parts = host.removesuffix(f".svc.{self.domain}").split(".")
+                namespace = parts[1] if len(parts) == 2 and host != ".".join(parts) else self.ref.namespace
+                yield f"{namespace}/{host}"
+
+
+def whole_host(host: str, namespace: str, domain: str) -> str:
+    is_short = "." not in host and not host.startswith("*")
+    return f"{host}.{namespace}.svc.{domain}" if is_short else host
+
+
+def says_of(host: str, hostname: str) -> int:
+    """How much of a host's name another one says, which may begin with `*`; 0: it means another."""
+    if host == hostname:
+        return len(hostname) + 1
+    is_below = host.startswith("*") and hostname.endswith(host[1:])
+    return len(host) if is_below else 0
+
+
+def is_exported(export_to: Collection[str], own: str, namespace: str) -> bool:
+    """Whether what is in a namespace holds in another."""
+    return not export_to or any(
+        to in ("*", namespace) or (to == "." and own == namespace) for to in export_to
+    )
 
 
 class Objects(msgspec.Struct, frozen=True):
@@ -159,6 +217,7 @@ class Objects(msgspec.Struct, frozen=True):
     routes: tuple[Route, ...] = ()
     policies: tuple[Policy, ...] = ()
     destinations: tuple[Destination, ...] = ()
+    virtuals: tuple[Virtual, ...] = ()
     namespaces: Mapping[str, Labels] = {}
     """Those that are said, with their labels."""
     errors: tuple[str, ...] = ()
@@ -187,6 +246,7 @@ class Objects(msgspec.Struct, frozen=True):
                 Policy.of(o, domain, entry_hosts) for o in objects if isinstance(o, AuthorizationPolicy)
             ),
             destinations=tuple(Destination.of(o, domain) for o in objects if isinstance(o, DestinationRule)),
+            virtuals=tuple(Virtual.of(o, domain) for o in objects if isinstance(o, VirtualService)),
             namespaces={o.name: o.labels for o in objects if isinstance(o, Namespace)},
             errors=tuple(errors),
             is_whole=is_whole,

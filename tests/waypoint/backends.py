@@ -107,7 +107,7 @@ class Answer:
     def __init__(self, response: http.client.HTTPResponse) -> None:
         self.status = response.status
         self.headers = {name.lower(): value for name, value in response.getheaders()}
-        body = response.read()
+        self.body = body = response.read()
         is_told = "x-backend" in self.headers and body
         self.told: dict[str, Any] = json.loads(body) if is_told else {}
 

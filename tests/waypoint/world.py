@@ -18,7 +18,7 @@ from services.waypoint_mgr.ads import AdsServer, NodeStatus
 from services.waypoint_mgr.encode import resources
 from services.waypoint_mgr.policies import Clients
 from services.waypoint_mgr.routes import Configuration, Wanted, translate
-from services.waypoint_mgr.source import Destination, Policy, Route
+from services.waypoint_mgr.source import Destination, Policy, Route, Virtual
 from services.waypoint_mgr.spans import Spans
 
 from .backends import free_port
@@ -106,6 +106,7 @@ class World:
         self.routes: list[Route] = []
         self.policies: list[Policy] = []
         self.destinations: list[Destination] = []
+        self.virtuals: list[Virtual] = []
         self.clients = Clients()
         self.spans: Spans | None = None
 
@@ -117,7 +118,7 @@ class World:
         self.known[service.name] = service
 
     def configuration(self) -> Configuration:
-        wanted = Wanted(self.routes, self.policies, self.destinations)
+        wanted = Wanted(self.routes, self.policies, self.destinations, self.virtuals)
         return translate(
             self.gateway, self.users, self.known, self.services, wanted, DOMAIN, self.clients, self.spans
         )

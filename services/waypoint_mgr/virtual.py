@@ -1,0 +1,431 @@
+"""VirtualServices as Envoy's routes: in the order in which they are written, the first match counts. Pure.
+
+Which one is a service's: of those that name its host the one that says the most, then the oldest. A service
+whose port has HTTPRoutes of its own goes by those. What cannot be honoured is never passed over: a match
+that asks what is not known never matches, a destination that is none is answered with 503; both are told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from pykmesh.manifests.durations import proto_duration, seconds_of
+from pykmesh.manifests.http_route import (
+    BackendObjectRef,
+    BackendRef,
+    Fraction,
+    Header,
+    HeaderModifier,
+    RequestMirror,
+    RouteFilter,
+    RouteRule,
+    Timeouts,
+)
+from pykmesh.manifests.http_route import FilterType as Filter
+from pykmesh.manifests.objects import Gateway, ObjectRef, ref_of
+from pykmesh.manifests.virtual_service import (
+    CorsPolicy,
+    Destination,
+    Fault,
+    HeaderOperations,
+    Headers,
+    HTTPMatch,
+    HTTPRoute,
+    Mirror,
+    Percent,
+    Redirect,
+    Retries,
+    Rewrite,
+    StringMatch,
+)
+from services.waypoint_mgr.attachments import (
+    ACCEPTED,
+    PARTIALLY_INVALID,
+    RESOLVED_REFS,
+    UNSUPPORTED_VALUE,
+    Condition,
+    Mesh,
+)
+from services.waypoint_mgr.envoy import Json, Port, typed
+from services.waypoint_mgr.regexes import error_in
+from services.waypoint_mgr.rules import REDIRECT_CODES, Unresolved, action_of
+from services.waypoint_mgr.source import Virtual
+
+CORS: Final = "envoy.filters.http.cors"
+FAULT: Final = "envoy.filters.http.fault"
+FILTERS: Final[Mapping[str, Json]] = {
+    name: {"name": name, "typedConfig": typed(kind)}
+    for name, kind in ((CORS, "filters.http.cors.v3.Cors"), (FAULT, "filters.http.fault.v3.HTTPFault"))
+}
+"""What routes need of their chain, in the order in which it is asked."""
+RETRY_ON: Final = "connect-failure,refused-stream,unavailable,cancelled"
+"""Istio's, where retries are asked for and not on what."""
+MILLION: Final = 1_000_000
+_HEADERS: Final = {"scheme": ":scheme", "method": ":method", "authority": ":authority"}
+
+
+class Routed(msgspec.Struct, frozen=True):
+    """The routes of a port, the backends that they name, and the filters that they need."""
+
+    routes: tuple[Json, ...]
+    backends: frozenset[Port]
+    filters: tuple[Json, ...]
+
+
+class VirtualServices:
+    """Those for what goes by way of a waypoint, and what is told of them."""
+
+    def __init__(self, waypoint: Gateway, mesh: Mesh, found: Sequence[Virtual]) -> None:
+        self._waypoint = waypoint
+        self._mesh = mesh
+        self._found = [each for each in found if each.is_for_mesh and not errors_in(each)]
+        self._broken = [each for each in found if each.is_for_mesh and errors_in(each)]
+        self._told: dict[ObjectRef, dict[str, dict[str, None]]] = {}
+
+    def of(self, at: Port, *, is_overridden: bool) -> Routed | None:
+        """None where nothing of HTTP is said of the service; `is_overridden`: its port has HTTPRoutes."""
+        found = self._best(at)
+        if found is None:
+            return None
+        told = self._told.setdefault(found.ref, {})
+        if is_overridden:
+            text = f"{at.service} port {at.port} has HTTPRoutes, which go before"
+            told.setdefault("left out", {})[text] = None
+            return None
+        routes, backends, names = list[Json](), set[Port](), dict[str, None]()
+        for index, route in enumerate(found.spec.http):
+            where = f"http[{route.name or index}]"
+            one = _Route(route, at, self._mesh, found)
+            routes += one.routes(f"{found.ref.namespace}/{found.ref.name}/{route.name or index}")
+            backends |= one.backends
+            names |= dict.fromkeys(one.filters)
+            for kind, texts in (("left out", one.dropped), ("unresolved", one.unresolved)):
+                told.setdefault(kind, {}).update(dict.fromkeys(f"{where}: {text}" for text in texts))
+        filters = tuple(config for name, config in FILTERS.items() if name in names)
+        return Routed(tuple(routes), frozenset(backends), filters)
+
+    def _best(self, at: Port) -> Virtual | None:
+        namespace, _, hostname = at.service.partition("/")
+        found = [
+            each
+            for each in self._found
+            if each.spec.http and each.says_of(hostname) and each.is_seen_in(namespace)
+        ]
+        return min(
+            found,
+            key=lambda each: (-each.says_of(hostname), each.created, each.ref.namespace, each.ref.name),
+            default=None,
+        )
+
+    def conditions(self) -> Iterator[Condition]:
+        """Of those that are a service's, and those that are wrong."""
+        parent = ref_of(self._waypoint)
+        for each in self._broken:
+            if any(each.says_of(user.partition("/")[2]) for user in self._mesh.users):
+                message = "; ".join(errors_in(each))
+                yield Condition(each.ref, parent, ACCEPTED, False, UNSUPPORTED_VALUE, message)
+        specs = {each.ref: each.spec for each in self._found}
+        for ref, told in sorted(self._told.items()):
+            yield Condition(ref, parent, ACCEPTED, True, ACCEPTED)
+            unresolved = "; ".join(told.get("unresolved", ()))
+            reason = "BackendNotFound" if unresolved else RESOLVED_REFS
+            yield Condition(ref, parent, RESOLVED_REFS, not unresolved, reason, unresolved)
+            left_out = [
+                *(name for name in ("tcp", "tls") if getattr(specs[ref], name)),
+                *told.get("left out", ()),
+            ]
+            if left_out:
+                message = f"not honoured: {'; '.join(left_out)}"
+                yield Condition(ref, parent, PARTIALLY_INVALID, True, UNSUPPORTED_VALUE, message)
+
+
+def errors_in(found: Virtual) -> list[str]:
+    """Regular expressions that do not compile."""
+    errors = []
+    for index, route in enumerate(found.spec.http):
+        texts = [(name, one.regex) for match in route.match for name, one in match.texts]
+        if route.rewrite and route.rewrite.uri_regex_rewrite:
+            texts.append(("rewrite.uriRegexRewrite", route.rewrite.uri_regex_rewrite.match))
+        if route.cors_policy:
+            texts += [("corsPolicy.allowOrigins", one.regex) for one in route.cors_policy.allow_origins]
+        errors += [
+            f"http[{index}].{name}: {error}" for name, text in texts if text and (error := error_in(text))
+        ]
+    return errors
+
+
+class _Route:
+    """One of its routes."""
+
+    def __init__(self, route: HTTPRoute, at: Port, mesh: Mesh, of: Virtual) -> None:
+        self._route = route
+        self._at = at
+        self._mesh = mesh
+        self._of = of
+        self.backends: frozenset[Port] = frozenset()
+        self.filters: list[str] = []
+        self.dropped: list[str] = []
+        self.unresolved: list[str] = []
+
+    def routes(self, name: str) -> Iterator[Json]:
+        """One for each of its matches."""
+        action = self._action()
+        for match in self._route.match or (HTTPMatch(),):
+            if not self._can_match(match):
+                continue
+            fields = {"name": name, "match": _match(match)} | action
+            if "route" in action and self._route.rewrite:
+                fields["route"] = action["route"] | _rewritten(self._route.rewrite, match)
+            yield fields
+
+    def _can_match(self, match: HTTPMatch) -> bool:
+        asked = {"sourceLabels": match.source_labels, "sourceNamespace": match.source_namespace}
+        if unknown := [name for name, said in asked.items() if said]:
+            self.dropped.append(f"match.{unknown[0]} (it never matches)")
+            return False
+        if match.gateways and "mesh" not in match.gateways:
+            return False
+        return match.port in (None, self._at.port)
+
+    def _action(self) -> Json:
+        route = self._route
+        fields = self._filters()
+        if route.delegate:
+            self.dropped.append("delegate (its requests are answered with 503)")
+            return fields | {"directResponse": {"status": 503}}
+        if route.redirect:
+            return fields | self._headers() | {"redirect": self._redirect(route.redirect)}
+        if route.direct_response:
+            body = route.direct_response.body
+            if body and body.bytes is not None:
+                self.dropped.append("directResponse.body.bytes")
+            said: Json = {"status": route.direct_response.status}
+            if body and body.string is not None:
+                said["body"] = {"inlineString": body.string}
+            return fields | self._headers() | {"directResponse": said}
+        rule = RouteRule(
+            matches=(),
+            filters=(*_filters(route.headers), *self._mirrors()),
+            backend_refs=tuple(
+                _host(one.destination, one.weight if len(route.route) > 1 else 1, one.headers)
+                for one in route.route
+            ),
+            timeouts=Timeouts(request=_in_ms(route.timeout) if route.timeout else None),
+        )
+        action = action_of(rule, self._at, self._resolve)
+        self.backends = action.backends
+        self.unresolved += [one.message for one in action.unresolved]
+        self.dropped += action.dropped
+        found = dict(action.fields)
+        if "route" in found:
+            found["route"] = found["route"] | self._retries(found["route"]["retryPolicy"])
+            found["route"]["clusterNotFoundResponseCode"] = "SERVICE_UNAVAILABLE"
+        return fields | found
+
+    def _headers(self) -> Json:
+        """Of answers that no backend gives."""
+        rule = RouteRule(matches=(), filters=tuple(_filters(self._route.headers)))
+        action = action_of(rule, self._at, self._resolve)
+        return {key: value for key, value in action.fields.items() if key.startswith("response")}
+
+    def _resolve(self, ref: BackendObjectRef) -> Port | Unresolved:
+        host = self._of.whole(ref.name)
+        if isinstance(ref, _Host) and ref.subset:
+            return Unresolved("BackendNotFound", f"{host}: subset {ref.subset}: there are no subsets")
+        found = self._mesh.at_host(host, self._of.ref.namespace, ref.port, self._at.port)
+        return found or Unresolved(
+            "BackendNotFound", f"there is no host {host}" + (f" with port {ref.port}" if ref.port else "")
+        )
+
+    def _mirrors(self) -> Iterator[RouteFilter]:
+        route = self._route
+        mirrors: tuple[Mirror, ...] = route.mirrors
+        if route.mirror:
+            percent = Percent(value=float(route.mirror_percent)) if route.mirror_percent is not None else None
+            mirrors = (Mirror(destination=route.mirror, percentage=route.mirror_percentage or percent),)
+        for mirror in mirrors:
+            share = Fraction(numerator=_of_million(mirror.percentage), denominator=MILLION)
+            settings = RequestMirror(backend_ref=_host(mirror.destination), fraction=share)
+            yield RouteFilter(type=Filter.REQUEST_MIRROR, request_mirror=settings)
+
+    def _retries(self, policy: Json) -> Json:
+        retries: Retries | None = self._route.retries
+        if retries is None:
+            return {}
+        if not retries.attempts:
+            return {"retryPolicy": {}}
+        on = [one.strip() for one in (retries.retry_on or RETRY_ON).split(",") if one.strip()]
+        codes = [int(one) for one in on if one.isdecimal() and 100 <= int(one) <= 599]
+        words = [one for one in on if not one.isdecimal()]
+        changed: Json = {"numRetries": retries.attempts}
+        changed["retryOn"] = ",".join([*words, *(["retriable-status-codes"] if codes else [])])
+        changed["retriableStatusCodes"] = codes
+        if retries.per_try_timeout:
+            changed["perTryTimeout"] = proto_duration(retries.per_try_timeout)
+        if retries.backoff:
+            changed["retryBackOff"] = {"baseInterval": proto_duration(retries.backoff)}
+        if retries.retry_remote_localities is not None:
+            self.dropped.append("retries.retryRemoteLocalities")
+        return {"retryPolicy": policy | changed}
+
+    def _redirect(self, redirect: Redirect) -> Json:
+        fields: Json = {"responseCode": REDIRECT_CODES[redirect.redirect_code]}
+        if redirect.uri:
+            fields["pathRedirect"] = redirect.uri
+        if redirect.authority:
+            fields["hostRedirect"] = redirect.authority
+        if redirect.scheme:
+            fields["schemeRedirect"] = redirect.scheme
+        if redirect.port:
+            fields["portRedirect"] = redirect.port
+        elif redirect.derive_port == "FROM_REQUEST_PORT":
+            fields["portRedirect"] = self._at.port
+        return fields
+
+    def _filters(self) -> Json:
+        configs: Json = {}
+        if self._route.fault:
+            configs[FAULT] = self._fault(self._route.fault)
+        if self._route.cors_policy:
+            configs[CORS] = self._cors(self._route.cors_policy)
+        self.filters += configs
+        return {"typedPerFilterConfig": configs} if configs else {}
+
+    def _fault(self, fault: Fault) -> Json:
+        config = typed("filters.http.fault.v3.HTTPFault")
+        if fault.delay and fault.delay.fixed_delay:
+            share = fault.delay.percentage
+            if share is None and fault.delay.percent is not None:
+                share = Percent(value=float(fault.delay.percent))
+            config["delay"] = {
+                "fixedDelay": proto_duration(fault.delay.fixed_delay),
+                "percentage": _share(share or Percent()),
+            }
+        elif fault.delay:
+            self.dropped.append("fault.delay other than fixedDelay")
+        if fault.abort and fault.abort.http_status:
+            config["abort"] = {
+                "httpStatus": fault.abort.http_status,
+                "percentage": _share(fault.abort.percentage or Percent()),
+            }
+        elif fault.abort:
+            self.dropped.append("fault.abort other than httpStatus")
+        return config
+
+    def _cors(self, policy: CorsPolicy) -> Json:
+        origins = [*policy.allow_origins, *(StringMatch(exact=each) for each in policy.allow_origin)]
+        config = typed("filters.http.cors.v3.CorsPolicy") | {
+            "allowOriginStringMatch": [_text_match(each) for each in origins if not each.is_empty],
+            "allowMethods": ",".join(policy.allow_methods),
+            "allowHeaders": ",".join(policy.allow_headers),
+            "exposeHeaders": ",".join(policy.expose_headers),
+            "forwardNotMatchingPreflights": policy.unmatched_preflights != "IGNORE",
+        }
+        if policy.max_age is not None:
+            config["maxAge"] = str(int(seconds_of(policy.max_age)))
+        if policy.allow_credentials is not None:
+            config["allowCredentials"] = policy.allow_credentials
+        return config
+
+
+def _rewritten(rewrite: Rewrite, match: HTTPMatch) -> Json:
+    """How a path is rewritten depends on how it matched."""
+    fields: Json = {"hostRewriteLiteral": rewrite.authority} if rewrite.authority else {}
+    if rewrite.uri_regex_rewrite:
+        pattern, text = rewrite.uri_regex_rewrite.match, rewrite.uri_regex_rewrite.rewrite
+        fields["regexRewrite"] = {"pattern": {"regex": pattern}, "substitution": text}
+    elif rewrite.uri and match.uri and match.uri.regex is not None:
+        text = rewrite.uri.replace("\\", "\\\\")
+        fields["regexRewrite"] = {"pattern": {"regex": "^.*$"}, "substitution": text}
+    elif rewrite.uri:
+        fields["prefixRewrite"] = rewrite.uri
+    return fields
+
+
+def _match(match: HTTPMatch) -> Json:
+    found = _path(match.uri) | ({"caseSensitive": False} if match.ignore_uri_case else {})
+    headers = [
+        {"name": _HEADERS[name], "stringMatch": _text_match(said)}
+        for name, said in match.texts
+        if name in _HEADERS
+    ]
+    headers += [_header(name, said) for name, said in match.headers.items()]
+    headers += [_header(name, said) | {"invertMatch": True} for name, said in match.without_headers.items()]
+    params = [
+        {"name": name, **({"presentMatch": True} if said.is_empty else {"stringMatch": _text_match(said)})}
+        for name, said in match.query_params.items()
+    ]
+    return found | {"headers": headers, "queryParameters": params}
+
+
+def _path(uri: StringMatch | None) -> Json:
+    """A prefix ends anywhere: Istio's, not Gateway API's."""
+    if uri is None:
+        return {"prefix": "/"}
+    if uri.exact is not None:
+        return {"path": uri.exact}
+    if uri.regex is not None:
+        return {"safeRegex": {"regex": uri.regex}}
+    return {"prefix": uri.prefix}
+
+
+def _header(name: str, said: StringMatch) -> Json:
+    asked: Json = {"presentMatch": True} if said.is_empty else {"stringMatch": _text_match(said)}
+    return {"name": name.lower(), **asked}
+
+
+def _text_match(said: StringMatch) -> Json:
+    if said.regex is not None:
+        return {"safeRegex": {"regex": said.regex}}
+    return {"prefix": said.prefix} if said.prefix is not None else {"exact": said.exact or ""}
+
+
+class _Host(BackendRef, frozen=True, kw_only=True):
+    """A destination, by the name of its host."""
+
+    subset: str = ""
+
+    def __post_init__(self) -> None:
+        """It may say no port."""
+
+
+def _host(destination: Destination, weight: int = 1, headers: Headers | None = None) -> _Host:
+    port = destination.port.number if destination.port else None
+    filters = tuple(_filters(headers)) if headers else ()
+    return _Host(name=destination.host, subset=destination.subset, port=port, weight=weight, filters=filters)
+
+
+def _filters(headers: Headers) -> Iterator[RouteFilter]:
+    if headers.request != HeaderOperations():
+        yield RouteFilter(
+            type=Filter.REQUEST_HEADER_MODIFIER, request_header_modifier=_modifier(headers.request)
+        )
+    if headers.response != HeaderOperations():
+        yield RouteFilter(
+            type=Filter.RESPONSE_HEADER_MODIFIER, response_header_modifier=_modifier(headers.response)
+        )
+
+
+def _modifier(operations: HeaderOperations) -> HeaderModifier:
+    return HeaderModifier(
+        set=tuple(_headers(operations.set)), add=tuple(_headers(operations.add)), remove=operations.remove
+    )
+
+
+def _headers(said: Mapping[str, str]) -> Iterable[Header]:
+    return (Header(name=name, value=value) for name, value in said.items())
+
+
+def _of_million(share: Percent | None) -> int:
+    return MILLION if share is None else round(share.value * MILLION / 100)
+
+
+def _share(share: Percent) -> Json:
+    return {"numerator": _of_million(share), "denominator": "MILLION"}
+
+
+def _in_ms(duration: str) -> str:
+    return f"{round(seconds_of(duration) * 1000)}ms"
