@@ -46,11 +46,15 @@ class _Part(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Endpoint(_Part, frozen=True):
-    """Where a connection may go. Of endpoints with weight 0 all weigh the same."""
+    """Where a connection may go. Of endpoints with weight 0 all weigh the same.
+
+    `revision`: the workload's canonical revision, where it was asked for.
+    """
 
     address: str
     port: int
     weight: int = 0
+    revision: str = ""
 
 
 class ServicePort(_Part, frozen=True):
@@ -83,6 +87,8 @@ class WaypointsRequest(_Part, frozen=True):
     namespaces: list[str]
     client_namespaces: list[str] = []
     client_accounts: list[str] = []
+    revisions: list[str] = []
+    """Services of whose endpoints the revisions are wanted."""
 
 
 ClientId = Annotated[bytes, msgspec.Meta(min_length=ID_BYTES, max_length=ID_BYTES)]

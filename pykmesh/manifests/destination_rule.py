@@ -141,9 +141,15 @@ class TrafficPolicy(_Policy, frozen=True, kw_only=True):
         return next((own for own in self.port_level_settings if own.port.number == port), self)
 
 
+class Subset(_Part, frozen=True, kw_only=True):
+    name: Annotated[str, msgspec.Meta(min_length=1)]
+    labels: dict[str, str] = {}
+    traffic_policy: TrafficPolicy | None = None
+
+
 class DestinationRuleSpec(_Part, frozen=True, kw_only=True):
     host: Annotated[str, msgspec.Meta(min_length=1)]
     traffic_policy: TrafficPolicy = TrafficPolicy()
-    subsets: tuple[_Any, ...] = ()
+    subsets: tuple[Subset, ...] = ()
     workload_selector: _Any | None = None
     export_to: tuple[str, ...] = ()

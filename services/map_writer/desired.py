@@ -20,6 +20,7 @@ from pykmesh.contracts.address import (
     ServicePorts,
     Waypoint,
     Workload,
+    workload_message,
 )
 from pykmesh.contracts.bulk import Group
 from pykmesh.contracts.waypoints import HANDOFF_PORT, Endpoint, node_of_front
@@ -134,16 +135,23 @@ def desired_service(mesh: Mesh, name: str, rules: Rules) -> DesiredService:
     return found
 
 
-def own_endpoints(mesh: Mesh, service: Service, rules: Rules) -> dict[int, list[Endpoint]]:
+def own_endpoints(
+    mesh: Mesh, service: Service, rules: Rules, *, with_revisions: bool = False
+) -> dict[int, list[Endpoint]]:
     """Of each port where the own endpoints of a service are, also of one with a waypoint."""
+
+    def revision(uid: str) -> str:
+        found = mesh.workload(uid) if with_revisions else None
+        return workload_message(found.raw).canonical_revision if found else ""
+
     weights: dict[bytes, int] = {}
     endpoints = _endpoints(mesh, service, rules, weights)
     found: dict[int, list[Endpoint]] = {}
     for port, target in service.ports:
         found[port] = [
-            Endpoint(ip_to_text(ip), port_number(own), weights.get(value, 0))
+            Endpoint(ip_to_text(ip), port_number(own), weights.get(value, 0), revision(uid))
             for part in endpoints(port, target, 0, 0)
-            for value in part
+            for value, uid in part.items()
             for _, ip, own in [ENDPOINT_VALUE.unpack(value)]
         ]
     return found

@@ -41,7 +41,10 @@ class Waypoints:
         if request.namespaces:
             namespaces = set(request.namespaces)
             wanted |= dict.fromkeys(n for n in mesh.services if n.partition("/")[0] in namespaces)
-        services = [self._service(name) for name in wanted if name in mesh.services]
+        revisions = frozenset(request.revisions)
+        services = [
+            self._service(name, with_revisions=name in revisions) for name in wanted if name in mesh.services
+        ]
         return WaypointsReply(
             messages.VERSION,
             is_synced=True,
@@ -51,10 +54,10 @@ class Waypoints:
             account_ids={a: self._identities.account_id(a) for a in request.client_accounts},
         )
 
-    def _service(self, name: str) -> MeshService:
+    def _service(self, name: str, *, with_revisions: bool) -> MeshService:
         mesh = self._follower.mesh
         service = mesh.services[name]
-        ports = own_endpoints(mesh, service, self._rules)
+        ports = own_endpoints(mesh, service, self._rules, with_revisions=with_revisions)
         here = [place for place in service.vips if place[0] == self._rules.network]
         return MeshService(
             name,

@@ -153,6 +153,7 @@ class WaypointMgr:
             namespaces,
             sorted(names.namespaces),
             sorted(names.accounts),
+            sorted({name for each in objects.virtuals for name in each.backends(with_subsets=True)}),
         )
         try:
             data = await bus.request(Subject.WAYPOINTS, messages.encode(request))

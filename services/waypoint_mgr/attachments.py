@@ -74,8 +74,11 @@ class Mesh:
     def protocol(self, at: Port, routed_as: AppProtocol) -> AppProtocol:
         return protocol_of(self._services.get(at.service), at.port, routed_as)
 
-    def endpoints(self, at: Port) -> Sequence[Endpoint]:
-        return next((port.endpoints for port in self._known[at.service].ports if port.port == at.port), ())
+    def endpoints(self, at: Port, revision: str | None = None) -> Sequence[Endpoint]:
+        """`revision`: those of which alone."""
+        ports = self._known[at.service].ports
+        found = next((port.endpoints for port in ports if port.port == at.port), [])
+        return found if revision is None else [each for each in found if each.revision == revision]
 
     def at_host(self, host: str, namespace: str, port: int | None, asked: int) -> Port | None:
         """A host's port: of one in the namespace, if several have it; that which is said, its only one, or

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
+import msgspec
+
 from pykmesh.manifests.destination_rule import (
     ConnectionPool,
     ConsistentHash,
@@ -17,6 +19,7 @@ from pykmesh.manifests.destination_rule import (
     OutlierDetection,
     PortPolicy,
     SimpleLB,
+    Subset,
     TrafficPolicy,
 )
 from pykmesh.manifests.durations import proto_duration
@@ -32,6 +35,12 @@ _BALANCERS: Final = {
     SimpleLB.LEAST_REQUEST: "LEAST_REQUEST",
 }
 _RING_SIZE: Final = 1024
+VERSION_LABELS: Final = (
+    "service.istio.io/canonical-revision",
+    "app.kubernetes.io/version",
+    "version",
+)
+"""Of which a workload's canonical revision is made: all that the workload API says of labels."""
 
 
 class Destinations:
@@ -43,7 +52,29 @@ class Destinations:
         self._used: dict[ObjectRef, Destination] = {}
 
     def policy(self, at: Port) -> PortPolicy | TrafficPolicy:
-        """Of a service's port; what nobody says is Istio's default."""
+        """Of a service's port, of a subset's with what that says itself; else Istio's default."""
+        best = self._best(at)
+        if best is None:
+            return TrafficPolicy()
+        found, subset = best.spec.traffic_policy, _subset(best, at.subset)
+        if subset and (own := subset.traffic_policy):
+            said = {name: getattr(own, name) for name in own.__struct_fields__ if getattr(own, name)}
+            found = msgspec.structs.replace(found, **said)
+        return found.at(at.port)
+
+    def revision(self, at: Port) -> str | None:
+        """By which its endpoints are chosen; None: all."""
+        best = self._best(at)
+        subset = _subset(best, at.subset) if best else None
+        return _revision(subset) if subset else None
+
+    def has_subset(self, at: Port) -> bool:
+        """One that can be told by the revision of workloads."""
+        best = self._best(at)
+        subset = _subset(best, at.subset) if best else None
+        return subset is not None and _revision(subset) is not None
+
+    def _best(self, at: Port) -> Destination | None:
         namespace, _, hostname = at.service.partition("/")
         for of in dict.fromkeys((self._waypoint.namespace, namespace, ROOT_NAMESPACE)):
             found = [
@@ -56,8 +87,8 @@ class Destinations:
             if found:
                 best = min(found, key=lambda each: (-each.says_of(hostname), each.created, each.ref.name))
                 self._used[best.ref] = best
-                return best.spec.traffic_policy.at(at.port)
-        return TrafficPolicy()
+                return best
+        return None
 
     def conditions(self) -> Iterator[Condition]:
         """Of those that were used."""
@@ -69,10 +100,23 @@ class Destinations:
                 yield Condition(ref, parent, PARTIALLY_INVALID, True, UNSUPPORTED_VALUE, message)
 
 
+def _subset(found: Destination, name: str) -> Subset | None:
+    return next((subset for subset in found.spec.subsets if subset.name == name), None) if name else None
+
+
+def _revision(subset: Subset) -> str | None:
+    """None where its labels are others than one of a version."""
+    if len(subset.labels) != 1:
+        return None
+    ((label, value),) = subset.labels.items()
+    return value if label in VERSION_LABELS else None
+
+
 def _not_honoured(spec: DestinationRuleSpec) -> Iterator[str]:
     """Fields that change nothing here."""
-    if spec.subsets:
-        yield "subsets"
+    for subset in spec.subsets:
+        if _revision(subset) is None:
+            yield f"subset {subset.name} (by other labels than one of a version)"
     policy = spec.traffic_policy
     yield from (f"trafficPolicy.{name}" for name in _left_out(policy))
     for name, found in (

@@ -28,20 +28,24 @@ UNLIMITED: Final = 2**32 - 1
 
 
 class Port(msgspec.Struct, frozen=True, order=True):
-    """A service's port: the unit of chains, routes and clusters. `service` is `namespace/hostname`."""
+    """A service's port: the unit of chains, routes and clusters. `service` is `namespace/hostname`.
+
+    `subset`: one of a DestinationRule's, which is a cluster of its own.
+    """
 
     service: str
     port: int
+    subset: str = ""
 
     @property
     def cluster(self) -> str:
         """The name of its cluster, its load assignment and its routes, in Istio's form."""
-        return f"outbound|{self.port}||{self.service}"
+        return f"outbound|{self.port}|{self.subset}|{self.service}"
 
     @property
     def stat_name(self) -> str:
         """What statistics call it: `namespace/hostname|port`, with `_` for dots, which would split it."""
-        return f"{self.service}|{self.port}".replace(".", "_")
+        return f"{self.service}|{self.port}{self.subset and f'|{self.subset}'}".replace(".", "_")
 
 
 class Range(NamedTuple):

@@ -103,7 +103,7 @@ def translate(
     attached = attach(waypoint, mesh, wanted.routes)
     guard = Guard(waypoint, mesh, wanted.policies, clients or Clients())
     destinations = Destinations(waypoint, wanted.destinations)
-    virtuals = VirtualServices(waypoint, mesh, wanted.virtuals)
+    virtuals = VirtualServices(waypoint, mesh, wanted.virtuals, destinations)
     logs = waypoint.metadata.annotations.get(ACCESS_LOG) == "true"
     tracing = spans.tracing(f"{waypoint.name}.{waypoint.namespace}") if spans else None
     taken, conflicts = _owners(mesh), list[str]()
@@ -142,7 +142,10 @@ def translate(
         routes=configurations,
         clusters={at.cluster: _cluster(at, protocols[at], destinations) for at in sorted(backends)}
         | ({CLUSTER: spans.cluster} if spans else {}),
-        assignments={at.cluster: envoy.load_assignment(at, mesh.endpoints(at)) for at in sorted(backends)},
+        assignments={
+            at.cluster: envoy.load_assignment(at, mesh.endpoints(at, destinations.revision(at)))
+            for at in sorted(backends)
+        },
         protocols=protocols,
         conditions=tuple(attached.conditions),
         policies=tuple(guard.conditions()),

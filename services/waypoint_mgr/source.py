@@ -179,14 +179,17 @@ class Virtual(msgspec.Struct, frozen=True):
     def is_seen_in(self, namespace: str) -> bool:
         return is_exported(self.spec.export_to, self.ref.namespace, namespace)
 
-    def backends(self) -> Iterator[str]:
-        """The hosts that it leads to, by their names in the mesh."""
+    def backends(self, *, with_subsets: bool = False) -> Iterator[str]:
+        """The hosts that it leads to, or to subsets of which, by their names in the mesh."""
         for route in self.spec.http:
             for destination in route.destinations:
-                host = self.whole(destination.host)
-                parts = host.removesuffix(f".svc.{self.domain}").split(".")
-                namespace = parts[1] if len(parts) == 2 and host != ".".join(parts) else self.ref.namespace
-                yield f"{namespace}/{host}"
+                if not with_subsets or destination.subset:
+                    yield self._mesh_name(self.whole(destination.host))
+
+    def _mesh_name(self, host: str) -> str:
+        parts = host.removesuffix(f".svc.{self.domain}").split(".")
+        is_kubernetes = len(parts) == 2 and host != ".".join(parts)
+        return f"{parts[1] if is_kubernetes else self.ref.namespace}/{host}"
 
 
 def whole_host(host: str, namespace: str, domain: str) -> str:

@@ -49,6 +49,7 @@ from services.waypoint_mgr.attachments import (
     Condition,
     Mesh,
 )
+from services.waypoint_mgr.destinations import Destinations
 from services.waypoint_mgr.envoy import Json, Port, typed
 from services.waypoint_mgr.regexes import error_in
 from services.waypoint_mgr.rules import REDIRECT_CODES, Unresolved, action_of
@@ -78,9 +79,12 @@ class Routed(msgspec.Struct, frozen=True):
 class VirtualServices:
     """Those for what goes by way of a waypoint, and what is told of them."""
 
-    def __init__(self, waypoint: Gateway, mesh: Mesh, found: Sequence[Virtual]) -> None:
+    def __init__(
+        self, waypoint: Gateway, mesh: Mesh, found: Sequence[Virtual], destinations: Destinations
+    ) -> None:
         self._waypoint = waypoint
         self._mesh = mesh
+        self._destinations = destinations
         self._found = [each for each in found if each.is_for_mesh and not errors_in(each)]
         self._broken = [each for each in found if each.is_for_mesh and errors_in(each)]
         self._told: dict[ObjectRef, dict[str, dict[str, None]]] = {}
@@ -98,7 +102,7 @@ class VirtualServices:
         routes, backends, names = list[Json](), set[Port](), dict[str, None]()
         for index, route in enumerate(found.spec.http):
             where = f"http[{route.name or index}]"
-            one = _Route(route, at, self._mesh, found)
+            one = _Route(route, at, self._mesh, found, self._destinations)
             routes += one.routes(f"{found.ref.namespace}/{found.ref.name}/{route.name or index}")
             backends |= one.backends
             names |= dict.fromkeys(one.filters)
@@ -160,11 +164,14 @@ def errors_in(found: Virtual) -> list[str]:
 class _Route:
     """One of its routes."""
 
-    def __init__(self, route: HTTPRoute, at: Port, mesh: Mesh, of: Virtual) -> None:
+    def __init__(
+        self, route: HTTPRoute, at: Port, mesh: Mesh, of: Virtual, destinations: Destinations
+    ) -> None:
         self._route = route
         self._at = at
         self._mesh = mesh
         self._of = of
+        self._destinations = destinations
         self.backends: frozenset[Port] = frozenset()
         self.filters: list[str] = []
         self.dropped: list[str] = []
@@ -233,12 +240,15 @@ class _Route:
 
     def _resolve(self, ref: BackendObjectRef) -> Port | Unresolved:
         host = self._of.whole(ref.name)
-        if isinstance(ref, _Host) and ref.subset:
-            return Unresolved("BackendNotFound", f"{host}: subset {ref.subset}: there are no subsets")
         found = self._mesh.at_host(host, self._of.ref.namespace, ref.port, self._at.port)
-        return found or Unresolved(
-            "BackendNotFound", f"there is no host {host}" + (f" with port {ref.port}" if ref.port else "")
-        )
+        if found is None:
+            port = f" with port {ref.port}" if ref.port else ""
+            return Unresolved("BackendNotFound", f"there is no host {host}{port}")
+        subset = ref.subset if isinstance(ref, _Host) else ""
+        found = msgspec.structs.replace(found, subset=subset)
+        if subset and not self._destinations.has_subset(found):
+            return Unresolved("BackendNotFound", f"{host} has no subset {subset} by its version")
+        return found
 
     def _mirrors(self) -> Iterator[RouteFilter]:
         route = self._route

@@ -167,6 +167,25 @@ def test_a_canary_among_waypoints_gets_its_share_of_connections(mesh: Mesh, rout
     assert 5 < found[302, ""] < 50, found
 
 
+def test_versions_are_subsets_of_a_virtual_service(mesh: Mesh, routed: Namespace) -> None:
+    """As in Istio's own examples: by the label `version`, which istiod says as the canonical revision."""
+    networking = {"apiVersion": "networking.istio.io/v1"}
+    pods = [server(pod, "web") for pod in mesh.web[:2]]
+    for number, pod in enumerate(pods, 1):
+        pod["metadata"]["labels"]["version"] = f"v{number}"
+    subsets = [{"name": f"v{n}", "labels": {"version": f"v{n}"}} for n in (1, 2)]
+    rule = {**networking, "kind": "DestinationRule", "metadata": {"name": "shop"}}
+    to = [{"route": [{"destination": {"host": "shop", "subset": "v2"}}]}]
+    service = {**networking, "kind": "VirtualService", "metadata": {"name": "shop"}}
+    routed.delete("HTTPRoute", "shop")
+    routed.apply(
+        *pods,
+        {**rule, "spec": {"host": "shop", "subsets": subsets}},
+        {**service, "spec": {"hosts": ["shop"], "http": to}},
+    )
+    until(lambda: set(asked(mesh, routed)) == {(200, mesh.web[1].name)}, "the second version alone")
+
+
 def test_killing_waypoint_mgr_costs_nothing_and_what_changed_meanwhile_is_read(
     mesh: Mesh, routed: Namespace
 ) -> None:

@@ -13,10 +13,10 @@ import anyio.to_thread
 import msgspec
 import pytest
 
-from pykmesh.manifests.objects import DestinationRule, from_plain
+from pykmesh.manifests.objects import DestinationRule, VirtualService, from_plain
 from services.waypoint_mgr.destinations import Destinations
 from services.waypoint_mgr.envoy import Port
-from services.waypoint_mgr.source import Destination
+from services.waypoint_mgr.source import Destination, Virtual
 
 from .backends import Answer, Backend, ask
 from .world import (
@@ -69,14 +69,19 @@ class Served:
 
 @asynccontextmanager
 async def served(
-    folder: Path, backends: dict[str, Backend], *destinations: Destination, by_route: bool = False
+    folder: Path,
+    backends: dict[str, Backend],
+    *destinations: Destination,
+    by_route: bool = False,
+    virtual: Virtual | None = None,
 ) -> AsyncIterator[Served]:
     async with ads_server(folder / "ads") as server, waypoint(server, folder) as envoy:
         world = World()
-        endpoints = [backends[name].endpoint for name in ("v1", "v2")]
+        endpoints = [msgspec.structs.replace(backends[name].endpoint, revision=name) for name in ("v1", "v2")]
         own = mesh_service("shop", "web", {envoy.port: endpoints}, [ADDRESS])
         world.add_user(own, kubernetes_service("shop", "web", {"port": envoy.port, "name": "http"}))
         world.destinations = list(destinations)
+        world.virtuals = [virtual] if virtual else []
         if by_route:
             to = {"backendRefs": [{"name": "web", "port": envoy.port}]}
             world.routes = [http_route("shop", "r", {"rules": [to]})]
@@ -155,6 +160,51 @@ async def test_envoy_takes_every_way_of_balancing(
         assert (await found.who(40)).keys() == {"v1", "v2"}
 
 
+def versions(by: str = "version", **policies: Any) -> list[dict[str, Any]]:
+    found = []
+    for name in ("v1", "v2"):
+        policy = {"trafficPolicy": policies[name]} if name in policies else {}
+        found.append({"name": name, "labels": {by: name}, **policy})
+    return found
+
+
+@pytest.mark.parametrize("label", ["version", "app.kubernetes.io/version"])
+async def test_a_subset_is_the_workloads_of_a_version(
+    folder: Path, backends: dict[str, Backend], label: str
+) -> None:
+    def to(subset: str) -> dict[str, Any]:
+        return {"destination": {"host": "web", "subset": subset}}
+
+    canary = {"match": [{"headers": {"x-canary": {}}}], "route": [to("v2")]}
+    lost = {"match": [{"headers": {"x-lost": {}}}], "route": [to("v3")]}
+    plain = {
+        "metadata": {"name": "web", "namespace": "shop"},
+        "spec": {"hosts": ["web"], "http": [canary, lost, {"route": [to("v1")]}]},
+    }
+    made = from_plain(plain, VirtualService)
+    assert isinstance(made, VirtualService)
+    by_version = Virtual.of(made, DOMAIN)
+    async with served(folder, backends, destination(subsets=versions(label)), virtual=by_version) as found:
+        assert await found.who(10) == {"v1": 10}
+        assert await found.who(10, **{"x-canary": "1"}) == {"v2": 10}
+        assert await found.who(1, **{"x-lost": "1"}) == {"503": 1}
+
+
+def test_a_subsets_policy_goes_before_that_of_all_field_by_field() -> None:
+    all_of_them = {"connectionPool": {"tcp": {"maxConnections": 1}}, "loadBalancer": {"simple": "RANDOM"}}
+    own = {"connectionPool": {"tcp": {"maxConnections": 2}}}
+    rules = Destinations(gateway(), [destination(all_of_them, subsets=versions(v2=own))])
+
+    def said(subset: str) -> tuple[int | None, str]:
+        found = rules.policy(Port(named("shop", "web"), 80, subset))
+        assert found.connection_pool
+        assert found.load_balancer
+        return found.connection_pool.tcp.max_connections, str(found.load_balancer.simple)
+
+    assert said("") == said("v1") == (1, "SimpleLB.RANDOM")
+    assert said("v2") == (2, "SimpleLB.RANDOM")
+
+
 def name_of(*rules: Destination) -> str:
     """Of the rule that is web's, by its first limit."""
     found = Destinations(gateway(), rules).policy(Port(named("shop", "web"), 80))
@@ -217,13 +267,13 @@ def test_what_is_not_honoured_is_told() -> None:
         "connectionPool": {"tcp": {"tcpKeepalive": {"time": "10s"}}, "http": {"useClientProtocol": True}},
         "portLevelSettings": [{"port": {"number": 80}, "tls": {"mode": "ISTIO_MUTUAL"}}],
     }
-    rules = Destinations(gateway(), [destination(policy, subsets=[{"name": "v1"}])])
+    rules = Destinations(gateway(), [destination(policy, subsets=[{"name": "v1", "labels": {"tier": "1"}}])])
     rules.policy(Port(named("shop", "web"), 80))
     accepted, partly = rules.conditions()
     assert (accepted.type, accepted.status) == ("Accepted", True)
     told = partly.message.removeprefix("not honoured: ").split(", ")
     assert told == [
-        "subsets",
+        "subset v1 (by other labels than one of a version)",
         "trafficPolicy.tls",
         "trafficPolicy.loadBalancer.warmup",
         "trafficPolicy.loadBalancer.simple PASSTHROUGH",
