@@ -21,6 +21,7 @@ _TOLD: Final = (
     ("route", "routes"),
     ("virtual_service", "virtual_services"),
     ("policy", "policies"),
+    ("authentication", "authentications"),
     ("destination", "destinations"),
 )
 _COLUMNS = ("WAYPOINT", "CLASS", "READY", "SERVICES", "ROUTES", "PROBLEMS")

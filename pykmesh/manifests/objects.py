@@ -8,6 +8,7 @@ Defaults are those that an API server fills in.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum
 from typing import Annotated, Any, TypeAlias
 
@@ -15,11 +16,12 @@ import msgspec
 
 from pykmesh.contracts.settings import AFFINITY_S_MAX
 from pykmesh.manifests.addresses import HEADLESS, IP, ClusterIP, IPFamily, IPRange, parse_text
-from pykmesh.manifests.authorization_policy import AuthorizationPolicySpec
+from pykmesh.manifests.authorization_policy import AuthorizationPolicySpec, PolicyTargetRef
 from pykmesh.manifests.destination_rule import DestinationRuleSpec
 from pykmesh.manifests.grpc_route import GRPCRouteSpec
 from pykmesh.manifests.http_route import HTTPRouteSpec
 from pykmesh.manifests.names import Name, PortNumber
+from pykmesh.manifests.request_authentication import RequestAuthenticationSpec
 from pykmesh.manifests.tcp_route import TCPRouteSpec
 from pykmesh.manifests.virtual_service import VirtualServiceSpec
 
@@ -439,9 +441,13 @@ class AuthorizationPolicy(_Object, frozen=True, kw_only=True):
     spec: AuthorizationPolicySpec = AuthorizationPolicySpec()
 
     def __post_init__(self) -> None:
-        for target in self.spec.targets:
-            if target.namespace not in ("", self.namespace):
-                raise ValueError(f"a target in another namespace ({target.namespace}) cannot be had")
+        _check_targets(self.spec.targets, self.namespace)
+
+
+def _check_targets(targets: Iterable[PolicyTargetRef], namespace: str) -> None:
+    for target in targets:
+        if target.namespace not in ("", namespace):
+            raise ValueError(f"a target in another namespace ({target.namespace}) cannot be had")
 
 
 class DestinationRule(_Object, frozen=True, kw_only=True):
@@ -450,6 +456,13 @@ class DestinationRule(_Object, frozen=True, kw_only=True):
 
 class VirtualService(_Object, frozen=True, kw_only=True):
     spec: VirtualServiceSpec = VirtualServiceSpec()
+
+
+class RequestAuthentication(_Object, frozen=True, kw_only=True):
+    spec: RequestAuthenticationSpec = RequestAuthenticationSpec()
+
+    def __post_init__(self) -> None:
+        _check_targets(self.spec.targets, self.namespace)
 
 
 WAYPOINT_CLASS = "pykmesh-waypoint"
@@ -484,6 +497,7 @@ Object: TypeAlias = (
     | AuthorizationPolicy
     | DestinationRule
     | VirtualService
+    | RequestAuthentication
 )
 
 KINDS: dict[tuple[str, str], type[Object]] = {
@@ -501,6 +515,7 @@ KINDS: dict[tuple[str, str], type[Object]] = {
     ("security.istio.io", "AuthorizationPolicy"): AuthorizationPolicy,
     ("networking.istio.io", "DestinationRule"): DestinationRule,
     ("networking.istio.io", "VirtualService"): VirtualService,
+    ("security.istio.io", "RequestAuthentication"): RequestAuthentication,
 }
 """The types that are read, by API group and kind; the version within a group does not matter."""
 

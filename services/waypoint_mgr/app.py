@@ -212,7 +212,13 @@ class WaypointMgr:
     ) -> Configuration:
         """A route that is wrong counts as it was when it was right."""
         domain, services = self._settings.cluster_domain, objects.services
-        wanted = Wanted(objects.routes, objects.policies, objects.destinations, objects.virtuals)
+        wanted = Wanted(
+            objects.routes,
+            objects.policies,
+            objects.destinations,
+            objects.virtuals,
+            objects.authentications,
+        )
         spans, _ = self._spans(waypoint)
         found = translate(waypoint, users, known, services, wanted, domain, clients, spans)
         refused = found.refused
@@ -292,6 +298,7 @@ class WaypointMgr:
             "routes": [_told("route", condition) for condition in found.conditions],
             "policies": [_told("policy", condition) for condition in found.policies],
             "virtual_services": [_told("virtual_service", condition) for condition in found.virtuals],
+            "authentications": [_told("authentication", condition) for condition in found.authentications],
             "destinations": [_told("destination", condition) for condition in found.destinations],
             "conflicts": list(found.conflicts),
             "scaling": group.status() if group else None,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Final, NamedTuple
 
 import msgspec
@@ -34,6 +35,7 @@ from services.waypoint_mgr.envoy import (
     tcp_chain,
 )
 from services.waypoint_mgr.source import Objects, Policy
+from services.waypoint_mgr.tokens import claim, claim_of, principal
 
 ENFORCED: Final = "Enforced"
 
@@ -166,11 +168,12 @@ class Guard:
         vips: Sequence[str],
         access_log: bool,
         tracing: Json | None,
-        filters: Iterable[Json] = (),
+        before: Iterable[Json] = (),
+        after: Iterable[Json] = (),
     ) -> Json:
-        """`filters` come after those that let in or not."""
+        """`before` and `after`: filters about those that let in or not."""
         own = [rbac(rules) for rules in self._rules(at, vips, is_http=True)]
-        return http_chain(at, everybodys(vips), access_log, [*own, *filters], tracing)
+        return http_chain(at, everybodys(vips), access_log, [*before, *own, *after], tracing)
 
     def tcp_chains(
         self, at: Port, vips: Sequence[str], access_log: bool, target: str | list[Json]
@@ -288,7 +291,7 @@ class _Writer:
         ):
             addresses += self._pair(name, ranges, others, read_range, _ADDRESS)
         principals = source.request_principals, source.not_request_principals
-        rest += self._pair("requestPrincipals", *principals, _nothing)
+        rest += self._pair("requestPrincipals", *principals, principal if self._is_http else _nothing)
 
     def _client(self, read: _ReadClient) -> _Read:
         """What matches a client of a principal, namespace or account; "*" is whoever is known."""
@@ -336,6 +339,10 @@ class _Writer:
             rest += self._pair(*said, self._vip)
         elif when.key == "destination.port":
             rest += self._pair(*said, self._port)
+        elif self._is_http and when.key == "request.auth.principal":
+            rest += self._pair(*said, principal)
+        elif self._is_http and (path := claim_of(when.key)):
+            rest += self._pair(*said, partial(claim, path))
         elif self._is_http and (header := _HEADER.fullmatch(when.key)):
             rest += self._pair(*said, _header(header[1].lower()))
         else:

@@ -37,8 +37,9 @@ from services.waypoint_mgr.envoy import Json, Port
 from services.waypoint_mgr.policies import Clients, Guard
 from services.waypoint_mgr.protocols import AppProtocol
 from services.waypoint_mgr.rules import action_of, match_fields, rank, straight_to, tcp_target
-from services.waypoint_mgr.source import Destination, Policy, Route, Virtual
+from services.waypoint_mgr.source import Authentication, Destination, Policy, Route, Virtual
 from services.waypoint_mgr.spans import CLUSTER, Spans
+from services.waypoint_mgr.tokens import Tokens
 from services.waypoint_mgr.virtual import VirtualServices
 
 ACCESS_LOG: Final = "pykmesh.io/access-log"
@@ -63,6 +64,8 @@ class Configuration(msgspec.Struct, frozen=True):
     """And of DestinationRules."""
     virtuals: tuple[Condition, ...] = ()
     """And of VirtualServices."""
+    authentications: tuple[Condition, ...] = ()
+    """And of RequestAuthentications."""
     conflicts: tuple[str, ...] = ()
     """Services that claim an address and port that another one has: its owner, else the first by name."""
 
@@ -86,6 +89,7 @@ class Wanted(msgspec.Struct, frozen=True):
     policies: Sequence[Policy] = ()
     destinations: Sequence[Destination] = ()
     virtuals: Sequence[Virtual] = ()
+    authentications: Sequence[Authentication] = ()
 
 
 def translate(
@@ -103,6 +107,7 @@ def translate(
     attached = attach(waypoint, mesh, wanted.routes)
     guard = Guard(waypoint, mesh, wanted.policies, clients or Clients())
     destinations = Destinations(waypoint, wanted.destinations)
+    tokens = Tokens(waypoint, mesh, wanted.authentications)
     virtuals = VirtualServices(waypoint, mesh, wanted.virtuals, destinations)
     logs = waypoint.metadata.annotations.get(ACCESS_LOG) == "true"
     tracing = spans.tracing(f"{waypoint.name}.{waypoint.namespace}") if spans else None
@@ -123,12 +128,13 @@ def translate(
                 target, used = _tcp_target(at, routed, mesh)
                 chains += guard.tcp_chains(at, vips, logs, target)
             elif (virtual := virtuals.of(at, is_overridden=bool(own))) is not None:
-                chains.append(guard.http_chain(at, vips, logs, tracing, virtual.filters))
+                asked = tokens.filters(at)
+                chains.append(guard.http_chain(at, vips, logs, tracing, asked, virtual.filters))
                 used = virtual.backends
                 kept = [_kept(route, sorted(used), destinations) for route in virtual.routes]
                 configurations[at.cluster] = _with_hosts(at, [_virtual_host(_ANY_HOST, kept)])
             else:
-                chains.append(guard.http_chain(at, vips, logs, tracing))
+                chains.append(guard.http_chain(at, vips, logs, tracing, tokens.filters(at)))
                 configurations[at.cluster], used = _route_configuration(at, routed, mesh, destinations)
             backends |= used
             for backend in used:
@@ -151,6 +157,7 @@ def translate(
         policies=tuple(guard.conditions()),
         destinations=tuple(destinations.conditions()),
         virtuals=tuple(virtuals.conditions()),
+        authentications=tuple(tokens.conditions()),
         conflicts=tuple(conflicts),
     )
 

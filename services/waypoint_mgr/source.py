@@ -30,6 +30,7 @@ from pykmesh.manifests.objects import (
     Namespace,
     Object,
     ObjectRef,
+    RequestAuthentication,
     Service,
     ServiceEntry,
     TCPRoute,
@@ -37,6 +38,7 @@ from pykmesh.manifests.objects import (
     ref_of,
     service_hostname,
 )
+from pykmesh.manifests.request_authentication import RequestAuthenticationSpec
 from pykmesh.manifests.virtual_service import VirtualServiceSpec
 from services.waypoint_mgr.protocols import AppProtocol
 
@@ -93,28 +95,8 @@ class Policy(msgspec.Struct, frozen=True):
     def of(
         cls, obj: AuthorizationPolicy, domain: str, entry_hosts: Mapping[ObjectRef, tuple[str, ...]]
     ) -> Policy:
-        services, waypoints, classes, unknown = set[str](), set[str](), set[str](), list[str]()
-        for target in obj.spec.targets:
-            name = mesh_name(obj.namespace, target.name, domain)
-            if target.kind == "Service":
-                services.add(name)
-            elif target.kind == "Gateway":
-                waypoints.add(name)
-            elif target.kind == "GatewayClass" and obj.namespace == ROOT_NAMESPACE:
-                classes.add(target.name)
-            elif hosts := entry_hosts.get(ObjectRef(target.kind, obj.namespace, target.name)):
-                services.update(f"{obj.namespace}/{host}" for host in hosts)
-            else:
-                unknown.append(f"{target.kind} {target.name}")
-        return cls(
-            ref_of(obj),
-            obj.spec,
-            is_dry_run=obj.metadata.annotations.get(DRY_RUN, "").lower() == "true",
-            services=frozenset(services),
-            waypoints=frozenset(waypoints),
-            classes=frozenset(classes),
-            unknown=tuple(unknown),
-        )
+        is_dry_run = obj.metadata.annotations.get(DRY_RUN, "").lower() == "true"
+        return cls(ref_of(obj), obj.spec, is_dry_run, *_targets(obj, domain, entry_hosts))
 
     @property
     def denies(self) -> bool:
@@ -127,6 +109,45 @@ class Policy(msgspec.Struct, frozen=True):
         if self.is_dry_run:
             return f"the annotation {DRY_RUN} says that it is not to be enforced"
         return "AUDIT: nothing is logged" if self.spec.action is Action.AUDIT else ""
+
+
+class Authentication(msgspec.Struct, frozen=True):
+    """A RequestAuthentication, and what it is for, by names in the mesh."""
+
+    ref: ObjectRef
+    spec: RequestAuthenticationSpec
+    services: frozenset[str] = frozenset()
+    waypoints: frozenset[str] = frozenset()
+    classes: frozenset[str] = frozenset()
+    unknown: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, obj: RequestAuthentication, domain: str, entry_hosts: Mapping[ObjectRef, tuple[str, ...]]
+    ) -> Authentication:
+        return cls(ref_of(obj), obj.spec, *_targets(obj, domain, entry_hosts))
+
+
+def _targets(
+    obj: AuthorizationPolicy | RequestAuthentication,
+    domain: str,
+    entry_hosts: Mapping[ObjectRef, tuple[str, ...]],
+) -> tuple[frozenset[str], frozenset[str], frozenset[str], tuple[str, ...]]:
+    """Services, waypoints, classes of Gateways; and those that are none here."""
+    services, waypoints, classes, unknown = set[str](), set[str](), set[str](), list[str]()
+    for target in obj.spec.targets:
+        name = mesh_name(obj.namespace, target.name, domain)
+        if target.kind == "Service":
+            services.add(name)
+        elif target.kind == "Gateway":
+            waypoints.add(name)
+        elif target.kind == "GatewayClass" and obj.namespace == ROOT_NAMESPACE:
+            classes.add(target.name)
+        elif hosts := entry_hosts.get(ObjectRef(target.kind, obj.namespace, target.name)):
+            services.update(f"{obj.namespace}/{host}" for host in hosts)
+        else:
+            unknown.append(f"{target.kind} {target.name}")
+    return frozenset(services), frozenset(waypoints), frozenset(classes), tuple(unknown)
 
 
 class Destination(msgspec.Struct, frozen=True):
@@ -221,6 +242,7 @@ class Objects(msgspec.Struct, frozen=True):
     policies: tuple[Policy, ...] = ()
     destinations: tuple[Destination, ...] = ()
     virtuals: tuple[Virtual, ...] = ()
+    authentications: tuple[Authentication, ...] = ()
     namespaces: Mapping[str, Labels] = {}
     """Those that are said, with their labels."""
     errors: tuple[str, ...] = ()
@@ -249,6 +271,11 @@ class Objects(msgspec.Struct, frozen=True):
                 Policy.of(o, domain, entry_hosts) for o in objects if isinstance(o, AuthorizationPolicy)
             ),
             destinations=tuple(Destination.of(o, domain) for o in objects if isinstance(o, DestinationRule)),
+            authentications=tuple(
+                Authentication.of(o, domain, entry_hosts)
+                for o in objects
+                if isinstance(o, RequestAuthentication)
+            ),
             virtuals=tuple(Virtual.of(o, domain) for o in objects if isinstance(o, VirtualService)),
             namespaces={o.name: o.labels for o in objects if isinstance(o, Namespace)},
             errors=tuple(errors),

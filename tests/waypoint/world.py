@@ -18,7 +18,7 @@ from services.waypoint_mgr.ads import AdsServer, NodeStatus
 from services.waypoint_mgr.encode import resources
 from services.waypoint_mgr.policies import Clients
 from services.waypoint_mgr.routes import Configuration, Wanted, translate
-from services.waypoint_mgr.source import Destination, Policy, Route, Virtual
+from services.waypoint_mgr.source import Authentication, Destination, Policy, Route, Virtual
 from services.waypoint_mgr.spans import Spans
 
 from .backends import free_port
@@ -107,6 +107,7 @@ class World:
         self.policies: list[Policy] = []
         self.destinations: list[Destination] = []
         self.virtuals: list[Virtual] = []
+        self.authentications: list[Authentication] = []
         self.clients = Clients()
         self.spans: Spans | None = None
 
@@ -118,7 +119,7 @@ class World:
         self.known[service.name] = service
 
     def configuration(self) -> Configuration:
-        wanted = Wanted(self.routes, self.policies, self.destinations, self.virtuals)
+        wanted = Wanted(self.routes, self.policies, self.destinations, self.virtuals, self.authentications)
         return translate(
             self.gateway, self.users, self.known, self.services, wanted, DOMAIN, self.clients, self.spans
         )

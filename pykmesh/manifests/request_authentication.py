@@ -1,0 +1,61 @@
+"""The spec of Istio's RequestAuthentication (security.istio.io/v1), with the rules that Istio checks."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from pykmesh.manifests.authorization_policy import PolicyTargetRef, Selector
+from pykmesh.manifests.durations import GoDuration
+from pykmesh.manifests.http_route import HeaderName
+
+_Text = Annotated[str, msgspec.Meta(min_length=1)]
+
+
+class _Part(msgspec.Struct, frozen=True, kw_only=True, rename="camel", gc=False, forbid_unknown_fields=True):
+    """How all parts are read."""
+
+
+class JWTHeader(_Part, frozen=True, kw_only=True):
+    name: HeaderName
+    prefix: str = ""
+
+
+class ClaimToHeader(_Part, frozen=True, kw_only=True):
+    header: HeaderName
+    claim: _Text
+
+
+class JWTRule(_Part, frozen=True, kw_only=True):
+    issuer: _Text
+    audiences: tuple[_Text, ...] = ()
+    jwks_uri: str = ""
+    jwks: str = ""
+    from_headers: tuple[JWTHeader, ...] = ()
+    from_params: tuple[_Text, ...] = ()
+    from_cookies: tuple[_Text, ...] = ()
+    output_payload_to_header: str = ""
+    output_claim_to_headers: tuple[ClaimToHeader, ...] = ()
+    forward_original_token: bool = False
+    timeout: GoDuration | None = None
+    space_delimited_claims: tuple[_Text, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.jwks and self.jwks_uri:
+            raise ValueError("only one of jwks and jwksUri may be given")
+
+
+class RequestAuthenticationSpec(_Part, frozen=True, kw_only=True):
+    selector: Selector | None = None
+    target_ref: PolicyTargetRef | None = None
+    target_refs: tuple[PolicyTargetRef, ...] = ()
+    jwt_rules: tuple[JWTRule, ...] = ()
+
+    def __post_init__(self) -> None:
+        if sum(bool(part) for part in (self.selector, self.target_ref, self.target_refs)) > 1:
+            raise ValueError("at most one of selector, targetRef and targetRefs may be given")
+
+    @property
+    def targets(self) -> tuple[PolicyTargetRef, ...]:
+        return (self.target_ref,) if self.target_ref else self.target_refs

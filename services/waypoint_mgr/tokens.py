@@ -1,0 +1,193 @@
+"""RequestAuthentications as Envoy's JWT filter, and what policies ask of a token. Pure.
+
+A request with a token of no known issuer, without a valid signature or out of date is answered with 401, with
+one for another audience with 403. One without goes on, and has no principal: policies say who needs one.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from pykmesh.manifests.objects import Gateway, ObjectRef, ref_of
+from pykmesh.manifests.request_authentication import JWTRule
+from services.waypoint_mgr.attachments import ACCEPTED, PARTIALLY_INVALID, UNSUPPORTED_VALUE, Condition, Mesh
+from services.waypoint_mgr.envoy import Json, Port, named, typed
+from services.waypoint_mgr.source import Authentication
+
+_FILTER: Final = "envoy.filters.http.jwt_authn"
+_PAYLOAD: Final = "payload"
+_CLAIMS: Final = re.compile(r"request\.auth\.claims((?:\[[^\[\]]+\])+)")
+_OF_A_TOKEN: Final = {"request.auth.audiences": ("aud",), "request.auth.presenter": ("azp",)}
+_KEY_TYPES: Final = ("RSA", "EC", "OKP", "oct")
+
+
+def _nobodys_key() -> str:
+    """One that nobody has the other half of: a hash, where a point of a curve is to stand."""
+    point = hashlib.blake2b(b"no tokens are signed with this key", digest_size=32).digest()
+    text = base64.urlsafe_b64encode(point).rstrip(b"=").decode()
+    return json.dumps(
+        {"keys": [{"kty": "OKP", "crv": "Ed25519", "alg": "EdDSA", "kid": "nobody", "x": text}]}
+    )
+
+
+NO_KEYS: Final = _nobodys_key()
+
+
+class Tokens:
+    """The RequestAuthentications of a waypoint, and what their authors are told."""
+
+    def __init__(self, waypoint: Gateway, mesh: Mesh, found: Sequence[Authentication]) -> None:
+        self._waypoint = waypoint
+        name, class_name = mesh.name_of(waypoint.namespace, waypoint.name), waypoint.spec.gateway_class_name
+        self._of_all = [one for one in found if name in one.waypoints or class_name in one.classes]
+        self._of_services = [
+            one for one in found if one not in self._of_all and one.services & mesh.users.keys()
+        ]
+        self._dropped: dict[ObjectRef, dict[str, None]] = {}
+
+    def filters(self, at: Port) -> list[Json]:
+        """Of a port's chain: at most one, which is asked before policies are."""
+        own = [*self._of_all, *(one for one in self._of_services if at.service in one.services)]
+        rules = [
+            (f"{one.ref.namespace}/{one.ref.name}[{index}]", one, rule)
+            for one in own
+            for index, rule in enumerate(one.spec.jwt_rules)
+        ]
+        if not rules:
+            return []
+        providers = {name: self._provider(one.ref, rule) for name, one, rule in rules}
+        requirements: list[Json] = [{"providerName": name} for name in providers]
+        requires = {"requiresAny": {"requirements": [*requirements, {"allowMissing": {}}]}}
+        config = typed("filters.http.jwt_authn.v3.JwtAuthentication") | {
+            "providers": providers,
+            "rules": [{"match": {"prefix": "/"}, "requires": requires}],
+        }
+        return [named(_FILTER, config)]
+
+    def conditions(self) -> Iterator[Condition]:
+        """After the chains of all ports are made."""
+        parent = ref_of(self._waypoint)
+        for one in (*self._of_all, *self._of_services):
+            yield Condition(one.ref, parent, ACCEPTED, True, ACCEPTED)
+            if dropped := self._dropped.get(one.ref):
+                message = f"not honoured: {'; '.join(dropped)}"
+                yield Condition(one.ref, parent, PARTIALLY_INVALID, True, UNSUPPORTED_VALUE, message)
+
+    def _provider(self, of: ObjectRef, rule: JWTRule) -> Json:
+        keys = rule.jwks
+        if not keys or not _are_keys(keys):
+            why = "jwksUri is not fetched" if rule.jwks_uri else "jwks are no keys"
+            self._drop(of, f"issuer {rule.issuer}: {why}, so its tokens are refused")
+            keys = NO_KEYS
+        if rule.space_delimited_claims:
+            self._drop(of, f"issuer {rule.issuer}: spaceDelimitedClaims")
+        provider: Json = {
+            "issuer": rule.issuer,
+            "localJwks": {"inlineString": keys},
+            "payloadInMetadata": _PAYLOAD,
+            "forward": rule.forward_original_token,
+        }
+        if rule.audiences:
+            provider["audiences"] = list(rule.audiences)
+        if rule.from_headers:
+            provider["fromHeaders"] = [
+                {"name": one.name, "valuePrefix": one.prefix} for one in rule.from_headers
+            ]
+        if rule.from_params:
+            provider["fromParams"] = list(rule.from_params)
+        if rule.from_cookies:
+            provider["fromCookies"] = list(rule.from_cookies)
+        if rule.output_payload_to_header:
+            provider["forwardPayloadHeader"] = rule.output_payload_to_header
+        if rule.output_claim_to_headers:
+            provider["claimToHeaders"] = [
+                {"headerName": one.header, "claimName": one.claim} for one in rule.output_claim_to_headers
+            ]
+        return provider
+
+    def _drop(self, of: ObjectRef, what: str) -> None:
+        self._dropped.setdefault(of, {})[what] = None
+
+
+def _are_keys(text: str) -> bool:
+    """Whether Envoy finds a key in it: a listener without one is refused as a whole."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return False
+    keys: Any = found.get("keys") if isinstance(found, dict) else None
+    return isinstance(keys, list) and any(
+        isinstance(key, dict) and key.get("kty") in _KEY_TYPES for key in keys
+    )
+
+
+# -- what policies ask
+
+
+def principal(value: str) -> Json:
+    """A token's issuer and subject, with a slash between them, which either may have in itself."""
+    if value == "*":
+        return _claim("iss", {"presentMatch": True})
+    starts, ends = value.endswith("*"), value.startswith("*")
+    text = value.removesuffix("*") if starts else value.removeprefix("*")
+    splits = [(text[:index], text[index + 1 :]) for index, one in enumerate(text) if one == "/"]
+    if starts:
+        parts = [_both(_exact("iss", issuer), _begins("sub", subject)) for issuer, subject in splits]
+        parts.append(_both(_begins("iss", text), _claim("sub", {"presentMatch": True})))
+    elif ends:
+        parts = [_both(_ends("iss", issuer), _exact("sub", subject)) for issuer, subject in splits]
+        parts.append(_both(_claim("iss", {"presentMatch": True}), _ends("sub", text)))
+    else:
+        parts = [_both(_exact("iss", issuer), _exact("sub", subject)) for issuer, subject in splits]
+    return {"orRules": {"rules": parts}} if parts else {"notRule": {"any": True}}
+
+
+def claim_of(key: str) -> tuple[str, ...]:
+    """The claim that a condition's key asks for; none: it asks for no claim."""
+    if (found := _CLAIMS.fullmatch(key)) is not None:
+        return tuple(re.findall(r"\[([^\[\]]+)\]", found[1]))
+    return _OF_A_TOKEN.get(key, ())
+
+
+def claim(path: Sequence[str], value: str) -> Json:
+    """Of a claim that is a text, or a list of texts of which one matches."""
+    if value == "*":
+        return _metadata(path, {"presentMatch": True})
+    if value.endswith("*"):
+        text: Json = {"prefix": value.removesuffix("*")}
+    elif value.startswith("*"):
+        text = {"suffix": value.removeprefix("*")}
+    else:
+        text = {"exact": value}
+    alternatives = [{"stringMatch": text}, {"listMatch": {"oneOf": {"stringMatch": text}}}]
+    return _metadata(path, {"orMatch": {"valueMatchers": alternatives}})
+
+
+def _metadata(path: Sequence[str], value: Json) -> Json:
+    keys = [{"key": key} for key in (_PAYLOAD, *path)]
+    return {"metadata": {"filter": _FILTER, "path": keys, "value": value}}
+
+
+def _claim(name: str, value: Json) -> Json:
+    return _metadata((name,), value)
+
+
+def _exact(name: str, text: str) -> Json:
+    return _claim(name, {"stringMatch": {"exact": text}})
+
+
+def _begins(name: str, text: str) -> Json:
+    return _claim(name, {"stringMatch": {"prefix": text}} if text else {"presentMatch": True})
+
+
+def _ends(name: str, text: str) -> Json:
+    return _claim(name, {"stringMatch": {"suffix": text}} if text else {"presentMatch": True})
+
+
+def _both(*parts: Json) -> Json:
+    return {"andRules": {"rules": list(parts)}}

@@ -1,0 +1,247 @@
+"""RequestAuthentications, and policies that ask of tokens, through a real Envoy."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+import msgspec
+import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+
+from pykmesh.manifests.objects import AuthorizationPolicy, RequestAuthentication, from_plain
+from services.waypoint_mgr.attachments import Condition
+from services.waypoint_mgr.source import Authentication, Policy
+
+from .backends import Answer, Backend, ask
+from .world import DOMAIN, World, ads_server, at, kubernetes_service, mesh_service, waypoint
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60), pytest.mark.usefixtures("one_event_loop")]
+
+ADDRESS = "127.0.11.1"
+ISSUER = "https://issuer.test/realm"
+TO_WEB = {"targetRefs": [{"kind": "Service", "name": "web"}]}
+KEY, OTHER_KEY = (rsa.generate_private_key(65537, 2048) for _ in range(2))
+
+
+def encoded(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def number(value: int) -> str:
+    return encoded(value.to_bytes((value.bit_length() + 7) // 8, "big"))
+
+
+def jwks() -> str:
+    public = KEY.public_key().public_numbers()
+    key = {"kty": "RSA", "kid": "k", "alg": "RS256", "n": number(public.n), "e": number(public.e)}
+    return json.dumps({"keys": [key]})
+
+
+def token(key: rsa.RSAPrivateKey = KEY, *, lives_s: float = 600, **claims: Any) -> str:
+    said = {"iss": ISSUER, "sub": "alice", "exp": int(time.time() + lives_s), **claims}
+    head = {"alg": "RS256", "kid": "k"}
+    text = ".".join(encoded(json.dumps(part).encode()) for part in (head, said))
+    return f"{text}.{encoded(key.sign(text.encode(), padding.PKCS1v15(), hashes.SHA256()))}"
+
+
+def authentication(*rules: dict[str, Any], **spec: Any) -> Authentication:
+    plain = {
+        "metadata": {"name": "jwt", "namespace": "shop"},
+        "spec": {**(spec or TO_WEB), "jwtRules": list(rules)},
+    }
+    made = from_plain(plain, RequestAuthentication)
+    assert isinstance(made, RequestAuthentication)
+    return Authentication.of(made, DOMAIN, {})
+
+
+def policy(action: str = "ALLOW", **rule: Any) -> Policy:
+    plain = {
+        "metadata": {"name": "p", "namespace": "shop"},
+        "spec": {**TO_WEB, "action": action, "rules": [rule]},
+    }
+    made = from_plain(plain, AuthorizationPolicy)
+    assert isinstance(made, AuthorizationPolicy)
+    return Policy.of(made, DOMAIN, {})
+
+
+def rule(**fields: Any) -> dict[str, Any]:
+    return {"issuer": ISSUER, "jwks": jwks(), **fields}
+
+
+Ask = Callable[..., Any]
+
+
+@asynccontextmanager
+async def served(
+    folder: Path,
+    backends: dict[str, Backend],
+    *authentications: Authentication,
+    policies: tuple[Policy, ...] = (),
+) -> AsyncIterator[tuple[Ask, tuple[Condition, ...]]]:
+    async with ads_server(folder / "ads") as server, waypoint(server, folder) as envoy:
+        world = World()
+        own = mesh_service("shop", "web", {envoy.port: [backends["own"].endpoint]}, [ADDRESS])
+        world.add_user(own, kubernetes_service("shop", "web", {"port": envoy.port, "name": "http"}))
+        world.authentications, world.policies = list(authentications), list(policies)
+        made = world.configuration()
+        assert not (await envoy.apply(made)).refusals
+        await envoy.ready()
+
+        async def asked(bearer: str = "", path: str = "/", **headers: str) -> Answer:
+            said = headers | ({"authorization": f"Bearer {bearer}"} if bearer else {})
+            return await anyio.to_thread.run_sync(ask, at(ADDRESS), envoy.port, path, "GET", said)
+
+        yield asked, made.authentications
+
+
+async def test_a_good_token_or_none_goes_on_and_a_bad_one_does_not(
+    folder: Path, backends: dict[str, Backend]
+) -> None:
+    async with served(folder, backends, authentication(rule(audiences=["web", "shop"]))) as (asked, told):
+        good = {"aud": "shop"}
+        assert (await asked()).status == 200
+        answer = await asked(token(**good))
+        assert answer.status == 200
+        assert "authorization" not in answer.told["headers"], "it is not handed on"
+        for status, bad in (
+            (401, token(OTHER_KEY, **good)),
+            (401, token(lives_s=-600, **good)),
+            (401, token(iss="https://other.test", **good)),
+            (401, token(**good)[:-4]),
+            (401, "nonsense"),
+            (403, token(aud="other")),
+            (403, token()),
+        ):
+            assert (await asked(bad)).status == status
+        assert [(one.type, one.status) for one in told] == [("Accepted", True)]
+
+
+async def test_where_it_comes_from_and_what_is_handed_on(folder: Path, backends: dict[str, Backend]) -> None:
+    found = rule(
+        fromHeaders=[{"name": "x-token", "prefix": "Token "}],
+        fromParams=["t"],
+        fromCookies=["session"],
+        forwardOriginalToken=True,
+        outputPayloadToHeader="x-payload",
+        outputClaimToHeaders=[{"header": "x-who", "claim": "sub"}],
+    )
+    async with served(folder, backends, authentication(found)) as (asked, _):
+        for words in (
+            {"x-token": f"Token {token()}"},
+            {"cookie": f"session={token()}"},
+        ):
+            seen = (await asked(**words)).told["headers"]
+            assert seen["x-who"] == "alice"
+            assert json.loads(base64.urlsafe_b64decode(seen["x-payload"] + "=="))["iss"] == ISSUER
+        assert (await asked(path=f"/?t={token()}")).told["headers"]["x-who"] == "alice"
+        assert "x-who" not in (await asked(token())).told["headers"], "not looked for there"
+        assert "x-who" not in (await asked(**{"x-who": "mallory"})).told["headers"]
+
+
+ALICE = f"{ISSUER}/alice"
+
+
+@pytest.mark.parametrize(
+    ("asks", "claims", "status"),
+    [
+        ({"source": {"requestPrincipals": ["*"]}}, {}, 200),
+        ({"source": {"requestPrincipals": ["*"]}}, None, 403),
+        ({"source": {"requestPrincipals": [ALICE]}}, {}, 200),
+        ({"source": {"requestPrincipals": [ALICE]}}, {"sub": "bob"}, 403),
+        ({"source": {"requestPrincipals": [ALICE]}}, None, 403),
+        ({"source": {"requestPrincipals": [f"{ISSUER}/*"]}}, {}, 200),
+        ({"source": {"requestPrincipals": [f"{ISSUER}/al*"]}}, {}, 200),
+        ({"source": {"requestPrincipals": ["https://*"]}}, {}, 200),
+        ({"source": {"requestPrincipals": ["http://*"]}}, {}, 403),
+        ({"source": {"requestPrincipals": ["*/alice"]}}, {}, 200),
+        ({"source": {"requestPrincipals": ["*realm/alice"]}}, {}, 200),
+        ({"source": {"requestPrincipals": ["*/bob"]}}, {}, 403),
+        ({"source": {"requestPrincipals": ["nobody"]}}, {}, 403),
+        ({"source": {"notRequestPrincipals": ["*"]}}, {}, 403),
+        ({"source": {"notRequestPrincipals": ["*"]}}, None, 200),
+        ({"when": {"request.auth.principal": [ALICE]}}, {}, 200),
+        ({"when": {"request.auth.claims[group]": ["admin"]}}, {"group": "admin"}, 200),
+        ({"when": {"request.auth.claims[group]": ["admin"]}}, {"group": ["user", "admin"]}, 200),
+        ({"when": {"request.auth.claims[group]": ["admin"]}}, {"group": ["user"]}, 403),
+        ({"when": {"request.auth.claims[group]": ["admin"]}}, {}, 403),
+        ({"when": {"request.auth.claims[group]": ["adm*"]}}, {"group": "admin"}, 200),
+        ({"when": {"request.auth.claims[a][b]": ["*c"]}}, {"a": {"b": "xyc"}}, 200),
+        ({"when": {"request.auth.claims[group]": ["*"]}}, {"group": "any"}, 200),
+        ({"when": {"request.auth.audiences": ["web"]}}, {"aud": ["web"]}, 200),
+        ({"when": {"request.auth.audiences": ["web"]}}, {"aud": "shop"}, 403),
+        ({"when": {"request.auth.presenter": ["app"]}}, {"azp": "app"}, 200),
+    ],
+)
+async def test_a_policy_asks_of_the_token(
+    folder: Path,
+    backends: dict[str, Backend],
+    asks: dict[str, Any],
+    claims: dict[str, Any] | None,
+    status: int,
+) -> None:
+    """By an ALLOW policy; a DENY policy of the same refuses whom that lets in."""
+    asked_of: dict[str, Any] = {}
+    if "source" in asks:
+        asked_of["from"] = [{"source": asks["source"]}]
+    else:
+        asked_of["when"] = [{"key": key, "values": values} for key, values in asks["when"].items()]
+    bearer = token(**claims) if claims is not None else ""
+    for action, expected in (("ALLOW", status), ("DENY", 200 if status == 403 else 403)):
+        async with served(
+            folder, backends, authentication(rule()), policies=(policy(action, **asked_of),)
+        ) as (asked, _):
+            assert (await asked(bearer)).status == expected, action
+
+
+async def test_without_a_request_authentication_a_token_says_nothing(
+    folder: Path, backends: dict[str, Backend]
+) -> None:
+    asks = policy(**{"from": [{"source": {"requestPrincipals": ["*"]}}]})
+    async with served(folder, backends, policies=(asks,)) as (asked, _):
+        assert (await asked(token())).status == 403
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"jwks": "{}"}, "jwks are no keys"),
+        ({"jwks": "no json"}, "jwks are no keys"),
+        ({"jwks": '{"keys": []}'}, "jwks are no keys"),
+        ({"jwksUri": "https://issuer.test/keys"}, "jwksUri is not fetched"),
+        ({}, "jwks are no keys"),
+    ],
+)
+async def test_tokens_whose_keys_are_not_known_are_refused_and_others_served(
+    folder: Path, backends: dict[str, Backend], keys: dict[str, str], why: str
+) -> None:
+    lost = {"issuer": "https://lost.test", **keys}
+    async with served(folder, backends, authentication(lost, rule())) as (asked, told):
+        assert (await asked(token(iss="https://lost.test"))).status == 401
+        assert (await asked(token())).status == 200
+        assert (await asked()).status == 200
+        assert f"issuer https://lost.test: {why}, so its tokens are refused" in told[-1].message
+
+
+def test_one_without_targets_is_nobodys() -> None:
+    assert authentication(rule(), selector={"matchLabels": {"app": "web"}}).services == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"jwks": "{}"}, "issuer"),
+        ({"issuer": "i", "jwks": "{}", "jwksUri": "u"}, "only one of jwks"),
+        ({"issuer": "i", "unknown": 1}, "unknown"),
+    ],
+)
+def test_a_spec_that_is_wrong_is_refused(said: dict[str, Any], why: str) -> None:
+    with pytest.raises(msgspec.ValidationError, match=why):
+        authentication(said)
