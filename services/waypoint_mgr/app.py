@@ -306,6 +306,7 @@ class WaypointMgr:
             "annotations_misread": [
                 *policy_of(gateway.metadata.annotations)[1],
                 *self._spans(gateway)[1],
+                *found.misread,
             ],
         }
 

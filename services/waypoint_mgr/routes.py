@@ -34,6 +34,7 @@ from services.waypoint_mgr.destinations import (
     hash_policies,
 )
 from services.waypoint_mgr.envoy import Json, Port
+from services.waypoint_mgr.limits import misread, rate_limit
 from services.waypoint_mgr.policies import Clients, Guard
 from services.waypoint_mgr.protocols import AppProtocol
 from services.waypoint_mgr.rules import action_of, match_fields, rank, straight_to, tcp_target
@@ -68,6 +69,8 @@ class Configuration(msgspec.Struct, frozen=True):
     """And of RequestAuthentications."""
     conflicts: tuple[str, ...] = ()
     """Services that claim an address and port that another one has: its owner, else the first by name."""
+    misread: tuple[str, ...] = ()
+    """Annotations of services that say nothing that is understood."""
 
     def listener(self, address: str, port: int) -> Json:
         return envoy.listener(address, port, self.chains)
@@ -123,18 +126,18 @@ def translate(
             vips = _free(user.vips, at, taken, conflicts)
             if not vips:
                 continue
-            routed = own or attached.of_gateway(protocol)
+            routed, limits = own or attached.of_gateway(protocol), rate_limit(services.get(user.name), at)
             if protocol is AppProtocol.TCP:
                 target, used = _tcp_target(at, routed, mesh)
                 chains += guard.tcp_chains(at, vips, logs, target)
             elif (virtual := virtuals.of(at, is_overridden=bool(own))) is not None:
-                asked = tokens.filters(at)
-                chains.append(guard.http_chain(at, vips, logs, tracing, asked, virtual.filters))
+                after = [*limits, *virtual.filters]
+                chains.append(guard.http_chain(at, vips, logs, tracing, tokens.filters(at), after))
                 used = virtual.backends
                 kept = [_kept(route, sorted(used), destinations) for route in virtual.routes]
                 configurations[at.cluster] = _with_hosts(at, [_virtual_host(_ANY_HOST, kept)])
             else:
-                chains.append(guard.http_chain(at, vips, logs, tracing, tokens.filters(at)))
+                chains.append(guard.http_chain(at, vips, logs, tracing, tokens.filters(at), limits))
                 configurations[at.cluster], used = _route_configuration(at, routed, mesh, destinations)
             backends |= used
             for backend in used:
@@ -159,6 +162,7 @@ def translate(
         virtuals=tuple(virtuals.conditions()),
         authentications=tuple(tokens.conditions()),
         conflicts=tuple(conflicts),
+        misread=tuple(one for name in mesh.users for one in misread(name, services.get(name))),
     )
 
 

@@ -81,8 +81,11 @@ def grpc_route(namespace: str, name: str, spec: dict[str, Any]) -> Route:
     return Route.of(made)
 
 
-def kubernetes_service(namespace: str, name: str, *ports: dict[str, Any]) -> Service:
-    plain = {"metadata": {"name": name, "namespace": namespace}, "spec": {"ports": list(ports)}}
+def kubernetes_service(
+    namespace: str, name: str, *ports: dict[str, Any], annotations: Mapping[str, str] | None = None
+) -> Service:
+    metadata = {"name": name, "namespace": namespace, "annotations": dict(annotations or {})}
+    plain = {"metadata": metadata, "spec": {"ports": list(ports)}}
     made = from_plain(plain, Service)
     assert isinstance(made, Service)
     return made
