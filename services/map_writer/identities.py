@@ -3,7 +3,7 @@
 An identity is that of the workload at the pod's address: as true as the control plane's word on who has
 which address, and no more (no certificate is asked for). A pod at whose address nobody is known, or several
 pods, is nobody. So is one whose address another pod had before, until the control plane speaks of it again:
-what it said before was said of the other.
+what it said before was said of the other. A mesh that is read anew speaks of it if it says another there.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Identities:
         self._pods: dict[bytes, tuple[Place, ...]] = {}
         self._places: set[Place] = set()
         self._had: dict[Place, bytes] = {}
-        """The pod that had an address last, by its key."""
-        self._inherited: set[Place] = set()
-        """Addresses of which nothing was said since another pod has them."""
+        """The pod that had an address last, by its key. As many as this node's pods ever had addresses."""
+        self._inherited: dict[Place, str] = {}
+        """Addresses of which nothing was said since another pod has them, and whose they are said to be."""
         with contextlib.ExitStack() as opened:
             self._pods_map = opened.enter_context(PinnedMap(directory, "pods"))
             self._map = opened.enter_context(PinnedMap(directory, "identities"))
@@ -68,7 +68,8 @@ class Identities:
         pods = {key: tuple(_places(value)) for key, value in self._pods_map.items()}
         if pods != self._pods:
             for key, places in pods.items():
-                self._inherited.update(p for p in places if self._had.setdefault(p, key) != key)
+                taken = (place for place in places if self._had.setdefault(place, key) != key)
+                self._inherited.update((place, self._said_at(place)) for place in taken)
                 self._had.update(dict.fromkeys(places, key))
             self._pods = pods
             self._places = {place for places in pods.values() for place in places}
@@ -77,9 +78,16 @@ class Identities:
     def follow(self, mesh: Mesh, change: Change) -> None:
         """After the mesh has changed."""
         self._mesh = mesh
-        self._inherited.difference_update(change.touched.places)
+        for place, before in list(self._inherited.items()):
+            if self._said_at(place) != before if change.sweep else place in change.touched.places:
+                del self._inherited[place]
         if change.sweep or not self._places.isdisjoint(change.touched.places):
             self._say()
+
+    def _said_at(self, place: Place) -> str:
+        """The workload at an address, by its uid; empty: none, or nothing is known."""
+        found = self._mesh.client_at(place) if self._mesh else None
+        return found.uid if found else ""
 
     def are_current(self) -> bool:
         return all(pinned.is_current() for pinned in (self._pods_map, self._map, self._secrets))
@@ -115,7 +123,7 @@ class Identities:
 
     def _identity(self, mesh: Mesh, places: tuple[Place, ...]) -> Identity:
         """All its addresses must be the same workload's, or nobody's."""
-        if not self._inherited.isdisjoint(places):
+        if any(place in self._inherited for place in places):
             return NOBODY
         found = [mesh.client_at(place) for place in places if mesh.is_a_workloads(place)]
         first = found[0] if found else None

@@ -105,8 +105,21 @@ def test_who_takes_over_an_address_is_not_who_had_it(world: World) -> None:
     assert world.identity(2) is None, "the control plane is slow"
     world.say("web-9", "10.1.0.9")
     assert world.identity(2) is None, "that was of another address"
+    world.identities.follow(world.mesh, Change(True, Touched()))
+    assert world.identity(2) is None, "the same, read anew"
     world.say("teller-1")
     world.say("web-2", "10.1.0.1")
+    assert world.identity(2) == world.default
+
+
+def test_a_mesh_that_is_read_anew_may_say_who_took_an_address_over(world: World) -> None:
+    world.say("teller-1", "10.1.0.1")
+    world.enroll(1, "10.1.0.1")
+    world.unenroll(1)
+    world.enroll(2, "10.1.0.1")
+    anew, touched, said = Mesh(), Touched(), pod("web-2", "10.1.0.1")
+    anew.put(said.name, decode_address(said.resource.value), touched)
+    world.identities.follow(anew, Change(True, touched))
     assert world.identity(2) == world.default
 
 
