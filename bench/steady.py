@@ -55,7 +55,7 @@ class Ear:
     def _ask(self, name: str, port: int) -> None:
         while not self._ends.wait(ASK_EVERY_S):
             began = time.perf_counter()
-            assert _says_yes(port, "/livez")
+            _says_yes(port, "/livez")  # one that does not answer at all has been deaf for ten seconds
             self._took[name].append((time.perf_counter() - began) * 1e3)
 
     def heard(self) -> dict[str, dict[str, float]]:

@@ -188,6 +188,9 @@ def _problems(found: dict[str, Any]) -> list[str]:
         if (one["status"] == "True") != (one["type"] in ("Accepted", "ResolvedRefs", "Enforced"))
     ]
     lines += [f"conflict: {conflict}" for conflict in found["conflicts"]]
+    if found["reduced"]:
+        what = "without VirtualServices, DestinationRules and keys of tokens, which Envoy refused"
+        lines.append(f"it runs {what}: {found['reduced']}")
     lines += found["annotations_misread"]
     lines += [
         f"namespace {namespace} asks for it, and no listener lets it in (allowedRoutes): refused"

@@ -8,6 +8,13 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
+from pykmesh.manifests.durations import (
+    GoDuration,
+    PositiveDuration,
+    check_duration,
+    check_positive_duration,
+)
+
 HEADLESS = "None"
 
 
@@ -88,5 +95,7 @@ def parse_text(kind: type[Any], value: Any) -> Any:
 _SYNTAX: dict[type[str], tuple[Callable[[str], object], str]] = {
     IP: (_packed, "an IP address"),
     ClusterIP: (_packed, 'an IP address, nor "None"'),
+    GoDuration: (check_duration, "a duration, like 1m30s, of up to 1000000h"),
+    PositiveDuration: (check_positive_duration, "a duration, like 1m30s, of 1ms to 1000000h"),
     IPRange: (lambda text: ipaddress.ip_network(text, strict=False), "an IP address or a range of them"),
 }

@@ -5,12 +5,14 @@ Fields that exist are read even where nothing honours them: only so can they be 
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from typing import Annotated, Any
 
 import msgspec
 
-from pykmesh.manifests.durations import GoDuration
+from pykmesh.manifests.durations import GoDuration, PositiveDuration
+from pykmesh.manifests.http_route import HeaderName
 from pykmesh.manifests.names import PortNumber
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
@@ -31,29 +33,46 @@ class SimpleLB(Enum):
     LEAST_REQUEST = "LEAST_REQUEST"
 
 
+RingSize = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
+"""Envoy takes eight times as many, and half a gigabyte for them."""
+_TABLE_MAX = 5_000_011
+_Printed = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]*\Z", max_length=4096)]
+
+
 class HTTPCookie(_Part, frozen=True, kw_only=True):
-    name: Annotated[str, msgspec.Meta(min_length=1)]
-    path: str = ""
+    name: HeaderName
+    path: _Printed = ""
     ttl: GoDuration | None = None
     attributes: list[_Any] | None = None
 
 
 class RingHash(_Part, frozen=True, kw_only=True):
-    minimum_ring_size: Count = 1024
+    minimum_ring_size: RingSize = 0
 
 
 class MagLev(_Part, frozen=True, kw_only=True):
+    """A size of 0 is Envoy's own; another is a prime."""
+
     table_size: Count = 0
+
+    def __post_init__(self) -> None:
+        if self.table_size and not _is_prime(self.table_size):
+            raise ValueError(f"tableSize must be a prime of up to {_TABLE_MAX}: {self.table_size}")
+
+
+def _is_prime(number: int) -> bool:
+    is_in_reach = 2 <= number <= _TABLE_MAX
+    return is_in_reach and all(number % factor for factor in range(2, math.isqrt(number) + 1))
 
 
 class ConsistentHash(_Part, frozen=True, kw_only=True):
-    http_header_name: str | None = None
+    http_header_name: HeaderName | None = None
     http_cookie: HTTPCookie | None = None
     use_source_ip: bool = False
-    http_query_parameter_name: str | None = None
+    http_query_parameter_name: _Printed | None = None
     ring_hash: RingHash | None = None
     maglev: MagLev | None = None
-    minimum_ring_size: Count = 0
+    minimum_ring_size: RingSize = 0
 
     def __post_init__(self) -> None:
         keys = (self.http_header_name, self.http_cookie, self.use_source_ip, self.http_query_parameter_name)
@@ -79,7 +98,7 @@ class LoadBalancer(_Part, frozen=True, kw_only=True):
 
 class TCPSettings(_Part, frozen=True, kw_only=True):
     max_connections: Count | None = None
-    connect_timeout: GoDuration | None = None
+    connect_timeout: PositiveDuration | None = None
     tcp_keepalive: _Any | None = None
     max_connection_duration: GoDuration | None = None
     idle_timeout: GoDuration | None = None
@@ -109,8 +128,8 @@ class OutlierDetection(_Part, frozen=True, kw_only=True):
     consecutive_errors: Count | None = None
     consecutive_gateway_errors: Count | None = None
     consecutive_5xx_errors: Count | None = None
-    interval: GoDuration | None = None
-    base_ejection_time: GoDuration | None = None
+    interval: PositiveDuration | None = None
+    base_ejection_time: PositiveDuration | None = None
     max_ejection_percent: Percent = 0
     min_health_percent: Percent = 0
 
@@ -142,7 +161,7 @@ class TrafficPolicy(_Policy, frozen=True, kw_only=True):
 
 
 class Subset(_Part, frozen=True, kw_only=True):
-    name: Annotated[str, msgspec.Meta(min_length=1)]
+    name: Annotated[str, msgspec.Meta(pattern=r"^[-A-Za-z0-9_.]{1,63}\Z")]
     labels: dict[str, str] = {}
     traffic_policy: TrafficPolicy | None = None
 

@@ -10,7 +10,7 @@ from pykmesh.manifests.authorization_policy import PolicyTargetRef, Selector
 from pykmesh.manifests.durations import GoDuration
 from pykmesh.manifests.http_route import HeaderName
 
-_Text = Annotated[str, msgspec.Meta(min_length=1)]
+_Text = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]+\Z", max_length=4096)]
 
 
 class _Part(msgspec.Struct, frozen=True, kw_only=True, rename="camel", gc=False, forbid_unknown_fields=True):
@@ -35,7 +35,7 @@ class JWTRule(_Part, frozen=True, kw_only=True):
     from_headers: tuple[JWTHeader, ...] = ()
     from_params: tuple[_Text, ...] = ()
     from_cookies: tuple[_Text, ...] = ()
-    output_payload_to_header: str = ""
+    output_payload_to_header: HeaderName | None = None
     output_claim_to_headers: tuple[ClaimToHeader, ...] = ()
     forward_original_token: bool = False
     timeout: GoDuration | None = None

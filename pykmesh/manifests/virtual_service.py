@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from pykmesh.manifests.durations import GoDuration
+from pykmesh.manifests.durations import GoDuration, PositiveDuration
 from pykmesh.manifests.http_route import HeaderName
 from pykmesh.manifests.names import PortNumber
 
@@ -23,12 +23,16 @@ class _Part(msgspec.Struct, frozen=True, kw_only=True, rename="camel", gc=False)
     """How all parts are read."""
 
 
+_Printed = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]*\Z", max_length=4096)]
+"""What may stand in a request's head."""
+
+
 class StringMatch(_Part, frozen=True, kw_only=True):
     """Of a header or parameter, with nothing said: that it is there."""
 
-    exact: str | None = None
-    prefix: str | None = None
-    regex: str | None = None
+    exact: _Printed | None = None
+    prefix: _Printed | None = None
+    regex: _Printed | None = None
 
     def __post_init__(self) -> None:
         if sum(one is not None for one in (self.exact, self.prefix, self.regex)) > 1:
@@ -47,7 +51,7 @@ class HTTPMatch(_Part, frozen=True, kw_only=True):
     authority: StringMatch | None = None
     headers: dict[HeaderName, StringMatch] = {}
     without_headers: dict[HeaderName, StringMatch] = {}
-    query_params: dict[str, StringMatch] = {}
+    query_params: dict[_Printed, StringMatch] = {}
     ignore_uri_case: bool = False
     port: PortNumber | None = None
     source_labels: dict[str, str] = {}
@@ -85,8 +89,8 @@ class Destination(_Part, frozen=True, kw_only=True):
 
 
 class HeaderOperations(_Part, frozen=True, kw_only=True):
-    set: dict[HeaderName, str] = {}
-    add: dict[HeaderName, str] = {}
+    set: dict[HeaderName, _Printed] = {}
+    add: dict[HeaderName, _Printed] = {}
     remove: tuple[HeaderName, ...] = ()
 
 
@@ -102,11 +106,11 @@ class RouteDestination(_Part, frozen=True, kw_only=True):
 
 
 class Redirect(_Part, frozen=True, kw_only=True):
-    uri: str = ""
-    authority: str = ""
+    uri: _Printed = ""
+    authority: _Printed = ""
     port: PortNumber | None = None
     derive_port: str = ""
-    scheme: str = ""
+    scheme: _Printed = ""
     redirect_code: int = 301
 
     def __post_init__(self) -> None:
@@ -115,7 +119,7 @@ class Redirect(_Part, frozen=True, kw_only=True):
 
 
 class Body(_Part, frozen=True, kw_only=True):
-    string: str | None = None
+    string: Annotated[str, msgspec.Meta(pattern=r"^[^\ud800-\udfff]*\Z", max_length=4096)] | None = None
     bytes: str | None = None
 
 
@@ -125,13 +129,13 @@ class DirectResponse(_Part, frozen=True, kw_only=True):
 
 
 class RegexRewrite(_Part, frozen=True, kw_only=True):
-    match: Annotated[str, msgspec.Meta(min_length=1)]
-    rewrite: str = ""
+    match: Annotated[_Printed, msgspec.Meta(min_length=1)]
+    rewrite: _Printed = ""
 
 
 class Rewrite(_Part, frozen=True, kw_only=True):
-    uri: str = ""
-    authority: str = ""
+    uri: _Printed = ""
+    authority: _Printed = ""
     uri_regex_rewrite: RegexRewrite | None = None
 
     def __post_init__(self) -> None:
@@ -142,10 +146,10 @@ class Rewrite(_Part, frozen=True, kw_only=True):
 class Retries(_Part, frozen=True, kw_only=True):
     attempts: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 0
     per_try_timeout: GoDuration | None = None
-    retry_on: str = ""
+    retry_on: _Printed = ""
     retry_remote_localities: bool | None = None
     retry_ignore_previous_hosts: bool | None = None
-    backoff: GoDuration | None = None
+    backoff: PositiveDuration | None = None
 
 
 class Percent(_Part, frozen=True, kw_only=True):
@@ -153,7 +157,7 @@ class Percent(_Part, frozen=True, kw_only=True):
 
 
 class Delay(_Part, frozen=True, kw_only=True):
-    fixed_delay: GoDuration | None = None
+    fixed_delay: PositiveDuration | None = None
     exponential_delay: GoDuration | None = None
     percentage: Percent | None = None
     percent: int | None = None
@@ -178,10 +182,10 @@ class Mirror(_Part, frozen=True, kw_only=True):
 
 class CorsPolicy(_Part, frozen=True, kw_only=True):
     allow_origins: tuple[StringMatch, ...] = ()
-    allow_origin: tuple[str, ...] = ()
-    allow_methods: tuple[str, ...] = ()
-    allow_headers: tuple[str, ...] = ()
-    expose_headers: tuple[str, ...] = ()
+    allow_origin: tuple[_Printed, ...] = ()
+    allow_methods: tuple[_Printed, ...] = ()
+    allow_headers: tuple[_Printed, ...] = ()
+    expose_headers: tuple[_Printed, ...] = ()
     max_age: GoDuration | None = None
     allow_credentials: bool | None = None
     unmatched_preflights: str = ""

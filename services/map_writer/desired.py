@@ -217,7 +217,8 @@ def _shared(
         shares: dict[bytes, int] = {}
         for part, weight in parts:
             factor = weight * whole // sum(part.values())
-            shares |= {value: own * factor for value, own in part.items()}
+            for value, own in part.items():
+                shares[value] = shares.get(value, 0) + own * factor
         for lists_of, _ in made:
             instances.update(lists_of[family])
         if len({*shares.values()}) > 1:

@@ -66,8 +66,11 @@ class WaypointMgr:
         self._configurations: dict[str, Configuration] = {}
         self._good_routes: dict[str, dict[ObjectRef, Route | Virtual]] = {}
         """By waypoint: one that does not take a route has no opinion of it."""
-        self._made_of: object = None
+        self._made_of: tuple[object, ...] | None = None
         """What the configurations were made of."""
+        self._reduced: dict[str, str] = {}
+        """Waypoints whose Envoys refuse what was made of these objects, and why."""
+        self._reduced_of: Objects | None = None
         self._report = ("", -1)
         self._mesh_is_due = True
         """What map_writer says of the mesh is to be asked for anew."""
@@ -121,13 +124,29 @@ class WaypointMgr:
         if self._mesh_is_due:
             self._mesh_is_due = False  # a report that comes meanwhile makes it so again
             self._mesh_is_due |= not await self._ask(objects)
-        made_of = (objects, self._mesh, sorted(self.members.members))
+        self._look_for_refusals(objects)
+        made_of = (objects, self._mesh, sorted(self.members.members), dict(self._reduced))
         if self._mesh is not None and made_of != self._made_of:
             for name, waypoint in objects.waypoints.items():
                 await self._configure(name, waypoint, objects, self._mesh)
             self._forget(objects)
             self._made_of = made_of
         self._announce(objects)
+
+    def _look_for_refusals(self, objects: Objects) -> None:
+        """What an Envoy refuses holds up all that comes after: until the objects change it gets less."""
+        if objects != self._reduced_of:
+            self._reduced, self._reduced_of = {}, objects
+        for node_id, state in self._ads.status().items():
+            member = self.members.members.get(node_id)
+            if member is not None and state.refusals:
+                self._reduce(member.waypoint, "; ".join(one.message for one in state.refusals))
+
+    def _reduce(self, name: str, why: str) -> None:
+        if name not in self._reduced:
+            self._reduced[name] = why
+            self._runtime.note_error("configuration_reduced", waypoint=name, error=why)
+            self.wake()
 
     def _forget(self, objects: Objects) -> None:
         """What waypoints and instances left that are gone."""
@@ -197,6 +216,7 @@ class WaypointMgr:
                 made = await anyio.to_thread.run_sync(resources, found, self.members.address, member.port)
             except EncodeError as error:
                 self._runtime.note_error("configuration_not_encoded", waypoint=name, error=error)
+                self._reduce(name, str(error))
                 return
             self._ads.publish(member.name, made)
         self._configurations[name] = found
@@ -219,6 +239,8 @@ class WaypointMgr:
             objects.virtuals,
             objects.authentications,
         )
+        if name in self._reduced:
+            wanted = wanted.reduced
         spans, _ = self._spans(waypoint)
         found = translate(waypoint, users, known, services, wanted, domain, clients, spans)
         refused = found.refused
@@ -244,7 +266,9 @@ class WaypointMgr:
 
     def _announce(self, objects: Objects) -> None:
         """Nothing is taken back before it is known what runs."""
-        conditions: dict[ObjectRef, list[Condition]] = {route.ref: [] for route in objects.routes}
+        conditions: dict[ObjectRef, list[Condition]] = {}
+        if objects.waypoints.keys() <= self._configurations.keys():  # else it is not known what is said
+            conditions = {route.ref: [] for route in objects.routes}
         for found in self._configurations.values():
             for condition in found.conditions:
                 conditions.setdefault(condition.of, []).append(condition)
@@ -301,6 +325,7 @@ class WaypointMgr:
             "authentications": [_told("authentication", condition) for condition in found.authentications],
             "destinations": [_told("destination", condition) for condition in found.destinations],
             "conflicts": list(found.conflicts),
+            "reduced": self._reduced.get(name, ""),
             "scaling": group.status() if group else None,
             "namespaces_turned_away": sorted((self._objects or Objects()).turned_away(gateway)),
             "annotations_misread": [
@@ -373,14 +398,14 @@ async def _follow_cluster(
     settings: WaypointMgrSettings, manager: WaypointMgr, note_error: Callable[..., None]
 ) -> None:
     """Until cancelled. The library is loaded by those alone who have a cluster."""
-    from services.waypoint_mgr.cluster import FAILURES, Cluster, connect  # noqa: PLC0415
+    from services.waypoint_mgr.cluster import CONNECT_FAILURES, Cluster, connect  # noqa: PLC0415
     from services.waypoint_mgr.cluster_writer import ClusterWriter  # noqa: PLC0415
 
     while True:
         try:
             client = connect(settings.kubeconfig)
             break
-        except (*FAILURES, ValueError) as error:
+        except CONNECT_FAILURES as error:
             note_error("kubeconfig_not_read", kubeconfig=settings.kubeconfig, error=error)
             await anyio.sleep(KUBECONFIG_S)
     cluster = Cluster(client, settings.cluster_domain, manager.configured, note_error)

@@ -14,9 +14,10 @@ import anyio
 import httpx2
 import msgspec
 import structlog
+import yaml
 from lightkube.config.kubeconfig import KubeConfig
 from lightkube.core.async_client import AsyncClient
-from lightkube.core.exceptions import ApiError, ConfigError
+from lightkube.core.exceptions import ConfigError, NotReadyError
 from lightkube.core.resource import (
     ApiInfo,
     GlobalSubResource,
@@ -34,10 +35,12 @@ from lightkube.generic_resource import (
 
 from pykmesh.contracts.settings import IN_CLUSTER
 from pykmesh.manifests.authorization_policy import Action
+from pykmesh.manifests.http_route import GATEWAY_GROUP
 from pykmesh.manifests.objects import (
     CLUSTER_CLASSES,
     KINDS,
     AuthorizationPolicy,
+    Gateway,
     Object,
     ObjectRef,
     from_plain,
@@ -48,18 +51,32 @@ from services.waypoint_mgr.source import Objects
 log = structlog.get_logger(__name__)
 
 Plain = dict[str, Any]
-FAILURES: Final = (httpx2.HTTPError, ConfigError, OSError)
-"""What a request to an API server may end with."""
+FAILURES: Final = (
+    httpx2.HTTPError,
+    httpx2.InvalidURL,
+    ConfigError,
+    NotReadyError,
+    OSError,
+    msgspec.MsgspecError,
+    KeyError,
+    ValueError,
+)
+"""What a request to an API server may end with: lightkube takes the answer to be what it should."""
+CONNECT_FAILURES: Final = (*FAILURES, AttributeError, AssertionError, TypeError, yaml.YAMLError)
+"""What reading a kubeconfig may end with."""
 WATCH_S: Final = 300
 """A watch ends after this time, and begins again where it was."""
 SILENCE_S: Final = WATCH_S + 30.0
 """A watch that says nothing for so long may be dead: the kind is listed anew."""
-RETRY_S: Final = 1.0
+RETRY_S: Final = 0.5
+"""The first time; twice as long each time after."""
+RETRY_MAX_S: Final = 30.0
 MISSING_S: Final = 30.0
 """How often a kind is asked for that the server does not have."""
 SETTLE_S: Final = 0.02
 CHUNK: Final = 500
 NOT_FOUND: Final = 404
+_EVENTS: Final = ("ADDED", "MODIFIED", "DELETED")
 
 
 class Kind(NamedTuple):
@@ -168,36 +185,46 @@ class Cluster:
                 self._changed(found)
 
     def _objects(self) -> Objects:
-        reads = [each for kind in READ for _, each in sorted(self._held[kind].items())]
-        objects = [each.object for each in reads if each.object is not None]
-        errors = [each.error for each in reads if each.error]
+        objects, errors = list[Object](), list[str]()
+        gateways = [ref for held in self._held.values() for ref in held if ref.kind == Gateway.__name__]
+        for ref, each in sorted(pair for held in self._held.values() for pair in held.items()):
+            if each.error:
+                errors.append(each.error)
+            if each.object is not None:
+                objects.append(each.object)
+            elif ref.kind == AuthorizationPolicy.__name__:
+                objects.append(_stand_in(ref, each.plain, gateways))
         return Objects.of(objects, self._domain, errors=errors, classes=CLUSTER_CLASSES)
 
     async def _follow(self, kind: Kind) -> None:
-        told = ""
+        told, wait_s = "", RETRY_S
         while True:
             try:
-                async for _ in self._changes(kind):
-                    told = ""
+                async for is_listed in self._changes(kind):
                     self._due.set()
-            except (*FAILURES, TimeoutError) as error:
+                    if not is_listed:
+                        told, wait_s = "", RETRY_S
+            except TimeoutError:
+                continue  # a quiet one
+            except FAILURES as error:
                 if told != repr(error):
                     told = repr(error)
                     self._note_error("api_server_not_followed", kind=kind.name, error=error)
-            await anyio.sleep(RETRY_S)
+            await anyio.sleep(wait_s)
+            wait_s = min(2 * wait_s, RETRY_MAX_S)
 
-    async def _changes(self, kind: Kind) -> AsyncIterator[None]:
-        """Takes a list, then what changes; one turn for each. Ends when the kind is to be listed anew."""
+    async def _changes(self, kind: Kind) -> AsyncIterator[bool]:
+        """Takes a list (true), then what changes. TimeoutError: it is to be listed anew."""
         for version in kind.versions:
             found = resource(kind, version)
             listed = self._client.list(found, chunk_size=CHUNK, **everywhere(found))
             try:
                 self._take_all(kind, [each async for each in listed])
-            except ApiError as error:
-                if error.status.code == NOT_FOUND:
+            except httpx2.HTTPStatusError as error:
+                if error.response.status_code == NOT_FOUND:
                     continue
                 raise
-            yield
+            yield True
             watch = self._client.watch(
                 found, resource_version=listed.resourceVersion, server_timeout=WATCH_S, **everywhere(found)
             )
@@ -205,10 +232,11 @@ class Cluster:
             while True:
                 with anyio.fail_after(SILENCE_S):
                     event, plain = await anext(events)
-                self._take(kind, plain, is_gone=event == "DELETED")
-                yield
+                if event in _EVENTS:
+                    self._take(kind, plain, is_gone=event == "DELETED")
+                    yield False
         self._take_all(kind, [])
-        yield
+        yield True
         await anyio.sleep(MISSING_S)
 
     def _take_all(self, kind: Kind, listed: Iterable[Mapping[str, Any]]) -> None:
@@ -238,22 +266,35 @@ def _read(kind: Kind, ref: ObjectRef, plain: Plain, before: _Read | None) -> _Re
     try:
         found = from_plain(plain, KINDS[kind.group, kind.name])
     except msgspec.ValidationError as error:
-        kept = before.object if before else None
-        return _Read(plain, version, kept or _stand_in(ref, plain), f"{ref}: {error}")
+        return _Read(plain, version, before.object if before else None, f"{ref}: {error}")
     if ref_of(found) != ref:
         return _Read(plain, version, None, f"{ref}: is read as {ref_of(found)}")
     return _Read(plain, version, found, "")
 
 
-def _stand_in(ref: ObjectRef, plain: Plain) -> Object | None:
-    """What a policy that cannot be read is taken for: it refuses everybody, where it says for whom it is."""
-    if ref.kind != AuthorizationPolicy.__name__:
-        return None
+def _stand_in(ref: ObjectRef, plain: Plain, gateways: Iterable[ObjectRef]) -> Object:
+    """What a policy that cannot be read is taken for: it refuses everybody at the targets that can be.
+
+    If none can, at all waypoints of its namespace.
+    """
     said = plain.get("spec", {})
-    targets = {key: said[key] for key in ("targetRef", "targetRefs") if key in said}
-    spec = {**targets, "action": Action.DENY.value, "rules": [{}]}
+    named = said.get("targetRefs") or ([said["targetRef"]] if said.get("targetRef") else [])
+    own = [one for one in gateways if one.namespace == ref.namespace]
+    targets = [one for one in named if _is_target(one, ref)] if isinstance(named, list) else []
+    if named and not targets:
+        targets = [{"group": GATEWAY_GROUP, "kind": one.kind, "name": one.name} for one in own]
+    return _denial(ref, targets)
+
+
+def _denial(ref: ObjectRef, targets: list[Any]) -> Object:
+    spec = {"action": Action.DENY.value, "rules": [{}], "targetRefs": targets}
+    metadata = {"name": ref.name, "namespace": ref.namespace}
+    return from_plain({"metadata": metadata, "spec": spec}, AuthorizationPolicy)
+
+
+def _is_target(plain: Any, ref: ObjectRef) -> bool:
     try:
-        metadata = {"name": ref.name, "namespace": ref.namespace}
-        return from_plain({"metadata": metadata, "spec": spec}, AuthorizationPolicy)
+        _denial(ref, [plain])
     except msgspec.ValidationError:
-        return None
+        return False
+    return True

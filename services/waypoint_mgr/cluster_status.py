@@ -19,24 +19,25 @@ _TIME: Final = "lastTransitionTime"
 
 
 def gateway_status(
-    gateway: Plain, addresses: Sequence[str], hostname: str, *, is_reachable: bool, now: str
+    gateway: Plain, addresses: Sequence[str], hostname: str, *, is_reachable: bool, why: str = "", now: str
 ) -> Plain:
-    """Of a Gateway, as the server has it.
+    """Of a Gateway, as the server has it; `why` it cannot have a Service.
 
-    `addresses`: of its Service. It has them once somebody answers there, and keeps them: a control plane
-    sends traffic past a waypoint that has no address.
+    `addresses`: of its Service. It has them once somebody answers there, and keeps them, and is programmed
+    from then on: a control plane sends traffic past a waypoint that has no address, and other nodes may
+    reach what this one does not.
     """
     before: Plain = gateway.get("status", {})
+    found: list[Plain] = before.get("conditions", [])
     known = before.get("addresses", [])
     if is_reachable:
         known = [{"type": "IPAddress", "value": each} for each in addresses]
         known.append({"type": "Hostname", "value": hostname})
-    why = "connections are taken" if is_reachable else "nobody takes connections: what is for it is refused"
-    said = [
-        _condition(ACCEPTED, True, ACCEPTED, "pykmesh runs it"),
-        _condition(PROGRAMMED, is_reachable, PROGRAMMED if is_reachable else _PENDING, why),
-    ]
-    found: list[Plain] = before.get("conditions", [])
+    said = [_condition(ACCEPTED, True, ACCEPTED, "pykmesh runs it")]
+    if known and not why:
+        said.append(_condition(PROGRAMMED, True, PROGRAMMED, "data planes know where it is"))
+    else:
+        said.append(_condition(PROGRAMMED, False, _PENDING, why or "nobody takes connections yet"))
     others = [each for each in found if each["type"] not in (ACCEPTED, PROGRAMMED)]
     return {"addresses": known, "conditions": [*_dated(said, found, gateway, now), *others]}
 

@@ -7,14 +7,15 @@ them, applied on the server's side. What cannot be written is told and tried aga
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final
 
 import anyio
+import httpx2
 import structlog
 from lightkube.core.async_client import AsyncClient
-from lightkube.core.exceptions import ApiError
 from lightkube.types import PatchType
 
 from pykmesh.contracts.waypoints import slice_name
@@ -44,6 +45,7 @@ AGAIN_S: Final = 30.0
 RETRY_S: Final = 0.5
 """The first time; twice as long each time after."""
 CONFLICT: Final = 409
+LABEL_MAX: Final = 63
 _SLICE: Final = Kind("discovery.k8s.io", ("v1",), "EndpointSlice", "endpointslices")
 _CLASS: Final = Kind(
     "gateway.networking.k8s.io", ("v1",), "GatewayClass", "gatewayclasses", is_namespaced=False
@@ -65,11 +67,17 @@ class ClusterWriter:
         self._client = client
         self._cluster = cluster
         self._node = node
+        self._label = (
+            node if len(node) <= LABEL_MAX else hashlib.sha256(node.encode()).hexdigest()[:LABEL_MAX]
+        )
         self._note_error = note_error
-        self._said = Said()
+        self._said: Said | None = None
+        """Nothing is written, nor removed, before it is known what shall be."""
         self._due = anyio.Event()
         self._applied: dict[ObjectRef, Plain] = {}
         """What the server has taken, since all was written last."""
+        self._ours: set[ObjectRef] = set()
+        """What is not somebody else's."""
         self._addresses: dict[ObjectRef, list[str]] = {}
         """Of the Services of waypoints, by their Gateways."""
         self._errors: list[str] = []
@@ -83,18 +91,24 @@ class ClusterWriter:
 
     async def run(self) -> None:
         """Until cancelled."""
-        whole_at, told, wait_s = float("-inf"), "", AGAIN_S
+        whole_at, told, wait_s, next_s = float("-inf"), "", AGAIN_S, RETRY_S
         while True:
             with anyio.move_on_after(wait_s):
                 await self._due.wait()
             self._due = anyio.Event()
+            if self._said is None:
+                continue
             if is_whole := time.monotonic() - whole_at >= AGAIN_S:
                 self._applied.clear()
+                self._ours.clear()
                 whole_at = time.monotonic()
             self._errors, self._is_behind = [], False
             await self._write(self._said, is_whole=is_whole)
             is_done = not (self._errors or self._is_behind)
-            wait_s = AGAIN_S if is_done else min(2 * wait_s, AGAIN_S) if wait_s < AGAIN_S else RETRY_S
+            if is_done:
+                wait_s, next_s = AGAIN_S, RETRY_S
+            else:
+                wait_s, next_s = next_s, min(2 * next_s, AGAIN_S)
             before, told = told, "; ".join(self._errors)
             if told not in ("", before):
                 self._note_error("api_server_not_written", error=told)
@@ -104,7 +118,7 @@ class ClusterWriter:
         try:
             await work
         except FAILURES as error:
-            if isinstance(error, ApiError) and error.status.code == CONFLICT:
+            if _status_of(error) == CONFLICT:
                 self._is_behind = True
             else:
                 self._errors.append(f"{what}: {error}")
@@ -135,7 +149,7 @@ class ClusterWriter:
         name = metadata["name"]
         if kind == _SLICE.name:
             name = slice_name(name, self._node)
-            labels[NODE_LABEL] = self._node
+            labels[NODE_LABEL] = self._label
         owner = {
             "apiVersion": "gateway.networking.k8s.io/v1",
             "kind": "Gateway",
@@ -146,6 +160,11 @@ class ClusterWriter:
         return {**manifest, "metadata": own}
 
     async def _apply(self, ref: ObjectRef, manifest: Plain, waypoint: Announced) -> None:
+        if ref not in self._ours:
+            before = await self._get(ref)
+            if before and before["metadata"].get("labels", {}).get(_MANAGED_BY[ref.kind]) != MANAGER:
+                raise ValueError("there is one already, which is somebody else's and stays as it is")
+            self._ours.add(ref)
         made = await self._patch(resource(_KINDS[ref.kind]), ref, manifest)
         self._applied[ref] = manifest
         if ref.kind == "Service":
@@ -166,21 +185,37 @@ class ClusterWriter:
         for kind in (_KINDS["Service"], _SLICE):
             found, labels = resource(kind), dict[str, Any]({_MANAGED_BY[kind.name]: MANAGER})
             if kind is _SLICE:
-                labels[NODE_LABEL] = self._node
+                labels[NODE_LABEL] = self._label
             async for plain in self._client.list(found, labels=labels, **everywhere(found)):
                 metadata = plain["metadata"]
                 ref = ObjectRef(kind.name, metadata["namespace"], metadata["name"])
                 gateway = ObjectRef("Gateway", ref.namespace, metadata["labels"].get(GATEWAY_NAME, ""))
-                if ref not in kept and gateway not in unknown:
+                if ref in kept or gateway in unknown:
+                    continue
+                # Each node writes the Service: what one has not heard of another may be just making.
+                if kind is _SLICE or await self._get(gateway) is None:
                     await self._delete(found, ref)
+
+    async def _get(self, ref: ObjectRef) -> Plain | None:
+        """As the server has it this moment."""
+        try:
+            found: Plain = await self._client.get(
+                resource(_KINDS[ref.kind]), ref.name, namespace=ref.namespace
+            )
+        except httpx2.HTTPStatusError as error:
+            if _status_of(error) != NOT_FOUND:
+                raise
+            return None
+        return found
 
     async def _delete(self, of: Any, ref: ObjectRef) -> None:
         try:
             await self._client.delete(of, ref.name, namespace=ref.namespace)
-        except ApiError as error:
-            if error.status.code != NOT_FOUND:
+        except httpx2.HTTPStatusError as error:
+            if _status_of(error) != NOT_FOUND:
                 raise
         self._applied.pop(ref, None)
+        self._ours.discard(ref)
         log.info("waypoint_unannounced", object=str(ref))
 
     async def _write_class(self, now: str) -> None:
@@ -192,12 +227,14 @@ class ClusterWriter:
         self._applied[ref] = named
 
     async def _write_gateway(self, waypoint: Announced, now: str) -> None:
-        """Once its Service has addresses."""
         plain, addresses = self._cluster.plain(waypoint.ref), self._addresses.get(waypoint.ref)
-        if plain is None or addresses is None:
+        if plain is None or waypoint.manifests is None:
             return
+        own = ObjectRef("Service", waypoint.ref.namespace, waypoint.ref.name)
+        why = next((error for error in self._errors if error.startswith(f"{own}: ")), "")
+        is_reachable = waypoint.is_reachable and bool(addresses)
         status = gateway_status(
-            plain, addresses, waypoint.hostname, is_reachable=waypoint.is_reachable, now=now
+            plain, addresses or (), waypoint.hostname, is_reachable=is_reachable, why=why, now=now
         )
         await self._write_status(waypoint.ref, plain, status)
 
@@ -213,3 +250,8 @@ class ClusterWriter:
         version = {"resourceVersion": plain["metadata"]["resourceVersion"]}
         found = status_of(_KINDS[ref.kind], plain["apiVersion"].rpartition("/")[2])
         await self._patch(found, ref, {"metadata": version, "status": status}, PatchType.MERGE)
+
+
+def _status_of(error: Exception) -> int:
+    """Of HTTP; 0: it is none."""
+    return error.response.status_code if isinstance(error, httpx2.HTTPStatusError) else 0

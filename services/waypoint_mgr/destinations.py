@@ -22,7 +22,6 @@ from pykmesh.manifests.destination_rule import (
     Subset,
     TrafficPolicy,
 )
-from pykmesh.manifests.durations import proto_duration
 from pykmesh.manifests.objects import Gateway, ObjectRef, ref_of
 from services.waypoint_mgr.attachments import ACCEPTED, PARTIALLY_INVALID, UNSUPPORTED_VALUE, Condition
 from services.waypoint_mgr.envoy import UNLIMITED, Json, Port
@@ -165,7 +164,7 @@ def cluster_fields(policy: PortPolicy | TrafficPolicy) -> Json:
     pool = policy.connection_pool or ConnectionPool()
     fields: Json = {"circuitBreakers": {"thresholds": [_limits(pool)]}}
     if pool.tcp.connect_timeout:
-        fields["connectTimeout"] = proto_duration(pool.tcp.connect_timeout)
+        fields["connectTimeout"] = pool.tcp.connect_timeout.as_proto
     fields |= _balancer(policy.load_balancer or LoadBalancer())
     if policy.outlier_detection is not None:
         fields["outlierDetection"] = _outlier_detection(policy.outlier_detection)
@@ -182,7 +181,7 @@ def connection_fields(policy: PortPolicy | TrafficPolicy) -> Json:
     if http.max_requests_per_connection:
         fields["maxRequestsPerConnection"] = http.max_requests_per_connection
     if http.idle_timeout:
-        fields["idleTimeout"] = proto_duration(http.idle_timeout)
+        fields["idleTimeout"] = http.idle_timeout.as_proto
     return fields
 
 
@@ -216,8 +215,8 @@ def _balancer(balancer: LoadBalancer) -> Json:
     if hashes.maglev:
         table = {"tableSize": hashes.maglev.table_size} if hashes.maglev.table_size else {}
         return {"lbPolicy": "MAGLEV", "maglevLbConfig": table}
-    size = hashes.ring_hash.minimum_ring_size if hashes.ring_hash else hashes.minimum_ring_size or _RING_SIZE
-    return {"lbPolicy": "RING_HASH", "ringHashLbConfig": {"minimumRingSize": size}}
+    own = hashes.ring_hash.minimum_ring_size if hashes.ring_hash else hashes.minimum_ring_size
+    return {"lbPolicy": "RING_HASH", "ringHashLbConfig": {"minimumRingSize": own or _RING_SIZE}}
 
 
 def _hash_policy(hashes: ConsistentHash) -> Json:
@@ -228,7 +227,7 @@ def _hash_policy(hashes: ConsistentHash) -> Json:
     if hashes.http_cookie:
         cookie: Json = {"name": hashes.http_cookie.name}
         if hashes.http_cookie.ttl is not None:
-            cookie["ttl"] = proto_duration(hashes.http_cookie.ttl)
+            cookie["ttl"] = hashes.http_cookie.ttl.as_proto
         if hashes.http_cookie.path:
             cookie["path"] = hashes.http_cookie.path
         return {"cookie": cookie}
@@ -248,12 +247,13 @@ def _outlier_detection(found: OutlierDetection) -> Json:
         fields["splitExternalLocalOriginErrors"] = True
         if found.consecutive_local_origin_failures is not None:
             fields["consecutiveLocalOriginFailure"] = found.consecutive_local_origin_failures
-            fields["enforcingConsecutiveLocalOriginFailure"] = 100
+            own = found.consecutive_local_origin_failures
+            fields["enforcingConsecutiveLocalOriginFailure"] = 100 if own else 0
         fields["enforcingLocalOriginSuccessRate"] = 0
     if found.interval:
-        fields["interval"] = proto_duration(found.interval)
+        fields["interval"] = found.interval.as_proto
     if found.base_ejection_time:
-        fields["baseEjectionTime"] = proto_duration(found.base_ejection_time)
+        fields["baseEjectionTime"] = found.base_ejection_time.as_proto
     if found.max_ejection_percent:
         fields["maxEjectionPercent"] = found.max_ejection_percent
     return fields

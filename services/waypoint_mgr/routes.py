@@ -94,6 +94,12 @@ class Wanted(msgspec.Struct, frozen=True):
     virtuals: Sequence[Virtual] = ()
     authentications: Sequence[Authentication] = ()
 
+    @property
+    def reduced(self) -> Wanted:
+        """Without what an Envoy may refuse though it seemed right; no token is good then."""
+        unknown = [each.without_keys for each in self.authentications]
+        return Wanted(self.routes, self.policies, authentications=unknown)
+
 
 def translate(
     waypoint: Gateway,

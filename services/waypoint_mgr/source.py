@@ -38,7 +38,7 @@ from pykmesh.manifests.objects import (
     ref_of,
     service_hostname,
 )
-from pykmesh.manifests.request_authentication import RequestAuthenticationSpec
+from pykmesh.manifests.request_authentication import JWTRule, RequestAuthenticationSpec
 from pykmesh.manifests.virtual_service import VirtualServiceSpec
 from services.waypoint_mgr.protocols import AppProtocol
 
@@ -126,6 +126,12 @@ class Authentication(msgspec.Struct, frozen=True):
         cls, obj: RequestAuthentication, domain: str, entry_hosts: Mapping[ObjectRef, tuple[str, ...]]
     ) -> Authentication:
         return cls(ref_of(obj), obj.spec, *_targets(obj, domain, entry_hosts))
+
+    @property
+    def without_keys(self) -> Authentication:
+        """The same issuers, of which no token is good."""
+        rules = tuple(JWTRule(issuer=rule.issuer) for rule in self.spec.jwt_rules)
+        return msgspec.structs.replace(self, spec=msgspec.structs.replace(self.spec, jwt_rules=rules))
 
 
 def _targets(

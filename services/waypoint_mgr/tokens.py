@@ -23,7 +23,8 @@ _FILTER: Final = "envoy.filters.http.jwt_authn"
 _PAYLOAD: Final = "payload"
 _CLAIMS: Final = re.compile(r"request\.auth\.claims((?:\[[^\[\]]+\])+)")
 _OF_A_TOKEN: Final = {"request.auth.audiences": ("aud",), "request.auth.presenter": ("azp",)}
-_KEY_TYPES: Final = ("RSA", "EC", "OKP", "oct")
+_KEY_PARTS: Final = {"RSA": ("n", "e"), "EC": ("x", "y"), "OKP": ("x",), "oct": ("k",)}
+_LETTERS: Final = re.compile(r"[-_A-Za-z0-9]+={0,2}")
 
 
 def _nobodys_key() -> str:
@@ -118,12 +119,16 @@ def _are_keys(text: str) -> bool:
     """Whether Envoy finds a key in it: a listener without one is refused as a whole."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     keys: Any = found.get("keys") if isinstance(found, dict) else None
-    return isinstance(keys, list) and any(
-        isinstance(key, dict) and key.get("kty") in _KEY_TYPES for key in keys
-    )
+    return isinstance(keys, list) and any(isinstance(key, dict) and _is_key(key) for key in keys)
+
+
+def _is_key(key: dict[str, Any]) -> bool:
+    """By its parts; whether its numbers are a key Envoy alone knows."""
+    parts = _KEY_PARTS.get(str(key.get("kty")), ("",))
+    return all(_LETTERS.fullmatch(str(key.get(part, ""))) for part in parts)
 
 
 # -- what policies ask

@@ -7,12 +7,13 @@ that asks what is not known never matches, a destination that is none is answere
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 import msgspec
 
-from pykmesh.manifests.durations import proto_duration, seconds_of
+from pykmesh.manifests.durations import GoDuration
 from pykmesh.manifests.http_route import (
     BackendObjectRef,
     BackendRef,
@@ -64,6 +65,7 @@ FILTERS: Final[Mapping[str, Json]] = {
 """What routes need of their chain, in the order in which it is asked."""
 RETRY_ON: Final = "connect-failure,refused-stream,unavailable,cancelled"
 """Istio's, where retries are asked for and not on what."""
+_GROUP: Final = re.compile(r"\\([0-9])")
 MILLION: Final = 1_000_000
 _HEADERS: Final = {"scheme": ":scheme", "method": ":method", "authority": ":authority"}
 
@@ -155,6 +157,10 @@ def errors_in(found: Virtual) -> list[str]:
             texts.append(("rewrite.uriRegexRewrite", route.rewrite.uri_regex_rewrite.match))
         if route.cors_policy:
             texts += [("corsPolicy.allowOrigins", one.regex) for one in route.cors_policy.allow_origins]
+        if route.rewrite and (rewrite := route.rewrite.uri_regex_rewrite) and not error_in(rewrite.match):
+            groups = max(map(int, _GROUP.findall(rewrite.rewrite)), default=0)
+            if groups > re.compile(rewrite.match).groups:
+                errors.append(f"http[{index}].rewrite.uriRegexRewrite: there is no group {groups}")
         errors += [
             f"http[{index}].{name}: {error}" for name, text in texts if text and (error := error_in(text))
         ]
@@ -274,9 +280,9 @@ class _Route:
         changed["retryOn"] = ",".join([*words, *(["retriable-status-codes"] if codes else [])])
         changed["retriableStatusCodes"] = codes
         if retries.per_try_timeout:
-            changed["perTryTimeout"] = proto_duration(retries.per_try_timeout)
+            changed["perTryTimeout"] = retries.per_try_timeout.as_proto
         if retries.backoff:
-            changed["retryBackOff"] = {"baseInterval": proto_duration(retries.backoff)}
+            changed["retryBackOff"] = {"baseInterval": retries.backoff.as_proto}
         if retries.retry_remote_localities is not None:
             self.dropped.append("retries.retryRemoteLocalities")
         return {"retryPolicy": policy | changed}
@@ -311,7 +317,7 @@ class _Route:
             if share is None and fault.delay.percent is not None:
                 share = Percent(value=float(fault.delay.percent))
             config["delay"] = {
-                "fixedDelay": proto_duration(fault.delay.fixed_delay),
+                "fixedDelay": fault.delay.fixed_delay.as_proto,
                 "percentage": _share(share or Percent()),
             }
         elif fault.delay:
@@ -335,7 +341,7 @@ class _Route:
             "forwardNotMatchingPreflights": policy.unmatched_preflights != "IGNORE",
         }
         if policy.max_age is not None:
-            config["maxAge"] = str(int(seconds_of(policy.max_age)))
+            config["maxAge"] = str(int(policy.max_age.seconds))
         if policy.allow_credentials is not None:
             config["allowCredentials"] = policy.allow_credentials
         return config
@@ -437,5 +443,6 @@ def _share(share: Percent) -> Json:
     return {"numerator": _of_million(share), "denominator": "MILLION"}
 
 
-def _in_ms(duration: str) -> str:
-    return f"{round(seconds_of(duration) * 1000)}ms"
+def _in_ms(duration: GoDuration) -> str:
+    """As Gateway API has it."""
+    return f"{round(duration.seconds * 1000)}ms"

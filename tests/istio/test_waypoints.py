@@ -257,6 +257,18 @@ def test_a_gateway_that_goes_takes_its_service_along_and_traffic_goes_straight(
     until(is_gone, "the waypoint's own service to go")
 
 
+def test_somebody_elses_service_of_the_gateways_name_stays_as_it_is(mesh: Mesh, namespace: Namespace) -> None:
+    own = service("wp", app="wp", ports={80: 8080})
+    namespace.apply(own, gateway())
+    before = namespace.get("Service", "wp")
+    until(lambda: "somebody else's" in str(namespace.get("Gateway", "wp").get("status")), "the reason")
+    namespace.delete("Gateway", "wp")
+    until(
+        lambda: f"{namespace.name}/wp" not in str(mesh.node.status()["processes"]["waypoint_mgr"]), "it to go"
+    )
+    assert namespace.get("Service", "wp") == before
+
+
 def test_a_waypoint_of_istios_own_is_refused_by_that_name(mesh: Mesh, namespace: Namespace) -> None:
     own = service("theirs", app="theirs", ports={15008: 15008})
     namespace.apply(shop("theirs"), own, server(mesh.web[0], "v1"), gateway("theirs", "istio-waypoint"))

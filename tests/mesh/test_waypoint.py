@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import urllib.request
@@ -94,6 +95,26 @@ def test_an_envoy_that_is_killed_is_started_again_and_nothing_passes_by_meanwhil
     until(lambda: status(routed)["instances"][0]["ready"], "ready again")
     until_handed_over(routed)
     until(lambda: ask(routed, 5, "x-canary: yes") == {(200, "v2"): 5}, "served again")
+
+
+def test_what_envoy_refuses_though_it_seemed_right_holds_up_nothing_else(routed: Mesh) -> None:
+    """A point that is on no curve."""
+    key = {"kty": "EC", "crv": "P-256", "alg": "ES256", "x": "AQAB", "y": "AQAB"}
+    rule = {"issuer": "i", "jwks": json.dumps({"keys": [key]})}
+    target = {"group": "", "kind": "Service", "name": "shop"}
+    metadata = {"name": "jwt", "namespace": "shop"}
+    wrong = {
+        "apiVersion": "security.istio.io/v1",
+        "kind": "RequestAuthentication",
+        "metadata": metadata,
+        "spec": {"targetRefs": [target], "jwtRules": [rule]},
+    }
+    routed.node.write("jwt", text(wrong))
+    until(lambda: status(routed)["reduced"], "Envoy to refuse it")
+    routed.node.write("route", text(route({"backendRefs": [{"name": "v2", "port": 80}]})))
+    until(lambda: ask(routed, 20) == {(200, "v2"): 20}, "a route that came later")
+    routed.node.write("jwt", "# gone\n")
+    until(lambda: not status(routed)["reduced"], "all to be well again")
 
 
 @pytest.mark.parametrize("process", ["waypoint_mgr", "map_writer", "bpf_loader", "xds_client", "nats"])

@@ -10,7 +10,7 @@ from pykmesh.contracts.waypoints import node_of_front, slice_name
 from pykmesh.manifests.authorization_policy import Action
 from pykmesh.manifests.objects import AuthorizationPolicy, HTTPRoute, ObjectRef
 from services.waypoint_mgr.attachments import Condition
-from services.waypoint_mgr.cluster import READ, _read, _ref, resource, status_of
+from services.waypoint_mgr.cluster import READ, _read, _ref, _stand_in, resource, status_of
 from services.waypoint_mgr.cluster_status import CONTROLLER, gateway_status, route_parents
 
 BEFORE, NOW = "2026-01-01T00:00:00Z", "2026-02-02T00:00:00Z"
@@ -51,10 +51,33 @@ def test_a_policy_that_never_could_be_read_refuses_all_at_its_targets() -> None:
     plain = policy("1", action="ALLOW", rules=[{"nobody": "knows"}], targetRefs=[target])
     found = _read(kind, _ref(kind, plain), plain, None)
     assert "nobody" in found.error
-    assert isinstance(found.object, AuthorizationPolicy)
-    assert found.object.spec.action is Action.DENY
-    assert [rule.from_ for rule in found.object.spec.rules] == [()]
-    assert [each.name for each in found.object.spec.targets] == ["shop"]
+    assert denied(plain) == ["shop"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ([{"kind": "Service", "name": "web"}, {"kind": "Pod", "name": "b"}], ["web"]),
+        ([{"kind": "Service", "name": "web"}, {"kind": "Service", "name": "b", "namespace": "x"}], ["web"]),
+        ([{"kind": "Pod", "name": "b"}], ["wp", "wp2"]),
+        ([7], ["wp", "wp2"]),
+        ([], []),
+    ],
+)
+def test_it_does_so_where_its_targets_can_be_read_else_at_its_namespaces_waypoints(
+    targets: list[Any], expected: list[str]
+) -> None:
+    assert denied(policy("1", action="ALLOW", rules=[{"nobody": "knows"}], targetRefs=targets)) == expected
+
+
+def denied(plain: dict[str, Any]) -> list[str]:
+    """Whose clients a policy refuses, all of them."""
+    gateways = [ObjectRef("Gateway", *each) for each in (("shop", "wp"), ("shop", "wp2"), ("other", "wp3"))]
+    made = _stand_in(ObjectRef("AuthorizationPolicy", "shop", "p"), plain, gateways)
+    assert isinstance(made, AuthorizationPolicy)
+    assert made.spec.action is Action.DENY
+    assert [rule.from_ for rule in made.spec.rules] == [()]
+    return [each.name for each in made.spec.targets]
 
 
 def test_one_that_could_counts_as_it_was_until_it_can_be_read_again() -> None:
@@ -107,8 +130,16 @@ def test_a_gateway_has_addresses_once_it_is_reachable_and_keeps_them() -> None:
     second = gateway_status(plain | {"status": first}, ["10.0.0.1"], "wp.shop", is_reachable=True, now=NOW)
     assert [each["value"] for each in second["addresses"]] == ["10.0.0.1", "wp.shop"]
     assert [c["lastTransitionTime"] for c in second["conditions"]] == [BEFORE, NOW]
-    third = gateway_status(plain | {"status": second}, [], "wp.shop", is_reachable=False, now=NOW)
-    assert third["addresses"] == second["addresses"]
+    third = gateway_status(plain | {"status": second}, [], "wp.shop", is_reachable=False, now="later")
+    assert third == second, "another node may reach it"
+
+
+def test_a_gateway_whose_service_cannot_be_made_says_why() -> None:
+    found = gateway_status(
+        {"metadata": {}}, [], "wp.shop", is_reachable=False, why="it is another's", now=NOW
+    )
+    assert found["conditions"][1]["message"] == "it is another's"
+    assert found["conditions"][1]["status"] == "False"
 
 
 def test_every_kind_is_read_into_the_type_of_its_name() -> None:

@@ -119,11 +119,13 @@ async def test_what_is_more_than_the_pool_holds_is_refused(
 
 
 @pytest.mark.parametrize("by_route", [False, True])
-@pytest.mark.parametrize("how", [{}, {"maglev": {}}, {"ringHash": {"minimumRingSize": 512}}])
+@pytest.mark.parametrize(
+    "how", [{}, {"maglev": {}}, {"maglev": {"tableSize": 2}}, {"ringHash": {"minimumRingSize": 0}}]
+)
 async def test_requests_with_one_header_keep_their_endpoint(
     folder: Path, backends: dict[str, Backend], how: dict[str, Any], by_route: bool
 ) -> None:
-    rule = destination({"loadBalancer": {"consistentHash": {"httpHeaderName": "x-user", **how}}})
+    rule = destination(hashed(**how))
     async with served(folder, backends, rule, by_route=by_route) as found:
         each = [await found.who(5, **{"x-user": str(user)}) for user in range(20)]
         assert all(len(who) == 1 for who in each)
@@ -158,6 +160,10 @@ async def test_envoy_takes_every_way_of_balancing(
     )
     async with served(folder, backends, rule) as found:
         assert (await found.who(40)).keys() == {"v1", "v2"}
+
+
+def hashed(**how: Any) -> dict[str, Any]:
+    return {"loadBalancer": {"consistentHash": {"httpHeaderName": "x-user", **how}}}
 
 
 def versions(by: str = "version", **policies: Any) -> list[dict[str, Any]]:
@@ -301,6 +307,17 @@ def test_what_is_not_honoured_is_told() -> None:
         ({"trafficPolicy": {"connectionPool": {"tcp": {"connectTimeout": "soon"}}}}, "connectTimeout"),
         ({"trafficPolicy": {"outlierDetection": {"maxEjectionPercent": 101}}}, "maxEjectionPercent"),
         ({"trafficPolicy": {"portLevelSettings": [{}]}}, "port"),
+        ({"trafficPolicy": {"connectionPool": {"tcp": {"connectTimeout": "0s"}}}}, "connectTimeout"),
+        ({"trafficPolicy": {"connectionPool": {"tcp": {"connectTimeout": "0.1ns"}}}}, "connectTimeout"),
+        ({"trafficPolicy": {"connectionPool": {"http": {"idleTimeout": "87000000h"}}}}, "idleTimeout"),
+        ({"trafficPolicy": {"connectionPool": {"http": {"idleTimeout": f"{'9' * 60}s"}}}}, "idleTimeout"),
+        ({"trafficPolicy": {"outlierDetection": {"interval": "0s"}}}, "interval"),
+        ({"trafficPolicy": hashed(maglev={"tableSize": 1})}, "prime"),
+        ({"trafficPolicy": hashed(maglev={"tableSize": 1000})}, "prime"),
+        ({"trafficPolicy": hashed(maglev={"tableSize": 5000077})}, "prime"),
+        ({"trafficPolicy": hashed(ringHash={"minimumRingSize": 8388609})}, "minimumRingSize"),
+        ({"trafficPolicy": hashed(minimumRingSize=8388609)}, "minimumRingSize"),
+        ({"trafficPolicy": hashed(httpHeaderName="a\nb")}, "httpHeaderName"),
     ],
 )
 def test_a_spec_that_is_wrong_is_refused(spec: dict[str, Any], why: str) -> None:

@@ -215,6 +215,8 @@ async def test_without_a_request_authentication_a_token_says_nothing(
         ({"jwks": "{}"}, "jwks are no keys"),
         ({"jwks": "no json"}, "jwks are no keys"),
         ({"jwks": '{"keys": []}'}, "jwks are no keys"),
+        ({"jwks": '{"keys": [{"kty": "RSA"}]}'}, "jwks are no keys"),
+        ({"jwks": '{"keys": [{"kty": "RSA", "n": "?", "e": "?"}, {"kty": "EC"}, 7]}'}, "jwks are no keys"),
         ({"jwksUri": "https://issuer.test/keys"}, "jwksUri is not fetched"),
         ({}, "jwks are no keys"),
     ],
