@@ -15,6 +15,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import random
 import re
 import secrets
 import shlex
@@ -49,6 +50,9 @@ class Ports(msgspec.Struct, frozen=True, kw_only=True):
     waypoint_mgr: int = 15216
 
 
+CLIENT_PORTS: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
+FREE_FROM: Final = 20_000
+"""Below are ports that one may expect things at."""
 PORT_NAMES: Final = Ports.__struct_fields__
 
 
@@ -114,14 +118,29 @@ def how_to_start(instance: Instance) -> str:
 
 def free_ports(kept: dict[str, int]) -> Ports:
     """Ports that were free a moment ago, but for those given."""
-    chosen = dict(kept)
+    wanted = [name for name in PORT_NAMES if name not in kept]
+    return Ports(**kept, **dict(zip(wanted, ports_of_no_client(len(wanted)), strict=True)))
+
+
+def ports_of_no_client(count: int) -> list[int]:
+    """Free ones of loopback that the kernel gives to no client: who starts again finds his own free.
+
+    InstanceError where there are not so many.
+    """
+    first, last = map(int, CLIENT_PORTS.read_text().split())
+    candidates = [*range(FREE_FROM, first), *range(last + 1, PORT_MAX + 1)]
+    found: list[int] = []
     with contextlib.ExitStack() as held:
-        for name in PORT_NAMES:
-            if name not in chosen:
-                probe = held.enter_context(socket.socket())
-                probe.bind(("127.0.0.1", 0))
-                chosen[name] = probe.getsockname()[1]
-    return Ports(**chosen)
+        for port in random.sample(candidates, len(candidates)):
+            if len(found) == count:
+                break
+            probe = held.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                found.append(port)
+    if len(found) < count:
+        raise InstanceError(f"no {count} ports are free outside of {first} to {last}, which clients have")
+    return found
 
 
 def check_ports(ports: Ports, needed: list[str]) -> None:

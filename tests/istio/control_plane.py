@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import http.client
 import os
-import random
 import secrets
-import socket
-from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final, Self
 
 import trustme
 import yaml
 
+from pykmesh.node.instance import ports_of_no_client
 from tests.istio.api_server import ApiServer, Object
 from tests.istio.binaries import Binaries
 from tests.istio.processes import Process
@@ -24,7 +22,6 @@ from tests.istio.processes import Process
 SERVER_NAME: Final = "istiod.istio-system.svc"
 """In the certificate of istiod's TLS port."""
 _SERVICE_ADDRESSES: Final = "10.96.0.0/16,fd00:10:96::/112"
-FIRST_PORT: Final = 20_000
 _PORTS: Final = ("etcd", "etcd_peers", "api", "xds", "xds_tls", "http", "monitoring")
 _ISTIOD: Final = {
     "PILOT_ENABLE_AMBIENT": "true",
@@ -46,7 +43,7 @@ class ControlPlane:
     def __init__(self, binaries: Binaries, directory: Path) -> None:
         self._binaries = binaries
         self._directory = directory
-        self._ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+        self._ports = dict(zip(_PORTS, ports_of_no_client(len(_PORTS)), strict=True))
         self._processes: dict[str, Process] = {}
         self._api_server_words: list[str | Path]
         self.api: ApiServer
@@ -214,18 +211,3 @@ def _is_ok(port: int, path: str) -> bool:
         return False
     finally:
         connection.close()
-
-
-def _free_ports(count: int) -> list[int]:
-    """Free, and none that the kernel gives to a client meanwhile: istiod comes back on its own."""
-    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    candidates = [*range(FIRST_PORT, first), *range(last + 1, 65536)]
-    found: list[int] = []
-    with ExitStack() as held:
-        for port in random.sample(candidates, len(candidates)):
-            with suppress(OSError):
-                held.enter_context(socket.create_server(("127.0.0.1", port)))
-                found.append(port)
-            if len(found) == count:
-                return found
-    raise AssertionError(f"no {count} ports are free outside of {first} to {last}")

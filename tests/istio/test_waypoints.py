@@ -263,9 +263,13 @@ def test_somebody_elses_service_of_the_gateways_name_stays_as_it_is(mesh: Mesh, 
     before = namespace.get("Service", "wp")
     until(lambda: "somebody else's" in str(namespace.get("Gateway", "wp").get("status")), "the reason")
     namespace.delete("Gateway", "wp")
-    until(
-        lambda: f"{namespace.name}/wp" not in str(mesh.node.status()["processes"]["waypoint_mgr"]), "it to go"
-    )
+    name = f"{namespace.name}/wp"
+
+    def waypoints() -> list[str]:
+        said = mesh.node.status()["processes"]["waypoint_mgr"]["waypoints"]
+        return [each["name"] for each in said]
+
+    until(lambda: name not in waypoints(), "the waypoint to go")
     assert namespace.get("Service", "wp") == before
 
 
