@@ -132,15 +132,12 @@ _GROUPS: Final = {
 }
 
 
-class AuthorizationPolicySpec(_Part, frozen=True, kw_only=True):
-    """`rules`: none of them, and it matches nothing, so that one that allows denies all."""
+class TargetedSpec(_Part, frozen=True, kw_only=True):
+    """Of a policy that is for workloads, or for targets."""
 
     selector: Selector | None = None
     target_ref: PolicyTargetRef | None = None
     target_refs: tuple[PolicyTargetRef, ...] = ()
-    action: Action = Action.ALLOW
-    provider: dict[str, Any] | None = None
-    rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
         if sum(bool(part) for part in (self.selector, self.target_ref, self.target_refs)) > 1:
@@ -149,3 +146,11 @@ class AuthorizationPolicySpec(_Part, frozen=True, kw_only=True):
     @property
     def targets(self) -> tuple[PolicyTargetRef, ...]:
         return (self.target_ref,) if self.target_ref else self.target_refs
+
+
+class AuthorizationPolicySpec(TargetedSpec, frozen=True, kw_only=True):
+    """`rules`: none of them, and it matches nothing, so that one that allows denies all."""
+
+    action: Action = Action.ALLOW
+    provider: dict[str, Any] | None = None
+    rules: tuple[Rule, ...] = ()

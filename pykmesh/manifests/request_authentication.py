@@ -6,7 +6,7 @@ from typing import Annotated
 
 import msgspec
 
-from pykmesh.manifests.authorization_policy import PolicyTargetRef, Selector
+from pykmesh.manifests.authorization_policy import TargetedSpec
 from pykmesh.manifests.durations import GoDuration
 from pykmesh.manifests.http_route import HeaderName
 
@@ -46,16 +46,5 @@ class JWTRule(_Part, frozen=True, kw_only=True):
             raise ValueError("only one of jwks and jwksUri may be given")
 
 
-class RequestAuthenticationSpec(_Part, frozen=True, kw_only=True):
-    selector: Selector | None = None
-    target_ref: PolicyTargetRef | None = None
-    target_refs: tuple[PolicyTargetRef, ...] = ()
+class RequestAuthenticationSpec(TargetedSpec, frozen=True, kw_only=True):
     jwt_rules: tuple[JWTRule, ...] = ()
-
-    def __post_init__(self) -> None:
-        if sum(bool(part) for part in (self.selector, self.target_ref, self.target_refs)) > 1:
-            raise ValueError("at most one of selector, targetRef and targetRefs may be given")
-
-    @property
-    def targets(self) -> tuple[PolicyTargetRef, ...]:
-        return (self.target_ref,) if self.target_ref else self.target_refs

@@ -135,7 +135,7 @@ class WaypointMgr:
 
     def _look_for_refusals(self, objects: Objects) -> None:
         """What an Envoy refuses holds up all that comes after: until the objects change it gets less."""
-        if objects != self._reduced_of:
+        if objects is not self._reduced_of:
             self._reduced, self._reduced_of = {}, objects
         for node_id, state in self._ads.status().items():
             member = self.members.members.get(node_id)
@@ -272,16 +272,19 @@ class WaypointMgr:
         for found in self._configurations.values():
             for condition in found.conditions:
                 conditions.setdefault(condition.of, []).append(condition)
-        waypoints = tuple(self._announced(name, each) for name, each in objects.waypoints.items())
+        known = {each.name: each for each in self._mesh.services} if self._mesh else {}
+        waypoints = tuple(
+            self._announced(name, each, known.get(name)) for name, each in objects.waypoints.items()
+        )
         try:
             self.announcer.say(Said(waypoints, {ref: tuple(said) for ref, said in conditions.items()}))
         except OSError as error:
             self._runtime.note_error("instances_not_announced", error=error)
 
-    def _announced(self, name: str, waypoint: Gateway) -> Announced:
+    def _announced(self, name: str, waypoint: Gateway, own: MeshService | None) -> Announced:
+        """`own`: its Service, as the mesh knows it."""
         places = self.members.places(name) if self.is_enrolled else None
         manifests = None if places is None else announce.objects(waypoint, places)
-        own = next((s for s in self._mesh.services if s.name == name), None) if self._mesh else None
         known = {(e.address, e.port) for port in own.ports for e in port.endpoints} if own else set()
         is_reachable = any((place.address, place.port) in known for place in places or ())
         hostname = name.partition("/")[2]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -19,12 +19,13 @@ from pykmesh.manifests.objects import Gateway, ObjectRef, Service, ref_of
 from services.waypoint_mgr.envoy import Port
 from services.waypoint_mgr.protocols import AppProtocol, is_only_udp, protocol_of
 from services.waypoint_mgr.rules import Unresolved, action_of, errors_in
-from services.waypoint_mgr.source import Route, mesh_name
+from services.waypoint_mgr.source import Authentication, Policy, Route, mesh_name
 
 ACCEPTED: Final = "Accepted"
 RESOLVED_REFS: Final = "ResolvedRefs"
 PARTIALLY_INVALID: Final = "PartiallyInvalid"
 UNSUPPORTED_VALUE: Final = "UnsupportedValue"
+_P = TypeVar("_P", Policy, Authentication)
 
 
 class Condition(msgspec.Struct, frozen=True):
@@ -105,6 +106,13 @@ class Mesh:
         if all(port.port != ref.port for port in service.ports):
             return Unresolved("BackendNotFound", f"Service {name} has no port {ref.port}")
         return Port(name, ref.port or 0)
+
+
+def targeted(found: Sequence[_P], waypoint: Gateway, mesh: Mesh) -> tuple[list[_P], list[_P]]:
+    """Policies for all that goes by way of a waypoint, and those for services of it alone."""
+    name, class_name = mesh.name_of(waypoint.namespace, waypoint.name), waypoint.spec.gateway_class_name
+    of_all = [one for one in found if name in one.waypoints or class_name in one.classes]
+    return of_all, [one for one in found if one not in of_all and one.services & mesh.users.keys()]
 
 
 class Attached(msgspec.Struct, frozen=True):

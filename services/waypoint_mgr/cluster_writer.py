@@ -80,7 +80,8 @@ class ClusterWriter:
         """What is not somebody else's."""
         self._addresses: dict[ObjectRef, list[str]] = {}
         """Of the Services of waypoints, by their Gateways."""
-        self._errors: list[str] = []
+        self._errors: dict[str, str] = {}
+        """Of what could not be written, why."""
         self._is_behind = False
         """Somebody wrote what is not read here yet."""
 
@@ -102,14 +103,14 @@ class ClusterWriter:
                 self._applied.clear()
                 self._ours.clear()
                 whole_at = time.monotonic()
-            self._errors, self._is_behind = [], False
+            self._errors, self._is_behind = {}, False
             await self._write(self._said, is_whole=is_whole)
             is_done = not (self._errors or self._is_behind)
             if is_done:
                 wait_s, next_s = AGAIN_S, RETRY_S
             else:
                 wait_s, next_s = next_s, min(2 * next_s, AGAIN_S)
-            before, told = told, "; ".join(self._errors)
+            before, told = told, "; ".join(f"{what}: {why}" for what, why in self._errors.items())
             if told not in ("", before):
                 self._note_error("api_server_not_written", error=told)
 
@@ -118,10 +119,10 @@ class ClusterWriter:
         try:
             await work
         except FAILURES as error:
-            if _status_of(error) == CONFLICT:
+            if _http_status(error) == CONFLICT:
                 self._is_behind = True
             else:
-                self._errors.append(f"{what}: {error}")
+                self._errors[str(what)] = str(error)
 
     async def _write(self, said: Said, *, is_whole: bool) -> None:
         now = dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -203,7 +204,7 @@ class ClusterWriter:
                 resource(_KINDS[ref.kind]), ref.name, namespace=ref.namespace
             )
         except httpx2.HTTPStatusError as error:
-            if _status_of(error) != NOT_FOUND:
+            if _http_status(error) != NOT_FOUND:
                 raise
             return None
         return found
@@ -212,7 +213,7 @@ class ClusterWriter:
         try:
             await self._client.delete(of, ref.name, namespace=ref.namespace)
         except httpx2.HTTPStatusError as error:
-            if _status_of(error) != NOT_FOUND:
+            if _http_status(error) != NOT_FOUND:
                 raise
         self._applied.pop(ref, None)
         self._ours.discard(ref)
@@ -231,7 +232,7 @@ class ClusterWriter:
         if plain is None or waypoint.manifests is None:
             return
         own = ObjectRef("Service", waypoint.ref.namespace, waypoint.ref.name)
-        why = next((error for error in self._errors if error.startswith(f"{own}: ")), "")
+        why = self._errors.get(str(own), "")
         is_reachable = waypoint.is_reachable and bool(addresses)
         status = gateway_status(
             plain, addresses or (), waypoint.hostname, is_reachable=is_reachable, why=why, now=now
@@ -252,6 +253,6 @@ class ClusterWriter:
         await self._patch(found, ref, {"metadata": version, "status": status}, PatchType.MERGE)
 
 
-def _status_of(error: Exception) -> int:
+def _http_status(error: Exception) -> int:
     """Of HTTP; 0: it is none."""
     return error.response.status_code if isinstance(error, httpx2.HTTPStatusError) else 0

@@ -22,7 +22,7 @@ from pykmesh.manifests.destination_rule import (
     Subset,
     TrafficPolicy,
 )
-from pykmesh.manifests.objects import Gateway, ObjectRef, ref_of
+from pykmesh.manifests.objects import Gateway, ref_of
 from services.waypoint_mgr.attachments import ACCEPTED, PARTIALLY_INVALID, UNSUPPORTED_VALUE, Condition
 from services.waypoint_mgr.envoy import UNLIMITED, Json, Port
 from services.waypoint_mgr.source import ROOT_NAMESPACE, Destination
@@ -48,7 +48,8 @@ class Destinations:
     def __init__(self, waypoint: Gateway, destinations: Sequence[Destination]) -> None:
         self._waypoint = waypoint
         self._destinations = [each for each in destinations if each.spec.workload_selector is None]
-        self._used: dict[ObjectRef, Destination] = {}
+        self._rules: dict[str, Destination | None] = {}
+        """Of services that were asked for."""
 
     def policy(self, at: Port) -> PortPolicy | TrafficPolicy:
         """Of a service's port, of a subset's with what that says itself; else Istio's default."""
@@ -74,7 +75,12 @@ class Destinations:
         return subset is not None and _revision(subset) is not None
 
     def _best(self, at: Port) -> Destination | None:
-        namespace, _, hostname = at.service.partition("/")
+        if at.service not in self._rules:
+            self._rules[at.service] = self._rule(at.service)
+        return self._rules[at.service]
+
+    def _rule(self, service: str) -> Destination | None:
+        namespace, _, hostname = service.partition("/")
         for of in dict.fromkeys((self._waypoint.namespace, namespace, ROOT_NAMESPACE)):
             found = [
                 each
@@ -84,15 +90,14 @@ class Destinations:
                 and each.is_seen_in(self._waypoint.namespace)
             ]
             if found:
-                best = min(found, key=lambda each: (-each.says_of(hostname), each.created, each.ref.name))
-                self._used[best.ref] = best
-                return best
+                return min(found, key=lambda each: (-each.says_of(hostname), each.created, each.ref.name))
         return None
 
     def conditions(self) -> Iterator[Condition]:
         """Of those that were used."""
         parent = ref_of(self._waypoint)
-        for ref, each in sorted(self._used.items()):
+        used = {rule.ref: rule for rule in self._rules.values() if rule}
+        for ref, each in sorted(used.items()):
             yield Condition(ref, parent, ACCEPTED, True, ACCEPTED)
             if left_out := list(_not_honoured(each.spec)):
                 message = f"not honoured: {', '.join(left_out)}"

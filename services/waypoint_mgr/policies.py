@@ -23,7 +23,14 @@ from pykmesh.kernel.records import Ip, ip_from_text, ip_to_text
 from pykmesh.manifests.authorization_policy import Action, Operation, Rule, Source, When
 from pykmesh.manifests.objects import Gateway, ObjectRef, ref_of
 from services.waypoint_mgr.admission import turned_away
-from services.waypoint_mgr.attachments import ACCEPTED, PARTIALLY_INVALID, UNSUPPORTED_VALUE, Condition, Mesh
+from services.waypoint_mgr.attachments import (
+    ACCEPTED,
+    PARTIALLY_INVALID,
+    UNSUPPORTED_VALUE,
+    Condition,
+    Mesh,
+    targeted,
+)
 from services.waypoint_mgr.envoy import (
     Json,
     Port,
@@ -157,9 +164,7 @@ class Guard:
     def __init__(self, waypoint: Gateway, mesh: Mesh, policies: Sequence[Policy], clients: Clients) -> None:
         self._waypoint = waypoint
         self._clients = clients
-        name, class_name = mesh.name_of(waypoint.namespace, waypoint.name), waypoint.spec.gateway_class_name
-        self._of_all = [p for p in policies if name in p.waypoints or class_name in p.classes]
-        self._of_services = [p for p in policies if p not in self._of_all and p.services & mesh.users.keys()]
+        self._of_all, self._of_services = targeted(policies, waypoint, mesh)
         self._dropped: dict[ObjectRef, dict[str, None]] = {}
 
     def http_chain(

@@ -15,7 +15,14 @@ from typing import Any, Final
 
 from pykmesh.manifests.objects import Gateway, ObjectRef, ref_of
 from pykmesh.manifests.request_authentication import JWTRule
-from services.waypoint_mgr.attachments import ACCEPTED, PARTIALLY_INVALID, UNSUPPORTED_VALUE, Condition, Mesh
+from services.waypoint_mgr.attachments import (
+    ACCEPTED,
+    PARTIALLY_INVALID,
+    UNSUPPORTED_VALUE,
+    Condition,
+    Mesh,
+    targeted,
+)
 from services.waypoint_mgr.envoy import Json, Port, named, typed
 from services.waypoint_mgr.source import Authentication
 
@@ -44,11 +51,7 @@ class Tokens:
 
     def __init__(self, waypoint: Gateway, mesh: Mesh, found: Sequence[Authentication]) -> None:
         self._waypoint = waypoint
-        name, class_name = mesh.name_of(waypoint.namespace, waypoint.name), waypoint.spec.gateway_class_name
-        self._of_all = [one for one in found if name in one.waypoints or class_name in one.classes]
-        self._of_services = [
-            one for one in found if one not in self._of_all and one.services & mesh.users.keys()
-        ]
+        self._of_all, self._of_services = targeted(found, waypoint, mesh)
         self._dropped: dict[ObjectRef, dict[str, None]] = {}
 
     def filters(self, at: Port) -> list[Json]:

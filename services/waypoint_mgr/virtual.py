@@ -87,8 +87,9 @@ class VirtualServices:
         self._waypoint = waypoint
         self._mesh = mesh
         self._destinations = destinations
-        self._found = [each for each in found if each.is_for_mesh and not errors_in(each)]
-        self._broken = [each for each in found if each.is_for_mesh and errors_in(each)]
+        read = [(each, errors_in(each)) for each in found if each.is_for_mesh]
+        self._found = [each for each, errors in read if not errors]
+        self._broken = [(each, "; ".join(errors)) for each, errors in read if errors]
         self._told: dict[ObjectRef, dict[str, dict[str, None]]] = {}
 
     def of(self, at: Port, *, is_overridden: bool) -> Routed | None:
@@ -129,9 +130,8 @@ class VirtualServices:
     def conditions(self) -> Iterator[Condition]:
         """Of those that are a service's, and those that are wrong."""
         parent = ref_of(self._waypoint)
-        for each in self._broken:
+        for each, message in self._broken:
             if any(each.says_of(user.partition("/")[2]) for user in self._mesh.users):
-                message = "; ".join(errors_in(each))
                 yield Condition(each.ref, parent, ACCEPTED, False, UNSUPPORTED_VALUE, message)
         specs = {each.ref: each.spec for each in self._found}
         for ref, told in sorted(self._told.items()):

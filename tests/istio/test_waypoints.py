@@ -103,6 +103,14 @@ def until_handed_over(mesh: Mesh, namespace: Namespace) -> None:
     until(lambda: any(e.startswith(place) for e in mesh.node.endpoints(host)), "the waypoint's way")
 
 
+def route_to_the_second(mesh: Mesh, namespace: Namespace) -> None:
+    """Changes the route; it has come into effect when this returns."""
+    changed = route()
+    changed["spec"]["rules"] = [{"backendRefs": [{"name": "v2", "port": 80}]}]
+    namespace.apply(changed)
+    until(lambda: set(asked(mesh, namespace)) == {(200, mesh.web[1].name)}, "the changed route")
+
+
 @pytest.fixture
 def routed(mesh: Mesh, namespace: Namespace) -> Namespace:
     first, second, _ = mesh.web
@@ -189,13 +197,9 @@ def test_versions_are_subsets_of_a_virtual_service(mesh: Mesh, routed: Namespace
 def test_killing_waypoint_mgr_costs_nothing_and_what_changed_meanwhile_is_read(
     mesh: Mesh, routed: Namespace
 ) -> None:
-    _, second, _ = mesh.web
     prober = probe(mesh.client, routed.vips("shop")[0], 80)
     mesh.node.kill("waypoint_mgr")
-    changed = route()
-    changed["spec"]["rules"] = [{"backendRefs": [{"name": "v2", "port": 80}]}]
-    routed.apply(changed)
-    until(lambda: set(asked(mesh, routed)) == {(200, second.name)}, "the changed route")
+    route_to_the_second(mesh, routed)
     counted = finish(prober)
     assert counted["failed"] == 0, counted["errors"]
 
@@ -203,13 +207,9 @@ def test_killing_waypoint_mgr_costs_nothing_and_what_changed_meanwhile_is_read(
 def test_while_the_api_server_is_away_what_it_said_counts(
     mesh: Mesh, routed: Namespace, control_plane: ControlPlane
 ) -> None:
-    _, second, _ = mesh.web
     prober = probe(mesh.client, routed.vips("shop")[0], 80)
     control_plane.restart_api_server()
-    changed = route()
-    changed["spec"]["rules"] = [{"backendRefs": [{"name": "v2", "port": 80}]}]
-    routed.apply(changed)
-    until(lambda: set(asked(mesh, routed)) == {(200, second.name)}, "the changed route")
+    route_to_the_second(mesh, routed)
     counted = finish(prober)
     assert counted["failed"] == 0, counted["errors"]
 
