@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -27,7 +26,7 @@ from pykmesh.demo import manifests
 from pykmesh.demo.counted import Counted
 from pykmesh.demo.pods import Pod, PodNetwork
 from pykmesh.kernel.cgroups import find_root
-from pykmesh.node.ask import fetch
+from pykmesh.node.ask import fetch, supervised
 from pykmesh.node.behind import Behind
 from pykmesh.node.instance import Instance, command, running
 
@@ -316,20 +315,8 @@ class Demo:
         return bool(ready and made and not failed), f"{made} connections meanwhile, {failed} failed; {state}"
 
     def _pid(self, process: str) -> int:
-        """The process of that name below the supervisor; 0 while there is none."""
-        supervisor, module = (
-            self._live().pid,
-            {"nats": "nats-server", "control_plane": "pykmesh.controlplane"},
-        )
-        wanted = module.get(process, f"services.{process}")
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                words = (entry / "cmdline").read_bytes().decode().split("\0")
-                is_it = any(word == wanted or word.endswith(f"/{wanted}") for word in words)
-                if parent == supervisor and is_it and not words[0].endswith("setpriv"):
-                    return int(entry.name)
-        return 0
+        """The process of that name; 0 while there is none."""
+        return supervised(self._live()).get(process, {}).get("pid") or 0
 
     def _is_ready(self) -> bool:
         ports = self._live().ports

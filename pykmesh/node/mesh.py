@@ -19,8 +19,9 @@ from pykmesh.contracts.settings import (
 )
 from pykmesh.kernel.cgroups import find_root
 from pykmesh.node import broker, waypoints
+from pykmesh.node.fork_server import python
 from pykmesh.node.instance import Instance
-from pykmesh.node.supervisor import Spec, python
+from pykmesh.node.supervisor import Spec
 
 SERVICES = ("bpf_loader", "map_writer", "xds_client", "telemetry")
 DNS = "dns_proxy"

@@ -7,20 +7,17 @@ and so all traffic as it is.
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import anyio
-import anyio.abc
 import structlog
 
 from pykmesh.contracts.settings import EXIT_SETTINGS
 from pykmesh.logs import LogFile
+from pykmesh.node.fork_server import ForkServer, Process
 from pykmesh.node.instance import InstanceError
 
 log = structlog.get_logger(__name__)
@@ -53,15 +50,19 @@ class Supervisor:
         self.pids: dict[str, int] = {}
         self.restarts: dict[str, int] = {spec.name: 0 for spec in specs}
         self.last_words: dict[str, str] = {}
+        self._fork_server = ForkServer()
 
     def state(self) -> dict[str, dict[str, int | None]]:
         """Of each process its id, None while it does not run, and how often it was started again."""
         return {name: {"pid": self.pids.get(name), "restarts": n} for name, n in self.restarts.items()}
 
     async def run(self) -> None:
-        async with anyio.create_task_group() as tasks:
-            for spec in self._specs:
-                tasks.start_soon(self._keep, spec)
+        try:
+            async with anyio.create_task_group() as tasks:
+                for spec in self._specs:
+                    tasks.start_soon(self._keep, spec)
+        finally:
+            self._fork_server.end()
 
     async def _keep(self, spec: Spec) -> None:
         backoff = BACKOFF_FIRST_S
@@ -78,30 +79,23 @@ class Supervisor:
             backoff = min(backoff * 2, BACKOFF_MAX_S)
 
     async def _once(self, spec: Spec) -> int | None:
-        # Ends with its supervisor even when that is killed.
-        command = ["setpriv", "--pdeathsig", "TERM", *spec.command]
-        process = await anyio.open_process(
-            command,
-            env={**os.environ, **spec.environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        try:
+            process = await self._fork_server.start(spec.command, {**os.environ, **spec.environment})
+        except OSError as error:
+            log.error("process_not_started", process=spec.name, error=str(error))
+            return None
         self.pids[spec.name] = process.pid
         try:
             await self._copy(spec, process)
             return await process.wait()
         finally:
             self.pids.pop(spec.name, None)
-            await _end(process)
+            await process.end(END_DEADLINE_S)
 
-    async def _copy(self, spec: Spec, process: anyio.abc.Process) -> None:
-        if process.stdout is None:
-            return
+    async def _copy(self, spec: Spec, process: Process) -> None:
         rest = b""
         with LogFile(spec.log) as file:
-            async for data in process.stdout:
+            while data := await process.receive():
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
                     self._take_line(spec, file, line)
@@ -116,20 +110,3 @@ class Supervisor:
         file.write(line)
         if self._echo:
             self._echo(spec.name, text)
-
-
-async def _end(process: anyio.abc.Process) -> None:
-    """SIGTERM, then SIGKILL at the deadline."""
-    if process.returncode is not None:
-        return
-    with anyio.CancelScope(shield=True):
-        process.send_signal(signal.SIGTERM)
-        with anyio.move_on_after(END_DEADLINE_S):
-            await process.wait()
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-
-
-def python(module: str) -> list[str]:
-    return [sys.executable, "-m", module]

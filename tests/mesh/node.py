@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -99,18 +100,13 @@ class Node:
 
         return int(until(found, f"{process} to run"))
 
+    def fork_server(self) -> int:
+        return next(pid for pid, name in _below(self.instance.pid).items() if name == "fork_server")
+
     def children(self) -> dict[int, str]:
-        found = {}
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                words = (entry / "cmdline").read_bytes().decode().split("\0")
-            except OSError:
-                continue
-            if parent == self.instance.pid and len(words) > 2:
-                module = words[2] if words[1] == "-m" else "nats"
-                found[int(entry.name)] = module.rpartition(".")[2].replace("controlplane", "control_plane")
-        return found
+        """What its fork server started, by the commands that are shown."""
+        servers = [pid for pid, name in _below(self.instance.pid).items() if name == "fork_server"]
+        return {pid: name for server in servers for pid, name in _below(server).items()}
 
     def kill(self, process: str) -> None:
         """It is gone when this returns: what is asked next is asked of the one after it."""
@@ -199,3 +195,16 @@ def probe(pod: Pod, host: str, port: int) -> subprocess.Popen[str]:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
+
+
+def _below(parent: int) -> dict[int, str]:
+    """A process's children, by what they run."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            its_parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            words = (entry / "cmdline").read_bytes().decode().replace("\0", " ").split()
+            if its_parent == parent and len(words) > 2:
+                module = words[2].rpartition(".")[2] if words[1] == "-m" else "nats"
+                found[int(entry.name)] = module.replace("controlplane", "control_plane")
+    return found

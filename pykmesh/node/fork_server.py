@@ -1,0 +1,212 @@
+"""Starts an instance's processes, the Python ones as forks of one that has imported what they run.
+
+Most of a Python process's start, and of the memory that it has for itself, are its imports. A fork has them
+from its parent: it starts in a tenth of the time and shares their memory. It is a process like any other,
+with a session, an environment and a log of its own, and shows the command that it stands for.
+
+The server answers one request after the other on a socket: start a command, say how a process ended. It ends
+with its supervisor, and what it started ends with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any, Final
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+from setproctitle import setproctitle, setthreadtitle
+
+ANSWER_DEADLINE_S: Final = 30.0
+"""A module is imported before its first fork."""
+REQUEST_BYTES_MAX: Final = 128 * 1024
+READ_BYTES: Final = 64 * 1024
+_PR_SET_PDEATHSIG: Final = 1
+_MODULE: Final = [sys.executable, "-m"]
+
+
+def python(module: str) -> list[str]:
+    return [*_MODULE, module]
+
+
+class ForkServer:
+    """The supervisor's end. A server that is gone is started again with the next process."""
+
+    def __init__(self) -> None:
+        self._door: socket.socket | None = None
+        self._server: subprocess.Popen[bytes] | None = None
+        self._turn = anyio.Lock()
+
+    async def start(self, command: list[str], environment: Mapping[str, str]) -> Process:
+        """Runs a command with this environment. OSError when it cannot."""
+        output, its_output = os.pipe2(os.O_CLOEXEC)
+        try:
+            pid = await self._ask({"command": command, "environment": dict(environment)}, its_output)
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            os.close(output)
+            raise
+        finally:
+            os.close(its_output)
+        return Process(self, pid, pidfd, output)
+
+    async def reap(self, pid: int) -> int | None:
+        """How a process ended: its exit status, or minus a signal; None when its server ended before it."""
+        try:
+            return await self._ask({"reap": pid})
+        except OSError:
+            return None
+
+    def end(self) -> None:
+        if self._door is not None:
+            self._door.close()
+            self._door = None
+        if self._server is not None:
+            self._server.terminate()
+            self._server.wait()
+            self._server = None
+
+    async def _ask(self, request: dict[str, Any], *descriptors: int) -> int:
+        async with self._turn:
+            door = self._door or self._begin()
+            try:
+                answer = await anyio.to_thread.run_sync(
+                    _asked, door, json.dumps(request).encode(), descriptors
+                )
+            except OSError:
+                self.end()
+                raise
+        if "error" in answer:
+            raise OSError(answer["error"])
+        return int(answer["answer"])
+
+    def _begin(self) -> socket.socket:
+        """Not in a thread that ends: what a thread started is told to end with it."""
+        self._door, its_door = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._door.settimeout(ANSWER_DEADLINE_S)
+        with its_door:
+            self._server = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "TERM", *python(__name__), str(its_door.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[its_door.fileno()],
+                start_new_session=True,
+            )
+        return self._door
+
+
+def _asked(door: socket.socket, request: bytes, descriptors: tuple[int, ...]) -> dict[str, Any]:
+    """OSError when the server has ended or does not answer."""
+    socket.send_fds(door, [request], descriptors)
+    data = door.recv(REQUEST_BYTES_MAX)
+    if not data:
+        raise ConnectionResetError("the fork server has ended")
+    answer: dict[str, Any] = json.loads(data)
+    return answer
+
+
+class Process:
+    """What the server started. `receive` gives what it writes, until it has ended."""
+
+    def __init__(self, server: ForkServer, pid: int, pidfd: int, output: int) -> None:
+        self.pid = pid
+        self._server = server
+        self._pidfd = pidfd
+        self._output = output
+
+    async def receive(self) -> bytes:
+        """Empty at the end."""
+        await anyio.wait_readable(self._output)
+        return os.read(self._output, READ_BYTES)
+
+    async def wait(self) -> int | None:
+        """Its exit status, or minus a signal; None when nobody can tell. Once only."""
+        await anyio.wait_readable(self._pidfd)
+        with anyio.CancelScope(shield=True):
+            code = await self._server.reap(self.pid)
+        return code  # noqa: RET504  (mypy: the scope might swallow what is raised in it)
+
+    async def end(self, deadline_s: float) -> None:
+        """SIGTERM, then SIGKILL at the deadline. It may have ended; nothing can be asked of it after this."""
+        with anyio.CancelScope(shield=True):
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError), anyio.move_on_after(deadline_s):
+                    signal.pidfd_send_signal(self._pidfd, number)
+                    await self.wait()
+        os.close(self._pidfd)
+        os.close(self._output)
+
+
+def serve(door: socket.socket) -> str:
+    """Answers until the supervisor has ended. Returns in forks alone: the module to run."""
+    own = os.getpid()
+    while True:
+        data, descriptors, _, _ = socket.recv_fds(door, REQUEST_BYTES_MAX, 1)
+        if not data:
+            sys.exit(0)
+        request = json.loads(data)
+        command = request.get("command")
+        try:
+            answer: dict[str, Any] = {"answer": _fork(command) if command else _exit_status(request["reap"])}
+        except OSError as error:
+            answer = {"error": str(error)}
+        if command and answer == {"answer": 0}:
+            door.close()
+            _become(own, command, request["environment"], *descriptors)
+            return _module(command)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        door.send(json.dumps(answer).encode())
+
+
+def _exit_status(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _fork(command: list[str]) -> int:
+    if module := _module(command):
+        with contextlib.suppress(Exception):  # it says so in the fork, in its own log
+            importlib.import_module(f"{module}.__main__")
+        sys.modules.pop(f"{module}.__main__", None)
+        gc.freeze()
+    return os.fork()
+
+
+def _module(command: list[str]) -> str:
+    return command[-1] if command == python(command[-1]) else ""
+
+
+def _become(parent: int, command: list[str], environment: dict[str, str], output: int) -> None:
+    """Returns when the command is a module, to be run in this process."""
+    os.setsid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        sys.exit(0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    os.environ.clear()
+    os.environ.update(environment)
+    if not _module(command):
+        try:
+            os.execvp(command[0], command)  # noqa: S606  (a command line of our own)
+        except OSError as error:
+            sys.exit(f"{command[0]}: {error.strerror}")
+    setproctitle(" ".join(command))
+    setthreadtitle(command[-1].rpartition(".")[2])
+
+
+if __name__ == "__main__":
+    setproctitle(" ".join(python(__spec__.name)))
+    runpy.run_module(serve(socket.socket(fileno=int(sys.argv[1]))), run_name="__main__", alter_sys=True)

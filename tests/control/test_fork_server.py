@@ -1,0 +1,81 @@
+"""What a supervisor's processes are started by: any command, and how it ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pykmesh.node.fork_server import ForkServer, Process, python
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def server() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.end()
+
+
+async def outcome(process: Process) -> tuple[str, int | None]:
+    said = b""
+    while data := await process.receive():
+        said += data
+    code = await process.wait()
+    await process.end(0)
+    return said.decode(), code
+
+
+@pytest.mark.parametrize(
+    ("command", "said", "code"),
+    [
+        (["sh", "-c", "echo $NAME; exit 3"], "a name\n", 3),
+        (["sh", "-c", "kill -9 $$"], "", -signal.SIGKILL),
+        (python("calendar"), "January", 0),
+        (python("services.map_writer"), "map_writer: PYKMESH_ADMIN_PORT in the environment is 'none': ", 2),
+        (python("services.nobody"), "No module named services.nobody", 1),
+        (["/nowhere/at-all"], "/nowhere/at-all: No such file or directory\n", 1),
+    ],
+)
+async def test_a_command_runs_with_its_environment_and_its_end_is_told(
+    server: ForkServer, command: list[str], said: str, code: int
+) -> None:
+    environment = {"PATH": os.environ["PATH"], "NAME": "a name", "PYKMESH_ADMIN_PORT": "none"}
+    found = await outcome(await server.start(command, environment))
+    assert said in found[0], found
+    assert found[1] == code
+
+
+async def test_a_process_shows_its_own_command_in_a_session_of_its_own(
+    server: ForkServer, tmp_path: Path
+) -> None:
+    settings = {"PYKMESH_ADMIN_PORT": "0", "PYKMESH_METRICS_PORT": "0", "PYKMESH_PIN_DIR": str(tmp_path)}
+    process = await server.start(python("services.telemetry"), settings)
+    assert b"process_started" in await process.receive()
+    proc = Path("/proc") / str(process.pid)
+    assert (proc / "cmdline").read_bytes().rstrip(b"\0").decode() == " ".join(python("services.telemetry"))
+    assert (proc / "comm").read_text() == "telemetry\n"
+    assert os.getsid(process.pid) == process.pid
+    await process.end(5)
+    assert not proc.exists()
+
+
+async def test_a_server_that_is_killed_takes_its_processes_along_and_the_next_is_another(
+    server: ForkServer,
+) -> None:
+    process = await server.start(["sleep", "60"], dict(os.environ))
+    parent = int((Path("/proc") / str(process.pid) / "stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(parent, signal.SIGKILL)
+    assert await outcome(process) == ("", None)
+    assert await outcome(await server.start(["echo", "again"], dict(os.environ))) == ("again\n", 0)
+
+
+async def test_what_does_not_end_in_time_is_killed(server: ForkServer) -> None:
+    process = await server.start(["sh", "-c", "trap '' TERM; echo ready; sleep 60"], dict(os.environ))
+    assert await process.receive() == b"ready\n"
+    await process.end(0.2)
+    assert not (Path("/proc") / str(process.pid)).exists()
