@@ -19,17 +19,18 @@ test: setup
 
 setup: $(VENV)/.ready build
 
-build: $(OBJECTS)/layout.json
+build: $(OBJECTS)/layout.json $(OBJECTS)/mesh_before_5_13.bpf.o
 
 $(VENV)/.ready: requirements/dev.txt pyproject.toml tools/setup.sh
 	$(Q)tools/setup.sh $(PYTHON) $(VENV)
 
-$(OBJECTS)/mesh.bpf.o: $(wildcard bpf/*.h bpf/*.c) | $(VENV)/.ready
+$(OBJECTS)/mesh_before_5_13.bpf.o: CPPFLAGS = -DNO_GLOBAL_FUNCTIONS
+$(OBJECTS)/%.bpf.o: $(wildcard bpf/*.h bpf/*.c) | $(VENV)/.ready
 	$(Q)echo "building $@"
 	$(Q)mkdir -p $(OBJECTS) build
-	$(Q)clang -target bpf -mcpu=v3 -O2 -g -Wall -Wextra -Werror \
-		-I/usr/include/$$(uname -m)-linux-gnu -c bpf/mesh.bpf.c -o build/mesh.bpf.o
-	$(Q)bpftool gen object $@ build/mesh.bpf.o
+	$(Q)clang -target bpf -mcpu=v3 -O2 -g -Wall -Wextra -Werror $(CPPFLAGS) \
+		-I/usr/include/$$(uname -m)-linux-gnu -c bpf/mesh.bpf.c -o build/$*.bpf.o
+	$(Q)bpftool gen object $@ build/$*.bpf.o
 
 $(OBJECTS)/layout.json: $(OBJECTS)/mesh.bpf.o pykmesh/kernel/btf.py
 	$(Q)$(BIN)/python -m pykmesh.kernel.btf $< $@

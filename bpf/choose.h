@@ -6,8 +6,8 @@
  * service that is known is routed or refused, never let through to its own address (fail closed). An address
  * that is not known is left alone.
  *
- * What is __noinline is so for the verifier: it meets what follows in one state, not in one for each
- * way through.
+ * What is verified_once is so for the verifier: it follows the function by itself, once, for any arguments,
+ * and not at each call on each way to it. Such arguments may be NULL.
  */
 #pragma once
 
@@ -185,11 +185,11 @@ static __always_inline bool is_shunned(const struct destination *endpoint)
 	return until_ns && *until_ns > bpf_ktime_get_ns();
 }
 
-static __noinline bool draw_endpoint(const struct service_value *service, struct choice *choice)
+verified_once int draw_endpoint(const struct service_value *service, struct choice *choice)
 {
 	struct choice second = {};
 
-	if (!draw_once(service, choice))
+	if (!service || !choice || !draw_once(service, choice))
 		return false;
 	if (!(service->flags & SERVICE_LEAST_CONNECTIONS))
 		return true;
@@ -209,13 +209,14 @@ static __always_inline bool holds(__u64 service, __u32 slot, const struct destin
 }
 
 /* Finds the endpoint that a socket went to before: in its slot, or where a change of the list put it. */
-static __noinline bool find_kept(const struct service_value *service, __s64 slot, struct choice *choice)
+verified_once int find_kept(const struct service_value *service, __s64 slot, struct choice *choice)
 {
-	struct destination kept = choice->endpoint;
+	struct destination kept;
 	__u32 other;
 
-	if (slot < 0)
+	if (!service || !choice || slot < 0)
 		return false;
+	kept = choice->endpoint;
 	choice->slot = slot;
 	if (choice->slot < service->endpoints && holds(service->id, choice->slot, &kept))
 		return true;
@@ -229,12 +230,16 @@ static __noinline bool find_kept(const struct service_value *service, __s64 slot
 }
 
 /* The endpoint of the client's last connection to this service, while that is not too long ago. */
-static __noinline __s64 affine_slot(const struct client *client, const struct service_value *service,
-				    struct choice *choice)
+verified_once __s64 affine_slot(__u64 netns_cookie, const struct service_value *service,
+				struct choice *choice)
 {
-	struct affinity_key key = { .netns_cookie = client->netns_cookie, .service = service->id };
-	struct affinity_value *last = bpf_map_lookup_elem(&affinities, &key);
+	struct affinity_key key = { .netns_cookie = netns_cookie };
+	struct affinity_value *last;
 
+	if (!service || !choice)
+		return -1;
+	key.service = service->id;
+	last = bpf_map_lookup_elem(&affinities, &key);
 	if (!last || bpf_ktime_get_ns() - last->used_ns > service->affinity_s * 1000000000ULL)
 		return -1;
 	choice->endpoint.address = last->address;
@@ -274,11 +279,15 @@ enum found {
 	FOUND_ADDRESS, /* a service is there, without this port: `known` says what becomes of it */
 };
 
-static __always_inline enum found find_at(const struct service_key *key, struct service_value *service,
-					  struct address_value *known)
+verified_once int find_at(const struct service_key *key, struct service_value *service,
+			  struct address_value *known)
 {
-	struct address_key address = { .address = key->address, .network = key->network };
+	struct address_key address = {};
 
+	if (!key || !service || !known)
+		return FOUND_NOTHING;
+	address.address = key->address;
+	address.network = key->network;
 	if (read_service(key, service))
 		return FOUND_PORT;
 	known->kind = known->verdict = 0;
@@ -291,15 +300,16 @@ static __always_inline enum found find_at(const struct service_key *key, struct 
  * address before ranges, ranges before workloads; each time what the client's namespace sees by itself
  * before what all see. False: `verdict` says what becomes of a connection to what is no service's port.
  */
-static __noinline bool find_service(const struct destination *to, const struct client *client,
-				    struct service_key *key, struct service_value *service,
-				    enum reason *verdict)
+verified_once int find_service(const struct destination *to, __u64 networks, struct service_key *key,
+			       struct service_value *service, enum reason *verdict)
 {
-	__u32 view = view_of(client), common = client_network(client->pod);
+	__u32 view = networks >> 32, common = networks;
 	struct address_value known = {}, ranged = {};
 	enum found found = FOUND_NOTHING;
 	int attempt, step;
 
+	if (!to || !key || !service || !verdict)
+		return false;
 	/* Unrolled: the verifier of 6.1 follows every way through a loop again. */
 #pragma unroll
 	for (attempt = 0; attempt < FIND_ATTEMPTS; attempt++) {
@@ -339,14 +349,16 @@ static __always_inline enum reason choose(const struct destination *to, const st
 				   .port = to->port };
 	struct service_value service = {};
 	enum reason verdict = REASON_NO_PORT;
+	__u64 networks;
 	int attempt;
 
 	choice->rewrite = false;
-	if (!find_service(to, client, &key, &service, &verdict))
+	networks = (__u64)view_of(client) << 32 | client_network(client->pod);
+	if (!find_service(to, networks, &key, &service, &verdict))
 		return verdict;
 	choice->service = service.id;
 	if (service.affinity_s && preferred < 0)
-		preferred = affine_slot(client, &service, choice);
+		preferred = affine_slot(client->netns_cookie, &service, choice);
 	if (service.verdict == REASON_ROUTED && find_kept(&service, preferred, choice))
 		goto routed;
 	for (attempt = 0; attempt < CHOOSE_ATTEMPTS; attempt++) {

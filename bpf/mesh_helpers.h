@@ -11,6 +11,13 @@
 
 #include "mesh_maps.h"
 
+/* A global function: of pointers to memory a kernel from 5.13 takes it. */
+#ifdef NO_GLOBAL_FUNCTIONS
+#define verified_once static __noinline
+#else
+#define verified_once __noinline
+#endif
+
 #define AF_INET	 2
 #define AF_INET6 10
 

@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 import structlog
 from opentelemetry.sdk.trace import TracerProvider
 
@@ -32,6 +33,8 @@ ERRORS_KEPT = 20
 GC_THRESHOLDS = (50_000, 20, 100)
 BUS = "bus"
 RETRY_S = 0.2
+TURNS = 5
+"""Of the event loop, from a connection to its answer."""
 _S = TypeVar("_S", bound=CommonSettings)
 _P = TypeVar("_P")
 
@@ -111,6 +114,12 @@ class Runtime(Generic[_S]):
 
 
 App = Callable[[Runtime[_S]], Awaitable[None]]
+
+
+async def give_way() -> None:
+    """Between parts of long work: the admin port and the bus are served meanwhile."""
+    for _ in range(TURNS):
+        await anyio.lowlevel.checkpoint()
 
 
 def main(name: str, kind: type[_S], app: App[_S]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from pykmesh.kernel import libbpf
-from pykmesh.kernel.layout import OBJECT, map_layout, map_names, setting_offset
+from pykmesh.kernel.layout import OBJECT, OBJECT_BEFORE_5_13, map_layout, map_names, setting_offset
 
 PROGRAM_PREFIX: Final = "pykmesh_"
 _SOCK_ADDR, _SET_RETVAL = 18, 187  # BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_FUNC_set_retval
@@ -70,15 +71,24 @@ class Programs:
     def __init__(self, map_dir: Path, sizes: Mapping[str, int], settings: ProgramSettings) -> None:
         self.kept_sizes: list[KeptSize] = []
         """Pinned maps whose size is not the one in `sizes`."""
-        self._object = libbpf.BpfObject(str(OBJECT))
+        try:
+            self._load(OBJECT, map_dir, sizes, settings)
+        except libbpf.KernelError:
+            self._load(OBJECT_BEFORE_5_13, map_dir, sizes, settings)
+        self.fds = {
+            hook: self._object.program_fd(hook.program) for hook in (*HOOKS, *WAYPOINT_HOOKS, FRONT_HOOK)
+        }
+
+    def _load(
+        self, path: Traversable, map_dir: Path, sizes: Mapping[str, int], settings: ProgramSettings
+    ) -> None:
+        self.kept_sizes.clear()
+        self._object = libbpf.BpfObject(str(path))
         try:
             for name in map_names():
                 self._pin(map_dir, name, sizes.get(name, 0))
             self._write_settings(settings)
             self._object.load()
-            self.fds = {
-                hook: self._object.program_fd(hook.program) for hook in (*HOOKS, *WAYPOINT_HOOKS, FRONT_HOOK)
-            }
         except BaseException:
             self._object.close()
             raise

@@ -18,7 +18,10 @@ import numpy as np
 _FORMATS = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q", "be16": "2s", "be32": "4s", "ip": "16s"}
 _DTYPES = {"u8": "u1", "u16": "<u2", "u32": "<u4", "u64": "<u8", "be16": ">u2", "be32": ">u4", "ip": "V16"}
 
-OBJECT = resources.files("pykmesh.kernel") / "objects" / "mesh.bpf.o"
+_OBJECTS = resources.files("pykmesh.kernel") / "objects"
+OBJECT = _OBJECTS / "mesh.bpf.o"
+OBJECT_BEFORE_5_13 = _OBJECTS / "mesh_before_5_13.bpf.o"
+"""The same for kernels without global functions: they verify it five times as long."""
 
 
 class LayoutError(Exception):
@@ -44,7 +47,7 @@ class MapLayout(NamedTuple):
 
 @functools.cache
 def _document() -> dict[str, Any]:
-    path = resources.files("pykmesh.kernel") / "objects" / "layout.json"
+    path = _OBJECTS / "layout.json"
     try:
         document: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError as error:

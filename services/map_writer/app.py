@@ -17,7 +17,6 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import anyio
-import anyio.lowlevel
 import anyio.to_thread
 import structlog
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
@@ -40,7 +39,7 @@ from pykmesh.kernel import libbpf
 from pykmesh.kernel.layout import check_enums
 from pykmesh.kernel.maps import MapFullError, PinError
 from pykmesh.kernel.records import Ip
-from pykmesh.process import Runtime
+from pykmesh.process import Runtime, give_way
 from services.map_writer.desired import Rules
 from services.map_writer.directory import Directory
 from services.map_writer.dns import Dns
@@ -160,6 +159,8 @@ class MapWriter:
                 self._lost = True
                 continue
             if change is not None:
+                if not gc.isenabled():
+                    await give_way()
                 await self._write(change, headers)
             elif batch.seq % REPORT_EVERY_BATCHES == 0:
                 await self.report()
@@ -255,7 +256,7 @@ class MapWriter:
                 self.maps.apply(step)
             else:
                 writing = self._writer.submit(self.maps.apply, step)
-                await anyio.lowlevel.checkpoint()
+                await give_way()
             written[step.map] += len(step.keys) // self.maps.key_bytes[step.map]
         if writing is not None:
             await asyncio.wrap_future(writing)

@@ -20,7 +20,7 @@ from services.map_writer.mesh import Mesh, Touched
 
 log = structlog.get_logger(__name__)
 
-GROUPED: Final = 5
+GROUPED: Final = 2
 """Times MANY ordinary workloads are put together: while more are on their way, and not in small groups."""
 FetchPage = Callable[[str], Awaitable[SnapshotPage]]
 

@@ -23,6 +23,8 @@ INVALID_ARGUMENT: Final = 3
 DETAIL_CHARACTERS: Final = 4000
 RESOURCE_BYTES_MAX: Final = 4 * 1024 * 1024
 PART_RESOURCES: Final = 4096
+SLICE_BYTES: Final = 64 * 1024 * 1024
+_LENGTH_DELIMITED: Final = 2
 NO_NAME: Final = "(no name)"
 _TYPES: Final = {url: kind for kind, url in TYPE_URLS.items()}
 Request = discovery_pb2.DeltaDiscoveryRequest
@@ -73,6 +75,7 @@ class Reading:
         self.names: dict[str, None] = {}
         self.rejected: dict[str, str] = {}
         self._resources: Sequence[bytes] = response.resources
+        self.is_large = len(self._resources) > PART_RESOURCES
 
     def parts(self) -> Iterator[list[tuple[str, Held]]]:
         """What is good, `PART_RESOURCES` at a time, so that other work has its turn in between."""
@@ -174,9 +177,39 @@ def answer(type_url: str, nonce: str, rejected: dict[str, str]) -> Request:
     return request
 
 
-def parse(data: bytes) -> Response:
-    """Raises DecodeError with what is wrong."""
+def parse(data: bytes, slice_bytes: int = SLICE_BYTES) -> Response:
+    """Raises DecodeError with what is wrong. In slices, between which other threads have their turn."""
+    found = Response()
     try:
-        return Response.FromString(data)
+        for part in _slices(data, slice_bytes):
+            found.MergeFromString(part)  # type: ignore[arg-type]  # a memoryview will do
     except DecodeError as error:
         raise DecodeError(f"a response that is no DeltaDiscoveryResponse: {error}") from error
+    return found
+
+
+def _slices(data: bytes, slice_bytes: int) -> Iterator[memoryview | bytes]:
+    """Whole fields, about so many bytes at a time: merged, they are the message.
+
+    What does not look like strings and messages is left to the parser, with all that follows.
+    """
+    if len(data) <= slice_bytes:
+        yield data
+        return
+    view = memoryview(data)
+    first = at = 0
+    while at < len(data):
+        if at - first >= slice_bytes:
+            yield view[first:at]
+            first = at
+        if data[at] & 0x87 != _LENGTH_DELIMITED:  # the tag of another kind, or of a field above 15
+            break
+        at += 1
+        length = shift = 0
+        while at < len(data) and data[at] > 0x7F:
+            length |= (data[at] & 0x7F) << shift
+            shift += 7
+            at += 1
+        if at < len(data):
+            at += 1 + (length | data[at] << shift)
+    yield view[first:]

@@ -7,8 +7,10 @@ when nobody follows, they are published as they are and the reader takes a snaps
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncIterator
 
 import anyio
+import anyio.to_thread
 import structlog
 
 from pykmesh import tracing
@@ -25,7 +27,7 @@ from pykmesh.contracts.messages import (
     Subject,
 )
 from services.xds_client.protocol import Reading
-from services.xds_client.store import Store, pages
+from services.xds_client.store import Held, Store, pages
 
 log = structlog.get_logger(__name__)
 
@@ -123,7 +125,7 @@ class Publisher:
         removed = await self._remove(kind, reading.removed, headers)
         waiting: list[Resource] = []
         count = size = 0
-        for part in reading.parts():
+        async for part in _parts(reading):
             fresh = store.put(kind, part)
             count += len(fresh)
             for resource in fresh:
@@ -182,3 +184,13 @@ class Publisher:
         while True:
             await self._send(self._store.heartbeat(), {})
             await anyio.sleep(HEARTBEAT_S)
+
+
+async def _parts(reading: Reading) -> AsyncIterator[list[tuple[str, Held]]]:
+    """A large response's in a thread, so that heartbeats and probes go on."""
+    parts = reading.parts()
+    while True:
+        part = await anyio.to_thread.run_sync(next, parts, None) if reading.is_large else next(parts, None)
+        if part is None:
+            return
+        yield part

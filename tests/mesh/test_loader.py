@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import subprocess
 import threading
@@ -19,7 +20,7 @@ from structlog.testing import capture_logs
 from pykmesh.contracts.enrollment import Action, Enrolled, EnrollmentError, Reply, Request, ask
 from pykmesh.contracts.settings import LoaderSettings
 from pykmesh.demo.pods import Pod, PodNetwork
-from pykmesh.kernel import cgroups, libbpf, pins, support
+from pykmesh.kernel import cgroups, hooks, libbpf, pins, support
 from pykmesh.kernel.hooks import HOOKS, Programs, ProgramSettings, can_set_retval
 from pykmesh.kernel.pins import PinDirectoryError
 from services.bpf_loader import app, enrollment
@@ -82,6 +83,25 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, P
         loaded = Programs(pins.maps_dir(pin_dir), {"flows": 65536}, settings)
         yield pin_dir, loaded
         loaded.close()
+    finally:
+        pins.uninstall(pin_dir)
+
+
+def test_where_the_object_does_not_load_the_one_for_old_kernels_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken, pin_dir = tmp_path / "broken.o", tmp_path / "pins"
+    broken.write_bytes(b"no object")
+    monkeypatch.setattr(hooks, "OBJECT", broken)
+    pins.prepare(pin_dir)
+    try:
+        settings = ProgramSettings("loader-old", 0, can_set_retval(), has_telemetry=True)
+        loaded = Programs(pins.maps_dir(pin_dir), {"flows": 65536}, settings)
+        assert len(loaded.fds) == len(HOOKS) + 2
+        loaded.close()
+        monkeypatch.setattr(hooks, "OBJECT_BEFORE_5_13", broken)
+        with pytest.raises(libbpf.KernelError, match=re.escape(f"open {broken}")):
+            Programs(pins.maps_dir(pin_dir), {"flows": 65536}, settings)
     finally:
         pins.uninstall(pin_dir)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pykmesh.kernel import layout, records
+from pykmesh.kernel import btf, layout, records
 from pykmesh.kernel.btf import Btf, BtfError, section
 from pykmesh.kernel.layout import AddressKind, Direction, FlowKind, LayoutError, Reason, ServiceFlag
 
@@ -30,6 +30,11 @@ def types() -> Types:
         timeout=20,
     )
     return {found["id"]: found for found in json.loads(result.stdout)["types"]}
+
+
+def test_the_object_for_old_kernels_has_the_same_layout() -> None:
+    found, older = (btf.layout(path.read_bytes()) for path in (layout.OBJECT, layout.OBJECT_BEFORE_5_13))
+    assert older == found
 
 
 def named(types: Types, kind: str, name: str) -> dict[str, Any]:
