@@ -283,12 +283,14 @@ verified_once int find_at(const struct service_key *key, struct service_value *s
 			  struct address_value *known)
 {
 	struct address_key address = {};
+	struct service_key own;
 
 	if (!key || !service || !known)
 		return FOUND_NOTHING;
-	address.address = key->address;
-	address.network = key->network;
-	if (read_service(key, service))
+	own = *key; /* 6.1 looks up no key that an argument points to */
+	address.address = own.address;
+	address.network = own.network;
+	if (read_service(&own, service))
 		return FOUND_PORT;
 	known->kind = known->verdict = 0;
 	return read_address(&address, known) && known->kind == ADDRESS_SERVICE ? FOUND_ADDRESS
