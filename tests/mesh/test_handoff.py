@@ -265,3 +265,22 @@ def refusals(node: Node) -> dict[str, int]:
     """Decisions by reason, as the kernel counts them."""
     with PinnedMap(pins.maps_dir(node.pin_dir), "counters") as counters:
         return {Reason(index).label: count for index, count in enumerate(counters.counter_sums())}
+
+
+COOKIES = """
+import pathlib
+pathlib.Path("/proc/sys/net/ipv4/tcp_syncookies").write_text("{mode}")
+names, values = [line.split() for line in open("/proc/net/netstat") if line.startswith("TcpExt:")]
+print(dict(zip(names, values))["SyncookiesRecv"])
+"""
+
+
+@pytest.mark.parametrize("address", [VIP4, VIP6], ids=["IPv4", "IPv6"])
+def test_what_begins_with_a_syn_cookie_is_told_as_any_other(handed_over: Mesh, address: str) -> None:
+    before = int(python(handed_over.waypoint, COOKIES.format(mode=2)))
+    try:
+        heard = python(handed_over.client, HEAR.format(address=address, port=80))
+    finally:
+        after = int(python(handed_over.waypoint, COOKIES.format(mode=1)))
+    assert after > before
+    assert heard == f"{told(handed_over, address)} 80|{address}|80"
