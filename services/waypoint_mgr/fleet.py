@@ -548,6 +548,7 @@ class Fleet:
         """What cannot be read stays as it was known."""
         with contextlib.suppress(*UNHEARD):
             member.connections = await process.connections()
+        await anyio.to_thread.run_sync(process.cut_log)
         with contextlib.suppress(OSError, ValueError, IndexError):
             text = (self._settings.cgroup / member.name / "cpu.stat").read_text()
             used = int(text.partition("usage_usec ")[2].split()[0])

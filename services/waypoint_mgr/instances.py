@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -21,6 +22,7 @@ import msgspec
 import structlog
 
 from pykmesh import programs
+from pykmesh.logs import LOG_BYTES_MAX
 from services.waypoint_mgr.envoy import LISTENER
 
 DRAIN_S: Final = 45
@@ -293,6 +295,21 @@ class EnvoyProcess:
         """Those whose names match, as Prometheus reads them. Raises what `UNHEARD` has."""
         _, body = await self._admin("GET", f"/stats/prometheus?filter={quote(pattern)}")
         return body.decode()
+
+    def cut_log(self) -> None:
+        """One that is too large begins anew, once the last one is kept; a line of just then may be lost."""
+        path = self._state_dir / _LOG
+        try:
+            if path.stat().st_size <= LOG_BYTES_MAX:
+                return
+            old = path.with_suffix(".old")
+            try:
+                shutil.copyfile(path, old)
+            except OSError:  # no room for it
+                old.unlink(missing_ok=True)
+            os.truncate(path, 0)
+        except OSError as error:
+            log.warning("instance_log_not_cut", node=self.node_id, error=str(error))
 
     @property
     def began_s(self) -> float:

@@ -25,6 +25,7 @@ from services.waypoint_mgr import instances
 from .backends import Answer, Backend, ask, free_port, serving
 from .world import (
     DEADLINE_S,
+    NODE,
     Waypoint,
     World,
     ads_server,
@@ -154,6 +155,25 @@ async def test_its_end_is_noticed_at_once(folder: Path) -> None:
     async with ads_server(folder / "ads") as server, waypoint(server, folder) as envoy:
         assert await _end_noticed_after_s(envoy.instance) < 0.1
         assert instances.adopt(envoy.spec.state_dir) is None
+
+
+async def test_a_log_that_is_too_large_begins_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instances, "LOG_BYTES_MAX", 1000)
+    path = folder / NODE / "envoy.log"
+    async with ads_server(folder / "ads") as server, waypoint(server, folder, log_level="debug") as envoy:
+
+        async def until_larger() -> bytes:
+            with anyio.fail_after(DEADLINE_S):
+                while path.stat().st_size <= 1000:
+                    await envoy.instance.is_ready()  # it has something to say of each question
+            return path.read_bytes()
+
+        before = await until_larger()
+        await anyio.to_thread.run_sync(envoy.instance.cut_log)
+        assert path.with_suffix(".old").read_bytes().startswith(before)
+        after = await until_larger()
+        assert after[:1] == b"["
+        assert after[:100] not in before
 
 
 _STARTER = """
