@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from operator import is_not
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +32,7 @@ from services.waypoint_mgr.announce import Announced, Announcements, Announcer, 
 from services.waypoint_mgr.attachments import Condition
 from services.waypoint_mgr.encode import EncodeError, resources
 from services.waypoint_mgr.fleet import Fleet
+from services.waypoint_mgr.keys import Keys
 from services.waypoint_mgr.policies import Clients, names_in, unenforced
 from services.waypoint_mgr.requests import Reporter
 from services.waypoint_mgr.routes import Configuration, Wanted, translate
@@ -58,6 +60,7 @@ class WaypointMgr:
         self._settings = runtime.settings
         self._ads = ads
         self.members: Fleet
+        self.keys = Keys(self.wake)
         self.announcer: Announcer = Announcements(runtime.settings.waypoints_dir)
         self._objects: Objects | None = None
         self._errors: tuple[str, ...] = ()
@@ -70,7 +73,7 @@ class WaypointMgr:
         """What the configurations were made of."""
         self._reduced: dict[str, str] = {}
         """Waypoints whose Envoys refuse what was made of these objects, and why."""
-        self._reduced_of: Objects | None = None
+        self._reduced_of: tuple[Objects, Mapping[str, str]] | None = None
         self._report = ("", -1)
         self._mesh_is_due = True
         """What map_writer says of the mesh is to be asked for anew."""
@@ -89,6 +92,7 @@ class WaypointMgr:
                 self._runtime.note_error("configuration_not_whole", error=error)
             return
         self._objects = objects
+        self.keys.want(rule for each in objects.authentications for rule in each.spec.jwt_rules)
         self._mesh_is_due = True
         self._runtime.readiness.done("configuration")
         self.wake()
@@ -125,7 +129,8 @@ class WaypointMgr:
             self._mesh_is_due = False  # a report that comes meanwhile makes it so again
             self._mesh_is_due |= not await self._ask(objects)
         self._look_for_refusals(objects)
-        made_of = (objects, self._mesh, sorted(self.members.members), dict(self._reduced))
+        keys = self.keys.found, dict(self.keys.errors)
+        made_of = (objects, self._mesh, sorted(self.members.members), dict(self._reduced), keys)
         if self._mesh is not None and made_of != self._made_of:
             for name, waypoint in objects.waypoints.items():
                 await self._configure(name, waypoint, objects, self._mesh)
@@ -134,9 +139,10 @@ class WaypointMgr:
         self._announce(objects)
 
     def _look_for_refusals(self, objects: Objects) -> None:
-        """What an Envoy refuses holds up all that comes after: until the objects change it gets less."""
-        if objects is not self._reduced_of:
-            self._reduced, self._reduced_of = {}, objects
+        """What an Envoy refuses holds up all that comes after: until objects or keys change it gets less."""
+        made_of = objects, self.keys.found
+        if self._reduced_of is None or any(map(is_not, made_of, self._reduced_of)):
+            self._reduced, self._reduced_of = {}, made_of
         for node_id, state in self._ads.status().items():
             member = self.members.members.get(node_id)
             if member is not None and state.refusals:
@@ -237,7 +243,8 @@ class WaypointMgr:
             objects.policies,
             objects.destinations,
             objects.virtuals,
-            objects.authentications,
+            [each.with_keys(self.keys.found) for each in objects.authentications],
+            self.keys.errors,
         )
         if name in self._reduced:
             wanted = wanted.reduced
@@ -390,6 +397,7 @@ async def run(runtime: Runtime[WaypointMgrSettings]) -> None:
             poll_s = settings.poll_ms / 1000
             tasks.start_soon(watch, settings.config_dir, settings.cluster_domain, poll_s, manager.configured)
         tasks.start_soon(manager.run)
+        tasks.start_soon(manager.keys.run)
         tasks.start_soon(reporter.run, members.served)
         bus = await runtime.connect_bus()
         reporter.bus = bus

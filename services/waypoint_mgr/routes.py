@@ -93,6 +93,8 @@ class Wanted(msgspec.Struct, frozen=True):
     destinations: Sequence[Destination] = ()
     virtuals: Sequence[Virtual] = ()
     authentications: Sequence[Authentication] = ()
+    key_errors: Mapping[str, str] = {}
+    """Of places whose keys have not come, why."""
 
     @property
     def reduced(self) -> Wanted:
@@ -116,7 +118,7 @@ def translate(
     attached = attach(waypoint, mesh, wanted.routes)
     guard = Guard(waypoint, mesh, wanted.policies, clients or Clients())
     destinations = Destinations(waypoint, wanted.destinations)
-    tokens = Tokens(waypoint, mesh, wanted.authentications)
+    tokens = Tokens(waypoint, mesh, wanted.authentications, wanted.key_errors)
     virtuals = VirtualServices(waypoint, mesh, wanted.virtuals, destinations)
     logs = waypoint.metadata.annotations.get(ACCESS_LOG) == "true"
     tracing = spans.tracing(f"{waypoint.name}.{waypoint.namespace}") if spans else None

@@ -40,6 +40,7 @@ from pykmesh.manifests.objects import (
 )
 from pykmesh.manifests.request_authentication import JWTRule, RequestAuthenticationSpec
 from pykmesh.manifests.virtual_service import VirtualServiceSpec
+from services.waypoint_mgr.keys import place_of
 from services.waypoint_mgr.protocols import AppProtocol
 
 DRY_RUN: Final = "istio.io/dry-run"
@@ -130,8 +131,19 @@ class Authentication(msgspec.Struct, frozen=True):
     @property
     def without_keys(self) -> Authentication:
         """The same issuers, of which no token is good."""
-        rules = tuple(JWTRule(issuer=rule.issuer) for rule in self.spec.jwt_rules)
-        return msgspec.structs.replace(self, spec=msgspec.structs.replace(self.spec, jwt_rules=rules))
+        return self._with(JWTRule(issuer=rule.issuer) for rule in self.spec.jwt_rules)
+
+    def with_keys(self, found: Mapping[str, str]) -> Authentication:
+        """With the keys of places that are known, as if they stood in it."""
+        return self._with(
+            msgspec.structs.replace(rule, jwks=found[place], jwks_uri="")
+            if (place := place_of(rule)) in found
+            else rule
+            for rule in self.spec.jwt_rules
+        )
+
+    def _with(self, rules: Iterable[JWTRule]) -> Authentication:
+        return msgspec.structs.replace(self, spec=msgspec.structs.replace(self.spec, jwt_rules=tuple(rules)))
 
 
 def _targets(

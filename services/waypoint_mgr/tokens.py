@@ -10,7 +10,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from pykmesh.manifests.objects import Gateway, ObjectRef, ref_of
@@ -24,6 +24,7 @@ from services.waypoint_mgr.attachments import (
     targeted,
 )
 from services.waypoint_mgr.envoy import Json, Port, named, typed
+from services.waypoint_mgr.keys import place_of
 from services.waypoint_mgr.source import Authentication
 
 _FILTER: Final = "envoy.filters.http.jwt_authn"
@@ -49,8 +50,16 @@ NO_KEYS: Final = _nobodys_key()
 class Tokens:
     """The RequestAuthentications of a waypoint, and what their authors are told."""
 
-    def __init__(self, waypoint: Gateway, mesh: Mesh, found: Sequence[Authentication]) -> None:
+    def __init__(
+        self,
+        waypoint: Gateway,
+        mesh: Mesh,
+        found: Sequence[Authentication],
+        key_errors: Mapping[str, str] | None = None,
+    ) -> None:
+        """`key_errors`: of places whose keys have not come, why."""
         self._waypoint = waypoint
+        self._key_errors = key_errors or {}
         self._of_all, self._of_services = targeted(found, waypoint, mesh)
         self._dropped: dict[ObjectRef, dict[str, None]] = {}
 
@@ -85,7 +94,9 @@ class Tokens:
     def _provider(self, of: ObjectRef, rule: JWTRule) -> Json:
         keys = rule.jwks
         if not keys or not _are_keys(keys):
-            why = "jwksUri is not fetched" if rule.jwks_uri else "jwks are no keys"
+            why = "jwks are no keys"
+            if not rule.jwks and (place := place_of(rule)):
+                why = f"no keys yet: {self._key_errors.get(place, f'{place} is asked')}"
             self._drop(of, f"issuer {rule.issuer}: {why}, so its tokens are refused")
             keys = NO_KEYS
         if rule.space_delimited_claims:

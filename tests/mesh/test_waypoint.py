@@ -7,7 +7,9 @@ import os
 import signal
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -30,6 +32,7 @@ from tests.mesh.waypoints import (
     until_handed_over,
     waypoint_mesh,
 )
+from tests.waypoint.test_tokens import ISSUER, jwks, token
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +118,46 @@ def test_what_envoy_refuses_though_it_seemed_right_holds_up_nothing_else(routed:
     until(lambda: ask(routed, 20) == {(200, "v2"): 20}, "a route that came later")
     routed.node.write("jwt", "# gone\n")
     until(lambda: not status(routed)["reduced"], "all to be well again")
+
+
+class KeySet(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(jwks().encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_keys_are_fetched_from_where_the_issuer_has_them(routed: Mesh) -> None:
+    """No token is good before they are there, and all that are when they are gone again."""
+    header = f"authorization: Bearer {token()}"
+    with ThreadingHTTPServer(("127.0.0.1", 0), KeySet, bind_and_activate=False) as issuer:
+        issuer.server_bind()
+        place = f"http://127.0.0.1:{issuer.server_port}/keys"
+        authentication = {
+            "apiVersion": "security.istio.io/v1",
+            "kind": "RequestAuthentication",
+            "metadata": {"name": "jwt", "namespace": "shop"},
+            "spec": {
+                "targetRefs": [{"group": "", "kind": "Service", "name": "shop"}],
+                "jwtRules": [{"issuer": ISSUER, "jwksUri": place}],
+            },
+        }
+        routed.node.write("jwt", text(authentication))
+        try:
+            until(lambda: "Connection refused" in str(status(routed)["authentications"]), "it told")
+            assert {code for code, _ in ask(routed, 5, header)} == {401}
+            issuer.server_activate()
+            thread = Thread(target=issuer.serve_forever)
+            thread.start()
+            until(lambda: {code for code, _ in ask(routed, 5, header)} == {200}, "the token taken")
+            issuer.shutdown()
+            thread.join()
+        finally:
+            routed.node.write("jwt", "# gone\n")
+    assert {code for code, _ in ask(routed, 5)} == {200}
 
 
 @pytest.mark.parametrize("process", ["waypoint_mgr", "map_writer", "bpf_loader", "xds_client", "nats"])

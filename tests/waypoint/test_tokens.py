@@ -217,8 +217,8 @@ async def test_without_a_request_authentication_a_token_says_nothing(
         ({"jwks": '{"keys": []}'}, "jwks are no keys"),
         ({"jwks": '{"keys": [{"kty": "RSA"}]}'}, "jwks are no keys"),
         ({"jwks": '{"keys": [{"kty": "RSA", "n": "?", "e": "?"}, {"kty": "EC"}, 7]}'}, "jwks are no keys"),
-        ({"jwksUri": "https://issuer.test/keys"}, "jwksUri is not fetched"),
-        ({}, "jwks are no keys"),
+        ({"jwksUri": "https://lost.test/keys"}, "no keys yet: https://lost.test/keys is asked"),
+        ({}, "no keys yet: https://lost.test/.well-known/openid-configuration is asked"),
     ],
 )
 async def test_tokens_whose_keys_are_not_known_are_refused_and_others_served(
@@ -230,6 +230,16 @@ async def test_tokens_whose_keys_are_not_known_are_refused_and_others_served(
         assert (await asked(token())).status == 200
         assert (await asked()).status == 200
         assert f"issuer https://lost.test: {why}, so its tokens are refused" in told[-1].message
+
+
+async def test_keys_that_were_fetched_count_as_if_they_stood_in_it(
+    folder: Path, backends: dict[str, Backend]
+) -> None:
+    place = "https://issuer.test/keys"
+    found = authentication({"issuer": ISSUER, "jwksUri": place}).with_keys({place: jwks()})
+    async with served(folder, backends, found) as (asked, _):
+        assert (await asked(token())).status == 200
+        assert (await asked(token(OTHER_KEY))).status == 401
 
 
 def test_one_without_targets_is_nobodys() -> None:

@@ -1,0 +1,163 @@
+"""Keys from where their issuer has them."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import anyio
+import pytest
+
+from pykmesh.manifests.request_authentication import JWTRule
+from services.waypoint_mgr import keys
+from services.waypoint_mgr.keys import Keys, KeysError, fetched, place_of
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60), pytest.mark.usefixtures("one_event_loop")]
+
+KEY_SET = json.dumps({"keys": [{"kty": "oct", "k": "AQAB"}]})
+
+
+class Issuer(ThreadingHTTPServer):
+    """Answers by path."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.pages: dict[str, bytes] = {}
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Answers(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        assert isinstance(self.server, Issuer)
+        page = self.server.pages.get(self.path)
+        if self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", page.decode() if page else "")
+        else:
+            self.send_response(404 if page is None else 200)
+        self.end_headers()
+        self.wfile.write(page or b"")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def issuer() -> Iterator[Issuer]:
+    with Issuer() as found:
+        thread = threading.Thread(target=found.serve_forever)
+        thread.start()
+        yield found
+        found.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("rule", "place"),
+    [
+        ({"jwks": "{}"}, ""),
+        ({"jwks_uri": "http://here/keys"}, "http://here/keys"),
+        ({}, "https://issuer.test/realm/.well-known/openid-configuration"),
+        ({"issuer": "somebody@example.com"}, ""),
+    ],
+)
+def test_where_keys_are(rule: dict[str, str], place: str) -> None:
+    assert place_of(JWTRule(**{"issuer": "https://issuer.test/realm/", **rule})) == place
+
+
+def test_an_issuer_says_where_its_keys_are(issuer: Issuer) -> None:
+    issuer.pages = {
+        "/.well-known/openid-configuration": json.dumps({"jwks_uri": f"{issuer.url}/moved"}).encode(),
+        "/moved": f"{issuer.url}/keys".encode(),
+        "/keys": KEY_SET.encode(),
+    }
+    assert fetched(place_of(JWTRule(issuer=issuer.url)), 5) == KEY_SET
+
+
+@pytest.mark.parametrize(
+    ("path", "page", "why"),
+    [
+        ("/none", b"", "HTTP Error 404"),
+        ("/text", b"keys", "no JSON"),
+        ("/bytes", b"\xff", "no text"),
+        ("/list", b"[]", "no JSON object"),
+        ("/empty", b"{}", "no key set"),
+        ("/large", b" " * (keys.BYTES_MAX + 1), f"more than {keys.BYTES_MAX} bytes"),
+        ("/elsewhere", b'{"jwks_uri": "file:///etc/passwd"}', "file:///etc/passwd: neither http nor https"),
+        ("/moved", b"file:///etc/passwd", "Redirection to url .* not allowed"),
+    ],
+)
+def test_what_is_no_key_set_is_told(issuer: Issuer, path: str, page: bytes, why: str) -> None:
+    if path != "/none":
+        issuer.pages[path] = page
+    with pytest.raises(KeysError, match=why):
+        fetched(issuer.url + path, 5)
+
+
+def test_nobody_there_is_told() -> None:
+    with pytest.raises(KeysError, match=r"http://127\.0\.0\.1:1/keys: .*refused"):
+        fetched("http://127.0.0.1:1/keys", 5)
+
+
+class Places:
+    """Says what is next for each question, and who asked."""
+
+    def __init__(self, answers: Iterable[str | None]) -> None:
+        self._answers = iter(answers)
+        self.asked: list[tuple[str, float]] = []
+
+    def __call__(self, place: str, timeout_s: float) -> str:
+        self.asked.append((place, timeout_s))
+        answer = next(self._answers)
+        if answer is None:
+            raise KeysError(f"{place}: away")
+        return answer
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("REFRESH_S", "RETRY_FIRST_S", "LOOK_S"):
+        monkeypatch.setattr(keys, name, 0.01)
+
+
+async def until_changed(changes: list[int], count: int) -> None:
+    with anyio.fail_after(10):
+        while len(changes) < count:  # noqa: ASYNC110  (the loop is the test's own)
+            await anyio.sleep(0.005)
+
+
+@pytest.mark.usefixtures("quickly")
+async def test_what_was_fetched_stays_good_until_something_else_is() -> None:
+    rule = JWTRule(issuer="i", jwks_uri="http://here/keys")
+    changes: list[int] = []
+    places = Places([None, None, "first", "first", None, None, "second", *["second"] * 10_000])
+    found = Keys(lambda: changes.append(1), places)
+    found.want([rule])
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(found.run)
+        seen = []
+        for count in range(1, 5):
+            await until_changed(changes, count)
+            seen.append((dict(found.found), dict(found.errors)))
+        tasks.cancel_scope.cancel()
+    here, away = rule.jwks_uri, {rule.jwks_uri: "http://here/keys: away"}
+    assert seen == [({}, away), ({here: "first"}, {}), ({here: "first"}, away), ({here: "second"}, {})]
+
+
+@pytest.mark.usefixtures("quickly")
+async def test_what_is_wanted_no_more_is_forgotten() -> None:
+    changes: list[int] = []
+    places = Places(["one", "two", *["two"] * 10_000])
+    found = Keys(lambda: changes.append(1), places)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(found.run)
+        found.want([JWTRule(issuer="i", jwks_uri="http://one/", timeout=None)])
+        await until_changed(changes, 1)
+        found.want([JWTRule(issuer="i", jwks_uri="http://two/")])
+        assert found.found == {}
+        await until_changed(changes, 2)
+        tasks.cancel_scope.cancel()
+    assert found.found == {"http://two/": "two"}
+    assert places.asked[0] == ("http://one/", keys.TIMEOUT_S)
