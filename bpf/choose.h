@@ -300,13 +300,14 @@ verified_once int find_at(const struct service_key *key, struct service_value *s
 /*
  * What is reached at an address and port, as the client sees it (as ztunnel has it): a service's own
  * address before ranges, ranges before workloads; each time what the client's namespace sees by itself
- * before what all see. False: `verdict` says what becomes of a connection to what is no service's port.
+ * before what all see. A workload that goes by way of a waypoint is found at port 0, whatever port is asked
+ * for. False: `verdict` says what becomes of a connection to what is no service's port.
  */
 verified_once int find_service(const struct destination *to, __u64 networks, struct service_key *key,
 			       struct service_value *service, enum reason *verdict)
 {
 	__u32 view = networks >> 32, common = networks;
-	struct address_value known = {}, ranged = {};
+	struct address_value known = {}, ranged = {}, *met;
 	enum found found = FOUND_NOTHING;
 	int attempt, step;
 
@@ -332,7 +333,14 @@ verified_once int find_service(const struct destination *to, __u64 networks, str
 			if (found == FOUND_ADDRESS)
 				break;
 		}
-		*verdict = unserved_verdict(step < 2 || found != FOUND_ADDRESS ? &known : &ranged);
+		met = step < 2 || found != FOUND_ADDRESS ? &known : &ranged;
+		*verdict = unserved_verdict(met);
+		if (met->kind == ADDRESS_WORKLOAD && *verdict == REASON_WAYPOINT_UNAVAILABLE) {
+			key->address = to->address;
+			key->network = common;
+			key->port = 0;
+			return read_service(key, service);
+		}
 		if (*verdict != REASON_NO_PORT)
 			return false;
 	}

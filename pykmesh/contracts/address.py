@@ -88,7 +88,7 @@ class Selection(NamedTuple):
 
 
 class Waypoint(NamedTuple):
-    """What a service's traffic goes by way of: a service, by name or by address. Neither: it is not told."""
+    """What traffic goes by way of: a service, by name or by address. Neither: it is not told."""
 
     service: str = ""
     network: str = ""
@@ -136,7 +136,8 @@ class Workload(msgspec.Struct, frozen=True, gc=False):
     services: tuple[ServicePorts, ...]
     healthy: bool
     host_network: bool
-    has_waypoint: bool
+    waypoint: Waypoint | None
+    """What goes by way of it is what is meant for the workload's own address."""
     prefers_hbone: bool
     capacity: int
     policies: tuple[str, ...]
@@ -187,7 +188,7 @@ def _workload(message: workload_pb2.WorkloadOutline, raw: bytes) -> Workload:
         tuple([service_ports[entry] for entry in message.services]),
         status == 0,
         network_mode == 1,
-        message.HasField("waypoint"),
+        workload_waypoint(message.waypoint) if message.HasField("waypoint") else None,
         tunnel == 1,
         message.capacity.value if message.HasField("capacity") else 1,
         tuple(policies) if policies else (),
@@ -246,8 +247,16 @@ def _waypoints(message: workload_pb2.ServiceOutline) -> tuple[Waypoint, ...]:
     found = [_waypoint(f"{where}.destination", each.destination, each.weight) for each in weighted]
     if found or not message.HasField("waypoint"):
         return tuple(found) or (Waypoint(),)
-    where = "service.waypoint"
-    return (_waypoint(where, _parsed(where, workload_pb2.GatewayAddress, message.waypoint)),)
+    return (_waypoint_of("service.waypoint", message.waypoint),)
+
+
+def workload_waypoint(data: bytes) -> Waypoint:
+    """What a workload says of it. Raises FieldError."""
+    return _waypoint_of("workload.waypoint", data)
+
+
+def _waypoint_of(where: str, data: bytes) -> Waypoint:
+    return _waypoint(where, _parsed(where, workload_pb2.GatewayAddress, data))
 
 
 def _parsed(where: str, kind: type[_M], data: bytes) -> _M:

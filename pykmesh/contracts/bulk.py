@@ -23,6 +23,7 @@ from pykmesh.contracts.address import (
     decode_address,
     network_name,
     service_ports,
+    workload_waypoint,
 )
 from pykmesh.contracts.wire import Bools, Buffer, Fields, Spans, grouped, rows
 from pykmesh.kernel.records import IP_BYTES, V4_PREFIX
@@ -36,6 +37,7 @@ MANY: Final = 4096
 _T = TypeVar("_T")
 
 _networks: Final[Remembered[Any]] = Remembered(lambda data: network_name("workload.network", data.decode()))
+_waypoints: Final[Remembered[Any]] = Remembered(workload_waypoint)
 _names: Final[Remembered[Any]] = Remembered(lambda data: intern(data.decode()))
 
 
@@ -178,7 +180,13 @@ def _name(value: bytes) -> str:
 
 def _workloads(buffer: Buffer, fields: Fields, raws: Iterable[bytes]) -> list[Workload]:
     """As `decode_address` reads them, but for its checks. Raises what the texts in them raise."""
-    waypoints, _ = fields.repeated(Of.WAYPOINT_FIELD_NUMBER)
+    waypoint_counts = fields.repeated(Of.WAYPOINT_FIELD_NUMBER)[0].tolist()
+    waypoints = [
+        _waypoints[said] if count else None
+        for said, count in zip(
+            buffer.parts(fields.spans(Of.WAYPOINT_FIELD_NUMBER)), waypoint_counts, strict=True
+        )
+    ]
     address_counts, addresses = fields.repeated(Of.ADDRESSES_FIELD_NUMBER)
     service_counts, services = fields.repeated(Of.SERVICES_FIELD_NUMBER)
     policy_counts, policies = fields.repeated(Of.AUTHORIZATION_POLICIES_FIELD_NUMBER)
@@ -191,7 +199,7 @@ def _workloads(buffer: Buffer, fields: Fields, raws: Iterable[bytes]) -> list[Wo
             grouped(service_counts, map(service_ports.__getitem__, buffer.parts(services))),
             (fields.numbers(Of.STATUS_FIELD_NUMBER) == 0).tolist(),
             (fields.numbers(Of.NETWORK_MODE_FIELD_NUMBER) == 1).tolist(),
-            (waypoints > 0).tolist(),
+            waypoints,
             (fields.numbers(Of.TUNNEL_PROTOCOL_FIELD_NUMBER) == 1).tolist(),
             repeat(1),
             grouped(policy_counts, map(bytes.decode, buffer.parts(policies))),
@@ -208,6 +216,7 @@ def _uids(buffer: Buffer, fields: Fields, _: Iterable[bytes]) -> list[str]:
         (service_ports, fields.repeated(Of.SERVICES_FIELD_NUMBER)[1]),
         (_names, fields.spans(Of.NAMESPACE_FIELD_NUMBER)),
         (_names, fields.repeated(Of.AUTHORIZATION_POLICIES_FIELD_NUMBER)[1]),
+        (_waypoints, fields.repeated(Of.WAYPOINT_FIELD_NUMBER)[1]),
     )
     for remembered, spans in texts:
         for part in set(buffer.parts(spans)):

@@ -36,6 +36,16 @@ def node_of_front(uid: str) -> str:
     return name.partition(".")[2]
 
 
+def is_workload(name: str) -> bool:
+    """Whether it is a workload's uid; services are called `namespace/hostname`."""
+    return name.count("/") > 1
+
+
+def namespace_of(name: str) -> str:
+    """Of a service, or of a workload: cluster/group/kind/namespace/name."""
+    return name.split("/")[3 if is_workload(name) else 0]
+
+
 def account_name(namespace: str, account: str) -> str:
     """A service account among all, in whatever trust domain."""
     return f"{namespace}/{account or 'default'}"
@@ -58,12 +68,17 @@ class Endpoint(_Part, frozen=True):
 
 
 class ServicePort(_Part, frozen=True):
+    """`serves`: of a workload's port, the service, and its port, that it is an endpoint of."""
+
     port: int
     endpoints: list[Endpoint] = []
+    serves: tuple[str, int] | None = None
 
 
 class MeshService(_Part, frozen=True):
-    """`vips` are the addresses in the node's network at which clients ask for it.
+    """A service, or a workload that goes by way of a waypoint: its own addresses, and ports of services.
+
+    `vips` are the addresses in the node's network at which clients ask for it.
 
     `owned`: those of which it has them all to itself, or before the others that name them.
     """
@@ -89,13 +104,15 @@ class WaypointsRequest(_Part, frozen=True):
     client_accounts: list[str] = []
     revisions: list[str] = []
     """Services of whose endpoints the revisions are wanted."""
+    workload_namespaces: list[str] = []
+    """Namespaces of which all workloads are wanted."""
 
 
 ClientId = Annotated[bytes, msgspec.Meta(min_length=ID_BYTES, max_length=ID_BYTES)]
 
 
 class WaypointsReply(_Part, frozen=True):
-    """`users`: of each waypoint, the services that go by way of it. Services that are unknown miss.
+    """`users`: of each waypoint, the services and workloads that go by way of it. Unknown services miss.
 
     Ids are those of `contracts.handoff`, of each name that was asked for. Before the mesh is whole nothing is
     said: `is_synced` is false.

@@ -13,7 +13,7 @@ import msgspec
 
 from pykmesh.controlplane.services import mesh_services
 from pykmesh.controlplane.settings import MeshSettings
-from pykmesh.controlplane.waypoints import set_waypoints
+from pykmesh.controlplane.waypoints import Waypoints
 from pykmesh.controlplane.workloads import (
     entry_workload,
     pod_workload,
@@ -71,15 +71,18 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
 def translate(cluster: Cluster, mesh: MeshSettings) -> Mapping[str, wire.Address]:
     """All resources by name: services by `namespace/hostname`, workloads by uid."""
     services = mesh_services(cluster.services, cluster.service_entries, cluster.namespaces, mesh)
-    set_waypoints(services, cluster.namespaces, cluster.gateways, mesh)
+    waypoints = Waypoints(cluster.namespaces, cluster.gateways, mesh)
+    waypoints.set_for_services(services.values())
     around = surroundings(services, cluster.nodes, cluster.slices, mesh)
     resources = {key: wire.Address(service=service.message) for key, service in services.items()}
     for pod in cluster.pods:
         made = pod_workload(pod, around)
         if made:
+            waypoints.set_for_workload(made, pod.labels)
             resources[made.uid] = wire.Address(workload=made)
     for workload_entry in cluster.workload_entries:
         made = entry_workload(workload_entry, around)
+        waypoints.set_for_workload(made, workload_entry.all_labels)
         resources[made.uid] = wire.Address(workload=made)
     for service_entry in cluster.service_entries:
         for made in service_entry_workloads(service_entry, around):

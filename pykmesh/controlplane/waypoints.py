@@ -1,4 +1,4 @@
-"""Which services go by way of a waypoint: labels of services and namespaces, as Istio reads them.
+"""Which services and workloads go by way of a waypoint: their labels and namespaces', as Istio reads them.
 
 Unlike istiod, which says no waypoint until its Gateway has an address, a service that asks for one gets it at
 once: while there is none, data planes refuse its traffic rather than let it past. They do the same where the
@@ -7,7 +7,7 @@ Gateway does not let the service's namespace in: it is said to go by way of a wa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from pykmesh.controlplane.services import MeshService
 from pykmesh.controlplane.settings import MeshSettings
@@ -20,46 +20,58 @@ from pykmesh.manifests.objects import (
     Namespace,
     service_hostname,
 )
+from pykmesh.proto import workload_pb2 as wire
 
-WAYPOINT_FOR = "istio.io/waypoint-for"
 NONE = "none"
 NOT_ALLOWED = "not-allowed--"
 """No object can be called so."""
-_FOR_SERVICES = frozenset({"service", "all"})
 _HBONE_PORT = 15008
 
 
-def set_waypoints(
-    services: Mapping[str, MeshService],
-    namespaces: Iterable[Namespace],
-    gateways: Iterable[Gateway],
-    mesh: MeshSettings,
-) -> None:
-    """Writes into the services' messages what they go by way of."""
-    labels = {namespace.name: namespace.labels for namespace in namespaces}
-    waypoints = {(g.namespace, g.name): g for g in gateways if g.is_waypoint}
-    for service in services.values():
-        metadata = service.metadata
-        if GATEWAY_NAME in metadata.labels:  # a waypoint's own service
-            continue
-        place = _place(metadata.labels, metadata.namespace) or _place(
-            labels.get(metadata.namespace, {}), metadata.namespace
-        )
-        if place is None or place[1] == NONE:
-            continue
-        gateway = waypoints.get(place)
-        if gateway is not None and gateway.labels.get(WAYPOINT_FOR, "service") not in _FOR_SERVICES:
-            continue
+class Waypoints:
+    """The Gateways, and who asks for which."""
+
+    def __init__(
+        self, namespaces: Iterable[Namespace], gateways: Iterable[Gateway], mesh: MeshSettings
+    ) -> None:
+        self._labels = {namespace.name: namespace.labels for namespace in namespaces}
+        self._gateways = {(g.namespace, g.name): g for g in gateways if g.is_waypoint}
+        self._mesh = mesh
+
+    def set_for_services(self, services: Iterable[MeshService]) -> None:
+        """Writes into their messages what they go by way of."""
+        for service in services:
+            place = self._place(service.metadata.labels, service.metadata.namespace)
+            gateway = place and self._gateways.get(place)
+            if place and (gateway is None or gateway.is_for_services):
+                self._say(service.message.waypoint, place, gateway, service.metadata.namespace)
+
+    def set_for_workload(self, workload: wire.Workload, labels: Labels) -> None:
+        """What is meant for its own address: where its Gateway says that it is for workloads."""
+        place = self._place(labels, workload.namespace)
+        gateway = place and self._gateways.get(place)
+        if place and gateway and gateway.is_for_workloads:
+            self._say(workload.waypoint, place, gateway, workload.namespace)
+
+    def _place(self, labels: Labels, namespace: str) -> tuple[str, str] | None:
+        """Namespace and name of the Gateway that is asked for. None for a waypoint itself, or for none."""
+        if GATEWAY_NAME in labels:
+            return None
+        of_namespace = self._labels.get(namespace, {})
+        place = _asked_for(labels, namespace) or _asked_for(of_namespace, namespace)
+        return None if place is None or place[1] == NONE else place
+
+    def _say(
+        self, said: wire.GatewayAddress, place: tuple[str, str], gateway: Gateway | None, user: str
+    ) -> None:
         namespace, name = place
-        own_labels = labels.get(metadata.namespace, {})
-        if gateway is not None and not gateway.lets_in(metadata.namespace, own_labels):
+        if gateway is not None and not gateway.lets_in(user, self._labels.get(user, {})):
             name = NOT_ALLOWED
-        service.message.waypoint.hostname.namespace = namespace
-        service.message.waypoint.hostname.hostname = service_hostname(name, namespace, mesh.domain)
-        service.message.waypoint.hbone_mtls_port = _HBONE_PORT
+        said.hostname.namespace = namespace
+        said.hostname.hostname = service_hostname(name, namespace, self._mesh.domain)
+        said.hbone_mtls_port = _HBONE_PORT
 
 
-def _place(labels: Labels, namespace: str) -> tuple[str, str] | None:
-    """Namespace and name of the Gateway that is asked for; None where nothing is said."""
+def _asked_for(labels: Labels, namespace: str) -> tuple[str, str] | None:
     name = labels.get(USE_WAYPOINT)
     return None if name is None else (labels.get(USE_WAYPOINT_NAMESPACE, namespace), name)

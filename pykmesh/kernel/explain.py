@@ -186,7 +186,10 @@ class Chooser:
             found = None if widened is None else self._find_at(widened)
             if found is not None:
                 return found
-        return self._unserved_verdict(asked)
+        verdict, by_waypoint = self._unserved_verdict(asked), None
+        if verdict is Reason.WAYPOINT_UNAVAILABLE:  # a workload's
+            by_waypoint = self._read_service(SERVICE_KEY.pack(to.ip, client.network, port_bytes(0)))
+        return by_waypoint or verdict
 
     def _find_at(self, key: bytes) -> _Service | Reason | None:
         """None where no service is."""

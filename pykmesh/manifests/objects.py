@@ -417,6 +417,19 @@ class Gateway(_Object, frozen=True, kw_only=True):
     def is_waypoint(self) -> bool:
         return self.spec.gateway_class_name in WAYPOINT_CLASSES
 
+    @property
+    def is_for_services(self) -> bool:
+        return self._is_for in ("service", "all")
+
+    @property
+    def is_for_workloads(self) -> bool:
+        """For what is meant for pods' own addresses."""
+        return self._is_for in ("workload", "all")
+
+    @property
+    def _is_for(self) -> str:
+        return self.labels.get(WAYPOINT_FOR, "service")
+
     def lets_in(self, namespace: str, labels: Labels) -> bool:
         """Whether services of a namespace, which has these labels, may go by way of it."""
         if namespace == self.namespace:
@@ -471,6 +484,7 @@ WAYPOINT_CLASSES = frozenset({"istio-waypoint", WAYPOINT_CLASS})
 CLUSTER_CLASSES = frozenset({WAYPOINT_CLASS})
 """Of them those that are ours beside an istiod, which runs its own."""
 NAMESPACE_NAME = "kubernetes.io/metadata.name"
+WAYPOINT_FOR = "istio.io/waypoint-for"
 USE_WAYPOINT = "istio.io/use-waypoint"
 USE_WAYPOINT_NAMESPACE = "istio.io/use-waypoint-namespace"
 GATEWAY_NAME = "gateway.networking.k8s.io/gateway-name"

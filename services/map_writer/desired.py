@@ -7,7 +7,7 @@ the IPv4 list: the connection then goes to a v4-mapped address.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import cache, partial
 from math import lcm
 from typing import Final, NamedTuple
@@ -102,6 +102,8 @@ EndpointsOf = Callable[[int, int, int, int], Lists]
 """From a port, its target port and the ids of its two lists."""
 
 
+ANY_PORT: Final = 0
+"""Of a workload that goes by way of a waypoint: there is no such port."""
 _NO_PORT = port_bytes(0)
 
 
@@ -115,10 +117,13 @@ class Rules(NamedTuple):
 
 
 def desired_service(mesh: Mesh, name: str, rules: Rules) -> DesiredService:
-    """The entries that belong to one service; none when it is gone, or has no address of its own."""
+    """The entries that belong to one service; none when it is gone, or has no address of its own.
+
+    Or to a workload that goes by way of a waypoint: whatever port is asked for, they are those of port 0.
+    """
     service = mesh.services.get(name)
     if service is None:
-        return NOTHING
+        return _desired_workload(mesh, name, rules)
     vips = list(_vips(mesh, service, rules))
     if not vips:
         return NOTHING
@@ -131,7 +136,24 @@ def desired_service(mesh: Mesh, name: str, rules: Rules) -> DesiredService:
     if verdict is Reason.ROUTED and endpoints is _nothing:
         verdict = _verdict_without_endpoints(mesh, service, rules)
     for port, target in service.ports:
-        _add_port(found, service, port, target, vips, verdict, endpoints)
+        _add_port(found, service.name, port, target, vips, verdict, endpoints)
+    return found
+
+
+def _desired_workload(mesh: Mesh, name: str, rules: Rules) -> DesiredService:
+    if name not in mesh.by_waypoint:
+        return NOTHING
+    workload = mesh.workload(name)
+    vips = [
+        Vip(workload.network, ip, ServiceFlag.WAYPOINT, affinity_s=0, waits=False)
+        for ip in (() if workload.host_network else workload.addresses)
+        if mesh.pod_at(place_of(workload.network, ip)) is workload
+    ]
+    if not vips or workload.waypoint is None:
+        return NOTHING
+    found = DesiredService({}, {}, {}, {})
+    verdict, endpoints = _by_waypoint(mesh, (workload.waypoint,), rules, found.weights)
+    _add_port(found, name, ANY_PORT, 0, vips, verdict, endpoints, by_waypoint=True)
     return found
 
 
@@ -161,14 +183,14 @@ def _add_ports_by_waypoint(
     found: DesiredService, mesh: Mesh, service: Service, vips: list[Vip], rules: Rules
 ) -> None:
     """All ports lead to the instances of the waypoint, or of several by their weights."""
-    verdict, endpoints = _by_waypoint(mesh, service, rules, found.weights)
+    verdict, endpoints = _by_waypoint(mesh, service.waypoints, rules, found.weights)
     seen = [vip._replace(flags=vip.flags | ServiceFlag.WAYPOINT, affinity_s=0) for vip in vips]
     for port, _ in service.ports:
-        _add_port(found, service, port, 0, seen, verdict, endpoints)
+        _add_port(found, service.name, port, 0, seen, verdict, endpoints, by_waypoint=True)
 
 
 def _by_waypoint(
-    mesh: Mesh, service: Service, rules: Rules, weights: dict[bytes, int]
+    mesh: Mesh, waypoints: Sequence[Waypoint], rules: Rules, weights: dict[bytes, int]
 ) -> tuple[Reason, EndpointsOf]:
     """Refused where one takes nothing but HBONE, or all are unknown or have none here: never past it.
 
@@ -177,7 +199,7 @@ def _by_waypoint(
     found: list[tuple[EndpointsOf, int]] = []
     own_weights: dict[bytes, int] = {}
     """Of instances among those of their waypoint."""
-    for said in service.waypoints:
+    for said in waypoints:
         waypoint = mesh.service_of(said)
         target = dict(waypoint.ports).get(HANDOFF_PORT) if waypoint else 0
         if said == Waypoint(weight=said.weight) or target is None:
@@ -228,15 +250,16 @@ def _shared(
 
 def _add_port(
     found: DesiredService,
-    service: Service,
+    name: str,
     port: int,
     target: int,
     vips: list[Vip],
     verdict: Reason,
     endpoints: EndpointsOf,
+    *,
+    by_waypoint: bool = False,
 ) -> None:
-    by_waypoint = bool(service.waypoints)
-    port4, port6 = (PortId(service.name, port, family, by_waypoint) for family in (4, 6))
+    port4, port6 = (PortId(name, port, family, by_waypoint) for family in (4, 6))
     id4, id6 = port4.id, port6.id
     list4, list6 = endpoints(port, target, id4, id6)
     for network, ip, flags, affinity_s, waits in vips:
@@ -425,8 +448,8 @@ def desired_address(mesh: Mesh, place: Place, rules: Rules, crowded: Container[s
     if pod is None:
         return None
     verdict = Reason.ROUTED
-    if pod.has_waypoint:
-        verdict = Reason.WAYPOINT_UNSUPPORTED
+    if pod.waypoint is not None:
+        verdict = Reason.WAYPOINT_UNAVAILABLE  # programs look at its port 0 for what becomes of it
     elif rules.refuse_unenforced_policy and mesh.has_policy(pod):
         verdict = Reason.POLICY_UNSUPPORTED
     return _address_value(AddressKind.WORKLOAD, verdict, mesh.view_of(pod))

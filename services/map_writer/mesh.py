@@ -61,8 +61,8 @@ def _reference(waypoint: Waypoint) -> str | Place | None:
     return waypoint.service or None
 
 
-def _references(service: Service) -> Iterator[str | Place]:
-    return filter(None, map(_reference, service.waypoints))
+def _references(waypoints: Iterable[Waypoint]) -> Iterator[str | Place]:
+    return filter(None, map(_reference, waypoints))
 
 
 class Touched:
@@ -87,7 +87,9 @@ class Mesh:
         self.here = here
         self._on_this_node = b"" if here.region else WorkloadMessage(node=here.node).SerializeToString()
         self._waypoint_users: defaultdict[str | Place, dict[str, None]] = defaultdict(dict)
-        """The services that go by way of a service, by its name or one of its addresses."""
+        """Services and workloads that go by way of a service, by its name or one of its addresses."""
+        self.by_waypoint: dict[str, None] = {}
+        """Workloads that do."""
         self.ranked: dict[str, None] = {}
         """Services that prefer near endpoints."""
         self.services: dict[str, Service] = {}
@@ -184,6 +186,7 @@ class Mesh:
             self.pod_owners.update(owned)
             return
         for place, uid in zip(places, group.uids, strict=True):
+            self._touch_by_waypoint(place, touched)
             _own(self.pod_owners, place, uid)
 
     def _learn_where(self, raw: bytes, touched: Touched) -> None:
@@ -208,6 +211,10 @@ class Mesh:
 
     def _link_workload(self, name: str, workload: Workload, touched: Touched) -> None:
         self._count_policies(workload, 1)
+        if workload.waypoint is not None:
+            self.by_waypoint[name] = touched.services[name] = None
+            for reference in _references((workload.waypoint,)):
+                self._waypoint_users[reference][name] = None
         for service, _ in workload.services:
             self._ungroup(service)
             self._members[service][name] = None
@@ -215,11 +222,17 @@ class Mesh:
         if not workload.host_network:
             for ip in workload.addresses:
                 place = place_of(workload.network, ip)
+                self._touch_by_waypoint(place, touched)
                 _own(self.pod_owners, place, name)
                 touched.places[place] = None
 
     def _unlink_workload(self, name: str, workload: Workload, touched: Touched) -> None:
         self._count_policies(workload, -1)
+        if workload.waypoint is not None:
+            del self.by_waypoint[name]
+            touched.services[name] = None
+            for reference in _references((workload.waypoint,)):
+                _drop(self._waypoint_users, reference, name)
         for service, _ in workload.services:
             self._ungroup(service)
             _drop(self._members, service, name)
@@ -228,7 +241,13 @@ class Mesh:
             for ip in workload.addresses:
                 place = place_of(workload.network, ip)
                 _disown(self.pod_owners, place, name)
+                self._touch_by_waypoint(place, touched)
                 touched.places[place] = None
+
+    def _touch_by_waypoint(self, place: Place, touched: Touched) -> None:
+        """Of several workloads at an address who is meant may be another one now."""
+        if self.by_waypoint:
+            touched.add((o for o in _owners(self.pod_owners, place) if o in self.by_waypoint), ())
 
     def _ungroup(self, service: str) -> None:
         """Its members are no more all ordinary."""
@@ -239,7 +258,7 @@ class Mesh:
         touched.services[name] = None
         if is_ranked(service):
             self.ranked[name] = None
-        for reference in _references(service):
+        for reference in _references(service.waypoints):
             self._waypoint_users[reference][name] = None
         touched.add(self.waypoint_users(service), ())
         for found in service.ranges:
@@ -279,7 +298,7 @@ class Mesh:
                     heappush(due, (narrower.bits, narrower))
 
     def waypoint_users(self, waypoint: Service) -> Iterator[str]:
-        """The services whose traffic goes by way of this one."""
+        """The services and workloads whose traffic goes by way of this one."""
         if self._waypoint_users:
             yield from self._waypoint_users.get(waypoint.name, ())
             for vip in waypoint.vips:
@@ -312,7 +331,7 @@ class Mesh:
     def _unlink_service(self, name: str, service: Service, touched: Touched) -> None:
         touched.services[name] = None
         self.ranked.pop(name, None)
-        for reference in {*_references(service)}:
+        for reference in {*_references(service.waypoints)}:
             _drop(self._waypoint_users, reference, name)
         touched.add(self.waypoint_users(service), ())
         for found in service.ranges:
@@ -439,13 +458,18 @@ class Mesh:
 
     def places_in(self, namespaces: Iterable[str]) -> Iterator[Place]:
         """The addresses of workloads in these namespaces."""
+        for workload in self.workloads_in(namespaces):
+            yield from (place_of(workload.network, ip) for ip in workload.addresses)
+
+    def workloads_in(self, namespaces: Iterable[str]) -> Iterator[Workload]:
+        """Looks at all."""
         wanted = {namespace: namespace.encode() for namespace in namespaces}
         for uid, found in self.workloads.items() if wanted else ():
             if isinstance(found, bytes) and not any(data in found for data in wanted.values()):
                 continue
             workload = self.workload(uid)
             if workload.namespace in wanted:
-                yield from (place_of(workload.network, ip) for ip in workload.addresses)
+                yield workload
 
     def resolve(self, hostname: str, addresses: tuple[Ip, ...], touched: Touched) -> None:
         """Takes what a host name stands for now; nothing: it is known no more."""

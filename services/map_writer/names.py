@@ -40,7 +40,7 @@ class Names:
         owners = self._planner().owner_of_list
         # A connection outlives its service's gaining or losing a waypoint.
         port_id = owners.get(number) or owners.get(other_way(number))
-        if port_id is None:
+        if port_id is None or port_id.service in self._follower.mesh.by_waypoint:
             return None
         return messages.service_name(port_id.service, port_id.port)
 

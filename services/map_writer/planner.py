@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Final, NamedTuple, TypeVar
 
 from pykmesh.kernel.layout import Reason, Switch
@@ -232,7 +232,7 @@ class Planner:
         batches = _Batches()
         self._seen_by = frozenset()
         yield from self._plan_views(mesh, Touched(), batches)
-        yield from self._plan_services(mesh, mesh.services, batches)
+        yield from self._plan_services(mesh, chain(mesh.services, mesh.by_waypoint), batches)
         for key in [key for key in self.held.services if key not in self._owner_of_key]:
             self._remove_port(key, batches)
         for list_id in [list_id for list_id in self.held.lists if list_id not in self.owner_of_list]:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from pykmesh.contracts import messages
 from pykmesh.contracts.messages import ContractError
-from pykmesh.contracts.waypoints import MeshService, ServicePort, WaypointsReply, WaypointsRequest
+from pykmesh.contracts.waypoints import (
+    Endpoint,
+    MeshService,
+    ServicePort,
+    WaypointsReply,
+    WaypointsRequest,
+)
 from pykmesh.kernel.records import ip_to_text
-from services.map_writer.desired import Rules, own_endpoints
+from services.map_writer.desired import Rules, own_endpoints, target_port
 from services.map_writer.follower import Follower
 from services.map_writer.identities import Identities
 from services.map_writer.mesh import place_of
@@ -41,10 +47,12 @@ class Waypoints:
         if request.namespaces:
             namespaces = set(request.namespaces)
             wanted |= dict.fromkeys(n for n in mesh.services if n.partition("/")[0] in namespaces)
+        wanted |= dict.fromkeys(each.uid for each in mesh.workloads_in(request.workload_namespaces))
         revisions = frozenset(request.revisions)
         services = [
             self._service(name, with_revisions=name in revisions) for name in wanted if name in mesh.services
         ]
+        services += [self._workload(uid) for uid in wanted if uid in mesh.workloads]
         return WaypointsReply(
             messages.VERSION,
             is_synced=True,
@@ -53,6 +61,26 @@ class Waypoints:
             namespace_ids={n: self._identities.namespace_id(n) for n in request.client_namespaces},
             account_ids={a: self._identities.account_id(a) for a in request.client_accounts},
         )
+
+    def _workload(self, uid: str) -> MeshService:
+        """The ports of services at which it is an endpoint."""
+        mesh = self._follower.mesh
+        workload = mesh.workload(uid)
+        vips = (
+            [ip_to_text(ip) for ip in workload.addresses] if workload.network == self._rules.network else []
+        )
+        served: dict[int, tuple[str, int]] = {}
+        for name, _ in sorted(workload.services):
+            for port, target in mesh.services[name].ports if name in mesh.services else ():
+                if own := target_port(workload.services, name, port, target):
+                    served.setdefault(own, (name, port))
+        ports = [ServicePort(own, [Endpoint(vips[0], own)], serves) for own, serves in served.items() if vips]
+        owned = [
+            vip
+            for vip, ip in zip(vips, workload.addresses, strict=False)
+            if mesh.pod_at(place_of(workload.network, ip)) is workload
+        ]
+        return MeshService(uid, vips, ports, owned)
 
     def _service(self, name: str, *, with_revisions: bool) -> MeshService:
         mesh = self._follower.mesh

@@ -23,7 +23,13 @@ from pykmesh.contracts import messages
 from pykmesh.contracts.enrollment import Action, EnrollmentError, ask_for_cgroup
 from pykmesh.contracts.messages import ContractError, MapReport, Subject
 from pykmesh.contracts.settings import WaypointMgrSettings
-from pykmesh.contracts.waypoints import MeshService, WaypointsReply, WaypointsRequest
+from pykmesh.contracts.waypoints import (
+    MeshService,
+    WaypointsReply,
+    WaypointsRequest,
+    is_workload,
+    namespace_of,
+)
 from pykmesh.manifests.objects import Gateway, ObjectRef, ref_of
 from pykmesh.process import Runtime
 from services.waypoint_mgr import announce, fleet
@@ -170,6 +176,7 @@ class WaypointMgr:
         if not objects.waypoints:
             return True
         namespaces = sorted(set().union(*map(objects.namespaces_of, objects.waypoints.values())))
+        of_workloads = [each for each in objects.waypoints.values() if each.is_for_workloads]
         names = names_in(objects.policies)
         request = WaypointsRequest(
             messages.VERSION,
@@ -179,6 +186,7 @@ class WaypointMgr:
             sorted(names.namespaces),
             sorted(names.accounts),
             sorted({name for each in objects.virtuals for name in each.backends(with_subsets=True)}),
+            sorted(set().union(*map(objects.namespaces_of, of_workloads))),
         )
         try:
             data = await bus.request(Subject.WAYPOINTS, messages.encode(request))
@@ -210,7 +218,11 @@ class WaypointMgr:
             service
             for service in mesh.services
             if service.name in mesh.users.get(name, ())
-            or (service.name.partition("/")[0] in namespaces and service.name not in objects.waypoints)
+            or (
+                namespace_of(service.name) in namespaces
+                and service.name not in objects.waypoints
+                and (not is_workload(service.name) or waypoint.is_for_workloads)
+            )
         ]
         clients = Clients(mesh.namespace_ids, mesh.account_ids)
         found = await anyio.to_thread.run_sync(
@@ -325,7 +337,8 @@ class WaypointMgr:
         return {
             "name": f"{gateway.namespace}/{gateway.name}",
             "class": gateway.spec.gateway_class_name,
-            "services": sorted(self._users().get(name, ())),
+            "services": sorted(user for user in self._users().get(name, ()) if not is_workload(user)),
+            "workloads": sorted(user for user in self._users().get(name, ()) if is_workload(user)),
             "instances": [
                 {**member.status(), "configuration": states.get(member.name)} for member in members
             ],

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
-from pykmesh.contracts.waypoints import Endpoint, MeshService
+from pykmesh.contracts.waypoints import Endpoint, MeshService, ServicePort
 from pykmesh.manifests.http_route import BackendObjectRef, ParentRef
 from pykmesh.manifests.objects import Gateway, ObjectRef, Service, ref_of
 from services.waypoint_mgr.envoy import Port
@@ -26,6 +26,7 @@ RESOLVED_REFS: Final = "ResolvedRefs"
 PARTIALLY_INVALID: Final = "PartiallyInvalid"
 UNSUPPORTED_VALUE: Final = "UnsupportedValue"
 _P = TypeVar("_P", Policy, Authentication)
+_NO_PORT: Final = ServicePort(0)
 
 
 class Condition(msgspec.Struct, frozen=True):
@@ -73,12 +74,17 @@ class Mesh:
         return names[0] if names else ""
 
     def protocol(self, at: Port, routed_as: AppProtocol) -> AppProtocol:
-        return protocol_of(self._services.get(at.service), at.port, routed_as)
+        """Of a workload's port it is that of the service which it serves there."""
+        serves = self._port(at).serves or (at.service, at.port)
+        return protocol_of(self._services.get(serves[0]), serves[1], routed_as)
+
+    def _port(self, at: Port) -> ServicePort:
+        found = self._known.get(at.service)
+        return next((each for each in found.ports if each.port == at.port), _NO_PORT) if found else _NO_PORT
 
     def endpoints(self, at: Port, revision: str | None = None) -> Sequence[Endpoint]:
         """`revision`: those of which alone."""
-        ports = self._known[at.service].ports
-        found = next((port.endpoints for port in ports if port.port == at.port), [])
+        found = self._port(at).endpoints
         return found if revision is None else [each for each in found if each.revision == revision]
 
     def at_host(self, host: str, namespace: str, port: int | None, asked: int) -> Port | None:

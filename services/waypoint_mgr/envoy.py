@@ -30,7 +30,8 @@ UNLIMITED: Final = 2**32 - 1
 class Port(msgspec.Struct, frozen=True, order=True):
     """A service's port: the unit of chains, routes and clusters. `service` is `namespace/hostname`.
 
-    `subset`: one of a DestinationRule's, which is a cluster of its own.
+    Or a workload's, by its uid; 0 is any that no other chain is for. `subset`: one of a DestinationRule's,
+    which is a cluster of its own; of what passes to a workload, the address that it was meant for.
     """
 
     service: str
@@ -126,6 +127,30 @@ def http_chain(
     return _chain(at, ranges, named("envoy.filters.network.http_connection_manager", manager))
 
 
+PASSING: Final = "passing"
+"""The cluster of connections that go to where they were meant for."""
+_PASSED_TO: Final = "envoy.network.transport_socket.original_dst_address"
+
+
+def passing_cluster() -> Json:
+    return {
+        "name": PASSING,
+        "type": "ORIGINAL_DST",
+        "connectTimeout": CONNECT_TIMEOUT,
+        "lbPolicy": "CLUSTER_PROVIDED",
+    }
+
+
+def passed_to(address: str) -> Json:
+    """A filter before the proxy: PASSING leads to this address, at the port that was asked for."""
+    host = f"[{address}]" if ":" in address else address
+    text = {"textFormatSource": {"inlineString": f"{host}:%DOWNSTREAM_LOCAL_PORT%"}}
+    config = typed("filters.network.set_filter_state.v3.Config") | {
+        "onNewConnection": [{"objectKey": _PASSED_TO, "formatString": text}]
+    }
+    return named("envoy.filters.network.set_filter_state", config)
+
+
 def tcp_chain(
     at: Port,
     ranges: Iterable[Range],
@@ -161,7 +186,7 @@ def _chain(at: Port, ranges: Iterable[Range], *filters: Json, name: str = "") ->
     told = [{"addressPrefix": found.address, "prefixLen": found.bits} for found in ranges]
     return {
         "name": name or at.cluster,
-        "filterChainMatch": {"prefixRanges": told, "destinationPort": at.port},
+        "filterChainMatch": {"prefixRanges": told, **({"destinationPort": at.port} if at.port else {})},
         "filters": list(filters),
     }
 

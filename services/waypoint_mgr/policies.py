@@ -17,6 +17,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from pykmesh.contracts.address import PORT_MAX
 from pykmesh.contracts.handoff import ALL_BITS, NAMESPACE_BITS, NOBODY, SERVICE_BITS, Identity, told_address
 from pykmesh.contracts.waypoints import account_name
 from pykmesh.kernel.records import Ip, ip_from_text, ip_to_text
@@ -181,13 +182,18 @@ class Guard:
         return http_chain(at, everybodys(vips), access_log, [*before, *own, *after], tracing)
 
     def tcp_chains(
-        self, at: Port, vips: Sequence[str], access_log: bool, target: str | list[Json]
+        self,
+        at: Port,
+        vips: Sequence[str],
+        access_log: bool,
+        target: str | list[Json],
+        before: Sequence[Json] = (),
     ) -> Iterator[Json]:
         """One for those whose first byte is to be waited for, one that closes what others begin."""
         rules = self._rules(at, vips, is_http=False)
         let_in, others = turned_away(rules, vips)
         if let_in:
-            filters = [network_rbac(at, one) for one in rules]
+            filters = [*before, *(network_rbac(at, one) for one in rules)]
             yield tcp_chain(at, let_in, access_log, target, filters)
         if others:
             yield closing_chain(at, others)
@@ -354,8 +360,10 @@ class _Writer:
             rest += self._pair(*said, _nothing)
 
     def _port(self, value: str) -> Json | None:
-        if not value.isdecimal():
+        if not value.isdecimal() or int(value) > PORT_MAX:
             return None
+        if not self._at.port:
+            return {"destinationPort": int(value)}
         return _ANY if int(value) == self._at.port else _PERMISSION.no(_ANY)
 
     def _vip(self, value: str) -> Json | None:

@@ -6,14 +6,14 @@ reached straight. Among all matches for a host and port the order is Gateway API
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Final
 
 import msgspec
 
 from pykmesh.contracts.handoff import told_address
-from pykmesh.contracts.waypoints import MeshService
+from pykmesh.contracts.waypoints import MeshService, is_workload
 from pykmesh.kernel.records import ip_from_text
 from pykmesh.manifests.http_route import RouteMatch
 from pykmesh.manifests.objects import Gateway, ObjectRef, Service
@@ -135,6 +135,8 @@ def translate(
             if not vips:
                 continue
             routed, limits = own or attached.of_gateway(protocol), rate_limit(services.get(user.name), at)
+            if is_workload(user.name):
+                routed = []
             if protocol is AppProtocol.TCP:
                 target, used = _tcp_target(at, routed, mesh)
                 chains += guard.tcp_chains(at, vips, logs, target)
@@ -152,13 +154,15 @@ def translate(
                 as_backend[backend] = max(
                     as_backend.get(backend, AppProtocol.TCP), carried(routed), min(protocol, AppProtocol.HTTP)
                 )
+    passing = list(_passing(mesh, guard, logs, taken, conflicts))
     for at in backends - protocols.keys():
         protocols[at] = mesh.protocol(at, as_backend[at])
     return Configuration(
-        chains=tuple(chains),
+        chains=(*chains, *passing),
         routes=configurations,
         clusters={at.cluster: _cluster(at, protocols[at], destinations) for at in sorted(backends)}
-        | ({CLUSTER: spans.cluster} if spans else {}),
+        | ({CLUSTER: spans.cluster} if spans else {})
+        | ({envoy.PASSING: envoy.passing_cluster()} if passing else {}),
         assignments={
             at.cluster: envoy.load_assignment(at, mesh.endpoints(at, destinations.revision(at)))
             for at in sorted(backends)
@@ -172,6 +176,24 @@ def translate(
         conflicts=tuple(conflicts),
         misread=tuple(one for name in mesh.users for one in misread(name, services.get(name))),
     )
+
+
+def _passing(
+    mesh: Mesh, guard: Guard, logs: bool, taken: dict[tuple[str, int], str], conflicts: list[str]
+) -> Iterator[Json]:
+    """What is meant for a workload at a port of no service: no HTTP is looked for in it.
+
+    Envoy looks by the port first: a port that any chain is for needs one of its own here.
+    """
+    used = {0, *(at.port for user in mesh.users.values() for at in mesh.ports(user))}
+    for user in mesh.users.values():
+        if not is_workload(user.name):
+            continue
+        for vip in user.vips:
+            for port in sorted(used - {each.port for each in user.ports}):
+                at = Port(user.name, port, subset=vip)
+                if _free([vip], at, taken, conflicts):
+                    yield from guard.tcp_chains(at, [vip], logs, envoy.PASSING, [envoy.passed_to(vip)])
 
 
 def _cluster(at: Port, protocol: AppProtocol, destinations: Destinations) -> Json:

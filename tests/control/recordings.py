@@ -71,6 +71,7 @@ def view(state: Plain) -> View:
         addresses[address] = Address("service", "passthrough" if passes else "routed")
         for port in {port["service_port"] for port in service["ports"]}:
             services[f"{address} {port}"] = _entry(state, service, address, port)
+    services |= _ways_to_workloads(state)
     return View(services, addresses)
 
 
@@ -105,11 +106,11 @@ def _has_waypoint(service: Plain) -> bool:
     return bool(service["waypoint"] or service["weighted_waypoints"])
 
 
-def _by_istios_waypoint(state: Plain, service: Plain) -> str:
+def _by_istios_waypoint(state: Plain, user: Plain) -> str:
     """A waypoint of Istio's own takes HBONE; one that nothing is known of cannot be judged."""
-    said = str(service["waypoint"] or "").rpartition(":")[0]
+    said = str(user["waypoint"] or "").rpartition(":")[0]
     known = {*state["services"], *(vip for found in state["services"].values() for vip in found["vips"])}
-    is_known = service["weighted_waypoints"] or said in known
+    is_known = user.get("weighted_waypoints") or said in known
     return "waypoint_unsupported" if is_known else "waypoint_unavailable"
 
 
@@ -130,13 +131,28 @@ def _entry(state: Plain, service: Plain, address: str, port: int) -> Entry:
     return Entry("routed", frozenset(found[wants6] or (found[False] if wants6 else ())))
 
 
+def _ways_to_workloads(state: Plain) -> dict[str, Entry]:
+    """Of those with a waypoint, whatever port is asked for: it is said of port 0."""
+    return {
+        f"{address} 0": Entry(_by_istios_waypoint(state, workload))
+        for address, workload in _by_address(state).items()
+        if workload["waypoint"]
+    }
+
+
 def _workloads(state: Plain) -> dict[str, Address]:
+    return {
+        address: Address("workload", "waypoint_unavailable" if workload["waypoint"] else "routed")
+        for address, workload in _by_address(state).items()
+    }
+
+
+def _by_address(state: Plain) -> dict[str, Plain]:
     """Pods before other workloads of the same address."""
-    found: dict[str, Address] = {}
+    found: dict[str, Plain] = {}
     for _, workload in sorted(state["workloads"].items(), key=lambda item: "//Pod/" not in item[0]):
         if workload["network"] or workload["network_mode"] == "HOST_NETWORK":
             continue
-        verdict = "waypoint_unsupported" if workload["waypoint"] else "routed"
         for address in workload["addresses"]:
-            found.setdefault(address, Address("workload", verdict))
+            found.setdefault(address, workload)
     return found

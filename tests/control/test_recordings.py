@@ -117,7 +117,7 @@ def test_the_recordings_hold_every_kind_of_entry() -> None:
     assert seen == {
         "routed": 784,
         "empty": 377,
-        "waypoint_unsupported": 50,
-        "waypoint_unavailable": 4,
+        "waypoint_unsupported": 84,
+        "waypoint_unavailable": 8,
         "passthrough": 48,
     }

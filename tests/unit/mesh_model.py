@@ -151,7 +151,7 @@ def _workload(draw: random.Random) -> Workload:
         services=tuple(memberships.items()),
         healthy=draw.random() < 0.8,
         host_network=draw.random() < 0.3,
-        has_waypoint=draw.random() < 0.3,
+        waypoint=next(iter(_draw_waypoints(draw)), None),
         prefers_hbone=draw.random() < 0.5,
         capacity=draw.choice([0, 1, 1, 1, 2, 7]),
         policies=(),
@@ -453,7 +453,22 @@ def _expected_services(mesh: Mesh) -> dict[str, tuple[object, ...]]:
                 said = _expected_port(mesh, service, ip, port, target)
                 affinity_s = 0 if service.waypoints else service.selection.affinity_s
                 found[name] = (said[0], flags, affinity_s, *said[1:])
+    for name, workload, ip in _workloads_by_address(mesh):
+        if workload.waypoint is not None:
+            said = _expected_by_waypoint(mesh, (workload.waypoint,), ip)
+            found[f"{name} 0"] = (said[0], ServiceFlag.WAYPOINT, 0, *said[1:])
     return found
+
+
+def _workloads_by_address(mesh: Mesh) -> Iterator[tuple[str, Workload, Ip]]:
+    """Who is meant by each address of workloads."""
+    told = set()
+    for workload in sorted(mesh.all_workloads(), key=lambda w: (not w.prefers_hbone, w.uid)):
+        for ip in () if workload.host_network else workload.addresses:
+            name = f"{workload.network} {_text(ip)}"
+            if name not in told:
+                told.add(name)
+                yield name, workload, ip
 
 
 def _places() -> list[tuple[Ip | Range, Ip]]:
@@ -462,7 +477,7 @@ def _places() -> list[tuple[Ip | Range, Ip]]:
 
 def _expected_port(mesh: Mesh, service: Service, ip: Ip, port: int, target: int) -> tuple[object, ...]:
     if service.waypoints:
-        return _expected_by_waypoint(mesh, service, ip)
+        return _expected_by_waypoint(mesh, service.waypoints, ip)
     verdict = Reason.ROUTED
     if service.mode is Mode.PASSTHROUGH:
         verdict = Reason.PASSTHROUGH
@@ -478,10 +493,10 @@ def _expected_list(verdict: Reason, all_of_them: list[tuple[str, int]], ip: Ip) 
     return (verdict, *_expected_shares(wanted))
 
 
-def _expected_by_waypoint(mesh: Mesh, service: Service, ip: Ip) -> tuple[object, ...]:
+def _expected_by_waypoint(mesh: Mesh, waypoints: Iterable[Waypoint], ip: Ip) -> tuple[object, ...]:
     """The endpoints of the waypoints' port, whatever the service's own are."""
     found: list[tuple[list[tuple[str, int]], int]] = []
-    for said in service.waypoints:
+    for said in waypoints:
         waypoint = owner(mesh, said.ip) if said.ip else mesh.services.get(said.service)
         if waypoint is None:
             continue
@@ -569,11 +584,10 @@ def _matches(service: Service, workload: Workload, here: Locality) -> int:
 def _expected_addresses(mesh: Mesh) -> dict[str, tuple[object, ...]]:
     found: dict[str, tuple[object, ...]] = {}
     seeing = {ns for place, _ in _places() for ns in viewers(mesh, place)}
-    for workload in sorted(mesh.all_workloads(), key=lambda w: (not w.prefers_hbone, w.uid)):
-        for ip in () if workload.host_network else workload.addresses:
-            verdict = Reason.WAYPOINT_UNSUPPORTED if workload.has_waypoint else Reason.ROUTED
-            view = f"{workload.network}@{workload.namespace}" if workload.namespace in seeing else ""
-            found.setdefault(f"{workload.network} {_text(ip)}", (AddressKind.WORKLOAD, verdict, view))
+    for name, workload, _ in _workloads_by_address(mesh):
+        verdict = Reason.WAYPOINT_UNAVAILABLE if workload.waypoint else Reason.ROUTED
+        view = f"{workload.network}@{workload.namespace}" if workload.namespace in seeing else ""
+        found[name] = (AddressKind.WORKLOAD, verdict, view)
     for place, ip in _places():
         for namespace in (None, *viewers(mesh, place)):
             service = owner(mesh, place, namespace)

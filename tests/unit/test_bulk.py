@@ -118,7 +118,7 @@ def is_ordinary(workload: Workload) -> bool:
     return (
         workload.healthy
         and len(workload.addresses) == len(workload.services) == workload.capacity == 1
-        and not (workload.host_network or workload.has_waypoint or workload.policies)
+        and not (workload.host_network or workload.waypoint or workload.policies)
         and not workload_message(workload.raw).hostname
     )
 

@@ -91,8 +91,8 @@ GOLDEN: list[tuple[Message, str]] = [
     ),
     (DnsReply(VERSION, DnsOutcome.NOT_READY), "95 01 00 a0 90 c0"),
     (
-        WaypointsRequest(VERSION, ["a"], ["b"], ["c"], ["d"], ["e"], ["f"]),
-        "97 01 91a161 91a162 91a163 91a164 91a165 91a166",
+        WaypointsRequest(VERSION, ["a"], ["b"], ["c"], ["d"], ["e"], ["f"], ["g"]),
+        "98 01 91a161 91a162 91a163 91a164 91a165 91a166 91a167",
     ),
     (
         WaypointsReply(
@@ -101,15 +101,18 @@ GOLDEN: list[tuple[Message, str]] = [
             users={"a": ["b"]},
             services=[
                 MeshService(
-                    "b", ["10.0.0.1"], [ServicePort(80, [Endpoint("10.0.0.2", 8080, 1, "v1")])], ["10.0.0.1"]
+                    "b",
+                    ["10.0.0.1"],
+                    [ServicePort(80, [Endpoint("10.0.0.2", 8080, 1, "v1")], ("s", 443))],
+                    ["10.0.0.1"],
                 )
             ],
             namespace_ids={"d": b"12345"},
             account_ids={"e": b"67890"},
         ),
         (
-            "96 01 c3 81a16191a162 9194a16291a831302e302e302e31 919250 9194a831302e302e302e32cd1f9001a27631"
-            "91a831302e302e302e31"
+            "96 01 c3 81a16191a162 9194a16291a831302e302e302e31 919350 9194a831302e302e302e32cd1f9001a27631"
+            "92a173cd01bb 91a831302e302e302e31"
             "81a164c4053132333435 81a165c4053637383930"
         ),
     ),

@@ -331,11 +331,12 @@ def _assert_only_less(said: Plain, wanted: Plain) -> None:
 def _assert_closed(world: World, said: Plain, wanted: Plain) -> None:
     """An address of which a port is missing refuses for want of room, unless it is to be left alone.
 
-    It is one of a service that is refused by name.
+    It is one of a service that is refused by name. One of a workload that goes by way of a waypoint says so.
     """
     left_alone = (AddressKind.SERVICE, Reason.PASSTHROUGH)
+    refused = (AddressKind.WORKLOAD, Reason.WAYPOINT_UNAVAILABLE)
     for key in wanted["services"].keys() - said["services"].keys():
-        assert said["addresses"].get(key.rpartition(" ")[0], NO_ROOM)[:2] in (NO_ROOM, left_alone)
+        assert said["addresses"].get(key.rpartition(" ")[0], NO_ROOM)[:2] in (NO_ROOM, left_alone, refused)
     for key, found in said["addresses"].items():
         if found[:2] == NO_ROOM:
             network, ip = key.split(" ")

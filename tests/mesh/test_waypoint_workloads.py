@@ -1,0 +1,122 @@
+"""What is meant for a pod's own address goes by way of its waypoint: whatever port, and never past it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from tests.mesh.manifests import Object, pod, text
+from tests.mesh.node import finish, probe, python, serve, until
+from tests.mesh.waypoints import Mesh, ask, gateway, status, waypoint_mesh
+
+PASSING = 9191
+CONNECT = """
+import socket
+try:
+    socket.create_connection(({address!r}, {port}), 5)
+except OSError as error:
+    print(type(error).__name__)
+"""
+DENIED: Object = {
+    "apiVersion": "security.istio.io/v1",
+    "kind": "AuthorizationPolicy",
+    "metadata": {"name": "no", "namespace": "shop"},
+    "spec": {
+        "targetRefs": [{"group": "gateway.networking.k8s.io", "kind": "Gateway", "name": "wp"}],
+        "action": "DENY",
+        "rules": [
+            {
+                "when": [{"key": "request.headers[x-no]", "values": ["no"]}],
+                "to": [{"operation": {"ports": ["8080"]}}],
+            },
+            {"to": [{"operation": {"ports": ["9192"]}}]},
+        ],
+    },
+}
+
+
+class Pods(NamedTuple):
+    mesh: Mesh
+    address4: str
+    address6: str
+
+
+@pytest.fixture(scope="module")
+def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pods]:
+    with waypoint_mesh(tmp_path_factory.mktemp("ww"), 19) as mesh:
+        v1 = mesh.node.network.pods["v1"]
+        for port in (PASSING, 9192, 90):
+            serve(v1, "--http", str(port))
+        own = pod("v1", str(v1.address4), str(v1.address6), app="web")
+        own["metadata"]["labels"] |= {"version": "v1", "istio.io/use-waypoint": "wp"}
+        client = pod("client", str(mesh.client.address4), str(mesh.client.address6), app="client")
+        for_all = gateway()
+        for_all["metadata"]["labels"] = {"istio.io/waypoint-for": "all"}
+        mesh.node.write("gateway", text(for_all))
+        mesh.node.write("pods", text(client, own))
+        mesh.node.write("denied", text(DENIED))
+        until(lambda: len(status(mesh)["workloads"]) == 1, "the pod to go by way of it")
+        found = Pods(mesh, str(v1.address4), str(v1.address6))
+        until(lambda: code(found, 8080, "x-no: no") == {403}, "the policy enforced")
+        yield found
+
+
+def code(pods: Pods, port: int, header: str = "") -> set[int]:
+    return {status for status, _ in ask(pods.mesh, 1, header, address=pods.address4, port=port)}
+
+
+def test_requests_at_a_services_port_are_asked_about(pods: Pods) -> None:
+    for address in (pods.address4, pods.address6):
+        assert ask(pods.mesh, 3, address=address, port=8080) == {(200, "v1"): 3}
+        assert {code for code, _ in ask(pods.mesh, 1, "x-no: no", address=address, port=8080)} == {403}
+
+
+@pytest.mark.parametrize("port", [PASSING, 90], ids=["of no chain", "of a service elsewhere"])
+def test_any_other_port_is_passed_to_as_it_is(pods: Pods, port: int) -> None:
+    for address in (pods.address4, pods.address6):
+        assert ask(pods.mesh, 3, "x-no: no", address=address, port=port) == {(200, "v1"): 3}
+
+
+def test_a_policy_about_a_port_of_no_service_is_enforced(pods: Pods) -> None:
+    assert code(pods, 9192) == {0}
+
+
+def test_the_service_is_not_concerned(pods: Pods) -> None:
+    """Its own label says by way of what it goes."""
+    assert ask(pods.mesh, 3, "x-no: no", address="10.96.0.41") == {(200, "v1"): 3}
+
+
+def test_without_an_instance_it_is_refused_and_not_let_past(pods: Pods) -> None:
+    manager, (instance,) = pods.mesh.node.pid_of("waypoint_mgr"), status(pods.mesh)["instances"]
+    os.kill(manager, signal.SIGSTOP)
+    try:
+        os.kill(instance["pid"], signal.SIGKILL)
+        said = python(pods.mesh.client, CONNECT.format(address=pods.address4, port=8080))
+        assert said in ("TimeoutError", "ConnectionRefusedError"), "it waits for one, which does not come"
+    finally:
+        os.kill(manager, signal.SIGCONT)
+    until(lambda: code(pods, 8080) == {200}, "it served again")
+
+
+def test_explain_shows_the_way(pods: Pods) -> None:
+    said = pods.mesh.node.cli("explain", str(pods.mesh.client.address4), f"{pods.address4}:{PASSING}").stdout
+    assert "waypoint" in said
+    assert str(pods.mesh.waypoint.address4) in said
+
+
+def test_a_pod_gains_and_loses_its_waypoint_without_a_failed_request(pods: Pods) -> None:
+    node = pods.mesh.node
+    with_waypoint = (node.config / "pods.yaml").read_text()
+    prober = probe(pods.mesh.client, pods.address4, 8080)
+    for _ in range(3):
+        node.write("pods", with_waypoint.replace("istio.io/use-waypoint: wp", "other: label"))
+        until(lambda: not status(pods.mesh)["workloads"], "past the waypoint")
+        node.write("pods", with_waypoint)
+        until(lambda: code(pods, 8080, "x-no: no") == {403}, "by way of it again")
+    counted = finish(prober)
+    assert counted["connections"] > 0
+    assert counted["failed"] == 0, counted["errors"]
