@@ -232,6 +232,13 @@ def _usual(fields: Fields) -> Bools:
     named = fields.spans(Of.HOSTNAME_FIELD_NUMBER)
     usual = ~fields.odd & ~weighted & (status <= 1) & (mode <= 1) & (tunnel <= 1)
     usual &= (uid.end > uid.start) & (named.end == named.start)
+    for field in (
+        Of.UID_FIELD_NUMBER,
+        Of.NETWORK_FIELD_NUMBER,
+        Of.NAMESPACE_FIELD_NUMBER,
+        Of.WAYPOINT_FIELD_NUMBER,
+    ):
+        usual &= fields.counts(field) <= 1
     counts, addresses = fields.repeated(Of.ADDRESSES_FIELD_NUMBER)
     lengths = addresses.end - addresses.start
     usual[np.repeat(np.arange(len(counts)), counts)[(lengths != 4) & (lengths != 16)]] = False

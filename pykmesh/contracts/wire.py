@@ -137,6 +137,10 @@ class Fields:
         counts = np.bincount(rows, minlength=len(self.odd))
         return counts, Spans(self._values[which], self._ends[which])
 
+    def counts(self, field: int) -> Ints:
+        """How many of a string, bytes or message each has."""
+        return np.bincount(self._rows[self._tags == (field << 3 | _BYTES)], minlength=len(self.odd))
+
     def only(self, field: int) -> Bools:
         """Which messages are this one string, bytes or message, once, and nothing else."""
         found: Bools = np.bincount(self._rows, minlength=len(self.odd)) == 1

@@ -51,9 +51,11 @@ def _by_columns(resources: Sequence[bytes]) -> Unwrapped | None:
     buffer = Buffer(resources)
     outer = buffer.fields(buffer.spans)
     inner = buffer.fields(outer.spans(Resource.RESOURCE_FIELD_NUMBER))
-    wrappings, _ = outer.repeated(Resource.RESOURCE_FIELD_NUMBER)
-    aliases, _ = outer.repeated(Resource.ALIASES_FIELD_NUMBER)
-    if outer.odd.any() or inner.odd.any() or (wrappings > 1).any() or aliases.any():
+    if outer.odd.any() or inner.odd.any() or outer.counts(Resource.ALIASES_FIELD_NUMBER).any():
+        return None
+    once = [(outer, Resource.VERSION_FIELD_NUMBER), (outer, Resource.RESOURCE_FIELD_NUMBER)]
+    once += [(outer, Resource.NAME_FIELD_NUMBER), (inner, _ANY_TYPE_URL), (inner, _ANY_VALUE)]
+    if any((found.counts(field) > 1).any() for found, field in once):
         return None
     try:
         return Unwrapped(

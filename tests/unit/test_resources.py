@@ -28,6 +28,7 @@ def wrapped(draw: st.DrawFn) -> bytes:
 @settings(max_examples=300, database=None, deadline=None)
 @given(st.lists(wrapped(), max_size=8))
 @example([b'\n\x010\x12\x03\n\x010"\x02\x00\xc2\x80"\x00'])
+@example([b"\n\x02\x00\xc2\x80\x12\x03\n\x010"])
 def test_together_says_what_one_by_one_says(data: list[bytes]) -> None:
     one_by_one = unwrap(data)
     with pytest.MonkeyPatch.context() as patch:
