@@ -224,6 +224,8 @@ def _tell(found: dict[str, Any]) -> None:
         click.echo(f"  instance {instance['name']}: {state}, {where}{restarts}")
     for service in found["services"]:
         click.echo(f"  service {service}")
+    for workload in found["workloads"]:
+        click.echo(f"  workload {workload}")
     for route in sorted({route["route"] for route in found["routes"]}):
         click.echo(f"  route {route}")
     for policy in sorted({policy["policy"] for policy in found["policies"]}):
