@@ -194,6 +194,35 @@ def test_versions_are_subsets_of_a_virtual_service(mesh: Mesh, routed: Namespace
     until(lambda: set(asked(mesh, routed)) == {(200, mesh.web[1].name)}, "the second version alone")
 
 
+def test_what_is_meant_for_a_pod_goes_by_way_of_a_waypoint_for_workloads(
+    mesh: Mesh, routed: Namespace
+) -> None:
+    """A policy of its Gateway says so: it refuses what the pod alone would answer."""
+    first = mesh.web[0]
+    for_all = gateway()
+    for_all["metadata"]["labels"] = {"istio.io/waypoint-for": "all"}
+    pod = server(first, "v1")
+    pod["metadata"]["labels"][USE] = "wp"
+    no = {
+        "apiVersion": "security.istio.io/v1",
+        "kind": "AuthorizationPolicy",
+        "metadata": {"name": "no"},
+        "spec": {
+            "targetRefs": [{"group": "gateway.networking.k8s.io", "kind": "Gateway", "name": "wp"}],
+            "action": "DENY",
+            "rules": [{"when": [{"key": "request.headers[x-no]", "values": ["no"]}]}],
+        },
+    }
+    routed.apply(for_all, pod, no)
+    found, address = waypoints.Mesh(mesh.node, mesh.client, mesh.waypoint), str(first.address4)
+
+    def answered(header: str = "") -> set[int]:
+        return {code for code, _ in ask(found, 1, header, address=address, port=8080)}
+
+    until(lambda: answered("x-no: no") == {403}, "the policy at the pod's own address")
+    assert answered() == {200}
+
+
 def test_killing_waypoint_mgr_costs_nothing_and_what_changed_meanwhile_is_read(
     mesh: Mesh, routed: Namespace
 ) -> None:
