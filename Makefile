@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OBJECTS := pykmesh/kernel/objects
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup build run demo test check format proto bench clean test-compose istio-tools test-istio
+.PHONY: setup build run demo test explore check format proto bench clean test-compose istio-tools test-istio
 
 run: setup
 	$(Q)$(BIN)/pykmesh demo
@@ -16,6 +16,9 @@ demo: run
 test: setup
 	$(Q)$(BIN)/pykmesh check --brief
 	$(Q)$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(TEST_ARGS)
+
+explore: setup
+	$(Q)$(BIN)/python -m pytest --hypothesis-profile=explore $(TEST_ARGS) tests/unit tests/controlplane tests/telemetry
 
 setup: $(VENV)/.ready build
 

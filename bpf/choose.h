@@ -7,7 +7,8 @@
  * that is not known is left alone.
  *
  * What is verified_once is so for the verifier: it follows the function by itself, once, for any arguments,
- * and not at each call on each way to it. Such arguments may be NULL.
+ * and not at each call on each way to it. Such arguments may be NULL, and what they point to is no key to
+ * look up for 6.1: keys lie on the stack.
  */
 #pragma once
 
@@ -336,10 +337,10 @@ verified_once int find_service(const struct destination *to, __u64 networks, str
 		met = step < 2 || found != FOUND_ADDRESS ? &known : &ranged;
 		*verdict = unserved_verdict(met);
 		if (met->kind == ADDRESS_WORKLOAD && *verdict == REASON_WAYPOINT_UNAVAILABLE) {
-			key->address = to->address;
-			key->network = common;
-			key->port = 0;
-			return read_service(key, service);
+			struct service_key any = { .address = to->address, .network = common };
+
+			*key = any;
+			return read_service(&any, service);
 		}
 		if (*verdict != REASON_NO_PORT)
 			return false;

@@ -13,6 +13,11 @@ import pytest
 
 from pykmesh.kernel.netns import CLONE_NEWNET
 
+STEADY = "steady"
+"""The same examples each time; `make explore` has others."""
+hypothesis.settings.register_profile(STEADY, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None)
+
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
@@ -26,8 +31,7 @@ async def one_event_loop(anyio_backend: str) -> AsyncIterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    hypothesis.settings.register_profile("untimed", deadline=None)
-    hypothesis.settings.load_profile("untimed")
+    hypothesis.settings.load_profile(config.getoption("--hypothesis-profile") or STEADY)
     # What a shell starts in the background ignores it, and so does all that is started from there.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "kernel: needs root, for maps and programs in the kernel")
