@@ -389,8 +389,8 @@ def looking_up(names: Names, *asked: str) -> subprocess.Popen[str]:
 
 
 def test_killing_the_proxy_again_and_again_fails_no_resolution(names: Names) -> None:
-    process = looking_up(names, "other.test.", "web.shop.svc.cluster.local.")
-    for _ in range(3):
+    process, times = looking_up(names, "other.test.", "web.shop.svc.cluster.local."), 5
+    for _ in range(times):
         pid = names.node.pid_of("dns_proxy")
         os.kill(pid, signal.SIGKILL)
         until(lambda before=pid: names.node.pid_of("dns_proxy") != before, "another one")
@@ -398,7 +398,7 @@ def test_killing_the_proxy_again_and_again_fails_no_resolution(names: Names) -> 
     process.send_signal(signal.SIGTERM)
     asked, failed = process.communicate(timeout=30)[0].split(" ", 1)
     assert failed.strip() == "[]"
-    assert int(asked) > 10
+    assert int(asked) >= times
 
 
 def test_a_connected_socket_goes_on_with_the_proxy_after_an_orderly_end(names: Names) -> None:
