@@ -55,7 +55,7 @@ class ForkServer:
         try:
             pid = await self._ask({"command": command, "environment": dict(environment)}, its_output)
             pidfd = os.pidfd_open(pid)
-        except OSError:
+        except BaseException:
             os.close(output)
             raise
         finally:
