@@ -5,6 +5,7 @@
 #include "connect.h"
 #include "datagram.h"
 #include "dns.h"
+#include "handoff_option.h"
 #include "peer.h"
 #include "telemetry.h"
 #include "waypoint.h"

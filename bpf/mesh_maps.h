@@ -125,9 +125,18 @@ struct {
 	__type(value, struct identity_secret);
 } identity_secrets SEC(".maps");
 
+/* What waypoints of other nodes are told is sealed with. Writer: map_writer. Reader: sockops. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct handoff_secret);
+} handoff_secrets SEC(".maps");
+
 /*
- * Connections on their way to a waypoint of this node. Writer: sockops, before the SYN leaves. Reader and
- * remover: getsockopt, when it is accepted. Evicts the least recently used: the waypoint closes that one.
+ * Connections on their way to a waypoint of this node. Writer: sockops, of a client here before the SYN
+ * leaves, of one elsewhere when it is established. Reader and remover: getsockopt, when it is accepted.
+ * Evicts the least recently used: the waypoint closes that one.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -152,6 +161,14 @@ struct {
 	__type(key, __u32);
 	__type(value, __u64);
 } listeners SEC(".maps");
+
+/* What the SYN of a connection to a waypoint of another node says. Writer and reader: sockops. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct handoff_option);
+} claims SEC(".maps");
 
 /* Writer: dns_proxy. Reader: connect, sendmsg, recvmsg, getpeername. Full: that pod asks past the proxy. */
 struct {

@@ -194,15 +194,29 @@ struct identity_secret {
 
 /* What the client asked for, and who it is. */
 struct handoff_value {
-	__u64 service;
-	struct ip vip;
-	__be16 vip_port;
-	__u16 pad;
+	__u32 service;	/* the address itself, or a hash of it */
 	__u32 sequence; /* with which the client's SYN begins: of this connection, and no other of these ports
 			 */
+	__be16 prefix;	/* enum handoff_prefix */
+	__be16 port;
 	__u8 client_namespace[5];
 	__u8 client_account[5];
-	__u8 reserved[6];
+	__u8 reserved[10];
+};
+
+/* With which what is told to waypoints of other nodes is sealed: the same on all nodes. */
+struct handoff_secret {
+	__u64 key[2];
+	__u32 is_set;
+	__u32 pad;
+};
+
+/* A TCP option: kind, length, 16 bits that say what it is (enum handoff_prefix), and what is told. */
+struct handoff_option {
+	__u8 kind;
+	__u8 length;
+	__be16 prefix;
+	__u8 sealed[16];
 };
 
 /*
@@ -358,7 +372,9 @@ _Static_assert(sizeof(struct datagram_key) == 32, "datagram_key");
 _Static_assert(sizeof(struct datagram_value) == 32, "datagram_value");
 _Static_assert(sizeof(struct peer_key) == 24, "peer_key");
 _Static_assert(sizeof(struct handoff_key) == 40, "handoff_key");
-_Static_assert(sizeof(struct handoff_value) == 48, "handoff_value");
+_Static_assert(sizeof(struct handoff_value) == 32, "handoff_value");
+_Static_assert(sizeof(struct handoff_secret) == 24, "handoff_secret");
+_Static_assert(sizeof(struct handoff_option) == 20, "handoff_option");
 _Static_assert(sizeof(struct identity_value) == 24, "identity_value");
 _Static_assert(sizeof(struct front_key) == 20, "front_key");
 _Static_assert(sizeof(struct front_value) == 68, "front_value");

@@ -2,60 +2,18 @@
 /*
  * sockops and cgroup/sock_release: one record for each socket of an enrolled pod at its close, TCP
  * by its state changes (failed connects too), UDP when it is released. Opens are counted, not sent.
- * Keeps `loads` and `shunned`, by which endpoints are drawn, and `handoffs`, also where nothing is recorded.
+ * Keeps `loads` and `shunned`, by which endpoints are drawn, and tells waypoints what a connection is for
+ * (waypoint.h, handoff_option.h), also where nothing is recorded.
  * Decides nothing: traffic goes on whatever fails here, and what is lost is counted.
  */
 #pragma once
 
 #include <bpf/bpf_core_read.h>
-#include <stddef.h>
 
 #include "connect.h"
+#include "handoff_option.h"
 #include "kernel_types.h"
-#include "waypoint.h"
-
-/* One load at a fixed offset: the verifier refuses a context pointer that the compiler has moved. */
-#define CONTEXT(context, field)                                                                              \
-	({                                                                                                   \
-		__u32 word;                                                                                  \
-		asm volatile("%0 = *(u32 *)(%1 + %2)"                                                        \
-			     : "=r"(word)                                                                    \
-			     : "r"(context), "i"(offsetof(typeof(*context), field)));                        \
-		word;                                                                                        \
-	})
-
-static __always_inline struct ip sockops_local(struct bpf_sock_ops *ops)
-{
-	struct ip address;
-
-	if (ops->family == AF_INET)
-		return ip_from_v4(CONTEXT(ops, local_ip4));
-	address.word[0] = CONTEXT(ops, local_ip6[0]);
-	address.word[1] = CONTEXT(ops, local_ip6[1]);
-	address.word[2] = CONTEXT(ops, local_ip6[2]);
-	address.word[3] = CONTEXT(ops, local_ip6[3]);
-	return address;
-}
-
-static __always_inline struct ip sockops_remote(struct bpf_sock_ops *ops)
-{
-	struct ip address;
-
-	if (ops->family == AF_INET)
-		return ip_from_v4(CONTEXT(ops, remote_ip4));
-	address.word[0] = CONTEXT(ops, remote_ip6[0]);
-	address.word[1] = CONTEXT(ops, remote_ip6[1]);
-	address.word[2] = CONTEXT(ops, remote_ip6[2]);
-	address.word[3] = CONTEXT(ops, remote_ip6[3]);
-	return address;
-}
-
-/* remote_port is in network order in the upper half of the word on little-endian kernels (net/core/filter.c).
- */
-static __always_inline __be16 sockops_remote_port(struct bpf_sock_ops *ops)
-{
-	return bpf_htons(bpf_ntohl(ops->remote_port));
-}
+#include "sockops.h"
 
 static __always_inline struct socket_state *sockops_state(struct bpf_sock_ops *ops, __u64 flags)
 {
@@ -93,21 +51,30 @@ static __always_inline void balance(struct socket_state *state, __s64 step)
 		__sync_fetch_and_add(load, step);
 }
 
+/* To a waypoint of this node, or, where its front is none of this node's, of another one. */
+static __always_inline void hand_over(struct bpf_sock_ops *ops, struct bpf_sock *sk,
+				      const struct socket_state *state)
+{
+	struct handoff_key ends = { .client = sockops_local(ops),
+				    .waypoint = state->endpoint,
+				    .client_port = bpf_htons(ops->local_port),
+				    .waypoint_port = state->endpoint_port };
+	struct handoff_value asked = {};
+
+	if (!ask(sk, state, &asked))
+		return;
+	if (is_front_here(&ends) || !make_claim(ops, sk, &ends, &asked))
+		note_handoff(&ends, &asked);
+}
+
 static __always_inline void connecting(struct bpf_sock_ops *ops)
 {
 	struct socket_state *state = sockops_state(ops, 0);
 
 	if (!state || !state->service)
 		return;
-	if (state->handed_over) {
-		struct handoff_key key = { .client = sockops_local(ops),
-					   .waypoint = state->endpoint,
-					   .client_port = bpf_htons(ops->local_port),
-					   .waypoint_port = state->endpoint_port };
-
-		if (ops->sk)
-			note_handoff(ops->sk, &key, state);
-	}
+	if (state->handed_over && ops->sk)
+		hand_over(ops, ops->sk, state);
 	if (state->balanced == BALANCED_WANTED) {
 		balance(state, 1);
 		state->balanced = BALANCED_COUNTED;
@@ -236,7 +203,14 @@ int pykmesh_sockops(struct bpf_sock_ops *ops)
 			opened(ops);
 		}
 		break;
+	case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
+		claim_reserved(ops);
+		break;
+	case BPF_SOCK_OPS_WRITE_HDR_OPT_CB:
+		claim_written(ops);
+		break;
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
+		claim_delivered(ops);
 		if (has_telemetry)
 			opened(ops);
 		break;

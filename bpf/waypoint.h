@@ -2,7 +2,8 @@
 /*
  * How a waypoint learns what a connection is for: the client's side (sockops) notes it under the
  * connection's addresses and ports before the SYN leaves, and cgroup/getsockopt on the waypoint's side
- * answers SO_ORIGINAL_DST from there, once. Whoever connects to the waypoint by himself has no note: the
+ * answers SO_ORIGINAL_DST from there, once. For a client on another node the note is made when its SYN has
+ * come (handoff_option.h). Whoever connects to the waypoint by himself has no note: the
  * waypoint is told nothing, and closes.
  *
  * All instances of a waypoint on a node stand behind one address, its front: sk_lookup gives each new
@@ -11,7 +12,10 @@
  */
 #pragma once
 
+#include <bpf/bpf_core_read.h>
+
 #include "choose.h"
+#include "kernel_types.h"
 
 #define SOL_IP		0
 #define SOL_IPV6	41
@@ -28,6 +32,15 @@ struct original_destination {
 	__u8 account_id[5];
 	__u32 scope;
 };
+
+/* What stands for a service's address in the one that a waypoint is told. */
+static __always_inline __u32 service_word(const struct ip *vip)
+{
+	if (ip_is_v4(vip))
+		return vip->word[3];
+	return vip->word[0] * 0x9e3779b1u + vip->word[1] * 0x85ebca6bu + vip->word[2] * 0xc2b2ae35u +
+	       vip->word[3] * 0x27d4eb2fu;
+}
 
 /* One that changes while it is read is read again, then taken for unknown. */
 static __always_inline void note_client(__u64 netns_cookie, struct handoff_value *asked)
@@ -51,20 +64,25 @@ static __always_inline void note_client(__u64 netns_cookie, struct handoff_value
 	}
 }
 
-static __always_inline void note_handoff(struct bpf_sock *sk, const struct handoff_key *key,
-					 const struct socket_state *state)
+/* What a connection is for, before its SYN leaves; false: the kernel says too little of it. */
+static __always_inline bool ask(struct bpf_sock *sk, const struct socket_state *state,
+				struct handoff_value *asked)
 {
 	struct tcp_sock *tcp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
-	struct handoff_value asked = { .service = state->service,
-				       .vip = state->vip,
-				       .vip_port = state->vip_port };
 
 	if (!tcp)
-		return;
-	asked.sequence = BPF_CORE_READ(tcp, write_seq);
+		return false;
+	asked->service = service_word(&state->vip);
+	asked->prefix = bpf_htons(ip_is_v4(&state->vip) ? HANDOFF_IPV4 : HANDOFF_IPV6);
+	asked->port = state->vip_port;
+	asked->sequence = BPF_CORE_READ(tcp, write_seq);
+	note_client(state->netns_cookie, asked);
+	return true;
+}
 
-	note_client(state->netns_cookie, &asked);
-	if (bpf_map_update_elem(&handoffs, key, &asked, BPF_ANY))
+static __always_inline void note_handoff(const struct handoff_key *key, const struct handoff_value *asked)
+{
+	if (bpf_map_update_elem(&handoffs, key, asked, BPF_ANY))
 		count(REASON_STATE_LOST);
 }
 
@@ -90,15 +108,6 @@ static __always_inline bool handoff_key_of(struct bpf_sock *sk, struct handoff_k
 	return true;
 }
 
-/* What stands for a service's address in the one that a waypoint is told. */
-static __always_inline __u32 handoff_service(const struct ip *vip)
-{
-	if (ip_is_v4(vip))
-		return vip->word[3];
-	return vip->word[0] * 0x9e3779b1u + vip->word[1] * 0x85ebca6bu + vip->word[2] * 0xc2b2ae35u +
-	       vip->word[3] * 0x27d4eb2fu;
-}
-
 /*
  * Whether a note is of this connection: notes of those that came to nothing stay, and addresses and ports are
  * used again. What was received so far tells where the client began; a FIN counts as one byte more.
@@ -122,7 +131,6 @@ int pykmesh_origdst(struct bpf_sockopt *ctx)
 	struct handoff_key key = {};
 	struct handoff_value *asked;
 	struct bpf_sock *sk = ctx->sk;
-	__u32 service;
 
 	if (ctx->optname != SO_ORIGINAL_DST || (ctx->level != SOL_IP && ctx->level != SOL_IPV6) || !sk)
 		return 1;
@@ -131,12 +139,11 @@ int pykmesh_origdst(struct bpf_sockopt *ctx)
 	asked = bpf_map_lookup_elem(&handoffs, &key);
 	if (!asked || (void *)(answer + 1) > ctx->optval_end || !is_noted(sk, asked))
 		return 1;
-	service = handoff_service(&asked->vip);
 	answer->family = AF_INET6;
-	answer->port = asked->vip_port;
+	answer->port = asked->port;
 	answer->flow = 0;
-	answer->prefix = bpf_htons(ip_is_v4(&asked->vip) ? HANDOFF_IPV4 : HANDOFF_IPV6);
-	__builtin_memcpy(answer->service, &service, sizeof(service));
+	answer->prefix = asked->prefix;
+	__builtin_memcpy(answer->service, &asked->service, sizeof(answer->service));
 	__builtin_memcpy(answer->namespace_id, asked->client_namespace, sizeof(answer->namespace_id));
 	__builtin_memcpy(answer->account_id, asked->client_account, sizeof(answer->account_id));
 	answer->scope = 0;

@@ -120,6 +120,11 @@ def _parse_settings(values: tuple[str, ...]) -> dict[str, str]:
     help="The network namespace that waypoints run in (this one).",
 )
 @click.option(
+    "--mesh-key-file",
+    type=click.Path(path_type=Path),
+    help="The mesh's key, the same on all nodes: waypoints serve other nodes' pods too.",
+)
+@click.option(
     "--kubeconfig",
     default="",
     metavar="FILE",
@@ -181,7 +186,8 @@ def up(
 
 def _check_readable(options: Any) -> None:
     """Failure for a file without which a process would only go on trying."""
-    from pykmesh.contracts.settings import IN_CLUSTER
+    from pykmesh.contracts.handoff import read_mesh_key
+    from pykmesh.contracts.settings import IN_CLUSTER, SettingsError
 
     files = {
         "--xds-root-cert": options.xds_root_cert,
@@ -194,6 +200,11 @@ def _check_readable(options: Any) -> None:
                 path.read_bytes()
         except OSError as error:
             raise Failure(f"{option} {path}: {error.strerror}") from error
+    if options.mesh_key_file:
+        try:
+            read_mesh_key(options.mesh_key_file)
+        except SettingsError as error:
+            raise Failure(f"--mesh-key-file: {error}") from error
 
 
 def _run(instance: Instance, options: Any, *, behind: bool) -> None:

@@ -8,16 +8,20 @@ apart are a conflict that its status names.
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
+from pathlib import Path
 from typing import Final, NamedTuple
 
+from pykmesh.contracts.settings import SettingsError
 from pykmesh.kernel.layout import HandoffPrefix
-from pykmesh.kernel.records import Ip, is_v4
+from pykmesh.kernel.records import HANDOFF_SECRET, IDENTITY_SECRET_BYTES, Ip, is_v4
 
 ID_BYTES: Final = 5
 SERVICE_BITS: Final = 48
 NAMESPACE_BITS: Final = SERVICE_BITS + 8 * ID_BYTES
 ALL_BITS: Final = 128
+MESH_KEY_MIN: Final = 32
 
 _MULTIPLIERS: Final = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F)
 _NO_ID: Final = bytes(ID_BYTES)
@@ -47,3 +51,23 @@ def _service(vip: Ip) -> bytes:
     words = (int.from_bytes(vip[at : at + 4], "little") for at in range(0, 16, 4))
     hashed = sum(word * by for word, by in zip(words, _MULTIPLIERS, strict=True))
     return (hashed % 2**32).to_bytes(4, "little")
+
+
+class MeshKey(NamedTuple):
+    """What is made of the mesh's key: with what identities are hashed, and a value of `handoff_secrets`."""
+
+    identity: bytes
+    handoff: bytes
+
+
+def read_mesh_key(path: Path) -> MeshKey:
+    """From a file of at least 32 bytes; white space around them does not count. SettingsError."""
+    try:
+        key = path.read_bytes().strip()
+    except OSError as error:
+        raise SettingsError(f"mesh_key_file {path}: {error.strerror}") from error
+    if len(key) < MESH_KEY_MIN:
+        raise SettingsError(f"mesh_key_file {path} has {len(key)} bytes, not the {MESH_KEY_MIN} of a key")
+    identity = hashlib.blake2b(key, digest_size=IDENTITY_SECRET_BYTES, person=b"identity").digest()
+    handoff = hashlib.blake2b(key, digest_size=16, person=b"handoff").digest()
+    return MeshKey(identity, HANDOFF_SECRET.pack(handoff, 1))

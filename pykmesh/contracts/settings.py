@@ -83,6 +83,8 @@ class MapWriterSettings(CommonSettings, frozen=True, kw_only=True):
     """Services whose endpoints are drawn by open connections, `namespace/hostname`, separated by commas."""
     cluster_domain: str = "cluster.local"
     """The domain of Kubernetes services' names, which answers to questions about names go by."""
+    mesh_key_file: Path | None = None
+    """The mesh's key, the same on all its nodes, for waypoints that serve pods of other nodes."""
     hostname_refresh_s: float = 30.0
     """How often the host names of workloads are looked up again."""
 

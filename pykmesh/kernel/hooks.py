@@ -36,7 +36,7 @@ HOOKS: Final = (
 )
 
 # Of a waypoint's cgroup.
-WAYPOINT_HOOKS: Final = (Hook("pykmesh_origdst", 21),)
+WAYPOINT_HOOKS: Final = (Hook("pykmesh_origdst", 21), Hook("pykmesh_arrived", 3))
 
 # Of the network namespace that waypoints' instances listen in.
 FRONT_HOOK: Final = Hook("pykmesh_front", 36)

@@ -37,11 +37,12 @@ POD_KEY: Final = codec("pod_key", "netns_cookie")
 POD_VALUE: Final = codec("pod_value", "address4", "address6", "network", "cgroup_id")
 HANDOFF_KEY: Final = codec("handoff_key", "client", "waypoint", "client_port", "waypoint_port")
 HANDOFF_VALUE: Final = codec(
-    "handoff_value", "service", "vip", "vip_port", "sequence", "client_namespace", "client_account"
+    "handoff_value", "service", "sequence", "prefix", "port", "client_namespace", "client_account"
 )
 IDENTITY_VALUE: Final = codec("identity_value", "netns_cookie", "namespace_id", "account_id")
 IDENTITY_SECRET_KEY: Final = bytes(4)
 IDENTITY_SECRET_BYTES: Final = 32
+HANDOFF_SECRET: Final = codec("handoff_secret", "key", "is_set")
 DNS_KEY: Final = codec("dns_key", "netns_cookie", "slot")
 DNS_LISTENER: Final = codec("dns_listener", "beat_ns", "port", "is_6")
 DNS_SERVER: Final = codec("dns_server", "address")

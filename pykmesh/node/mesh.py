@@ -50,6 +50,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     waypoint_address: str = ""
     """Where waypoints listen, for this node's pods."""
     waypoint_netns: Path | None = None
+    mesh_key_file: Path | None = None
+    """For waypoints that serve pods of other nodes: the same key on all."""
     kubeconfig: str = ""
     """Of the API server whose Gateways are run here, beside an istiod."""
     settings: dict[str, str] = {}
@@ -126,6 +128,7 @@ def _service(instance: Instance, options: Options, name: str) -> CommonSettings:
             node_name=options.node_name,
             cluster_id=options.cluster_id,
             refuse_unenforced_policy=options.refuse_unenforced_policy,
+            mesh_key_file=options.mesh_key_file,
         )
     if name == "telemetry":
         return TelemetrySettings(**common, metrics_port=instance.ports.metrics)  # type: ignore[arg-type]

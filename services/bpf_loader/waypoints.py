@@ -7,6 +7,7 @@ the maps `fronts` and `listeners`.
 from __future__ import annotations
 
 import os
+import socket
 import struct
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from services.bpf_loader import pinned
 log = structlog.get_logger(__name__)
 
 COOKIE_BYTES: Final = 8
+_TCP_SAVE_SYN: Final = 27  # linux/tcp.h
 
 
 class Waypoints:
@@ -91,13 +93,14 @@ class Waypoints:
         try:
             key = FRONT_KEY.pack(ip_from_text(front.address), front.port)
             for port, socket_fd in zip(front.listening, listening, strict=True):
+                _keep_syns(socket_fd)
                 self._listeners.put(_port(port), socket_fd.to_bytes(8, "little"))
             if front.instances:
                 ports = b"".join(port.to_bytes(2, "little") for port in front.instances)
                 self._fronts.put(key, FRONT_VALUE.pack(len(front.instances), ports))
             else:
                 self._fronts.remove(key)
-        except (ValueError, OverflowError, struct.error, libbpf.KernelError) as error:
+        except (ValueError, OverflowError, struct.error, OSError) as error:
             raise EnrollmentError(f"front {front.address}:{front.port}: {error}") from error
         return [port for port in front.instances if not self._has_listener(port)]
 
@@ -114,6 +117,12 @@ class Waypoints:
 
     def _has_listener(self, port: int) -> bool:
         return libbpf.lookup(self._listeners.fd, _port(port), COOKIE_BYTES) is not None
+
+
+def _keep_syns(socket_fd: int) -> None:
+    """What other nodes say is in the SYN (bpf/handoff_option.h). Of what listens already, too."""
+    with socket.socket(fileno=os.dup(socket_fd)) as listening:
+        listening.setsockopt(socket.IPPROTO_TCP, _TCP_SAVE_SYN, 1)
 
 
 def _port(number: int) -> bytes:

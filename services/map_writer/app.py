@@ -26,6 +26,7 @@ from pykmesh import metrics, tracing
 from pykmesh.bus import Bus, BusUnavailableError, Headers
 from pykmesh.contracts import messages
 from pykmesh.contracts.address import Selection
+from pykmesh.contracts.handoff import read_mesh_key
 from pykmesh.contracts.messages import (
     ConfigBatch,
     ContractError,
@@ -94,7 +95,12 @@ class MapWriter:
         self.identities = identities
         self.follower = Follower(_here(settings))
         self.directory = Directory()
-        self.rules = Rules(settings.network, settings.refuse_unenforced_policy, selections(settings))
+        self.rules = Rules(
+            settings.network,
+            settings.refuse_unenforced_policy,
+            selections(settings),
+            has_mesh_key=settings.mesh_key_file is not None,
+        )
         self.planner: Planner
         self._applied = ("", 0)
         self.last_write: dict[str, Any] = {}
@@ -348,11 +354,13 @@ SMALL_BYTES = 4096
 async def run(runtime: Runtime[MapWriterSettings]) -> None:
     """Waits for pins and broker, then follows until cancelled. Exit leaves the maps as they are."""
     check_enums()
+    key_file = runtime.settings.mesh_key_file
+    mesh_key = read_mesh_key(key_file) if key_file else None
     for task in ("pins", "maps", "snapshot"):
         runtime.readiness.wait_for(task)
     maps = await runtime.open_pins(Maps, PinError)
     bus = await runtime.connect_bus()
-    identities = Identities(runtime.settings.pin_dir, runtime.note_error)
+    identities = Identities(runtime.settings.pin_dir, runtime.note_error, mesh_key)
     writer = MapWriter(runtime, bus, maps, identities)
     async with anyio.create_task_group() as tasks:
         await bus.subscribe(Subject.CONFIG_LOG, writer.receive)

@@ -114,6 +114,8 @@ class Rules(NamedTuple):
     refuse_unenforced_policy: bool = False
     selections: Mapping[str, Selection] = {}
     """By service: before what the control plane says."""
+    has_mesh_key: bool = False
+    """Connections can be handed over to waypoints of other nodes."""
 
 
 def desired_service(mesh: Mesh, name: str, rules: Rules) -> DesiredService:
@@ -309,7 +311,7 @@ def _endpoints(
 ) -> EndpointsOf:
     """What makes the lists of a port of this service, and fills in the weights where they differ.
 
-    Of a waypoint: where connections can be handed over from here.
+    Of a waypoint: where connections can be handed over from here, other nodes' where this one has none.
     """
     groups = mesh.ordinary_members.get(service.name)
     if (
@@ -322,7 +324,8 @@ def _endpoints(
         return partial(_lists_of_groups, service, own) if own else _nothing
     usable = list(_usable(mesh, service, rules))
     if is_waypoint:
-        usable = [each for each in usable if node_of_front(each.uid) in ("", mesh.here.node)]
+        here = [each for each in usable if node_of_front(each.uid) in ("", mesh.here.node)]
+        usable = here if here or not rules.has_mesh_key else usable
     if not usable:
         return _nothing
     if is_ranked(service):

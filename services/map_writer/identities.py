@@ -4,6 +4,10 @@ An identity is that of the workload at the pod's address: as true as the control
 which address, and no more (no certificate is asked for). A pod at whose address nobody is known, or several
 pods, is nobody. So is one whose address another pod had before, until the control plane speaks of it again:
 what it said before was said of the other. A mesh that is read anew speaks of it if it says another there.
+
+With a mesh key ids are the same on all nodes, and so is what seals the claims of connections to waypoints
+of other nodes (bpf/handoff_option.h). When it changes the ids do, and Envoys do not hear of it at once: until
+they have, every pod is nobody, which is stricter with each policy.
 """
 
 from __future__ import annotations
@@ -11,19 +15,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 import anyio
+import structlog
 
 from pykmesh.contracts.address import Workload, workload_message
-from pykmesh.contracts.handoff import ID_BYTES, NOBODY, Identity
+from pykmesh.contracts.handoff import ID_BYTES, NOBODY, Identity, MeshKey
 from pykmesh.contracts.waypoints import account_name
 from pykmesh.kernel import libbpf, pins
 from pykmesh.kernel.maps import MapFullError, PinnedMap
 from pykmesh.kernel.records import (
     ADDRESS_KEY,
+    HANDOFF_SECRET,
     IDENTITY_SECRET_BYTES,
     IDENTITY_SECRET_KEY,
     IDENTITY_VALUE,
@@ -34,14 +41,21 @@ from pykmesh.kernel.records import (
 from services.map_writer.follower import Change
 from services.map_writer.mesh import Mesh, Place
 
+log = structlog.get_logger(__name__)
+
 _NO_SECRET: Final = bytes(IDENTITY_SECRET_BYTES)
+_NO_HANDOFF_SECRET: Final = bytes(HANDOFF_SECRET.size)
 LOOK_S: Final = 0.2
+WITHHELD_S: Final = 15.0
+"""How long waypoint_mgr and its Envoys may take to hear of other ids: it asks at least every ten seconds."""
 
 
 class Identities:
     """Until a whole mesh is followed the map stays as it was. PinError when the maps are not there."""
 
-    def __init__(self, pin_dir: Path, note_error: Callable[..., None]) -> None:
+    def __init__(
+        self, pin_dir: Path, note_error: Callable[..., None], mesh_key: MeshKey | None = None
+    ) -> None:
         directory = pins.maps_dir(pin_dir)
         self._note_error = note_error
         self._mesh: Mesh | None = None
@@ -55,7 +69,12 @@ class Identities:
             self._pods_map = opened.enter_context(PinnedMap(directory, "pods"))
             self._map = opened.enter_context(PinnedMap(directory, "identities"))
             self._secrets = opened.enter_context(PinnedMap(directory, "identity_secrets"))
-            self._secret = _secret(self._secrets)
+            self._handoff_secrets = opened.enter_context(PinnedMap(directory, "handoff_secrets"))
+            self.withheld_until = 0.0
+            self._handoff_secret = mesh_key.handoff if mesh_key else _NO_HANDOFF_SECRET
+            self._secret = self._take(mesh_key) if mesh_key else _secret(self._secrets)
+            if not self.withheld_until:
+                self._handoff_secrets.put(IDENTITY_SECRET_KEY, self._handoff_secret)
             self.close = opened.pop_all().close
 
     async def run(self) -> None:
@@ -64,7 +83,24 @@ class Identities:
             self.look()
             await anyio.sleep(LOOK_S)
 
+    def _take(self, mesh_key: MeshKey) -> bytes:
+        """In this order: who is ended in between withholds them again, until the last of it is written."""
+        known = self._secrets.get(IDENTITY_SECRET_KEY) or _NO_SECRET
+        is_new = (known, self._handoff_secrets.get(IDENTITY_SECRET_KEY)) != mesh_key
+        if is_new and known != _NO_SECRET:
+            self.withheld_until = time.monotonic() + WITHHELD_S
+            self._handoff_secrets.put(IDENTITY_SECRET_KEY, _NO_HANDOFF_SECRET)
+            for key in [key for key, _ in self._map.items()]:
+                self._map.remove(key)
+            log.warning("mesh_key_changed", effect=f"pods are nobody to waypoints for {WITHHELD_S:.0f} s")
+        self._secrets.put(IDENTITY_SECRET_KEY, mesh_key.identity)
+        return mesh_key.identity
+
     def look(self) -> None:
+        if self.withheld_until and time.monotonic() > self.withheld_until:
+            self.withheld_until = 0.0
+            self._handoff_secrets.put(IDENTITY_SECRET_KEY, self._handoff_secret)
+            self._say()
         pods = {key: tuple(_places(value)) for key, value in self._pods_map.items()}
         if pods != self._pods:
             for key, places in pods.items():
@@ -90,7 +126,8 @@ class Identities:
         return found.uid if found else ""
 
     def are_current(self) -> bool:
-        return all(pinned.is_current() for pinned in (self._pods_map, self._map, self._secrets))
+        opened = (self._pods_map, self._map, self._secrets, self._handoff_secrets)
+        return all(pinned.is_current() for pinned in opened)
 
     def namespace_id(self, namespace: str) -> bytes:
         return self._hash(f"ns {namespace}")
@@ -105,7 +142,7 @@ class Identities:
 
     def _say(self) -> None:
         """Makes the map say what is so: what cannot be written is tried again at the next change."""
-        if self._mesh is None:
+        if self._mesh is None or self.withheld_until:
             return
         wanted = {}
         for key, places in self._pods.items():

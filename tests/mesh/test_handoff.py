@@ -13,7 +13,7 @@ from pykmesh.contracts.enrollment import Action, ask_for_cgroup
 from pykmesh.contracts.handoff import NOBODY, Identity, told_address
 from pykmesh.demo.pods import Pod
 from pykmesh.kernel import pins
-from pykmesh.kernel.layout import Reason
+from pykmesh.kernel.layout import HandoffPrefix, Reason
 from pykmesh.kernel.maps import PinnedMap
 from pykmesh.kernel.records import HANDOFF_KEY, HANDOFF_VALUE, IDENTITY_VALUE, ip_from_text
 from tests.mesh.manifests import Object, host, pod, service, text
@@ -207,7 +207,9 @@ def test_what_is_noted_of_a_connection_that_came_to_nothing_is_nobody_elses(hand
     a_free_one = "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])"
     client_port = int(python(handed_over.client, a_free_one))
     with PinnedMap(maps_dir, "handoffs") as handoffs:
-        note = HANDOFF_VALUE.pack(1, ip_from_text(VIP4), (80).to_bytes(2, "big"), 12345, b"nsnsn", b"acact")
+        word = int.from_bytes(ip_from_text(VIP4)[12:], "little")
+        ends = (HandoffPrefix.IPV4.to_bytes(2, "big"), (80).to_bytes(2, "big"))
+        note = HANDOFF_VALUE.pack(word, 12345, *ends, b"nsnsn", b"acact")
         addresses = map(ip_from_text, (str(handed_over.client.address4), str(handed_over.waypoint.address4)))
         ends = (number.to_bytes(2, "big") for number in (client_port, PORT))
         handoffs.put(HANDOFF_KEY.pack(*addresses, *ends), note)

@@ -82,8 +82,8 @@ SPLIT: Object = {
 
 
 @contextlib.contextmanager
-def waypoint_mesh(directory: Path, subnet: int, **annotations: str) -> Iterator[Mesh]:
-    """`directory` is short: sockets lie in it."""
+def waypoint_mesh(directory: Path, subnet: int, *options: str, **annotations: str) -> Iterator[Mesh]:
+    """`directory` is short: sockets lie in it. `options` of `up`."""
     node = Node(directory, subnet=subnet)
     try:
         with node.network as network:
@@ -101,7 +101,7 @@ def waypoint_mesh(directory: Path, subnet: int, **annotations: str) -> Iterator[
             node.write("shop", text(shop()))
             node.write("route", text(route(CANARY, SPLIT)))
             address = ("--waypoint-address", str(waypoint.address4), "--waypoint-netns", str(waypoint.netns))
-            node.start(*address)
+            node.start(*address, *options)
             node.enroll(client)
             found_mesh = Mesh(node, client, waypoint)
             until_handed_over(found_mesh)

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pykmesh.contracts.address import decode_address
-from pykmesh.contracts.handoff import Identity
+from pykmesh.contracts.handoff import Identity, MeshKey, read_mesh_key
+from pykmesh.contracts.settings import SettingsError
 from pykmesh.contracts.waypoints import account_name
 from pykmesh.kernel import hooks, pins
 from pykmesh.kernel.maps import PinnedMap
-from pykmesh.kernel.records import IDENTITY_VALUE, NO_IP, POD_KEY, POD_VALUE, ip_from_text
+from pykmesh.kernel.records import (
+    HANDOFF_SECRET,
+    IDENTITY_SECRET_BYTES,
+    IDENTITY_SECRET_KEY,
+    IDENTITY_VALUE,
+    NO_IP,
+    POD_KEY,
+    POD_VALUE,
+    ip_from_text,
+)
 from services.map_writer.follower import Change
 from services.map_writer.identities import Identities
 from services.map_writer.mesh import Mesh, Touched
@@ -121,6 +132,58 @@ def test_a_mesh_that_is_read_anew_may_say_who_took_an_address_over(world: World)
     anew.put(said.name, decode_address(said.resource.value), touched)
     world.identities.follow(anew, Change(True, touched))
     assert world.identity(2) == world.default
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> MeshKey:
+    path = tmp_path / "mesh.key"
+    path.write_text("k" * 32 + "\n")
+    return read_mesh_key(path)
+
+
+def test_nodes_with_the_same_key_have_the_same_ids(world: World, pin_dir: Path, key: MeshKey) -> None:
+    """Who has another one is nobody until those have heard that are told ids, also after another start."""
+    world.say("web-1", "10.1.0.1")
+    world.enroll(1, "10.1.0.1")
+    for _ in range(2):
+        changed = Identities(pin_dir, lambda *_, **__: None, key)
+        changed.look()
+        changed.follow(world.mesh, Change(True, Touched()))
+        assert (world.identity(1), handoff_secret(pin_dir)) == (None, bytes(HANDOFF_SECRET.size))
+        assert changed.namespace_id("shop") != world.identities.namespace_id("shop")
+    changed.withheld_until = time.monotonic()
+    changed.look()
+    same = Identities(pin_dir, lambda *_, **__: None, key)
+    same.look()
+    same.follow(world.mesh, Change(True, Touched()))
+    own = Identity(same.namespace_id("shop"), same.account_id(account_name("shop", "default")))
+    assert (world.identity(1), handoff_secret(pin_dir)) == (own, key.handoff)
+    world.identities = Identities(pin_dir, lambda *_, **__: None)
+    assert handoff_secret(pin_dir) == bytes(HANDOFF_SECRET.size), "no key any more"
+    assert world.identities.namespace_id("shop") == same.namespace_id("shop")
+
+
+def test_a_node_that_never_had_a_key_begins_with_it_at_once(pin_dir: Path, key: MeshKey) -> None:
+    with PinnedMap(pins.maps_dir(pin_dir), "identity_secrets") as secrets:
+        before = secrets.get(IDENTITY_SECRET_KEY) or b""
+        secrets.put(IDENTITY_SECRET_KEY, bytes(IDENTITY_SECRET_BYTES))
+        Identities(pin_dir, lambda *_, **__: None, key).close()
+        assert handoff_secret(pin_dir) == key.handoff
+        secrets.put(IDENTITY_SECRET_KEY, before)
+
+
+def test_what_is_no_key_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "mesh.key"
+    with pytest.raises(SettingsError, match=r"mesh\.key: No such file"):
+        read_mesh_key(path)
+    path.write_text("short\n")
+    with pytest.raises(SettingsError, match="has 5 bytes, not the 32"):
+        read_mesh_key(path)
+
+
+def handoff_secret(pin_dir: Path) -> bytes | None:
+    with PinnedMap(pins.maps_dir(pin_dir), "handoff_secrets") as secrets:
+        return secrets.get(IDENTITY_SECRET_KEY)
 
 
 def test_ids_outlive_the_process_and_its_maps_say_what_they_said(world: World, pin_dir: Path) -> None:
