@@ -109,7 +109,10 @@ class Folder:
         for name, signature in files.items():
             before = self._files.get(name)
             if signature and (before is None or before.signature != signature):
-                self._files[name] = self._read_file(name, signature, before)
+                try:
+                    self._files[name] = self._read_file(name, signature, before)
+                except FileNotFoundError:  # since it was seen: the next look says what became of it
+                    continue
         self._folder_errors = _errors_of(sight)
         if "" not in sight.unreadable:
             self._identity = sight.identity
@@ -128,6 +131,8 @@ class Folder:
         now_ns = time.time_ns()
         try:
             content = (self._path / name).read_bytes()
+        except FileNotFoundError:
+            raise
         except OSError as error:
             errors = (ConfigError(_shown(name), 0, "", f"Cannot be read: {error.strerror}"),)
             return _File(None, None, good, errors)

@@ -147,6 +147,22 @@ def test_a_folder_that_is_gone_keeps_its_state_until_there_is_a_file_in_another(
     assert _read(folder) == Content()
 
 
+def test_what_goes_between_look_and_read_counts_as_it_did_until_the_next_look(tmp_path: Path) -> None:
+    path = tmp_path / "config"
+    write(path / "a.yaml", pod("a"))
+    folder = Folder(path)
+    _read(folder)
+    write(path / "a.yaml", pod("a2"))
+    write(path / "b.yaml", pod("b"))
+    sight = folder.look()
+    path.rename(tmp_path / "away")
+    path.mkdir()
+    content = folder.read(sight)
+    assert (_names(content), content.errors) == (["a"], ())
+    (error,) = _read(folder).errors
+    assert str(error).startswith(".:0: Another folder, and empty: ")
+
+
 def test_a_folder_that_is_back_as_it_was_is_read_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "config"
     write(path / "a.yaml", pod("a"))
