@@ -29,7 +29,7 @@ def slice_name(front: str, node: str) -> str:
 def node_of_front(uid: str) -> str:
     """Of the workload that control planes make of it; "" where that does not say.
 
-    Connections are handed over within a node: a front on another one would not know what they are for.
+    Without a mesh key connections are handed over within a node alone.
     """
     cluster_and_kind, _, rest = uid.partition(f"/{_SLICE}/")
     name = rest.split("/")[1] if cluster_and_kind and rest.count("/") == 2 else ""

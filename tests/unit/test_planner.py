@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from pykmesh.contracts.address import Families, Mode, Range, Service, Waypoint, Workload
-from pykmesh.contracts.waypoints import HANDOFF_PORT
+from pykmesh.contracts.waypoints import HANDOFF_PORT, slice_name
 from pykmesh.kernel.layout import AddressKind, Reason
 from pykmesh.kernel.records import (
     ADDRESS_KEY,
@@ -23,7 +23,7 @@ from pykmesh.kernel.records import (
     network_id,
     range_to_text,
 )
-from services.map_writer.desired import Rules
+from services.map_writer.desired import Rules, desired_service
 from services.map_writer.mesh import Mesh, Touched, place_of
 from services.map_writer.planner import Held, Limits, Planner
 from tests.unit import mesh_model as model
@@ -147,6 +147,34 @@ def test_several_waypoints_share_connections_by_their_weights() -> None:
     assert said() == [Reason.ROUTED, "1000"]
     world.take([Change(new.name, made(new.name))])
     assert said() == [Reason.WAYPOINT_UNSUPPORTED]
+
+
+def test_a_waypoint_of_another_node_serves_where_this_one_has_none_and_the_mesh_has_a_key() -> None:
+    shop = msgspec.structs.replace(
+        made("shop/a.shop", vips=(("", ip_from_text("10.96.0.1")),)), waypoints=(Waypoint("shop/b.shop"),)
+    )
+    waypoint = msgspec.structs.replace(made("shop/b.shop"), ports=((HANDOFF_PORT, 15008),))
+    of_here, elsewhere = (
+        f"Kubernetes/discovery.k8s.io/EndpointSlice/shop/{slice_name('b', node)}/10.0.0.1"
+        for node in (model.HERE.node, "elsewhere")
+    )
+
+    def instances(rules: Rules, *fronts: str) -> set[str]:
+        mesh = Mesh(model.HERE)
+        for resource in (shop, waypoint):
+            mesh.put(resource.name, resource, Touched())
+        for number, uid in enumerate(fronts):
+            mesh.put(uid, msgspec.structs.replace(member(model.UIDS[number], waypoint), uid=uid), Touched())
+        found = desired_service(mesh, shop.name, rules)
+        (frontend,) = found.frontends.values()
+        uids = {uid for values in found.lists.values() for uid in values.values()}
+        assert frontend.verdict is (Reason.ROUTED if uids else Reason.WAYPOINT_UNAVAILABLE)
+        return uids
+
+    alone, with_key = Rules(), Rules(has_mesh_key=True)
+    assert instances(alone, elsewhere) == set()
+    assert instances(with_key, elsewhere) == {elsewhere}
+    assert instances(with_key, elsewhere, of_here) == {of_here} == instances(alone, elsewhere, of_here)
 
 
 def member(uid: str, service: Service) -> Workload:
