@@ -23,7 +23,7 @@ VIP4, VIP6 = "10.96.0.10", "fd96::10"
 PORT = 15400
 HEAR = """
 import socket
-with socket.create_connection(({address!r}, {port}), 5) as s:
+with socket.create_connection(({address!r}, {port}), 5, ("", {own_port})) as s:
     s.settimeout(5)
     print(s.recv(100).decode(), s.getpeername()[0], s.getpeername()[1], sep="|")
 """
@@ -145,7 +145,7 @@ def told(mesh: Mesh, vip: str) -> str:
 
 def hear(mesh: Mesh, address: str = VIP4) -> str:
     """What the waypoint says that it was told."""
-    return python(mesh.client, HEAR.format(address=address, port=80)).partition(" ")[0]
+    return python(mesh.client, HEAR.format(address=address, port=80, own_port=0)).partition(" ")[0]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def hear(mesh: Mesh, address: str = VIP4) -> str:
 def test_the_waypoint_is_told_what_was_asked_for_and_who_asks_before_a_byte_is_sent(
     handed_over: Mesh, asked: str, vip: str
 ) -> None:
-    heard = python(handed_over.client, HEAR.format(address=asked, port=80))
+    heard = python(handed_over.client, HEAR.format(address=asked, port=80, own_port=0))
     assert heard == f"{told(handed_over, vip)} 80|{asked}|80"
 
 
@@ -191,13 +191,13 @@ def test_an_ipv6_service_reaches_a_waypoint_of_ipv4_alone_and_is_told_as_such(ha
     node = handed_over.node
     node.write("waypoint", text(*waypoint_service(handed_over.waypoint, families=("IPv4",))))
     node.until_endpoints(host("web"), {f"{handed_over.waypoint.address4}:{PORT}"})
-    heard = python(handed_over.client, HEAR.format(address=VIP6, port=80))
+    heard = python(handed_over.client, HEAR.format(address=VIP6, port=80, own_port=0))
     assert heard == f"{told(handed_over, VIP6)} 80|{VIP6}|80"
 
 
 def test_who_connects_to_the_waypoint_by_himself_is_no_client_of_a_service(handed_over: Mesh) -> None:
     address = handed_over.waypoint.address4
-    heard = python(handed_over.client, HEAR.format(address=address, port=PORT))
+    heard = python(handed_over.client, HEAR.format(address=address, port=PORT, own_port=0))
     assert heard == f"nothing|{address}|{PORT}"
 
 
@@ -269,6 +269,7 @@ def refusals(node: Node) -> dict[str, int]:
         return {Reason(index).label: count for index, count in enumerate(counters.counter_sums())}
 
 
+RESTED_PORT = 9999
 COOKIES = """
 import pathlib
 pathlib.Path("/proc/sys/net/ipv4/tcp_syncookies").write_text("{mode}")
@@ -279,9 +280,10 @@ print(dict(zip(names, values))["SyncookiesRecv"])
 
 @pytest.mark.parametrize("address", [VIP4, VIP6], ids=["IPv4", "IPv6"])
 def test_what_begins_with_a_syn_cookie_is_told_as_any_other(handed_over: Mesh, address: str) -> None:
+    """From a port that no client had: one whose last connection still rests begins without a cookie."""
     before = int(python(handed_over.waypoint, COOKIES.format(mode=2)))
     try:
-        heard = python(handed_over.client, HEAR.format(address=address, port=80))
+        heard = python(handed_over.client, HEAR.format(address=address, port=80, own_port=RESTED_PORT))
     finally:
         after = int(python(handed_over.waypoint, COOKIES.format(mode=1)))
     assert after > before

@@ -18,7 +18,7 @@ ASK = """
 import json, socket
 answers = []
 for _ in range({count}):
-    with socket.create_connection(({address!r}, {port}), 5) as s:
+    with socket.create_connection(({address!r}, {port}), 5, ("", {own_port})) as s:
         s.sendall(b"GET /{path} HTTP/1.1\\r\\nhost: shop\\r\\nconnection: close\\r\\n{header}\\r\\n")
         head, _, body = s.makefile("rb").read().partition(b"\\r\\n\\r\\n")
         answers.append([int(head.split()[1]) if head else 0, body.decode().strip()])
@@ -118,11 +118,16 @@ def until_handed_over(mesh: Mesh) -> None:
 
 
 def ask(
-    mesh: Mesh, count: int = 1, header: str = "", *, address: str = SHOP4, port: int = 80
+    mesh: Mesh, count: int = 1, header: str = "", *, address: str = SHOP4, port: int = 80, own_port: int = 0
 ) -> Counter[Any]:
     """Answers, by status and body, each over a connection of its own."""
     code = ASK.format(
-        count=count, address=address, port=port, path="", header=f"{header}\\r\\n" if header else ""
+        count=count,
+        address=address,
+        port=port,
+        own_port=own_port,
+        path="",
+        header=f"{header}\\r\\n" if header else "",
     )
     return Counter(map(tuple, json.loads(python(mesh.client, code, timeout_s=60))))
 

@@ -157,7 +157,9 @@ async def test_what_is_wanted_no_more_is_forgotten() -> None:
         await until_changed(changes, 1)
         found.want([JWTRule(issuer="i", jwks_uri="http://two/")])
         assert found.found == {}
-        await until_changed(changes, 2)
+        with anyio.fail_after(10):
+            while not found.found:  # noqa: ASYNC110  (one that was under way may be told first)
+                await anyio.sleep(0.005)
         tasks.cancel_scope.cancel()
     assert found.found == {"http://two/": "two"}
     assert places.asked[0] == ("http://one/", keys.TIMEOUT_S)
