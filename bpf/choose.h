@@ -350,10 +350,11 @@ verified_once int find_service(const struct destination *to, __u64 networks, str
 
 /*
  * `preferred` is a slot to keep when the list still has `choice->endpoint` (datagrams of one socket),
- * or -1. Returns REASON_ROUTED, REASON_PASSTHROUGH, or why it is refused.
+ * or -1. A workload's waypoint is for connections: datagrams go to the workload itself, as answers must.
+ * Returns REASON_ROUTED, REASON_PASSTHROUGH, or why it is refused.
  */
 static __always_inline enum reason choose(const struct destination *to, const struct client *client,
-					  __s64 preferred, struct choice *choice)
+					  bool is_datagram, __s64 preferred, struct choice *choice)
 {
 	struct service_key key = { .address = to->address,
 				   .network = client_network(client->pod),
@@ -361,11 +362,15 @@ static __always_inline enum reason choose(const struct destination *to, const st
 	struct service_value service = {};
 	enum reason verdict = REASON_NO_PORT;
 	__u64 networks;
+	bool found;
 	int attempt;
 
 	choice->rewrite = false;
 	networks = (__u64)view_of(client) << 32 | client_network(client->pod);
-	if (!find_service(to, networks, &key, &service, &verdict))
+	found = find_service(to, networks, &key, &service, &verdict);
+	if (is_datagram && (found ? !key.port : verdict == REASON_WAYPOINT_UNAVAILABLE))
+		return REASON_ROUTED;
+	if (!found)
 		return verdict;
 	choice->service = service.id;
 	if (service.affinity_s && preferred < 0)

@@ -78,7 +78,7 @@ static __always_inline void forget(struct bpf_sock_addr *ctx)
 		state->service = 0;
 }
 
-/* A waypoint takes no datagrams. */
+/* A waypoint takes no datagrams of a service. */
 static __always_inline bool by_waypoint(const struct choice *choice)
 {
 	return choice->rewrite && (choice->flags & SERVICE_WAYPOINT);
@@ -89,7 +89,7 @@ static __always_inline enum reason decide_connect(struct bpf_sock_addr *ctx, con
 						  struct choice *choice)
 {
 	struct client client = client_of(ctx);
-	enum reason reason = choose(to, &client, -1, choice);
+	enum reason reason = choose(to, &client, ctx->protocol == IPPROTO_UDP, -1, choice);
 
 	if (reason == REASON_ROUTED && ctx->protocol == IPPROTO_UDP && by_waypoint(choice))
 		reason = REASON_WAYPOINT_UNSUPPORTED;

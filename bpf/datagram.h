@@ -88,7 +88,7 @@ static __always_inline enum reason decide_datagram(struct bpf_sock_addr *ctx, co
 		choice->endpoint.address = before.address = kept->address;
 		choice->endpoint.port = before.port = kept->port;
 	}
-	reason = choose(to, &client, slot, choice);
+	reason = choose(to, &client, true, slot, choice);
 	if ((reason == REASON_ROUTED || reason == REASON_PASSTHROUGH) && !choice->rewrite) {
 		/* Sent to the address itself: its answers are its own. */
 		key.is_reply = 1;

@@ -139,9 +139,9 @@ class Chooser:
             self._tell("dns_listeners", f"namespace {netns_cookie}", "a proxy that is silent", "not asked")
         return False
 
-    def choose(self, to: Destination, client: Client) -> Choice:
+    def choose(self, to: Destination, client: Client, *, is_datagram: bool = False) -> Choice:
         """For connect()."""
-        found = self._find_service(to, client)
+        found = self._find_service(to, client, is_datagram=is_datagram)
         if isinstance(found, Reason):
             return Choice(found)
         if found.verdict is not Reason.ROUTED:
@@ -158,7 +158,7 @@ class Chooser:
 
     def choose_connected_datagram(self, to: Destination, client: Client) -> Choice:
         """For connect() of a datagram socket."""
-        found = self.choose(to, client)
+        found = self.choose(to, client, is_datagram=True)
         if found.by_waypoint:
             self._tell("services", str(to), "a waypoint's instances", "no waypoint takes datagrams")
             return found._replace(reason=Reason.WAYPOINT_UNSUPPORTED, rewrite=False)
@@ -172,7 +172,7 @@ class Chooser:
             return found._replace(reason=Reason.FAMILY, rewrite=False)
         return found
 
-    def _find_service(self, to: Destination, client: Client) -> _Service | Reason:
+    def _find_service(self, to: Destination, client: Client, *, is_datagram: bool) -> _Service | Reason:
         """The service's port, or what becomes of a connection to what is none."""
         view, asked = self._view_of(client), SERVICE_KEY.pack(to.ip, client.network, port_bytes(to.port))
         exact = [SERVICE_KEY.pack(to.ip, view, port_bytes(to.port))] if view else []
@@ -188,6 +188,9 @@ class Chooser:
                 return found
         verdict, by_waypoint = self._unserved_verdict(asked), None
         if verdict is Reason.WAYPOINT_UNAVAILABLE:  # a workload's
+            if is_datagram:
+                self._tell("addresses", str(to), "a workload's with a waypoint", "datagrams go past it")
+                return Reason.ROUTED
             by_waypoint = self._read_service(SERVICE_KEY.pack(to.ip, client.network, port_bytes(0)))
         return by_waypoint or verdict
 

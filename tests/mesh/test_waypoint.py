@@ -147,7 +147,9 @@ def test_keys_are_fetched_from_where_the_issuer_has_them(routed: Mesh) -> None:
         }
         routed.node.write("jwt", text(authentication))
         try:
-            until(lambda: "Connection refused" in str(status(routed)["authentications"]), "it told")
+            until(
+                lambda: "All connection attempts failed" in str(status(routed)["authentications"]), "it told"
+            )
             assert {code for code, _ in ask(routed, 5, header)} == {401}
             issuer.server_activate()
             thread = Thread(target=issuer.serve_forever)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -107,6 +109,38 @@ def test_without_an_instance_it_is_refused_and_not_let_past(pods: Pods) -> None:
     finally:
         os.kill(manager, signal.SIGCONT)
     until(lambda: code(pods, 8080) == {200}, "it served again")
+
+
+ECHO = """
+import socket
+with socket.socket({family}, socket.SOCK_DGRAM) as s:
+    s.bind(("", 9193))
+    print("ready", flush=True)
+    data, client = s.recvfrom(10)
+    s.{act}
+"""
+SEND = """
+import socket
+with socket.socket({family}, socket.SOCK_DGRAM) as s:
+    s.settimeout(5)
+    s.{act}
+    print(s.recvfrom(10)[0].decode())
+"""
+
+
+@pytest.mark.parametrize("answers", ['sendto(b"answer", client)', 'connect(client) or s.send(b"answer")'])
+@pytest.mark.parametrize("which", ["address4", "address6"])
+def test_datagrams_reach_the_pod_and_their_answers_come_back(pods: Pods, answers: str, which: str) -> None:
+    """In both directions: the client of an enrolled server has the waypoint, and then the server."""
+    family = "socket.AF_INET" if which == "address4" else "socket.AF_INET6"
+    client, v1 = pods.mesh.client, pods.mesh.node.network.pods["v1"]
+    for asking, asked in ((v1, client), (client, v1)):
+        server = (sys.executable, "-c", ECHO.format(family=family, act=answers))
+        with asked.spawn(*server, stdout=subprocess.PIPE, text=True) as echo:
+            assert echo.stdout
+            assert echo.stdout.readline() == "ready\n"
+            act = f'sendto(b"x", ("{getattr(asked, which)}", 9193))'
+            assert python(asking, SEND.format(family=family, act=act)) == "answer"
 
 
 def test_explain_shows_the_way(pods: Pods) -> None:
