@@ -4,8 +4,9 @@ Most of a Python process's start, and of the memory that it has for itself, are 
 from its parent: it starts in a tenth of the time and shares their memory. It is a process like any other,
 with a session, an environment and a log of its own, and shows the command that it stands for.
 
-The server answers one request after the other on a socket: start a command, say how a process ended. It ends
-with its supervisor, and what it started ends with it.
+The server answers one request after the other on a socket: start a command, say how a process ended. A
+request is a file in memory: environments may be large. It ends with its supervisor. What it started is told to
+end with it (SIGTERM), and is killed by the supervisor where it does not (`Process.end_with_server`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from setproctitle import setproctitle, setthreadtitle
 
 ANSWER_DEADLINE_S: Final = 30.0
 """A module is imported before its first fork."""
-REQUEST_BYTES_MAX: Final = 128 * 1024
+ANSWER_BYTES_MAX: Final = 64 * 1024
 READ_BYTES: Final = 64 * 1024
 _PR_SET_PDEATHSIG: Final = 1
 _MODULE: Final = [sys.executable, "-m"]
@@ -54,13 +55,28 @@ class ForkServer:
         output, its_output = os.pipe2(os.O_CLOEXEC)
         try:
             pid = await self._ask({"command": command, "environment": dict(environment)}, its_output)
-            pidfd = os.pidfd_open(pid)
+            try:
+                pidfd = os.pidfd_open(pid)
+            except OSError:
+                os.kill(pid, signal.SIGKILL)  # nobody has reaped it: it is the one that was started
+                await self.reap(pid)
+                raise
         except BaseException:
             os.close(output)
             raise
         finally:
             os.close(its_output)
         return Process(self, pid, pidfd, output)
+
+    async def ended(self) -> None:
+        """Returns when the server has ended that runs now."""
+        if self._server is None:
+            return
+        pidfd = os.pidfd_open(self._server.pid)
+        try:
+            await anyio.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
 
     async def reap(self, pid: int) -> int | None:
         """How a process ended: its exit status, or minus a signal; None when its server ended before it."""
@@ -74,7 +90,7 @@ class ForkServer:
             self._door.close()
             self._door = None
         if self._server is not None:
-            self._server.terminate()
+            self._server.kill()  # at once, also where it hangs
             self._server.wait()
             self._server = None
 
@@ -108,8 +124,11 @@ class ForkServer:
 
 def _asked(door: socket.socket, request: bytes, descriptors: tuple[int, ...]) -> dict[str, Any]:
     """OSError when the server has ended or does not answer."""
-    socket.send_fds(door, [request], descriptors)
-    data = door.recv(REQUEST_BYTES_MAX)
+    with os.fdopen(os.memfd_create("request"), "wb") as file:
+        file.write(request)
+        file.flush()
+        socket.send_fds(door, [b"\n"], [file.fileno(), *descriptors])
+    data = door.recv(ANSWER_BYTES_MAX)
     if not data:
         raise ConnectionResetError("the fork server has ended")
     answer: dict[str, Any] = json.loads(data)
@@ -137,6 +156,13 @@ class Process:
             code = await self._server.reap(self.pid)
         return code  # noqa: RET504  (mypy: the scope might swallow what is raised in it)
 
+    async def end_with_server(self, deadline_s: float) -> None:
+        """Kills it where the server has ended and it has not, so long after."""
+        await self._server.ended()
+        await anyio.sleep(deadline_s)
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
     async def end(self, deadline_s: float) -> None:
         """SIGTERM, then SIGKILL at the deadline. It may have ended; nothing can be asked of it after this."""
         with anyio.CancelScope(shield=True):
@@ -152,10 +178,12 @@ def serve(door: socket.socket) -> str:
     """Answers until the supervisor has ended. Returns in forks alone: the module to run."""
     own = os.getpid()
     while True:
-        data, descriptors, _, _ = socket.recv_fds(door, REQUEST_BYTES_MAX, 1)
+        data, descriptors, _, _ = socket.recv_fds(door, 1, 2)
         if not data:
             sys.exit(0)
-        request = json.loads(data)
+        with os.fdopen(descriptors.pop(0), "rb") as file:
+            file.seek(0)
+            request = json.load(file)
         command = request.get("command")
         try:
             answer: dict[str, Any] = {"answer": _fork(command) if command else _exit_status(request["reap"])}
@@ -199,10 +227,13 @@ def _become(parent: int, command: list[str], environment: dict[str, str], output
     os.environ.clear()
     os.environ.update(environment)
     if not _module(command):
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)  # which this Python ignores, and what it executes would
         try:
             os.execvp(command[0], command)  # noqa: S606  (a command line of our own)
         except OSError as error:
             sys.exit(f"{command[0]}: {error.strerror}")
+    sys.argv = command[-1:]
     setproctitle(" ".join(command))
     setthreadtitle(command[-1].rpartition(".")[2])
 

@@ -85,9 +85,14 @@ class Supervisor:
             log.error("process_not_started", process=spec.name, error=str(error))
             return None
         self.pids[spec.name] = process.pid
+        code = None
         try:
-            await self._copy(spec, process)
-            return await process.wait()
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(process.end_with_server, END_DEADLINE_S)
+                await self._copy(spec, process)
+                code = await process.wait()
+                tasks.cancel_scope.cancel()
+            return code
         finally:
             self.pids.pop(spec.name, None)
             await process.end(END_DEADLINE_S)

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
 import pytest
 
 from pykmesh.node.fork_server import ForkServer, Process, python
@@ -68,10 +69,67 @@ async def test_a_server_that_is_killed_takes_its_processes_along_and_the_next_is
     server: ForkServer,
 ) -> None:
     process = await server.start(["sleep", "60"], dict(os.environ))
-    parent = int((Path("/proc") / str(process.pid) / "stat").read_text().rpartition(")")[2].split()[1])
-    os.kill(parent, signal.SIGKILL)
+    os.kill(parent_of(process), signal.SIGKILL)
     assert await outcome(process) == ("", None)
     assert await outcome(await server.start(["echo", "again"], dict(os.environ))) == ("again\n", 0)
+
+
+async def test_an_environment_may_be_large(server: ForkServer) -> None:
+    """As large as execve(2) takes; each text 128 KiB at most."""
+    environment = {"PATH": os.environ["PATH"], **{f"SERVICE_{n}": "x" * 100_000 for n in range(10)}}
+    assert await outcome(await server.start(["sh", "-c", "echo ${#SERVICE_9}"], environment)) == (
+        "100000\n",
+        0,
+    )
+
+
+async def test_a_program_has_the_signals_that_programs_expect(server: ForkServer) -> None:
+    said, _ = await outcome(await server.start(["grep", "SigIgn", "/proc/self/status"], dict(os.environ)))
+    assert int(said.split()[1], 16) == 0
+
+
+async def test_a_server_that_hangs_is_ended_at_once(server: ForkServer) -> None:
+    process = await server.start(["sleep", "60"], dict(os.environ))
+    os.kill(parent_of(process), signal.SIGSTOP)
+    with anyio.fail_after(10):
+        server.end()
+        assert await outcome(process) == ("", None)
+
+
+async def test_what_does_not_end_with_its_server_is_killed(server: ForkServer) -> None:
+    process = await server.start(["sh", "-c", "trap '' TERM; echo ready; sleep 60"], dict(os.environ))
+    assert await process.receive() == b"ready\n"
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(process.end_with_server, 0.1)
+        await anyio.sleep(0.05)
+        os.kill(parent_of(process), signal.SIGKILL)
+        with anyio.fail_after(10):
+            assert await process.wait() is None
+    await process.end(0)
+
+
+async def test_what_nobody_could_watch_is_not_left(
+    server: ForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = await server.start(["sleep", "60"], dict(os.environ))
+
+    def no_more(_: int) -> int:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(os, "pidfd_open", no_more)
+    with pytest.raises(OSError, match="Too many"):
+        await server.start(["sleep", "60"], dict(os.environ))
+    monkeypatch.undo()
+    assert children_of(parent_of(watched)) == [watched.pid]
+    await watched.end(5)
+
+
+def children_of(pid: int) -> list[int]:
+    return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+
+
+def parent_of(process: Process) -> int:
+    return int((Path("/proc") / str(process.pid) / "stat").read_text().rpartition(")")[2].split()[1])
 
 
 async def test_what_does_not_end_in_time_is_killed(server: ForkServer) -> None:

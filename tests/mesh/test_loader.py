@@ -21,7 +21,7 @@ from pykmesh.contracts.enrollment import Action, Enrolled, EnrollmentError, Repl
 from pykmesh.contracts.settings import LoaderSettings
 from pykmesh.demo.pods import Pod, PodNetwork
 from pykmesh.kernel import cgroups, hooks, libbpf, pins, support
-from pykmesh.kernel.hooks import HOOKS, Programs, ProgramSettings, can_set_retval
+from pykmesh.kernel.hooks import FRONT_HOOK, HOOKS, WAYPOINT_HOOKS, Programs, ProgramSettings, can_set_retval
 from pykmesh.kernel.pins import PinDirectoryError
 from services.bpf_loader import app, enrollment
 from services.bpf_loader.door import Door
@@ -97,7 +97,7 @@ def test_where_the_object_does_not_load_the_one_for_old_kernels_does(
     try:
         settings = ProgramSettings("loader-old", 0, can_set_retval(), has_telemetry=True)
         loaded = Programs(pins.maps_dir(pin_dir), {"flows": 65536}, settings)
-        assert len(loaded.fds) == len(HOOKS) + 2
+        assert len(loaded.fds) == len((*HOOKS, *WAYPOINT_HOOKS, FRONT_HOOK))
         loaded.close()
         monkeypatch.setattr(hooks, "OBJECT_BEFORE_5_13", broken)
         with pytest.raises(libbpf.KernelError, match=re.escape(f"open {broken}")):
