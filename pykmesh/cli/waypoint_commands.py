@@ -196,6 +196,10 @@ def _problems(found: dict[str, Any]) -> list[str]:
         f"namespace {namespace} asks for it, and no listener lets it in (allowedRoutes): refused"
         for namespace in found["namespaces_turned_away"]
     ]
+    lines += [
+        f"workload {workload} asks for it and goes without: its address is the node's, another's or elsewhere"
+        for workload in found["workloads_unguarded"]
+    ]
     if found["scaling"] and found["scaling"]["error"]:
         lines.append(found["scaling"]["error"])
     for instance in found["instances"]:

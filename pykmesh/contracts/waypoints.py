@@ -42,8 +42,9 @@ def is_workload(name: str) -> bool:
 
 
 def namespace_of(name: str) -> str:
-    """Of a service, or of a workload: cluster/group/kind/namespace/name."""
-    return name.split("/")[3 if is_workload(name) else 0]
+    """Of a service, or of a workload: cluster/group/kind/namespace/name. "" of a uid that is none such."""
+    parts = name.split("/")
+    return (parts[3] if len(parts) > 3 else "") if is_workload(name) else parts[0]
 
 
 def account_name(namespace: str, account: str) -> str:

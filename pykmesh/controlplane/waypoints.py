@@ -47,10 +47,15 @@ class Waypoints:
                 self._say(service.message.waypoint, place, gateway, service.metadata.namespace)
 
     def set_for_workload(self, workload: wire.Workload, labels: Labels) -> None:
-        """What is meant for its own address: where its Gateway says that it is for workloads."""
+        """What is meant for its own address: where its Gateway says that it is for workloads.
+
+        Of one that there is not nobody knows what it is for. A label of the workload's own means this, as it
+        has no other meaning; one of its namespace is about services.
+        """
         place = self._place(labels, workload.namespace)
         gateway = place and self._gateways.get(place)
-        if place and gateway and gateway.is_for_workloads:
+        is_for_it = gateway.is_for_workloads if gateway else USE_WAYPOINT in labels
+        if place and is_for_it:
             self._say(workload.waypoint, place, gateway, workload.namespace)
 
     def _place(self, labels: Labels, namespace: str) -> tuple[str, str] | None:

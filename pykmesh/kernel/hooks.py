@@ -71,10 +71,17 @@ class Programs:
     def __init__(self, map_dir: Path, sizes: Mapping[str, int], settings: ProgramSettings) -> None:
         self.kept_sizes: list[KeptSize] = []
         """Pinned maps whose size is not the one in `sizes`."""
+        self.object = OBJECT.name
+        self.why_not_the_first = ""
+        """Where `object` is the one for kernels before 5.13: what the kernel said of the other."""
         try:
             self._load(OBJECT, map_dir, sizes, settings)
-        except libbpf.KernelError:
-            self._load(OBJECT_BEFORE_5_13, map_dir, sizes, settings)
+        except libbpf.KernelError as error:
+            self.object, self.why_not_the_first = OBJECT_BEFORE_5_13.name, str(error)
+            try:
+                self._load(OBJECT_BEFORE_5_13, map_dir, sizes, settings)
+            except libbpf.KernelError as second:
+                raise libbpf.KernelError(second.errno or 0, f"{error}; {second}") from error
         self.fds = {
             hook: self._object.program_fd(hook.program) for hook in (*HOOKS, *WAYPOINT_HOOKS, FRONT_HOOK)
         }

@@ -5,8 +5,8 @@ from its parent: it starts in a tenth of the time and shares their memory. It is
 with a session, an environment and a log of its own, and shows the command that it stands for.
 
 The server answers one request after the other on a socket: start a command, say how a process ended. A
-request is a file in memory: environments may be large. It ends with its supervisor. What it started is told to
-end with it (SIGTERM), and is killed by the supervisor where it does not (`Process.end_with_server`).
+request is a file in memory: environments may be large. It ends with its supervisor. What it started is told
+to end with it (SIGTERM), and is killed by the supervisor where it does not (`Process.end_with_server`).
 """
 
 from __future__ import annotations

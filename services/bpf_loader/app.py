@@ -42,9 +42,15 @@ async def run(runtime: Runtime[LoaderSettings]) -> None:
     turn = anyio.Lock()
     updated = await anyio.to_thread.run_sync(enrollment.adopt)
     updated += await anyio.to_thread.run_sync(waypoints.adopt)
-    log.info("programs_loaded", links_updated=updated, pin_dir=str(settings.pin_dir))
+    log.info(
+        "programs_loaded",
+        object=programs.object,
+        why_not_the_first=programs.why_not_the_first,
+        links_updated=updated,
+        pin_dir=str(settings.pin_dir),
+    )
     refuses_with = "ECONNREFUSED" if await anyio.to_thread.run_sync(can_set_retval) else "EPERM"
-    runtime.details = lambda: _details(settings, enrollment, refuses_with)
+    runtime.details = lambda: _details(settings, programs.object, enrollment, refuses_with)
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(Door(settings.enroll_socket, enrollment, waypoints, turn).serve)
@@ -88,10 +94,13 @@ async def _sweep(enrollment: Enrollment, waypoints: Waypoints, turn: anyio.Lock)
             await anyio.to_thread.run_sync(waypoints.sweep)
 
 
-def _details(settings: LoaderSettings, enrollment: Enrollment, refuses_with: str) -> dict[str, Any]:
+def _details(
+    settings: LoaderSettings, loaded: str, enrollment: Enrollment, refuses_with: str
+) -> dict[str, Any]:
     """On the event loop: nothing is looked up."""
     return {
         "pin_dir": str(settings.pin_dir),
+        "object": loaded,
         "refuses_with": refuses_with,
         "enrolled": enrollment.shown,
     }

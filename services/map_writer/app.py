@@ -165,7 +165,7 @@ class MapWriter:
                 self._lost = True
                 continue
             if change is not None:
-                if not gc.isenabled():
+                if not gc.isenabled():  # the end of a large response: taking it in took long
                     await give_way()
                 await self._write(change, headers)
             elif batch.seq % REPORT_EVERY_BATCHES == 0:

@@ -10,6 +10,7 @@ import msgspec
 from pykmesh.contracts import messages
 from pykmesh.contracts.address import workload_message
 from pykmesh.contracts.messages import ContractError, ResolveReply, ResolveRequest, ServiceName, WorkloadName
+from pykmesh.contracts.waypoints import is_workload
 from pykmesh.kernel.records import Ip
 from services.map_writer.desired import other_way
 from services.map_writer.follower import Follower
@@ -40,7 +41,7 @@ class Names:
         owners = self._planner().owner_of_list
         # A connection outlives its service's gaining or losing a waypoint.
         port_id = owners.get(number) or owners.get(other_way(number))
-        if port_id is None or port_id.service in self._follower.mesh.by_waypoint:
+        if port_id is None or is_workload(port_id.service):
             return None
         return messages.service_name(port_id.service, port_id.port)
 

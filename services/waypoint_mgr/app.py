@@ -229,11 +229,14 @@ class WaypointMgr:
         users = [
             service
             for service in mesh.services
-            if service.name in mesh.users.get(name, ())
-            or (
-                namespace_of(service.name) in namespaces
-                and service.name not in objects.waypoints
-                and (not is_workload(service.name) or waypoint.is_for_workloads)
+            if (service.owned or not is_workload(service.name))
+            and (
+                service.name in mesh.users.get(name, ())
+                or (
+                    namespace_of(service.name) in namespaces
+                    and service.name not in objects.waypoints
+                    and (not is_workload(service.name) or waypoint.is_for_workloads)
+                )
             )
         ]
         clients = Clients(mesh.namespace_ids, mesh.account_ids)
@@ -346,11 +349,16 @@ class WaypointMgr:
         members = [member for member in self.members.members.values() if member.waypoint == name]
         states = self._ads.status()
         group = self.members.groups.get(name)
+        asking = {user for user in self._users().get(name, ()) if is_workload(user)}
+        without_address = (
+            {each.name for each in self._mesh.services if not each.owned} if self._mesh else set()
+        )
         return {
             "name": f"{gateway.namespace}/{gateway.name}",
             "class": gateway.spec.gateway_class_name,
             "services": sorted(user for user in self._users().get(name, ()) if not is_workload(user)),
-            "workloads": sorted(user for user in self._users().get(name, ()) if is_workload(user)),
+            "workloads": sorted(asking - without_address),
+            "workloads_unguarded": sorted(asking & without_address),
             "instances": [
                 {**member.status(), "configuration": states.get(member.name)} for member in members
             ],

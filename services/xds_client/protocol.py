@@ -25,6 +25,7 @@ RESOURCE_BYTES_MAX: Final = 4 * 1024 * 1024
 PART_RESOURCES: Final = 4096
 SLICE_BYTES: Final = 64 * 1024 * 1024
 _LENGTH_DELIMITED: Final = 2
+_VARINT_BITS: Final = 64
 NO_NAME: Final = "(no name)"
 _TYPES: Final = {url: kind for kind, url in TYPE_URLS.items()}
 Request = discovery_pb2.DeltaDiscoveryRequest
@@ -206,7 +207,7 @@ def _slices(data: bytes, slice_bytes: int) -> Iterator[memoryview | bytes]:
             break
         at += 1
         length = shift = 0
-        while at < len(data) and data[at] > 0x7F:
+        while at < len(data) and data[at] > 0x7F and shift < _VARINT_BITS:
             length |= (data[at] & 0x7F) << shift
             shift += 7
             at += 1

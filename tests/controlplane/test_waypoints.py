@@ -81,3 +81,16 @@ def test_a_service_that_is_not_let_in_goes_by_way_of_nobody(allowed: Plain, expe
     assert said is not None
     assert said.waypoint.hostname.namespace == "infra"
     assert said.waypoint.hostname.hostname == expected
+
+
+@pytest.mark.parametrize("of", ["pod", "namespace"])
+def test_a_workload_that_asks_for_a_gateway_that_there_is_not_is_not_let_past_it(of: str) -> None:
+    """A label of its namespace is about services."""
+    label = {"istio.io/use-waypoint": "wp"}
+    namespace = read("", "Namespace", "shop", metadata={"labels": label if of == "namespace" else {}})
+    spec = {"nodeName": "n"}
+    labels = label if of == "pod" else {}
+    pod = read("", "Pod", "web", "shop", metadata={"labels": labels}, spec=spec, status={"podIP": "10.0.0.1"})
+    found = translate(Cluster.of([namespace, pod]), MESH)
+    (workload,) = (each.workload for each in found.values())
+    assert workload.HasField("waypoint") is (of == "pod")

@@ -93,7 +93,7 @@ class Node:
         return found
 
     def pid_of(self, process: str) -> int:
-        """The process itself, once it runs (the supervisor's wrapper becomes it)."""
+        """The process itself, once it runs."""
 
         def found() -> int | None:
             return next((pid for pid, name in self.children().items() if name == process), None)

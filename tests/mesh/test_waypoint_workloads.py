@@ -60,7 +60,10 @@ def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pods]:
         for_all = gateway()
         for_all["metadata"]["labels"] = {"istio.io/waypoint-for": "all"}
         mesh.node.write("gateway", text(for_all))
-        mesh.node.write("pods", text(client, own))
+        of_host = pod("of-host", "10.244.77.7", app="of-host")
+        of_host["spec"]["hostNetwork"] = True
+        of_host["metadata"]["labels"]["istio.io/use-waypoint"] = "wp"
+        mesh.node.write("pods", text(client, own, of_host))
         mesh.node.write("denied", text(DENIED))
         found = Pods(mesh, str(v1.address4), str(v1.address6))
         until(lambda: is_guarded(found), "the pod to go by way of it, and the policy enforced")
@@ -97,6 +100,26 @@ def test_a_policy_about_a_port_of_no_service_is_enforced(pods: Pods) -> None:
 def test_the_service_is_not_concerned(pods: Pods) -> None:
     """Its own label says by way of what it goes."""
     assert ask(pods.mesh, 3, "x-no: no", address="10.96.0.41") == {(200, "v1"): 3}
+
+
+def test_whose_address_is_not_his_own_is_told(pods: Pods) -> None:
+    found = status(pods.mesh)
+    assert [uid.rpartition("/")[2] for uid in found["workloads"]] == ["v1"]
+    assert [uid.rpartition("/")[2] for uid in found["workloads_unguarded"]] == ["of-host"]
+    assert (
+        "of-host asks for it and goes without" in pods.mesh.node.cli("waypoint", "status", check=False).stdout
+    )
+
+
+def test_without_its_gateway_it_is_refused_and_not_let_past(pods: Pods) -> None:
+    node = pods.mesh.node
+    for_all = (node.config / "gateway.yaml").read_text()
+    node.write("gateway", "# gone\n")
+    refused = CONNECT.format(address=pods.address4, port=8080)
+    until(lambda: python(pods.mesh.client, refused) == "ConnectionRefusedError", "refused")
+    node.write("gateway", for_all)
+    until(lambda: is_guarded(pods), "the Gateway to be back")
+    until(lambda: len(status(pods.mesh)["instances"]) == 1, "the instance of before to be gone")
 
 
 def test_without_an_instance_it_is_refused_and_not_let_past(pods: Pods) -> None:
