@@ -154,6 +154,18 @@ struct {
 	__type(value, struct front_value);
 } fronts SEC(".maps");
 
+/*
+ * How often maps were put in the place of another release's. Writer: bpf_loader. Reader: who writes other
+ * maps, to find whether these are still the ones that programs read (pykmesh/kernel/upgrade.py). Its layout
+ * is for ever.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} generations SEC(".maps");
+
 /* Listening sockets of waypoints' instances, by port. The kernel takes a socket out when it is closed. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKHASH);

@@ -11,7 +11,15 @@ from typing import Any
 import click
 
 from pykmesh import __version__
-from pykmesh.cli import look_commands, node_commands, observe, place, show_commands, waypoint_commands
+from pykmesh.cli import (
+    look_commands,
+    node_commands,
+    observe,
+    place,
+    show_commands,
+    upgrade,
+    waypoint_commands,
+)
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -41,6 +49,7 @@ def _telemetry_address(context: click.Context) -> str:
 _add(
     [
         *node_commands.COMMANDS,
+        *upgrade.COMMANDS,
         *show_commands.COMMANDS,
         *look_commands.COMMANDS,
         *waypoint_commands.COMMANDS,

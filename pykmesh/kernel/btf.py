@@ -130,6 +130,12 @@ def _field(btf: Btf, name: str, number: int, offset: int) -> dict[str, Any]:
     return {"name": name, "type": kind, "offset": offset, "size": size}
 
 
+def structure_of(btf: Btf, number: int) -> dict[str, Any] | None:
+    """Its size and fields, as the layout writes them; None for what is no structure."""
+    number = btf.strip(number)
+    return _structure(btf, number) if btf.types[number].kind == _STRUCT else None
+
+
 def _structure(btf: Btf, number: int) -> dict[str, Any]:
     fields = [_field(btf, *member) for member in btf.members(number)]
     return {"size": btf.types[number].ref, "fields": fields}

@@ -68,7 +68,15 @@ class KeptSize(NamedTuple):
 class Programs:
     """The loaded programs. Their maps are the pinned ones; made and pinned where there are none."""
 
-    def __init__(self, map_dir: Path, sizes: Mapping[str, int], settings: ProgramSettings) -> None:
+    def __init__(
+        self,
+        map_dir: Path,
+        sizes: Mapping[str, int],
+        settings: ProgramSettings,
+        elsewhere: Mapping[str, Path] | None = None,
+    ) -> None:
+        """`elsewhere`: where maps are pinned that are not to be among the others yet."""
+        self._elsewhere = elsewhere or {}
         self.kept_sizes: list[KeptSize] = []
         """Pinned maps whose size is not the one in `sizes`."""
         self.object = OBJECT.name
@@ -101,7 +109,7 @@ class Programs:
             raise
 
     def _pin(self, map_dir: Path, name: str, wanted: int) -> None:
-        path = map_dir / map_layout(name).pin
+        path = self._elsewhere.get(name, map_dir / map_layout(name).pin)
         size = self._object.pin_map(name, str(path), wanted)
         if not path.exists():
             return
@@ -125,6 +133,21 @@ class Programs:
     def close(self) -> None:
         """The programs that are attached stay: their links hold them."""
         self._object.close()
+
+
+def check_loads() -> None:
+    """Loads the programs with maps of their own, which go again. KernelError: this kernel refuses them."""
+    for path in (OBJECT, OBJECT_BEFORE_5_13):
+        tried = libbpf.BpfObject(str(path))
+        try:
+            tried.load()
+        except libbpf.KernelError:
+            if path == OBJECT_BEFORE_5_13:
+                raise
+        else:
+            return
+        finally:
+            tried.close()
 
 
 def count_pinned(links: Path) -> int:

@@ -75,6 +75,12 @@ def setting_offset(name: str, size: int) -> int:
     return int(offset)
 
 
+def structure(name: str) -> dict[str, Any]:
+    """The size and the fields of a structure, as the build wrote them."""
+    found: dict[str, Any] = _document()["structures"][name]
+    return found
+
+
 def _fields(structure: str) -> tuple[int, list[dict[str, Any]]]:
     found = _document()["structures"][structure]
     return found["size"], found["fields"]

@@ -190,6 +190,22 @@ def map_info(fd: int) -> tuple[int, int, int, int]:
     return kind, key, value, entries
 
 
+def map_types(fd: int) -> tuple[bytes, int, int] | None:
+    """The types (BTF) that a map was made with, and the numbers of its key's and value's; None: without."""
+    number, key, value = struct.unpack_from("<III", _info(fd, 96, "a map"), 64)
+    if not number or not value:
+        return None
+    with closing(_checked(_L.bpf_btf_get_fd_by_id(number), f"types {number}")) as types:
+        size = struct.unpack_from("<QI", _info(types, 64, "types"))[1]
+        data, information = ctypes.create_string_buffer(size), ctypes.create_string_buffer(64)
+        struct.pack_into("<QI", information, 0, ctypes.addressof(data), size)
+        length = c_uint32(64)
+        _checked(
+            _L.bpf_obj_get_info_by_fd(types, information, byref(length)), f"information on types {number}"
+        )
+        return data.raw, key, value
+
+
 def map_id(fd: int) -> int:
     return int.from_bytes(_info(fd, 96, "a map")[4:8], "little")
 

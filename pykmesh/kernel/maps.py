@@ -21,6 +21,7 @@ from pykmesh.kernel.layout import MapLayout, map_layout
 
 READ_CHUNK = 65536
 _PERCPU_TYPES = {5, 6, 10}
+_NO_ROOM = (-errno.E2BIG, -errno.ENOMEM, -errno.ENOSPC)
 
 
 class PinError(Exception):
@@ -54,10 +55,21 @@ class PinnedMap:
     """One map of an instance, opened from `<pin directory>/<name>@<layout hash>`."""
 
     def __init__(self, directory: Path, name: str) -> None:
-        self.layout: MapLayout = map_layout(name)
-        self.name = name
-        self.path = directory / self.layout.pin
-        self.fd = self._open(directory)
+        layout = map_layout(name)
+        self._begin(directory / layout.pin, layout)
+
+    @classmethod
+    def opened(cls, path: Path, layout: MapLayout) -> Self:
+        """One that may be of another release."""
+        found = cls.__new__(cls)
+        found._begin(path, layout)  # noqa: SLF001  (its own)
+        return found
+
+    def _begin(self, path: Path, layout: MapLayout) -> None:
+        self.layout = layout
+        self.name = layout.name
+        self.path = path
+        self.fd = self._open(path.parent)
         try:
             kind, key, value, self.max_entries = libbpf.map_info(self.fd)
             if (kind, key, value) != (self.layout.type, self.layout.key_size, self.layout.value_size):
@@ -136,10 +148,21 @@ class PinnedMap:
         else:
             result, done = libbpf.update_batch(self.fd, _address(keys), _address(values), total)
         at = done
-        if result in (-errno.E2BIG, -errno.ENOMEM, -errno.ENOSPC):
+        if result in _NO_ROOM:
             raise MapFullError(self.name, at)
         if result < 0:
             raise libbpf.KernelError(-result, f"write {total} entries to map {self.name}, stopped after {at}")
+
+    def write_rows(self, keys: npt.NDArray[np.uint8], values: npt.NDArray[np.uint8]) -> None:
+        """Entries as `chunks` has them, of a per-CPU map too. MapFullError, KernelError."""
+        keys, values = np.ascontiguousarray(keys), np.ascontiguousarray(values)
+        result, done = libbpf.update_batch(self.fd, keys.ctypes.data, values.ctypes.data, len(keys))
+        if result in _NO_ROOM:
+            raise MapFullError(self.name, done)
+        if result < 0:
+            raise libbpf.KernelError(
+                -result, f"write {len(keys)} entries to map {self.name}, stopped after {done}"
+            )
 
     def _write_one(self, key: bytes, value: bytes) -> int:
         try:

@@ -2,6 +2,7 @@
 
     <pin_dir>/maps/<name>@<layout hash>                      maps
     <pin_dir>/links/<cgroup id>[@<netns cookie>]/<program>   attachments
+    <pin_dir>/next/<name>@<layout hash>                      maps of another release, while they are filled
 
 The name of a cgroup's links carries the cookie of its network namespace once that is known: bpffs has
 no files to keep it in, and several cgroups (a pod's containers) may share one namespace.
@@ -63,6 +64,11 @@ def links_dir(pin_dir: Path) -> Path:
 def waypoints_dir(pin_dir: Path) -> Path:
     """Links to the cgroups of waypoints."""
     return pin_dir / "waypoints"
+
+
+def staging_dir(pin_dir: Path) -> Path:
+    """Maps that are being made ready; there for that moment alone."""
+    return pin_dir / "next"
 
 
 def is_bpffs(path: Path) -> bool:
@@ -194,9 +200,11 @@ def _remove_pins(pin_dir: Path) -> Removed:
     for directory in (links_dir(pin_dir), waypoints_dir(pin_dir)):
         for each in read_links(directory).cgroups:
             links += remove_links(each.path)
-    for pin in maps_dir(pin_dir).glob("*"):
-        pin.unlink()
-        maps += 1
+    for directory in (maps_dir(pin_dir), staging_dir(pin_dir)):
+        for pin in directory.glob("*"):
+            pin.unlink()
+            maps += 1
+    _remove_empty([staging_dir(pin_dir)])
     for directory in (*_parts(pin_dir), pin_dir):
         _check_empty(directory, but=set(_parts(pin_dir)))
     _remove_empty(list(_parts(pin_dir)))

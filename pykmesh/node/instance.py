@@ -1,6 +1,7 @@
 """An instance on a node: its name, directories and ports, and how the command line finds it.
 
 <run_dir>/instance.json     who runs it, where; removed at its orderly end
+<run_dir>/previous.json     how to run the release before this one, if there was one
 <run_dir>/lock              held while it runs: one supervisor an instance
 <run_dir>/supervisor.sock   says what runs, and how often it was started again
 <run_dir>/secrets/<name>    the bus's passwords
@@ -78,6 +79,10 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def envoys_dir(self) -> Path:
         return self.run_dir / "envoys"
+
+    @property
+    def previous(self) -> Path:
+        return self.run_dir / "previous.json"
 
     def secret(self, process: str) -> Path:
         return self.run_dir / "secrets" / process
@@ -187,7 +192,7 @@ def _directories(instance: Instance) -> list[Path]:
 def _files(instance: Instance, processes: Iterable[str]) -> list[Path]:
     names = [*processes, "supervisor"]
     files = [instance.run_dir / name for name in ("instance.json", "instance.new", "lock", "nats.conf")]
-    files += [instance.enroll_socket, instance.supervisor_socket]
+    files += [instance.enroll_socket, instance.supervisor_socket, instance.previous]
     files += [instance.secret(name + suffix) for name in names for suffix in ("", ".new")]
     return files + [instance.log(name).with_suffix(suffix) for name in names for suffix in (".log", ".old")]
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.to_thread
+import msgspec
 import structlog
 
 from pykmesh.contracts.settings import LoaderSettings
@@ -14,6 +17,7 @@ from pykmesh.kernel import cgroups, pins
 from pykmesh.kernel.hooks import Programs, ProgramSettings, can_set_retval
 from pykmesh.kernel.layout import check_enums
 from pykmesh.kernel.records import DNS_SLOTS, network_id
+from pykmesh.kernel.upgrade import Copied, Staging
 from pykmesh.process import Runtime
 from services.bpf_loader.door import Door
 from services.bpf_loader.enrollment import Enrollment
@@ -34,14 +38,14 @@ async def run(runtime: Runtime[LoaderSettings]) -> None:
     if await anyio.to_thread.run_sync(pins.prepare, settings.pin_dir):
         log.info("bpffs_mounted", pin_dir=str(settings.pin_dir))
     held = pins.lock(settings.pin_dir)
-    programs = await anyio.to_thread.run_sync(_load, settings)
+    staging = await anyio.to_thread.run_sync(Staging, settings.pin_dir)
+    programs = await anyio.to_thread.run_sync(_load, settings, staging.paths)
     for kept in programs.kept_sizes:
         runtime.note_error("map_size_kept", **kept._asdict(), to_change=HOW_TO_RESIZE)
-    enrollment = Enrollment(settings.pin_dir, root, settings.instance, settings.network, programs)
-    waypoints = Waypoints(settings.pin_dir, programs)
+    enrollment, waypoints, updated, copied = await anyio.to_thread.run_sync(
+        _take_over, settings, root, programs, staging
+    )
     turn = anyio.Lock()
-    updated = await anyio.to_thread.run_sync(enrollment.adopt)
-    updated += await anyio.to_thread.run_sync(waypoints.adopt)
     log.info(
         "programs_loaded",
         object=programs.object,
@@ -50,7 +54,8 @@ async def run(runtime: Runtime[LoaderSettings]) -> None:
         pin_dir=str(settings.pin_dir),
     )
     refuses_with = "ECONNREFUSED" if await anyio.to_thread.run_sync(can_set_retval) else "EPERM"
-    runtime.details = lambda: _details(settings, programs.object, enrollment, refuses_with)
+    taken = {"object": programs.object, "copied": copied and msgspec.to_builtins(copied)}
+    runtime.details = lambda: {**taken, **_details(settings, enrollment, refuses_with)}
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(Door(settings.enroll_socket, enrollment, waypoints, turn).serve)
@@ -61,7 +66,20 @@ async def run(runtime: Runtime[LoaderSettings]) -> None:
         os.close(held)
 
 
-def _load(settings: LoaderSettings) -> Programs:
+def _take_over(
+    settings: LoaderSettings, root: Path, programs: Programs, staging: Staging
+) -> tuple[Enrollment, Waypoints, int, Copied | None]:
+    """What is attached gets these programs, and their maps what those of another release hold."""
+    with staging.taken_over() as copied:
+        enrollment = Enrollment(settings.pin_dir, root, settings.instance, settings.network, programs)
+        waypoints = Waypoints(settings.pin_dir, programs)
+        updated = enrollment.adopt() + waypoints.adopt()
+    if copied is not None:
+        log.info("maps_copied", **msgspec.structs.asdict(copied))
+    return enrollment, waypoints, updated, copied
+
+
+def _load(settings: LoaderSettings, elsewhere: Mapping[str, Path]) -> Programs:
     sizes = {
         "services": settings.services_max,
         "endpoints": settings.endpoints_max,
@@ -83,7 +101,7 @@ def _load(settings: LoaderSettings) -> Programs:
         has_telemetry=settings.telemetry,
         shun_ns=round(settings.passive_health_s * 1e9),
     )
-    return Programs(pins.maps_dir(settings.pin_dir), sizes, fixed)
+    return Programs(pins.maps_dir(settings.pin_dir), sizes, fixed, elsewhere)
 
 
 async def _sweep(enrollment: Enrollment, waypoints: Waypoints, turn: anyio.Lock) -> None:
@@ -94,13 +112,10 @@ async def _sweep(enrollment: Enrollment, waypoints: Waypoints, turn: anyio.Lock)
             await anyio.to_thread.run_sync(waypoints.sweep)
 
 
-def _details(
-    settings: LoaderSettings, loaded: str, enrollment: Enrollment, refuses_with: str
-) -> dict[str, Any]:
+def _details(settings: LoaderSettings, enrollment: Enrollment, refuses_with: str) -> dict[str, Any]:
     """On the event loop: nothing is looked up."""
     return {
         "pin_dir": str(settings.pin_dir),
-        "object": loaded,
         "refuses_with": refuses_with,
         "enrolled": enrollment.shown,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from pykmesh.kernel import pins
 from pykmesh.kernel.layout import Switch
 from pykmesh.kernel.maps import PinError, PinnedMap
 from pykmesh.kernel.records import ADDRESS_KEY, ENDPOINT_KEY, RANGE_VALUE, SWITCH_KEY
+from pykmesh.kernel.upgrade import Gate
 from services.map_writer.planner import Held, Limits, Step
 
 NAMES: Final = ("services", "endpoints", "addresses", "ranges", "switches")
@@ -22,11 +24,13 @@ class Maps:
     def __init__(self, pin_dir: Path) -> None:
         """Two writers would undo each other's work: the second gets PinError."""
         self._lock = _lock(pins.links_dir(pin_dir))
-        try:
-            self._maps = {name: PinnedMap(pins.maps_dir(pin_dir), name) for name in NAMES}
-        except BaseException:
-            os.close(self._lock)
-            raise
+        directory = pins.maps_dir(pin_dir)
+        with contextlib.ExitStack() as opened:
+            opened.callback(os.close, self._lock)
+            self._gate = Gate(pin_dir)  # first: whoever replaces maps after this is noticed
+            opened.callback(self._gate.close)
+            self._maps = {name: opened.enter_context(PinnedMap(directory, name)) for name in NAMES}
+            self.close = opened.pop_all().close
 
     @property
     def limits(self) -> Limits:
@@ -62,12 +66,16 @@ class Maps:
         return dict(self._maps["ranges"].items())
 
     def apply(self, step: Step) -> None:
-        """Blocks. After a MapFullError or KernelError no step may follow: read the maps again."""
+        """Blocks. After a MapFullError or KernelError no step may follow: read the maps again.
+
+        MovedOnError when another release has its maps in the place of these: whoever writes must begin anew.
+        """
         target = self._maps[step.map]
-        if step.values:
-            target.write(step.keys, step.values)
-        else:
-            target.erase(step.keys)
+        with self._gate.writing():
+            if step.values:
+                target.write(step.keys, step.values)
+            else:
+                target.erase(step.keys)
 
     def are_current(self) -> bool:
         """False when bpf_loader has made a map anew: the programs then read another than is written here."""
@@ -75,11 +83,6 @@ class Maps:
 
     def memory_bytes(self) -> dict[str, int]:
         return {name: pinned.memory_bytes() for name, pinned in self._maps.items()}
-
-    def close(self) -> None:
-        for pinned in self._maps.values():
-            pinned.close()
-        os.close(self._lock)
 
 
 def _lock(directory: Path) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from pykmesh.contracts.waypoints import Endpoint
+from pykmesh.node.instance import ports_of_no_client
 
 DEADLINE_S = 10.0
 
@@ -124,7 +124,5 @@ def ask(
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-    return port
+    """One that the kernel gives to no client."""
+    return ports_of_no_client(1)[0]

@@ -1,0 +1,104 @@
+"""`pykmesh upgrade`: this release in the place of the one that runs, under traffic."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Any
+
+import click
+
+from pykmesh.cli.node_commands import Failure
+from pykmesh.cli.output import output_option, show
+from pykmesh.node.instance import Instance, InstanceError, command
+
+
+@click.command()
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--roll-back", is_flag=True, help="The release that ran before the last upgrade, again.")
+@output_option
+@click.pass_obj
+def upgrade(instance: Instance, output: str, *, dry_run: bool, roll_back: bool) -> None:
+    """Put this release in the place of the one that runs. No connection is dropped.
+
+    What cannot be done is said before anything is.
+    """
+    from pykmesh.kernel import hooks, upgrade
+    from pykmesh.kernel.libbpf import KernelError
+    from pykmesh.node.upgrade import exchange, previous, supervised
+
+    try:
+        if roll_back:
+            words = shlex.split(command(instance, "upgrade", "-o", output))[1:]
+            said = previous(instance).run([*words, *(["--dry-run"] if dry_run else [])])
+            sys.stdout.write(said.stdout)
+            sys.stderr.write(said.stderr)
+            sys.exit(said.returncode)
+        plan = upgrade.plan(instance.pin_dir)
+        problems = [*plan.problems]
+        try:
+            hooks.check_loads()
+        except KernelError as error:
+            problems.append(str(error))
+        before = None if dry_run else supervised(instance)
+        if problems and not dry_run:
+            raise Failure(f"not begun: {'; '.join(problems)}")
+        done: dict[str, Any] = {"maps": _moves(plan), "problems": problems}
+        if before is not None:
+            exchanged = exchange(instance, before)
+            done |= {"pid": exchanged.pid, "away_s": exchanged.away_s, "copied": _copied(instance)}
+    except (InstanceError, KernelError, OSError) as error:
+        raise Failure(str(error)) from error
+    if output != "table":
+        show(output, done, (), ())
+    else:
+        _tell(instance, plan, done)
+    if problems:
+        sys.exit(1)
+
+
+def _moves(plan: Any) -> list[dict[str, str]]:
+    from pykmesh.kernel.layout import map_layout
+
+    return [
+        {
+            "map": move.name,
+            "fate": move.fate.value,
+            "before": move.before,
+            "after": map_layout(move.name).pin,
+            "why": move.why,
+        }
+        for move in plan.moves
+    ]
+
+
+def _copied(instance: Instance) -> Any:
+    """What bpf_loader says of it; None: all maps were kept."""
+    from pykmesh.node.ask import fetch
+    from pykmesh.node.instance import running
+
+    found = running(instance.run_dir)
+    return None if found is None else fetch(found.ports.bpf_loader, "/status").get("copied")
+
+
+def _tell(instance: Instance, plan: Any, done: dict[str, Any]) -> None:
+    others = [move for move in done["maps"] if move["before"]]
+    if others:
+        rows = [(m["map"], m["fate"], m["before"], m["after"], m["why"]) for m in others]
+        show("table", None, ("MAP", "WHAT BECOMES OF IT", "BEFORE", "AFTER", ""), rows)
+    kept = sum(move.fate.value == "kept" for move in plan.moves)
+    click.echo(f"{kept} maps are kept as they are")
+    for problem in done["problems"]:
+        click.echo(f"! {problem}")
+    if "away_s" not in done:
+        return
+    if copied := done["copied"]:
+        entries = sum(copied["entries"].values())
+        click.echo(f"copied {entries} entries; nobody could write for {copied['stood_still_ms']:g} ms")
+    click.echo(
+        f"instance {instance.name} is ready (pid {done['pid']}); its processes were away for "
+        f"{done['away_s']:g} s, traffic went on; back: {command(instance, 'upgrade', '--roll-back')}"
+    )
+
+
+COMMANDS = [upgrade]

@@ -1,0 +1,348 @@
+"""From the maps that another release made to this one's: a plan, and the copying.
+
+A map's pin carries the hash of its layout (`<name>@<hash>`), so those of two releases stand beside one
+another. What a map looks like is asked of the kernel, which keeps the types (BTF) that it was made with: the
+release that made it may be gone, and which of the two is the newer one does not matter.
+
+A new map is made in a directory of its own, filled, and moved to the others, where the old one then goes.
+Each map changes in one move: whoever is ended in between leaves maps that are this release's and maps that
+are not yet, and the next one goes on. Programs of before go on with the maps that they have.
+
+Writers that do not know of each other keep apart by a lock (`Gate`). Who copies holds it alone; who writes
+holds it with others for as long as a write takes, and looks whether the maps are still his.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from pykmesh.kernel import libbpf, pins
+from pykmesh.kernel.btf import Btf, structure_of
+from pykmesh.kernel.layout import MapLayout, map_layout, map_names, structure
+from pykmesh.kernel.maps import MapFullError, PinError, PinnedMap, possible_cpus
+
+_GENERATION: Final = "generations"
+_FIRST: Final = bytes(4)
+_RING_BUFFER, _SK_STORAGE, _SOCK_HASH = 27, 24, 18
+_PERCPU_TYPES: Final = (5, 6, 10)
+_CANNOT_BE_COPIED: Final = {
+    _RING_BUFFER: "records that were not read",
+    _SK_STORAGE: "what is known of sockets that are open: their close is not recorded",
+}
+
+
+class UpgradeError(Exception):
+    """Why this release cannot go on with the maps that are there, and with which."""
+
+
+class MovedOnError(Exception):
+    """Other maps are in the place of those that were written: their writer must begin anew."""
+
+
+class Fate(Enum):
+    """What becomes of a map."""
+
+    KEPT = "kept"
+    COPIED = "copied"
+    EMPTY = "begins empty"
+    NEW = "new"
+
+
+class Move(NamedTuple):
+    """One map's. `why` says what is lost, or why it cannot be."""
+
+    name: str
+    fate: Fate
+    before: str = ""
+    """The pin that is there now, if that is another one."""
+    why: str = ""
+
+
+class Plan(NamedTuple):
+    moves: list[Move]
+    problems: list[str]
+    """Why it cannot be done; empty: it can."""
+
+    @property
+    def is_none(self) -> bool:
+        """Nothing is there that is not this release's."""
+        return not any(move.before for move in self.moves)
+
+
+class Copied(msgspec.Struct):
+    """What was done: entries by map, and, at the end, for how long nobody could write."""
+
+    entries: dict[str, int] = {}
+    stood_still_ms: float = 0.0
+
+
+class _Field(NamedTuple):
+    offset: int
+    size: int
+    type: str
+
+
+class _Shape(NamedTuple):
+    """Of a key or value: its size, and its fields if it is a structure."""
+
+    size: int
+    fields: Mapping[str, _Field] | None
+
+
+class _Part(NamedTuple):
+    """Bytes that go from one place to another."""
+
+    there: slice
+    here: slice
+    dropped: slice
+    """Upper bytes of a number that is narrower here: zero, or it does not fit."""
+    name: str
+
+
+def plan(pin_dir: Path) -> Plan:
+    """What would be done to the maps of an instance. Changes nothing. KernelError."""
+    directory = pins.maps_dir(pin_dir)
+    moves, problems = list[Move](), list[str]()
+    for name in map_names():
+        layout = map_layout(name)
+        before = None if (directory / layout.pin).exists() else _other(directory, layout)
+        if before is None:
+            kept = (directory / layout.pin).exists()
+            moves.append(Move(name, Fate.KEPT if kept else Fate.NEW))
+        elif (why := _CANNOT_BE_COPIED.get(layout.type)) is not None:
+            moves.append(Move(name, Fate.EMPTY, before.name, f"lost: {why}"))
+        else:
+            try:
+                lost = _Conversion(before, layout).lost
+            except UpgradeError as error:
+                problems.append(str(error))
+                lost = ""
+            moves.append(Move(name, Fate.COPIED, before.name, lost))
+    return Plan(moves, problems)
+
+
+def _other(directory: Path, layout: MapLayout) -> Path | None:
+    """The pin of a map of this name and another layout. Of several, which only a stray can make, the last."""
+    others = sorted(directory.glob(f"{layout.name}@*"), key=lambda pin: pin.stat().st_mtime_ns)
+    return others[-1] if others else None
+
+
+class Staging:
+    """The maps of this release that are not there yet, while they are being made and filled."""
+
+    def __init__(self, pin_dir: Path) -> None:
+        """UpgradeError when it cannot be done; then nothing has changed."""
+        self._pin_dir = pin_dir
+        self._maps = pins.maps_dir(pin_dir)
+        self._directory = pins.staging_dir(pin_dir)
+        self._moves = plan(pin_dir)
+        if self._moves.problems:
+            raise UpgradeError("; ".join(self._moves.problems))
+        _clear(self._directory)
+        self.paths: dict[str, Path] = {}
+        """Where to pin those that are to be copied or to begin empty."""
+        if not self._moves.is_none:
+            self._directory.mkdir()
+            self.paths = {
+                move.name: self._directory / map_layout(move.name).pin
+                for move in self._moves.moves
+                if move.before
+            }
+
+    @contextlib.contextmanager
+    def taken_over(self) -> Iterator[Copied | None]:
+        """Copies, and puts the maps of this release in place; writers stand still until the end of it.
+
+        The caller gives the links their new programs meanwhile. None: there was nothing to do.
+        """
+        if self._moves.is_none:
+            yield None
+            return
+        gate = Gate(self._pin_dir)
+        try:
+            with gate.closed():
+                began, done = time.perf_counter(), Copied()
+                for move in self._moves.moves:
+                    if move.fate is Fate.COPIED:
+                        conversion = _Conversion(self._maps / move.before, map_layout(move.name))
+                        done.entries[move.name] = conversion.copy_to(self.paths[move.name])
+                for move in self._moves.moves:
+                    if move.before:
+                        self.paths[move.name].rename(self._maps / map_layout(move.name).pin)
+                        (self._maps / move.before).unlink()
+                _clear(self._directory)
+                yield done
+                done.stood_still_ms = round((time.perf_counter() - began) * 1e3, 3)
+        finally:
+            gate.close()
+
+
+def _clear(directory: Path) -> None:
+    """Also of one that was ended in between."""
+    if directory.exists():
+        shutil.rmtree(directory)
+
+
+class Gate:
+    """Keeps those apart who write maps and who put others in their place. For one thread at a time.
+
+    By a lock on a directory that nobody else locks: not the maps', which telemetry holds.
+    """
+
+    def __init__(self, pin_dir: Path) -> None:
+        """PinError when the maps are not there."""
+        directory = pins.waypoints_dir(pin_dir)
+        try:
+            self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise PinError(f"{directory}: {error.strerror}; is bpf_loader up?") from error
+        try:
+            self._generations = PinnedMap(pins.maps_dir(pin_dir), _GENERATION)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._generation = self._generations.get(_FIRST)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """For a moment. MovedOnError: what this one has open is no more what programs read."""
+        fcntl.flock(self._fd, fcntl.LOCK_SH)
+        try:
+            if self._generations.get(_FIRST) != self._generation:
+                raise MovedOnError("the maps were put in other ones' place by another release")
+            yield
+        finally:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    @contextlib.contextmanager
+    def closed(self) -> Iterator[None]:
+        """Nobody writes. Whoever wrote before has to begin anew, from now on, also if this one is ended."""
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        try:
+            number = int.from_bytes(self._generations.get(_FIRST) or b"", "little") + 1
+            self._generations.put(_FIRST, number.to_bytes(8, "little"))
+            yield
+        finally:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        self._generations.close()
+        os.close(self._fd)
+
+
+class _Conversion:
+    """Of one map's entries. UpgradeError where the new layout has no place for what there is."""
+
+    def __init__(self, before: Path, layout: MapLayout) -> None:
+        self._layout = layout
+        self._before = before
+        with libbpf.closing(libbpf.obj_get(str(before))) as fd:
+            self._old = _layout_of(fd, before.name)
+            shapes = _shapes_of(fd, self._old)
+        if self._old.type != layout.type:
+            raise UpgradeError(f"map {layout.name} is of type {self._old.type}, not {layout.type}")
+        here = _Shape(layout.key_size, _fields(layout.key)), _Shape(layout.value_size, _fields(layout.value))
+        self._keys = _parts(f"key of map {layout.name}", shapes[0], here[0])
+        self._values = _parts(f"value of map {layout.name}", shapes[1], here[1])
+        gone = sorted((shapes[1].fields or {}).keys() - (here[1].fields or {}).keys() - _PADDING)
+        self.lost = f"lost: {', '.join(gone)}" if gone else ""
+        if ((shapes[0].fields or {}).keys() ^ (here[0].fields or {}).keys()) - _PADDING:
+            raise UpgradeError(f"the key of map {layout.name} has other fields")
+
+    def copy_to(self, path: Path) -> int:
+        """Returns how many entries there were. UpgradeError where one does not fit."""
+        count, cpus = 0, possible_cpus() if self._layout.type in _PERCPU_TYPES else 1
+        with PinnedMap.opened(self._before, self._old) as old, PinnedMap.opened(path, self._layout) as new:
+            for keys, values in old.chunks():
+                found = len(keys)
+                flat = keys.view(np.uint8).reshape(found, self._old.key_size)
+                rows = values.reshape(found * cpus, -1)
+                made_keys = self._made(self._keys, flat, self._layout.key_size)
+                made = self._made(self._values, rows, _stride(self._layout.value_size, cpus))
+                try:
+                    new.write_rows(made_keys, made.reshape(found, -1))
+                except MapFullError as error:
+                    raise UpgradeError(f"{error}: it has room for {new.max_entries} entries") from error
+                count += found
+        return count
+
+    def _made(self, parts: list[_Part], there: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
+        here = np.zeros((len(there), size), np.uint8)
+        for part in parts:
+            if there[:, part.dropped].any():
+                raise UpgradeError(f"{part.name} of map {self._layout.name} holds numbers too large for it")
+            here[:, part.here] = there[:, part.there]
+        return here
+
+
+_PADDING: Final = {"pad", "pad2", "reserved"}
+_NO_BYTES: Final = slice(0, 0)
+
+
+def _stride(size: int, cpus: int) -> int:
+    """Values of each processor are eight bytes apart, or a multiple of it."""
+    return size if cpus == 1 else (size + 7) // 8 * 8
+
+
+def _layout_of(fd: int, pin: str) -> MapLayout:
+    kind, key, value, entries = libbpf.map_info(fd)
+    name, _, found = pin.partition("@")
+    return MapLayout(name, found, kind, None, None, key, value, entries)
+
+
+def _shapes_of(fd: int, layout: MapLayout) -> tuple[_Shape, _Shape]:
+    types = libbpf.map_types(fd)
+    if types is None:
+        return _Shape(layout.key_size, None), _Shape(layout.value_size, None)
+    data, key, value = types
+    btf = Btf(data)
+    found = (structure_of(btf, number) for number in (key, value))
+    keys, values = (_by_name(each["fields"]) if each else None for each in found)
+    return _Shape(layout.key_size, keys), _Shape(layout.value_size, values)
+
+
+def _fields(name: str | None) -> Mapping[str, _Field] | None:
+    return None if name is None else _by_name(structure(name)["fields"])
+
+
+def _by_name(fields: list[dict[str, Any]]) -> dict[str, _Field]:
+    return {field["name"]: _Field(field["offset"], field["size"], field["type"]) for field in fields}
+
+
+def _parts(what: str, there: _Shape, here: _Shape) -> list[_Part]:
+    if there.fields is None or here.fields is None:
+        if (there.fields is None, there.size) != (here.fields is None, here.size):
+            raise UpgradeError(f"the {what} has {there.size} bytes, not {here.size}")
+        return [_Part(slice(0, here.size), slice(0, here.size), _NO_BYTES, what)]
+    return [
+        _part(f"{name} in the {what}", there.fields[name], field)
+        for name, field in here.fields.items()
+        if name in there.fields and name not in _PADDING
+    ]
+
+
+def _part(what: str, there: _Field, here: _Field) -> _Part:
+    is_number = all(field.type in ("u8", "u16", "u32", "u64") for field in (there, here))
+    if not is_number and (there.size, there.type) != (here.size, here.type):
+        raise UpgradeError(
+            f"{what} is {there.type} of {there.size} bytes, not {here.type} of {here.size} bytes"
+        )
+    size = min(there.size, here.size)
+    return _Part(
+        slice(there.offset, there.offset + size),
+        slice(here.offset, here.offset + size),
+        slice(there.offset + size, there.offset + there.size),
+        what,
+    )

@@ -1,0 +1,176 @@
+"""Two releases whose maps differ, in each other's place under traffic: nothing is dropped or wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from pykmesh.demo.pods import Pod
+from pykmesh.kernel import pins
+from tests.mesh.manifests import Object, host, pod, service, text
+from tests.mesh.node import Node, finish, probe, serve
+
+VIP = "10.96.0.70"
+HERE = Path(__file__).parents[2]
+GROWN = {
+    # of the value that each connection reads first: what it begins with stays, the rest moves
+    "struct service_value {\n\tstruct ip address;\n\t__u32 network;\n\t__be16 port;\n\t__u16 pad;\n": (
+        "struct service_value {\n\tstruct ip address;\n\t__u32 network;\n\t__be16 port;\n\t__u16 pad;\n"
+        "\t__u64 colour;\n"
+    ),
+    "\t__u32 other;\n\t__u32 share;\n\t__u8 reserved[12];\n": (
+        "\t__u32 weightless;\n\t__u32 other;\n\t__u32 share;\n\t__u8 reserved[8];\n"
+    ),
+    "\t__u64 cgroup_id; /* of the enrolled cgroup, for clean-up and display */\n": (
+        "\t__u32 shade;\n\t__u32 hue;\n\t__u64 cgroup_id;\n"
+    ),
+    "struct datagram_value {\n\t__u64 service;": "struct datagram_value {\n\t__u64 tint;\n\t__u64 service;",
+    "sizeof(struct service_value) == 48": "sizeof(struct service_value) == 56",
+    "sizeof(struct pod_value) == 64": "sizeof(struct pod_value) == 72",
+    "sizeof(struct datagram_value) == 32": "sizeof(struct datagram_value) == 40",
+}
+CHANGED = {"services", "endpoints", "pods", "datagrams"}
+LONG_LIVED = f"""
+import socket, sys, time
+with socket.create_connection(("{VIP}", 80), 10) as s:
+    print("open", flush=True)
+    for line in sys.stdin:
+        s.sendall(b"GET / HTTP/1.1\\r\\nhost: web\\r\\n\\r\\n")
+        assert b"200" in s.recv(4096)
+        print("answered", flush=True)
+"""
+
+
+class Upgrades(NamedTuple):
+    node: Node
+    client: Pod
+    web: list[Pod]
+    other: Path
+
+    def upgrade(self, release: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """By the command line of a release."""
+        done = subprocess.run(
+            [sys.executable, "-m", "pykmesh", *self.node.place, "upgrade", *words],
+            cwd=release,
+            env={**os.environ, "PYTHONPATH": str(release)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        if check:
+            assert done.returncode == 0, f"{done.stdout}{done.stderr}\n{self.node.logs()}"
+        return done
+
+    def pins(self) -> dict[str, str]:
+        found = [path.name.partition("@") for path in pins.maps_dir(self.node.pin_dir).iterdir()]
+        assert len(found) == len({name for name, _, _ in found}), "one pin of each map"
+        return {name: layout for name, _, layout in found}
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release like this one, with other maps."""
+    found = tmp_path_factory.mktemp("other")
+    for part in ("pykmesh", "services", "bpf"):
+        shutil.copytree(HERE / part, found / part, ignore=shutil.ignore_patterns("__pycache__"))
+    types = found / "bpf" / "mesh_types.h"
+    said = types.read_text()
+    for before, after in GROWN.items():
+        assert said.count(before) == 1, before
+        said = said.replace(before, after)
+    types.write_text(said)
+    objects = found / "pykmesh" / "kernel" / "objects"
+    machine = os.uname().machine
+    for name, flags in (("mesh", []), ("mesh_before_5_13", ["-DNO_GLOBAL_FUNCTIONS"])):
+        built = found / f"{name}.o"
+        compile_ = [
+            "clang",
+            "-target",
+            "bpf",
+            "-mcpu=v3",
+            "-O2",
+            "-g",
+            *flags,
+            f"-I/usr/include/{machine}-linux-gnu",
+        ]
+        _run(*compile_, "-c", str(found / "bpf" / "mesh.bpf.c"), "-o", str(built))
+        _run("bpftool", "gen", "object", str(objects / f"{name}.bpf.o"), str(built))
+    _run(
+        sys.executable, "-m", "pykmesh.kernel.btf", str(objects / "mesh.bpf.o"), str(objects / "layout.json")
+    )
+    return found
+
+
+def _run(*words: str) -> None:
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def upgrades(tmp_path_factory: pytest.TempPathFactory, other: Path) -> Iterator[Upgrades]:
+    node = Node(tmp_path_factory.mktemp("upgrade"), subnet=31)
+    try:
+        with node.network as network:
+            client = network.add("client", 10)
+            web = [network.add(f"web-{n}", 20 + n) for n in range(2)]
+            for each in web:
+                serve(each, "--http", "8080")
+            found = Upgrades(node, client, web, other)
+            node.write("pods", text(*(known(each) for each in (client, *web))))
+            node.write("web", text(service("web", VIP, "fd96::70", app="web", ports={80: 8080})))
+            node.start()
+            node.enroll(client)
+            node.until_endpoints(host("web"), {f"{each.address4}:8080" for each in web}, 80)
+            yield found
+    finally:
+        node.end()
+
+
+def known(each: Pod) -> Object:
+    return pod(each.name, str(each.address4), app="client" if each.name == "client" else "web")
+
+
+def test_back_and_forth_under_traffic_nothing_is_dropped(upgrades: Upgrades) -> None:
+    """With other maps of services, endpoints, pods and datagrams each time; then as if nothing had been."""
+    before = upgrades.pins()
+    prober = probe(upgrades.client, VIP, 80)
+    with upgrades.client.spawn(
+        sys.executable, "-c", LONG_LIVED, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as long_lived:
+        assert long_lived.stdin
+        assert long_lived.stdout
+        assert long_lived.stdout.readline() == "open\n"
+        for words, release in (
+            ((), upgrades.other),
+            (("--roll-back",), upgrades.other),
+            ((), upgrades.other),
+        ):
+            done = json.loads(upgrades.upgrade(release, *words, "-o", "json").stdout)
+            copied = done["copied"]
+            assert set(copied["entries"]) == CHANGED
+            assert copied["entries"]["endpoints"] == 2
+            long_lived.stdin.write("\n")
+            long_lived.stdin.flush()
+            assert long_lived.stdout.readline() == "answered\n"
+        long_lived.stdin.close()
+        assert long_lived.wait(10) == 0
+    after = upgrades.pins()
+    assert {name for name in before if before[name] != after[name]} == CHANGED
+    done = json.loads(upgrades.upgrade(HERE, "-o", "json").stdout)
+    assert set(done["copied"]["entries"]) == CHANGED
+    assert upgrades.pins() == before
+    upgrades.node.write("pods", text(known(upgrades.client), known(upgrades.web[0])))
+    upgrades.node.until_endpoints(host("web"), {f"{upgrades.web[0].address4}:8080"}, 80)
+    counted = finish(prober)
+    assert counted["connections"] > 100
+    assert counted["failed"] == 0, counted["errors"]
+    assert upgrades.node.cli("diff").returncode == 0
