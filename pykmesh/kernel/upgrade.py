@@ -68,6 +68,8 @@ class Move(NamedTuple):
     before: str = ""
     """The pin that is there now, if that is another one."""
     why: str = ""
+    stale: tuple[str, ...] = ()
+    """Pins that somebody left who was ended."""
 
 
 class Plan(NamedTuple):
@@ -78,7 +80,7 @@ class Plan(NamedTuple):
     @property
     def is_none(self) -> bool:
         """Nothing is there that is not this release's."""
-        return not any(move.before for move in self.moves)
+        return not any(move.before or move.stale for move in self.moves)
 
 
 class Copied(msgspec.Struct):
@@ -116,27 +118,51 @@ def plan(pin_dir: Path) -> Plan:
     directory = pins.maps_dir(pin_dir)
     moves, problems = list[Move](), list[str]()
     for name in map_names():
-        layout = map_layout(name)
-        before = None if (directory / layout.pin).exists() else _other(directory, layout)
-        if before is None:
-            kept = (directory / layout.pin).exists()
-            moves.append(Move(name, Fate.KEPT if kept else Fate.NEW))
+        layout, there = map_layout(name), sorted(directory.glob(f"{name}@*"))
+        if not there:
+            moves.append(Move(name, Fate.NEW))
+            continue
+        before = there[0] if len(there) == 1 else _current(pin_dir, directory / layout.pin, there)
+        stale = tuple(pin.name for pin in there if pin not in (before, directory / layout.pin))
+        if before.name == layout.pin:
+            moves.append(Move(name, Fate.KEPT, stale=stale))
         elif (why := _CANNOT_BE_COPIED.get(layout.type)) is not None:
-            moves.append(Move(name, Fate.EMPTY, before.name, f"lost: {why}"))
+            moves.append(Move(name, Fate.EMPTY, before.name, f"lost: {why}", stale))
         else:
             try:
                 lost = _Conversion(before, layout).lost
             except UpgradeError as error:
                 problems.append(str(error))
                 lost = ""
-            moves.append(Move(name, Fate.COPIED, before.name, lost))
+            moves.append(Move(name, Fate.COPIED, before.name, lost, stale))
     return Plan(moves, problems)
 
 
-def _other(directory: Path, layout: MapLayout) -> Path | None:
-    """The pin of a map of this name and another layout. Of several, which only a stray can make, the last."""
-    others = sorted(directory.glob(f"{layout.name}@*"), key=lambda pin: pin.stat().st_mtime_ns)
-    return others[-1] if others else None
+def _current(pin_dir: Path, own: Path, there: list[Path]) -> Path:
+    """Of several pins, which there are when somebody was ended between two steps: what programs read.
+
+    This release's own before another one; where nothing is read by a program, the one that came last.
+    """
+    in_use = _maps_in_use(pin_dir)
+    read = [pin for pin in there if _map_id(pin) in in_use]
+    if read:
+        return own if own in read else read[0]
+    return max(there, key=lambda pin: pin.stat().st_mtime_ns)
+
+
+def _map_id(pin: Path) -> int:
+    with libbpf.closing(libbpf.obj_get(str(pin))) as fd:
+        return libbpf.map_id(fd)
+
+
+def _maps_in_use(pin_dir: Path) -> set[int]:
+    """The ids of maps of all programs that are attached."""
+    found: set[int] = set()
+    for directory in (pins.links_dir(pin_dir), pins.waypoints_dir(pin_dir)):
+        for pin in directory.glob("*/*"):
+            with contextlib.suppress(libbpf.KernelError), libbpf.closing(libbpf.obj_get(str(pin))) as fd:
+                found.update(libbpf.program_name_and_maps(libbpf.link_info(fd)[0])[1])
+    return found
 
 
 class Staging:
@@ -181,7 +207,8 @@ class Staging:
                 for move in self._moves.moves:
                     if move.before:
                         self.paths[move.name].rename(self._maps / map_layout(move.name).pin)
-                        (self._maps / move.before).unlink()
+                    for pin in filter(None, (move.before, *move.stale)):
+                        (self._maps / pin).unlink()
                 _clear(self._directory)
                 yield done
                 done.stood_still_ms = round((time.perf_counter() - began) * 1e3, 3)

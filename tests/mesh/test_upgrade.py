@@ -15,8 +15,9 @@ import pytest
 
 from pykmesh.demo.pods import Pod
 from pykmesh.kernel import pins
+from pykmesh.node.instance import running
 from tests.mesh.manifests import Object, host, pod, service, text
-from tests.mesh.node import Node, finish, probe, serve
+from tests.mesh.node import Node, finish, probe, serve, until
 
 VIP = "10.96.0.70"
 HERE = Path(__file__).parents[2]
@@ -57,18 +58,21 @@ class Upgrades(NamedTuple):
 
     def upgrade(self, release: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """By the command line of a release."""
-        done = subprocess.run(
-            [sys.executable, "-m", "pykmesh", *self.node.place, "upgrade", *words],
-            cwd=release,
-            env={**os.environ, "PYTHONPATH": str(release)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        done = self.run(release, "-m", "pykmesh", *self.node.place, "upgrade", *words)
         if check:
             assert done.returncode == 0, f"{done.stdout}{done.stderr}\n{self.node.logs()}"
         return done
+
+    def run(self, release: Path, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *words],
+            cwd=release,
+            env={**os.environ, "PYTHONPATH": f"{release}:{HERE}"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
 
     def pins(self) -> dict[str, str]:
         found = [path.name.partition("@") for path in pins.maps_dir(self.node.pin_dir).iterdir()]
@@ -88,10 +92,15 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert said.count(before) == 1, before
         said = said.replace(before, after)
     types.write_text(said)
-    objects = found / "pykmesh" / "kernel" / "objects"
+    build(found)
+    return found
+
+
+def build(release: Path) -> None:
+    objects = release / "pykmesh" / "kernel" / "objects"
     machine = os.uname().machine
     for name, flags in (("mesh", []), ("mesh_before_5_13", ["-DNO_GLOBAL_FUNCTIONS"])):
-        built = found / f"{name}.o"
+        built = release / f"{name}.o"
         compile_ = [
             "clang",
             "-target",
@@ -102,12 +111,11 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
             *flags,
             f"-I/usr/include/{machine}-linux-gnu",
         ]
-        _run(*compile_, "-c", str(found / "bpf" / "mesh.bpf.c"), "-o", str(built))
+        _run(*compile_, "-c", str(release / "bpf" / "mesh.bpf.c"), "-o", str(built))
         _run("bpftool", "gen", "object", str(objects / f"{name}.bpf.o"), str(built))
     _run(
         sys.executable, "-m", "pykmesh.kernel.btf", str(objects / "mesh.bpf.o"), str(objects / "layout.json")
     )
-    return found
 
 
 def _run(*words: str) -> None:
@@ -174,3 +182,97 @@ def test_back_and_forth_under_traffic_nothing_is_dropped(upgrades: Upgrades) -> 
     assert counted["connections"] > 100
     assert counted["failed"] == 0, counted["errors"]
     assert upgrades.node.cli("diff").returncode == 0
+
+
+def test_what_would_be_done_is_said_and_nothing_is_done(upgrades: Upgrades) -> None:
+    before, pid = upgrades.pins(), upgrades.node.instance.pid
+    said = upgrades.upgrade(upgrades.other, "--dry-run").stdout
+    for name in CHANGED:
+        assert f"{name}@{before[name]}" in said
+    assert "maps are kept as they are" in said
+    assert (upgrades.pins(), upgrades.node.instance.pid) == (before, pid)
+    assert "is ready" not in said
+
+
+def test_a_step_that_cannot_be_taken_is_refused_before_it_begins(upgrades: Upgrades) -> None:
+    """A release whose endpoints have other keys."""
+    types = upgrades.other / "bpf" / "mesh_types.h"
+    said = types.read_text()
+    pid = upgrades.node.instance.pid
+    try:
+        before = "struct endpoint_key {\n\t__u64 service; /* service_value.id */\n\t__u32 slot;\n"
+        assert before in said
+        types.write_text(said.replace(before, "struct endpoint_key {\n\t__u64 service;\n\t__be32 slot;\n"))
+        build(upgrades.other)
+        refused = upgrades.upgrade(upgrades.other, check=False)
+        assert refused.returncode == 1
+        assert "not begun: slot in the key of map endpoints is u32 of 4 bytes, not be32" in refused.stderr
+        assert "slot in the key" in upgrades.upgrade(upgrades.other, "--dry-run", check=False).stdout
+        assert upgrades.node.instance.pid == pid
+    finally:
+        types.write_text(said)
+        build(upgrades.other)
+
+
+def test_a_release_that_does_not_start_leaves_the_one_before(upgrades: Upgrades) -> None:
+    """It has taken the maps over by then: the one before takes them back."""
+    before, prober = upgrades.pins(), probe(upgrades.client, VIP, 80)
+    main = upgrades.other / "services" / "telemetry" / "__main__.py"
+    said = main.read_text()
+    try:
+        main.write_text("import sys\nsys.exit('no such luck')\n")
+        refused = upgrades.upgrade(upgrades.other, check=False)
+    finally:
+        main.write_text(said)
+    assert refused.returncode == 1
+    assert "telemetry" in refused.stderr
+    assert "the release before runs again" in refused.stderr
+    upgrades.node.until_ready()
+    assert upgrades.pins() == before
+    counted = finish(prober)
+    assert counted["failed"] == 0, counted["errors"]
+    assert upgrades.node.cli("diff").returncode == 0
+
+
+def test_one_that_is_ended_at_any_step_is_gone_on_with(upgrades: Upgrades) -> None:
+    """The loader killed before each of its steps, one after another, and again: traffic goes on."""
+    before, prober = upgrades.pins(), probe(upgrades.client, VIP, 80)
+    upgrades.node.cli("down")
+    for release in (upgrades.other, HERE):
+        module = str(HERE / "tests" / "mesh" / "killed_upgrade.py")
+        done = upgrades.run(release, module, upgrades.node.name, str(upgrades.node.pin_dir))
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) > 8, "steps: each attempt is left less to do by the one before"
+        found = upgrades.pins()
+        assert {name for name in before if before[name] != found[name]} == (
+            CHANGED if release == upgrades.other else set()
+        )
+        assert not pins.staging_dir(upgrades.node.pin_dir).exists()
+    upgrades.node.start()
+    counted = finish(prober)
+    assert counted["failed"] == 0, counted["errors"]
+    assert upgrades.node.cli("diff").returncode == 0
+
+
+def test_what_runs_in_the_foreground_is_left_to_who_has_it(upgrades: Upgrades) -> None:
+    upgrades.node.cli("down")
+    words = [
+        sys.executable,
+        "-m",
+        "pykmesh",
+        *upgrades.node.place,
+        "up",
+        "--free-ports",
+        *upgrades.node.options,
+    ]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as foreground:
+        try:
+            until(lambda: running(upgrades.node.run_dir), "it to run")
+            refused = upgrades.upgrade(upgrades.other, check=False)
+            assert "runs in the foreground" in refused.stderr
+        finally:
+            foreground.terminate()
+            foreground.wait(20)
+    refused = upgrades.upgrade(upgrades.other, check=False)
+    assert "is not running" in refused.stderr
+    upgrades.node.start()

@@ -233,7 +233,7 @@ SERVERS: dict[str, tuple[list[Any] | None, list[Resource]]] = {
         [names(SERVER, waypoint=by_way_of("waypoint")), N1, *WAYPOINT],
     ),
     "a workload": (None, [pod("names", SERVER)]),
-    "a workload with a waypoint": ([], [pod_by_waypoint()]),
+    "a workload with a waypoint": (None, [pod_by_waypoint()]),
     "a workload with a policy": ([], [pod("names", SERVER, policies=["shop/p"])]),
     "in a range": (AT_N1, [names("10.96.0.0/16"), N1]),
     "in a range, with a waypoint": ([], [names("10.96.0.0/16", waypoint=by_way_of("waypoint")), N1]),
