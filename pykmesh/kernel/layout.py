@@ -67,6 +67,17 @@ def map_names() -> list[str]:
     return sorted(_document()["maps"])
 
 
+def check_object() -> None:
+    """LayoutError where the object on disk is no more the one whose layout was read.
+
+    A process may be a fork of one that read it before another release was put in the place of its files.
+    """
+    if json.loads((_OBJECTS / "layout.json").read_text()) != _document():
+        raise LayoutError(
+            "the files of this release were replaced while it ran: pykmesh upgrade (or down, then up)"
+        )
+
+
 def setting_offset(name: str, size: int) -> int:
     """Where a read-only setting of the programs lies; its size is checked."""
     offset, declared = _document()["settings"][name]

@@ -18,7 +18,7 @@ import fcntl
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -234,12 +234,31 @@ def _remove_directory(pin_dir: Path) -> None:
             pin_dir.rmdir()
 
 
+def remove_others(pin_dir: Path, programs: Collection[str]) -> list[str]:
+    """Detaches what is attached under other programs' names, which another release had; returns these."""
+    directories = (links_dir(pin_dir), waypoints_dir(pin_dir))
+    others = [
+        pin
+        for directory in directories
+        for each in read_links(directory).cgroups
+        for pin in each.path.glob("*")
+        if pin.name not in programs
+    ]
+    for pin in others:
+        _detach(pin)
+    return sorted({pin.name for pin in others})
+
+
+def _detach(pin: Path) -> None:
+    with contextlib.suppress(libbpf.KernelError), libbpf.closing(libbpf.obj_get(str(pin))) as fd:
+        libbpf.link_detach(fd)
+    pin.unlink(missing_ok=True)
+
+
 def remove_links(directory: Path) -> int:
     """Detaches and unpins the links of one cgroup, what rewrites before what undoes a rewrite."""
     pins = sorted(directory.glob("*"), key=lambda pin: (not pin.name.startswith("pykmesh_conn"), pin.name))
     for pin in pins:
-        with contextlib.suppress(libbpf.KernelError), libbpf.closing(libbpf.obj_get(str(pin))) as fd:
-            libbpf.link_detach(fd)
-        pin.unlink(missing_ok=True)
+        _detach(pin)
     directory.rmdir()
     return len(pins)

@@ -15,7 +15,7 @@ import structlog
 from pykmesh.contracts.settings import LoaderSettings
 from pykmesh.kernel import cgroups, pins
 from pykmesh.kernel.hooks import Programs, ProgramSettings, can_set_retval
-from pykmesh.kernel.layout import check_enums
+from pykmesh.kernel.layout import check_enums, check_object
 from pykmesh.kernel.records import DNS_SLOTS, network_id
 from pykmesh.kernel.upgrade import Copied, Staging
 from pykmesh.process import Runtime
@@ -34,6 +34,7 @@ async def run(runtime: Runtime[LoaderSettings]) -> None:
     settings = runtime.settings
     runtime.readiness.wait_for("programs")
     check_enums()
+    check_object()
     root = settings.cgroup_root or cgroups.find_root()
     if await anyio.to_thread.run_sync(pins.prepare, settings.pin_dir):
         log.info("bpffs_mounted", pin_dir=str(settings.pin_dir))
@@ -74,6 +75,8 @@ def _take_over(
         enrollment = Enrollment(settings.pin_dir, root, settings.instance, settings.network, programs)
         waypoints = Waypoints(settings.pin_dir, programs)
         updated = enrollment.adopt() + waypoints.adopt()
+        for program in pins.remove_others(settings.pin_dir, {hook.program for hook in programs.fds}):
+            log.info("program_of_another_release_removed", program=program)
     if copied is not None:
         log.info("maps_copied", **msgspec.structs.asdict(copied))
     return enrollment, waypoints, updated, copied
