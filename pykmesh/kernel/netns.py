@@ -53,16 +53,20 @@ def own_cookie() -> int:
             ) from error
 
 
-def socket_in(netns_fd: int, family: int, kind: int) -> socket.socket:
+def socket_in(netns_fd: int | None, family: int, kind: int) -> socket.socket:
     """A socket of a network namespace, which it stays in. The calling thread is back when this returns.
 
+    None: of this process's own, which needs no privilege.
     Three system calls, for one socket at a time; `run_in` is for all that takes longer. OSError when the
     namespace cannot be entered, RuntimeError when the thread cannot come back: the process must end.
     """
+    kind |= socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    if netns_fd is None:
+        return socket.socket(family, kind)
     own = _own_namespace()
     _enter(netns_fd)
     try:
-        return socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        return socket.socket(family, kind)
     finally:
         try:
             _enter(own)

@@ -44,8 +44,9 @@ class Front:
         loopback, wildcard = ("::1", "::") if family == socket.AF_INET6 else ("127.0.0.1", "0.0.0.0")  # noqa: S104
         with contextlib.ExitStack() as undo:
             try:
-                namespace = os.open(netns or "/proc/self/ns/net", os.O_RDONLY)
-                undo.callback(os.close, namespace)
+                namespace = os.open(netns, os.O_RDONLY) if netns else None
+                if namespace is not None:
+                    undo.callback(os.close, namespace)
                 self._holder = socket_in(namespace, family, socket.SOCK_STREAM)
                 undo_sockets = undo.enter_context(contextlib.ExitStack())
                 undo_sockets.callback(self._holder.close)

@@ -154,6 +154,46 @@ name_is_answered() {
 print(q.udp(m.make_query("pod-web.default.svc.cluster.local", "A"), "10.77.0.1", timeout=1).answer[0][0])')" = $VIP ]
 }
 
+waypoint() { # of a service, from a container; and when who started it was killed (beside cgroup v1 docker ends it then)
+	export COMPOSE_FILE=compose/compose.yaml:compose/dns.yaml:compose/waypoints.yaml PYKMESH_WAYPOINT_ADDRESS=172.17.0.1
+	docker run --detach --name web pykmesh pykmesh.demo.endpoint web-1 --http 8080 || return 1
+	docker run --detach --name client --entrypoint sleep pykmesh infinity || return 1
+	compose up --detach --wait --wait-timeout 120 || return 1
+	is_bound waypoint_mgr 0 19 || return 1 # SYS_PTRACE
+	compose run --rm pykmesh enroll --container "$(docker inspect --format '{{.Id}}' client)" || return 1
+	cat >"$PYKMESH_CONFIG_DIR/waypoint.yaml" <<-END || return 1
+		apiVersion: gateway.networking.k8s.io/v1
+		kind: Gateway
+		metadata: {name: wp}
+		spec: {gatewayClassName: pykmesh-waypoint}
+		---
+		apiVersion: gateway.networking.k8s.io/v1
+		kind: HTTPRoute
+		metadata: {name: web}
+		spec:
+		  parentRefs: [{group: "", kind: Service, name: web}]
+		  rules:
+		  - filters:
+		    - {type: ResponseHeaderModifier, responseHeaderModifier: {add: [{name: x-by-way-of, value: wp}]}}
+		    backendRefs: [{name: web, port: 80}]
+	END
+	sed -i 's|{name: web, namespace: default}|{name: web, namespace: default, labels: {istio.io/use-waypoint: wp}}|' "$PYKMESH_CONFIG_DIR/web.yaml"
+	until_true 40 came_by_way_of || {
+		compose logs --tail 30 waypoint_mgr control_plane
+		compose run --rm pykmesh waypoint status
+		return 1
+	}
+	in_node kill -KILL "$(container waypoint_mgr '{{.State.Pid}}')" || return 1
+	until_true 60 restarted waypoint_mgr || return 1
+	until_true 40 came_by_way_of || return 1
+	docker rm --force web client
+}
+
+came_by_way_of() {
+	docker exec client python -c 'import urllib.request as r; print(r.urlopen("http://10.96.0.10", timeout=3).headers["x-by-way-of"])' |
+		grep wp
+}
+
 none_failed() { # what the prober saw until now
 	local pid
 	for pid in $(in_node cat "$client_cgroup/cgroup.procs"); do in_node kill -TERM "$pid" || return 1; done
@@ -213,6 +253,7 @@ check "the service's address answers" until_true 20 answers || finish
 check "so it does from a container to a container, by the README" containers || true
 check "a client connects every 10 ms" start_prober || finish
 check "names of services are answered, with dns.yaml over it" names || true
+check "a waypoint routes, with waypoints.yaml over it, also when waypoint_mgr was killed" waypoint || true
 check "bpf_loader is killed, and is healthy again" kill_loader || true
 check "docker compose down" down || finish
 check "the service still answers: the kernel keeps it" answers || true
