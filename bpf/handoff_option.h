@@ -207,6 +207,7 @@ static __always_inline void claim_written(struct bpf_sock_ops *ops)
 	bpf_store_hdr_opt(ops, &option, sizeof(option), 0);
 }
 
+/* Nothing more is said of it. */
 static __always_inline void claim_delivered(struct bpf_sock_ops *ops)
 {
 	struct bpf_sock *sk = ops->sk;

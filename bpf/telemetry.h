@@ -71,6 +71,7 @@ static __always_inline void connecting(struct bpf_sock_ops *ops)
 {
 	struct socket_state *state = sockops_state(ops, 0);
 
+	claim_delivered(ops); /* one that came to nothing: the socket connects again, elsewhere perhaps */
 	if (!state || !state->service)
 		return;
 	if (state->handed_over && ops->sk)

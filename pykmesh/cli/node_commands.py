@@ -211,7 +211,9 @@ def _run(instance: Instance, options: Any, *, behind: bool) -> None:
     import anyio
 
     from pykmesh import logs
+    from pykmesh.node.behind import of_this_release
 
+    os.environ.update(of_this_release({}))
     if sys.stderr.isatty():
         options.settings.setdefault("PYKMESH_LOG_FORMAT", "console")
     with logs.LogFile(instance.log("supervisor")) as file:

@@ -23,17 +23,17 @@ def upgrade(instance: Instance, output: str, *, dry_run: bool, roll_back: bool) 
 
     What cannot be done is said before anything is.
     """
+    import msgspec
+
     from pykmesh.kernel import hooks, upgrade
     from pykmesh.kernel.libbpf import KernelError
-    from pykmesh.node.upgrade import exchange, previous, supervised
+    from pykmesh.node.upgrade import exchange, supervised
+    from pykmesh.node.upgrade import roll_back as go_back
 
     try:
         if roll_back:
             words = shlex.split(command(instance, "upgrade", "-o", output))[1:]
-            said = previous(instance).run([*words, *(["--dry-run"] if dry_run else [])])
-            sys.stdout.write(said.stdout)
-            sys.stderr.write(said.stderr)
-            sys.exit(said.returncode)
+            go_back(instance, [*words, *(["--dry-run"] if dry_run else [])])
         plan = upgrade.plan(instance.pin_dir)
         problems = [*plan.problems]
         try:
@@ -46,7 +46,7 @@ def upgrade(instance: Instance, output: str, *, dry_run: bool, roll_back: bool) 
         done: dict[str, Any] = {"maps": _moves(plan), "problems": problems}
         if before is not None:
             exchanged = exchange(instance, before)
-            done |= {"pid": exchanged.pid, "away_s": exchanged.away_s, "copied": _copied(instance)}
+            done |= {**msgspec.structs.asdict(exchanged), "copied": _copied(instance)}
     except (InstanceError, KernelError, OSError) as error:
         raise Failure(str(error)) from error
     if output != "table":
@@ -59,13 +59,14 @@ def upgrade(instance: Instance, output: str, *, dry_run: bool, roll_back: bool) 
 
 def _moves(plan: Any) -> list[dict[str, str]]:
     from pykmesh.kernel.layout import map_layout
+    from pykmesh.kernel.upgrade import Fate
 
     return [
         {
             "map": move.name,
             "fate": move.fate.value,
             "before": move.before,
-            "after": map_layout(move.name).pin,
+            "after": "" if move.fate is Fate.GONE else map_layout(move.name).pin,
             "why": move.why,
         }
         for move in plan.moves
@@ -82,7 +83,7 @@ def _copied(instance: Instance) -> Any:
 
 
 def _tell(instance: Instance, plan: Any, done: dict[str, Any]) -> None:
-    others = [move for move in done["maps"] if move["before"]]
+    others = [move for move in done["maps"] if move["before"] or move["why"]]
     if others:
         rows = [(m["map"], m["fate"], m["before"], m["after"], m["why"]) for m in others]
         show("table", None, ("MAP", "WHAT BECOMES OF IT", "BEFORE", "AFTER", ""), rows)
@@ -95,9 +96,12 @@ def _tell(instance: Instance, plan: Any, done: dict[str, Any]) -> None:
     if copied := done["copied"]:
         entries = sum(copied["entries"].values())
         click.echo(f"copied {entries} entries; nobody could write for {copied['stood_still_ms']:g} ms")
+    back = (
+        command(instance, "upgrade", "--roll-back") if done["can_go_back"] else "none, it is the same release"
+    )
     click.echo(
         f"instance {instance.name} is ready (pid {done['pid']}); its processes were away for "
-        f"{done['away_s']:g} s, traffic went on; back: {command(instance, 'upgrade', '--roll-back')}"
+        f"{done['away_s']:g} s, traffic went on; back: {back}"
     )
 
 

@@ -61,11 +61,13 @@ class MeshKey(NamedTuple):
 
 
 def read_mesh_key(path: Path) -> MeshKey:
-    """From a file of at least 32 bytes; white space around them does not count. SettingsError."""
+    """From a file of at least 32 bytes; white space around a text does not count. SettingsError."""
     try:
-        key = path.read_bytes().strip()
+        key = path.read_bytes()
     except OSError as error:
         raise SettingsError(f"mesh_key_file {path}: {error.strerror}") from error
+    if key.isascii():
+        key = key.strip()
     if len(key) < MESH_KEY_MIN:
         raise SettingsError(f"mesh_key_file {path} has {len(key)} bytes, not the {MESH_KEY_MIN} of a key")
     identity = hashlib.blake2b(key, digest_size=IDENTITY_SECRET_BYTES, person=b"identity").digest()

@@ -74,9 +74,13 @@ class Programs:
         sizes: Mapping[str, int],
         settings: ProgramSettings,
         elsewhere: Mapping[str, Path] | None = None,
+        room: Mapping[str, int] | None = None,
     ) -> None:
-        """`elsewhere`: where maps are pinned that are not to be among the others yet."""
-        self._elsewhere = elsewhere or {}
+        """`elsewhere`: where maps are pinned that are not to be among the others yet.
+
+        `room`: how many entries some must have room for, at least.
+        """
+        self._elsewhere, self._room = elsewhere or {}, room or {}
         self.kept_sizes: list[KeptSize] = []
         """Pinned maps whose size is not the one in `sizes`."""
         self.object = OBJECT.name
@@ -101,7 +105,11 @@ class Programs:
         self._object = libbpf.BpfObject(str(path))
         try:
             for name in map_names():
-                self._pin(map_dir, name, sizes.get(name, 0))
+                room = self._room.get(name, 0)
+                wanted = sizes.get(name, 0)
+                self._pin(
+                    map_dir, name, max(wanted or map_layout(name).max_entries, room) if room else wanted
+                )
             self._write_settings(settings)
             self._object.load()
         except BaseException:

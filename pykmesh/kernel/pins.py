@@ -234,13 +234,15 @@ def _remove_directory(pin_dir: Path) -> None:
             pin_dir.rmdir()
 
 
-def remove_others(pin_dir: Path, programs: Collection[str]) -> list[str]:
-    """Detaches what is attached under other programs' names, which another release had; returns these."""
-    directories = (links_dir(pin_dir), waypoints_dir(pin_dir))
+def remove_others(links: Path, programs: Collection[str]) -> list[str]:
+    """Detaches what is attached under other programs' names, which another release had; returns these.
+
+    Of cgroups alone to which all of these are attached: until then those of before do what there is to do.
+    """
     others = [
         pin
-        for directory in directories
-        for each in read_links(directory).cgroups
+        for each in read_links(links).cgroups
+        if all((each.path / program).exists() for program in programs)
         for pin in each.path.glob("*")
         if pin.name not in programs
     ]

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pykmesh.kernel import libbpf, pins
-from pykmesh.kernel.btf import Btf, structure_of
+from pykmesh.kernel.btf import Btf, BtfError, structure_of
 from pykmesh.kernel.layout import MapLayout, map_layout, map_names, structure
 from pykmesh.kernel.maps import MapFullError, PinError, PinnedMap, possible_cpus
 
@@ -37,6 +37,8 @@ _GENERATION: Final = "generations"
 _FIRST: Final = bytes(4)
 _RING_BUFFER, _SK_STORAGE, _SOCK_HASH = 27, 24, 18
 _PERCPU_TYPES: Final = (5, 6, 10)
+_ARRAY_TYPES: Final = (2, 6)
+_SOCKETS, _LOADS = "sockets", "loads"
 _CANNOT_BE_COPIED: Final = {
     _RING_BUFFER: "records that were not read",
     _SK_STORAGE: "what is known of sockets that are open: their close is not recorded",
@@ -58,6 +60,7 @@ class Fate(Enum):
     COPIED = "copied"
     EMPTY = "begins empty"
     NEW = "new"
+    GONE = "goes"
 
 
 class Move(NamedTuple):
@@ -117,7 +120,11 @@ def plan(pin_dir: Path) -> Plan:
     """What would be done to the maps of an instance. Changes nothing. KernelError."""
     directory = pins.maps_dir(pin_dir)
     moves, problems = list[Move](), list[str]()
-    for name in map_names():
+    known = map_names()
+    for name in sorted({pin.name.partition("@")[0] for pin in directory.glob("*")} - {*known}):
+        gone = tuple(pin.name for pin in directory.glob(f"{name}@*"))
+        moves.append(Move(name, Fate.GONE, why="this release has none", stale=gone))
+    for name in known:
         layout, there = map_layout(name), sorted(directory.glob(f"{name}@*"))
         if not there:
             moves.append(Move(name, Fate.NEW))
@@ -129,11 +136,13 @@ def plan(pin_dir: Path) -> Plan:
         elif (why := _CANNOT_BE_COPIED.get(layout.type)) is not None:
             moves.append(Move(name, Fate.EMPTY, before.name, f"lost: {why}", stale))
         else:
+            lost = ""
             try:
-                lost = _Conversion(before, layout).lost
+                conversion = _Conversion(before, layout)
+                conversion.check()
+                lost = conversion.lost
             except UpgradeError as error:
                 problems.append(str(error))
-                lost = ""
             moves.append(Move(name, Fate.COPIED, before.name, lost, stale))
     return Plan(moves, problems)
 
@@ -179,6 +188,8 @@ class Staging:
         _clear(self._directory)
         self.paths: dict[str, Path] = {}
         """Where to pin those that are to be copied or to begin empty."""
+        self.room: dict[str, int] = {}
+        """How many entries they must have room for: as many as those of before."""
         if not self._moves.is_none:
             self._directory.mkdir()
             self.paths = {
@@ -186,6 +197,10 @@ class Staging:
                 for move in self._moves.moves
                 if move.before
             }
+            for move in self._moves.moves:
+                if move.fate is Fate.COPIED and map_layout(move.name).type not in _ARRAY_TYPES:
+                    with libbpf.closing(libbpf.obj_get(str(self._maps / move.before))) as fd:
+                        self.room[move.name] = libbpf.map_info(fd)[3]
 
     @contextlib.contextmanager
     def taken_over(self) -> Iterator[Copied | None]:
@@ -197,6 +212,7 @@ class Staging:
             yield None
             return
         gate = Gate(self._pin_dir)
+        gate.opened()
         try:
             with gate.closed():
                 began, done = time.perf_counter(), Copied()
@@ -210,10 +226,17 @@ class Staging:
                     for pin in filter(None, (move.before, *move.stale)):
                         (self._maps / pin).unlink()
                 _clear(self._directory)
+                self._begin_counting_anew()
                 yield done
                 done.stood_still_ms = round((time.perf_counter() - began) * 1e3, 3)
         finally:
             gate.close()
+
+    def _begin_counting_anew(self) -> None:
+        """Of open connections, where what is known of them is lost: nobody would count them down."""
+        if any(move.name == _SOCKETS and move.fate is Fate.EMPTY for move in self._moves.moves):
+            with PinnedMap(self._maps, _LOADS) as loads:
+                loads.erase(b"".join(key for key, _ in list(loads.items())))
 
 
 def _clear(directory: Path) -> None:
@@ -225,7 +248,8 @@ def _clear(directory: Path) -> None:
 class Gate:
     """Keeps those apart who write maps and who put others in their place. For one thread at a time.
 
-    By a lock on a directory that nobody else locks: not the maps', which telemetry holds.
+    By a lock on a directory that nobody else locks: not the maps', which telemetry holds. Nobody replaces
+    maps until `opened`: for whoever has yet to open those that he writes.
     """
 
     def __init__(self, pin_dir: Path) -> None:
@@ -236,11 +260,15 @@ class Gate:
         except OSError as error:
             raise PinError(f"{directory}: {error.strerror}; is bpf_loader up?") from error
         try:
+            fcntl.flock(self._fd, fcntl.LOCK_SH)
             self._generations = PinnedMap(pins.maps_dir(pin_dir), _GENERATION)
         except BaseException:
             os.close(self._fd)
             raise
         self._generation = self._generations.get(_FIRST)
+
+    def opened(self) -> None:
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -277,33 +305,59 @@ class _Conversion:
         self._before = before
         with libbpf.closing(libbpf.obj_get(str(before))) as fd:
             self._old = _layout_of(fd, before.name)
-            shapes = _shapes_of(fd, self._old)
+            try:
+                shapes = _shapes_of(fd, self._old)
+            except (BtfError, KeyError) as error:
+                raise UpgradeError(f"map {layout.name}: its types are not understood: {error}") from error
         if self._old.type != layout.type:
             raise UpgradeError(f"map {layout.name} is of type {self._old.type}, not {layout.type}")
+        if layout.type == _SOCK_HASH:
+            raise UpgradeError(f"map {layout.name} holds sockets, which cannot be copied")
+        self._indexes = None
+        if layout.type in _ARRAY_TYPES:
+            self._indexes = min(self._old.max_entries, layout.max_entries)
         here = _Shape(layout.key_size, _fields(layout.key)), _Shape(layout.value_size, _fields(layout.value))
         self._keys = _parts(f"key of map {layout.name}", shapes[0], here[0])
         self._values = _parts(f"value of map {layout.name}", shapes[1], here[1])
         gone = sorted((shapes[1].fields or {}).keys() - (here[1].fields or {}).keys() - _PADDING)
+        if self._indexes is not None and self._indexes < self._old.max_entries:
+            gone.append(f"all after the first {self._indexes}")
         self.lost = f"lost: {', '.join(gone)}" if gone else ""
         if ((shapes[0].fields or {}).keys() ^ (here[0].fields or {}).keys()) - _PADDING:
             raise UpgradeError(f"the key of map {layout.name} has other fields")
 
+    def check(self) -> None:
+        """Reads what is there, where it may not fit. UpgradeError where it does not."""
+        if any(part.dropped != _NO_BYTES for part in (*self._keys, *self._values)):
+            for _ in self._entries():
+                pass
+
     def copy_to(self, path: Path) -> int:
         """Returns how many entries there were. UpgradeError where one does not fit."""
-        count, cpus = 0, possible_cpus() if self._layout.type in _PERCPU_TYPES else 1
-        with PinnedMap.opened(self._before, self._old) as old, PinnedMap.opened(path, self._layout) as new:
-            for keys, values in old.chunks():
-                found = len(keys)
-                flat = keys.view(np.uint8).reshape(found, self._old.key_size)
-                rows = values.reshape(found * cpus, -1)
-                made_keys = self._made(self._keys, flat, self._layout.key_size)
-                made = self._made(self._values, rows, _stride(self._layout.value_size, cpus))
+        count = 0
+        with PinnedMap.opened(path, self._layout) as new:
+            for keys, values in self._entries():
                 try:
-                    new.write_rows(made_keys, made.reshape(found, -1))
+                    new.write_rows(keys, values)
                 except MapFullError as error:
                     raise UpgradeError(f"{error}: it has room for {new.max_entries} entries") from error
-                count += found
+                count += len(keys)
         return count
+
+    def _entries(self) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]:
+        """Keys and values in the new layout, a chunk at a time."""
+        is_percpu = self._layout.type in _PERCPU_TYPES
+        cpus = possible_cpus() if is_percpu else 1
+        stride = (self._layout.value_size + 7) // 8 * 8 if is_percpu else self._layout.value_size
+        with PinnedMap.opened(self._before, self._old) as old:
+            for keys, rows in old.chunks():
+                flat = keys.view(np.uint8).reshape(len(keys), self._old.key_size)
+                kept = np.full(len(keys), fill_value=True)
+                if self._indexes is not None:
+                    kept = flat.view(np.uint32)[:, 0] < self._indexes
+                found = int(kept.sum())
+                made = self._made(self._values, rows[kept].reshape(found * cpus, -1), stride)
+                yield self._made(self._keys, flat[kept], self._layout.key_size), made.reshape(found, -1)
 
     def _made(self, parts: list[_Part], there: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
         here = np.zeros((len(there), size), np.uint8)
@@ -316,11 +370,6 @@ class _Conversion:
 
 _PADDING: Final = {"pad", "pad2", "reserved"}
 _NO_BYTES: Final = slice(0, 0)
-
-
-def _stride(size: int, cpus: int) -> int:
-    """Values of each processor are eight bytes apart, or a multiple of it."""
-    return size if cpus == 1 else (size + 7) // 8 * 8
 
 
 def _layout_of(fd: int, pin: str) -> MapLayout:

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 from pykmesh.node.instance import Instance, InstanceError, command, running
@@ -23,10 +25,21 @@ FLAG: Final = "--behind"
 """Tells `pykmesh up` that it runs behind: its log is a file, and what it says is for who started it."""
 
 
+def of_this_release(environment: Mapping[str, str]) -> dict[str, str]:
+    """With it Python takes this release's code, whatever lies in the directory that it is started in."""
+    return {**environment, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONSAFEPATH": "1"}
+
+
 class Behind:
     """Started when this returns. Who waits for it and gives up must `end` it."""
 
-    def __init__(self, instance: Instance, arguments: list[str]) -> None:
+    def __init__(
+        self,
+        instance: Instance,
+        arguments: list[str],
+        directory: str | None = None,
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
         """`arguments` are those of `pykmesh`, `up` last."""
         if (other := running(instance.run_dir)) is not None:
             down = command(instance, "down")
@@ -40,6 +53,8 @@ class Behind:
             stdout=self._said,
             stderr=self._said,
             start_new_session=True,
+            cwd=directory,
+            env=of_this_release(environment),
         )
 
     @property

@@ -66,17 +66,8 @@ class ForkServer:
             raise
         finally:
             os.close(its_output)
-        return Process(self, pid, pidfd, output)
-
-    async def ended(self) -> None:
-        """Returns when the server has ended that runs now."""
-        if self._server is None:
-            return
-        pidfd = os.pidfd_open(self._server.pid)
-        try:
-            await anyio.wait_readable(pidfd)
-        finally:
-            os.close(pidfd)
+        parent = self._server.pid if self._server else 0
+        return Process(self, parent, pid, pidfd, output)
 
     async def reap(self, pid: int) -> int | None:
         """How a process ended: its exit status, or minus a signal; None when its server ended before it."""
@@ -138,9 +129,10 @@ def _asked(door: socket.socket, request: bytes, descriptors: tuple[int, ...]) ->
 class Process:
     """What the server started. `receive` gives what it writes, until it has ended."""
 
-    def __init__(self, server: ForkServer, pid: int, pidfd: int, output: int) -> None:
+    def __init__(self, server: ForkServer, parent: int, pid: int, pidfd: int, output: int) -> None:
         self.pid = pid
         self._server = server
+        self._parent = parent
         self._pidfd = pidfd
         self._output = output
 
@@ -158,7 +150,12 @@ class Process:
 
     async def end_with_server(self, deadline_s: float) -> None:
         """Kills it where the server has ended and it has not, so long after."""
-        await self._server.ended()
+        with contextlib.suppress(ProcessLookupError, OSError):
+            parent = os.pidfd_open(self._parent)
+            try:
+                await anyio.wait_readable(parent)
+            finally:
+                os.close(parent)
         await anyio.sleep(deadline_s)
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
@@ -181,6 +178,9 @@ def serve(door: socket.socket) -> str:
         data, descriptors, _, _ = socket.recv_fds(door, 1, 2)
         if not data:
             sys.exit(0)
+        if not descriptors:  # there was no room for one more
+            door.send(json.dumps({"error": "no descriptor came with the request"}).encode())
+            continue
         with os.fdopen(descriptors.pop(0), "rb") as file:
             file.seek(0)
             request = json.load(file)

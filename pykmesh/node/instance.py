@@ -2,6 +2,7 @@
 
 <run_dir>/instance.json     who runs it, where; removed at its orderly end
 <run_dir>/previous.json     how to run the release before this one, if there was one
+<run_dir>/upgrade.json      what ran, while another release is put in its place
 <run_dir>/lock              held while it runs: one supervisor an instance
 <run_dir>/supervisor.sock   says what runs, and how often it was started again
 <run_dir>/secrets/<name>    the bus's passwords
@@ -83,6 +84,10 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def previous(self) -> Path:
         return self.run_dir / "previous.json"
+
+    @property
+    def journal(self) -> Path:
+        return self.run_dir / "upgrade.json"
 
     def secret(self, process: str) -> Path:
         return self.run_dir / "secrets" / process
@@ -192,7 +197,7 @@ def _directories(instance: Instance) -> list[Path]:
 def _files(instance: Instance, processes: Iterable[str]) -> list[Path]:
     names = [*processes, "supervisor"]
     files = [instance.run_dir / name for name in ("instance.json", "instance.new", "lock", "nats.conf")]
-    files += [instance.enroll_socket, instance.supervisor_socket, instance.previous]
+    files += [instance.enroll_socket, instance.supervisor_socket, instance.previous, instance.journal]
     files += [instance.secret(name + suffix) for name in names for suffix in ("", ".new")]
     return files + [instance.log(name).with_suffix(suffix) for name in names for suffix in (".log", ".old")]
 

@@ -2,85 +2,51 @@
 
 The kernel's side is bpf_loader's (`pykmesh/kernel/upgrade.py`): it does the same whenever it starts and finds
 maps or programs of another release. Here are the processes: those of before end, which nobody's traffic
-notices, and this release's start with the same options.
+notices, and this release's start with the same words, in the same place and environment. What is under way
+stands in a file, so that who is ended in between is gone on with by the next `pykmesh upgrade`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import msgspec
 
-from pykmesh.node.behind import FLAG, Behind
+from pykmesh.node.behind import FLAG, Behind, of_this_release
 from pykmesh.node.instance import Instance, InstanceError, running
 
 END_DEADLINE_S: Final = 15.0
-START_DEADLINE_S: Final = 60.0
 POLL_S: Final = 0.02
 
 
 class Release(msgspec.Struct, frozen=True):
-    """How a release is run: by which Python, where, and from where its code comes."""
+    """How a release is run: by which Python, and from where its code comes."""
 
     executable: str
-    directory: str
     python_path: str
 
-    def run(self, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-        """Its command line. InstanceError when it is not there any more."""
-        environment = {**os.environ, "PYTHONPATH": self.python_path}
-        if not self.python_path:
-            del environment["PYTHONPATH"]
-        try:
-            return subprocess.run(
-                [self.executable, "-m", "pykmesh", *arguments],
-                cwd=self.directory,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=START_DEADLINE_S,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise InstanceError(
-                f"the release before ({self.executable} in {self.directory}): {error}"
-            ) from error
+    def environment(self, around: dict[str, str]) -> dict[str, str]:
+        return {**around, "PYTHONPATH": self.python_path, "PYTHONSAFEPATH": "1"}
+
+    def command(self, *words: str) -> list[str]:
+        return [self.executable, "-m", "pykmesh", *words]
 
 
 class Supervised(msgspec.Struct, frozen=True):
-    """An instance's supervisor that runs behind: its release, and the words that it was started with."""
+    """An instance's supervisor that ran behind: its release, its words, its place and environment."""
 
     pid: int
     release: Release
     arguments: list[str]
-
-
-def supervised(instance: Instance) -> Supervised:
-    """InstanceError where none runs, or one that somebody has before him."""
-    found = running(instance.run_dir)
-    if found is None:
-        raise InstanceError(f"instance {instance.name} is not running: `up` begins with this release")
-    proc = Path("/proc") / str(found.pid)
-    try:
-        words = (proc / "cmdline").read_bytes().decode().rstrip("\0").split("\0")
-        environment = dict(
-            text.split("=", 1) for text in (proc / "environ").read_bytes().decode().split("\0") if "=" in text
-        )
-        directory = str((proc / "cwd").readlink())
-    except (OSError, UnicodeDecodeError) as error:
-        raise InstanceError(f"supervisor {found.pid}: {error}") from error
-    if words[-1:] != [FLAG] or words[1:3] != ["-m", "pykmesh"]:
-        raise InstanceError(
-            f"instance {instance.name} runs in the foreground (pid {found.pid}): end it there, and start it "
-            f"with this release; traffic goes on meanwhile"
-        )
-    release = Release(words[0], directory, environment.get("PYTHONPATH", ""))
-    return Supervised(found.pid, release, words[3:-1])
+    directory: str
+    environment: dict[str, str]
 
 
 class Exchanged(msgspec.Struct, frozen=True):
@@ -88,30 +54,95 @@ class Exchanged(msgspec.Struct, frozen=True):
 
     pid: int
     away_s: float
+    can_go_back: bool
+    """Another release ran before, and its files are still its own."""
+
+
+def supervised(instance: Instance) -> Supervised:
+    """InstanceError where none runs, nor was about to, or one that somebody has before him."""
+    found = running(instance.run_dir)
+    if found is None:
+        if (begun := _read(instance.journal, Supervised)) is not None:
+            return begun
+        raise InstanceError(f"instance {instance.name} is not running: `up` begins with this release")
+    proc = Path("/proc") / str(found.pid)
+    try:
+        words = os.fsdecode((proc / "cmdline").read_bytes()).rstrip("\0").split("\0")
+        texts = os.fsdecode((proc / "environ").read_bytes()).split("\0")
+        directory = str((proc / "cwd").readlink())
+    except OSError as error:
+        raise InstanceError(f"supervisor {found.pid}: {error}") from error
+    if words[-1:] != [FLAG] or words[1:3] != ["-m", "pykmesh"]:
+        raise InstanceError(
+            f"instance {instance.name} runs in the foreground (pid {found.pid}): end it there, and start it "
+            f"with this release; traffic goes on meanwhile"
+        )
+    environment = dict(text.split("=", 1) for text in texts if "=" in text)
+    release = Release(words[0], environment.get("PYTHONPATH", directory))
+    return Supervised(found.pid, release, words[3:-1], directory, environment)
 
 
 def exchange(instance: Instance, before: Supervised) -> Exchanged:
     """InstanceError when this release does not become ready; the one before runs again then."""
     began = time.monotonic()
-    _end(before.pid)
-    behind = Behind(instance, before.arguments)
+    if not Path(before.directory).is_dir():
+        raise InstanceError(f"{before.directory} is gone, in which instance {instance.name} was started")
+    with _undisturbed():
+        _write(instance.journal, before)
+        _end(before.pid)
+        environment = of_this_release(before.environment)
+        try:
+            behind = Behind(instance, before.arguments, before.directory, environment)
+            try:
+                behind.until_ready()
+            except BaseException:
+                behind.end()
+                raise
+        except (InstanceError, OSError) as error:
+            _start_again(instance, before, error)
+        goes_back = before.release.python_path != environment["PYTHONPATH"]
+        if goes_back:
+            _write(instance.previous, before.release)
+        instance.journal.unlink(missing_ok=True)
+    return Exchanged(behind.pid, round(time.monotonic() - began, 3), goes_back)
+
+
+def _start_again(instance: Instance, before: Supervised, why: Exception) -> NoReturn:
+    """Raises InstanceError, whatever comes of it."""
+    said = ""
+    with contextlib.suppress(OSError):
+        done = subprocess.run(
+            before.release.command(*before.arguments, "-d"),
+            cwd=before.directory,
+            env=before.release.environment(before.environment),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        said = " ".join((done.stderr or done.stdout).split())
+    if running(instance.run_dir) is None:
+        raise InstanceError(f"{why}; and the release before does not start again: {said}") from why
+    instance.journal.unlink(missing_ok=True)
+    raise InstanceError(f"{why}; the release before runs again") from why
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A terminal that goes, or a polite end, waits until this is done. What is started inherits nothing."""
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGHUP, signal.SIGTERM)}
     try:
-        behind.until_ready()
-    except BaseException as error:
-        behind.end()
-        back = before.release.run([*before.arguments, "-d"])
-        if back.returncode:
-            why = " ".join((back.stderr or back.stdout).split())
-            raise InstanceError(f"{error}; and the release before does not start again: {why}") from error
-        if isinstance(error, InstanceError):
-            raise InstanceError(f"{error}; the release before runs again") from error
-        raise
-    _remember(instance, before.release)
-    return Exchanged(behind.pid, round(time.monotonic() - began, 3))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end(pid: int) -> None:
-    pidfd = os.pidfd_open(pid)
+    """It may have ended."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
     try:
         signal.pidfd_send_signal(pidfd, signal.SIGTERM)
         deadline = time.monotonic() + END_DEADLINE_S
@@ -130,18 +161,45 @@ def _lives(pid: int) -> bool:
         return False
 
 
-def _remember(instance: Instance, release: Release) -> None:
-    path = instance.previous
+def _write(path: Path, what: msgspec.Struct) -> None:
+    """InstanceError where it cannot be written: nothing has been ended yet."""
     temporary = path.with_suffix(".new")
-    temporary.write_bytes(msgspec.json.encode(release))
-    temporary.rename(path)
+    try:
+        temporary.touch(0o600)
+        temporary.write_bytes(msgspec.json.encode(what))
+        temporary.rename(path)
+    except OSError as error:
+        raise InstanceError(f"{path}: {error.strerror}") from error
+
+
+def _read(path: Path, kind: type[Supervised]) -> Supervised | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise InstanceError(f"{path}: {error}") from error
 
 
 def previous(instance: Instance) -> Release:
-    """The release that ran before the last exchange. InstanceError when there was none."""
+    """The other release that ran before the last exchange. InstanceError when there was none."""
     try:
         return msgspec.json.decode(instance.previous.read_bytes(), type=Release)
     except FileNotFoundError as error:
         raise InstanceError(f"instance {instance.name} has had no other release") from error
     except (OSError, msgspec.MsgspecError) as error:
         raise InstanceError(f"{instance.previous}: {error}") from error
+
+
+def roll_back(instance: Instance, words: list[str]) -> NoReturn:
+    """Becomes the command line of the release before. InstanceError when it is not there any more."""
+    release = previous(instance)
+    if release.python_path == of_this_release({})["PYTHONPATH"]:
+        raise InstanceError(f"this is the release before ({release.python_path})")
+    if not (Path(release.python_path.split(":")[0]) / "pykmesh" / "node" / "upgrade.py").is_file():
+        raise InstanceError(f"the release before is not at {release.python_path} any more, or cannot do this")
+    try:
+        environment = release.environment(dict(os.environ))
+        os.execve(release.executable, release.command(*words), environment)  # noqa: S606  (our own words)
+    except OSError as error:
+        raise InstanceError(f"{release.executable}: {error.strerror}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import structlog
 
 from pykmesh.contracts.settings import LoaderSettings
 from pykmesh.kernel import cgroups, pins
-from pykmesh.kernel.hooks import Programs, ProgramSettings, can_set_retval
+from pykmesh.kernel.hooks import HOOKS, Programs, ProgramSettings, can_set_retval
 from pykmesh.kernel.layout import check_enums, check_object
 from pykmesh.kernel.records import DNS_SLOTS, network_id
 from pykmesh.kernel.upgrade import Copied, Staging
@@ -40,7 +39,7 @@ async def run(runtime: Runtime[LoaderSettings]) -> None:
         log.info("bpffs_mounted", pin_dir=str(settings.pin_dir))
     held = pins.lock(settings.pin_dir)
     staging = await anyio.to_thread.run_sync(Staging, settings.pin_dir)
-    programs = await anyio.to_thread.run_sync(_load, settings, staging.paths)
+    programs = await anyio.to_thread.run_sync(_load, settings, staging)
     for kept in programs.kept_sizes:
         runtime.note_error("map_size_kept", **kept._asdict(), to_change=HOW_TO_RESIZE)
     enrollment, waypoints, updated, copied = await anyio.to_thread.run_sync(
@@ -75,14 +74,15 @@ def _take_over(
         enrollment = Enrollment(settings.pin_dir, root, settings.instance, settings.network, programs)
         waypoints = Waypoints(settings.pin_dir, programs)
         updated = enrollment.adopt() + waypoints.adopt()
-        for program in pins.remove_others(settings.pin_dir, {hook.program for hook in programs.fds}):
-            log.info("program_of_another_release_removed", program=program)
+        others = pins.remove_others(pins.links_dir(settings.pin_dir), {hook.program for hook in HOOKS})
+    if others:
+        log.info("programs_of_another_release_removed", programs=others)
     if copied is not None:
         log.info("maps_copied", **msgspec.structs.asdict(copied))
     return enrollment, waypoints, updated, copied
 
 
-def _load(settings: LoaderSettings, elsewhere: Mapping[str, Path]) -> Programs:
+def _load(settings: LoaderSettings, staging: Staging) -> Programs:
     sizes = {
         "services": settings.services_max,
         "endpoints": settings.endpoints_max,
@@ -104,7 +104,7 @@ def _load(settings: LoaderSettings, elsewhere: Mapping[str, Path]) -> Programs:
         has_telemetry=settings.telemetry,
         shun_ns=round(settings.passive_health_s * 1e9),
     )
-    return Programs(pins.maps_dir(settings.pin_dir), sizes, fixed, elsewhere)
+    return Programs(pins.maps_dir(settings.pin_dir), sizes, fixed, staging.paths, staging.room)
 
 
 async def _sweep(enrollment: Enrollment, waypoints: Waypoints, turn: anyio.Lock) -> None:

@@ -451,10 +451,10 @@ def desired_address(mesh: Mesh, place: Place, rules: Rules, crowded: Container[s
     if pod is None:
         return None
     verdict = Reason.ROUTED
-    if pod.waypoint is not None:
+    if rules.refuse_unenforced_policy and mesh.has_policy(pod):
+        verdict = Reason.POLICY_UNSUPPORTED  # nobody enforces it, nor does its waypoint
+    elif pod.waypoint is not None:
         verdict = Reason.WAYPOINT_UNAVAILABLE  # programs look at its port 0 for what becomes of it
-    elif rules.refuse_unenforced_policy and mesh.has_policy(pod):
-        verdict = Reason.POLICY_UNSUPPORTED
     return _address_value(AddressKind.WORKLOAD, verdict, mesh.view_of(pod))
 
 

@@ -38,6 +38,7 @@ from pykmesh.kernel.records import (
     POD_KEY,
     POD_VALUE,
 )
+from pykmesh.kernel.upgrade import Gate
 from services.map_writer.follower import Change
 from services.map_writer.mesh import Mesh, Place
 
@@ -66,6 +67,8 @@ class Identities:
         self._inherited: dict[Place, str] = {}
         """Addresses of which nothing was said since another pod has them, and whose they are said to be."""
         with contextlib.ExitStack() as opened:
+            self._gate = Gate(pin_dir)
+            opened.callback(self._gate.close)
             self._pods_map = opened.enter_context(PinnedMap(directory, "pods"))
             self._map = opened.enter_context(PinnedMap(directory, "identities"))
             self._secrets = opened.enter_context(PinnedMap(directory, "identity_secrets"))
@@ -75,6 +78,7 @@ class Identities:
             self._secret = self._take(mesh_key) if mesh_key else _secret(self._secrets)
             if not self.withheld_until:
                 self._handoff_secrets.put(IDENTITY_SECRET_KEY, self._handoff_secret)
+            self._gate.opened()
             self.close = opened.pop_all().close
 
     async def run(self) -> None:
@@ -149,12 +153,13 @@ class Identities:
             if (found := self._identity(self._mesh, places)) != NOBODY:
                 wanted[key] = IDENTITY_VALUE.pack(*POD_KEY.unpack(key), *found)
         try:
-            said = dict(self._map.items())
-            for key in said.keys() - wanted.keys():
-                self._map.remove(key)
-            for key, value in wanted.items():
-                if said.get(key) != value:
-                    self._map.put(key, value)
+            with self._gate.writing():
+                said = dict(self._map.items())
+                for key in said.keys() - wanted.keys():
+                    self._map.remove(key)
+                for key, value in wanted.items():
+                    if said.get(key) != value:
+                        self._map.put(key, value)
         except (MapFullError, libbpf.KernelError) as error:
             self._note_error("identities_not_written", error=error)
 

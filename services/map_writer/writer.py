@@ -30,6 +30,7 @@ class Maps:
             self._gate = Gate(pin_dir)  # first: whoever replaces maps after this is noticed
             opened.callback(self._gate.close)
             self._maps = {name: opened.enter_context(PinnedMap(directory, name)) for name in NAMES}
+            self._gate.opened()
             self.close = opened.pop_all().close
 
     @property

@@ -31,6 +31,7 @@ TIMEOUT_S: Final = 5.0
 TIMEOUT_MAX_S: Final = 30.0
 BYTES_MAX: Final = 1 << 20
 AT_ONCE: Final = 16
+CHECK_S: Final = 30.0
 ERROR_MAX: Final = 300
 _DISCOVERY: Final = "/.well-known/openid-configuration"
 _SCHEMES: Final = ("http://", "https://")
@@ -103,8 +104,12 @@ class Keys:
         try:
             async with self._limit:
                 keys = await self._fetch(place, self._timeouts.get(place, TIMEOUT_S))
-            if keys != self.found.get(place):
-                await self._check(keys)
+                if keys != self.found.get(place):
+                    with anyio.fail_after(CHECK_S):
+                        await self._check(keys)
+        except TimeoutError:
+            self._failed(place, f"{place}: nobody said within {CHECK_S:g} s whether an Envoy takes them")
+            return
         except KeysError as error:
             self._failed(place, printable(f"{place}: {error}"))
             return

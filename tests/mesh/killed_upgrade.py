@@ -59,7 +59,7 @@ def take_over(settings: LoaderSettings, last: int) -> None:
         for name in names:
             setattr(place, name, counted(getattr(place, name)))
     staging = Staging(settings.pin_dir)
-    programs = app._load(settings, staging.paths)
+    programs = app._load(settings, staging)
     app._take_over(settings, cgroups.find_root(), programs, staging)
     os._exit(0)
 

@@ -35,11 +35,12 @@ GROWN = {
         "\t__u32 shade;\n\t__u32 hue;\n\t__u64 cgroup_id;\n"
     ),
     "struct datagram_value {\n\t__u64 service;": "struct datagram_value {\n\t__u64 tint;\n\t__u64 service;",
+    "\tREASON_COUNT,\n": "\tREASON_WEATHER,\n\tREASON_COUNT,\n",
     "sizeof(struct service_value) == 48": "sizeof(struct service_value) == 56",
     "sizeof(struct pod_value) == 64": "sizeof(struct pod_value) == 72",
     "sizeof(struct datagram_value) == 32": "sizeof(struct datagram_value) == 40",
 }
-CHANGED = {"services", "endpoints", "pods", "datagrams"}
+CHANGED = {"services", "endpoints", "pods", "datagrams", "counters"}
 LONG_LIVED = f"""
 import socket, sys, time
 with socket.create_connection(("{VIP}", 80), 10) as s:
@@ -68,7 +69,7 @@ class Upgrades(NamedTuple):
         return subprocess.run(
             [sys.executable, *words],
             cwd=release,
-            env={**os.environ, "PYTHONPATH": f"{release}:{HERE}"},
+            env={**os.environ, "PYTHONPATH": str(release), "PYTHONSAFEPATH": "1"},
             capture_output=True,
             text=True,
             timeout=300,
@@ -96,6 +97,10 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
         said = (found / name).read_text()
         assert said.count("pykmesh_release") == 1
         (found / name).write_text(said.replace("pykmesh_release", "pykmesh_freed"))
+    enums = found / "pykmesh" / "kernel" / "layout.py"
+    last = "    WAYPOINT_UNAVAILABLE = 14\n"
+    assert last in enums.read_text()
+    enums.write_text(enums.read_text().replace(last, last + "    WEATHER = 15\n"))
     types = found / "bpf" / "mesh_types.h"
     said = types.read_text()
     for before, after in GROWN.items():
@@ -291,3 +296,87 @@ def test_what_runs_in_the_foreground_is_left_to_who_has_it(upgrades: Upgrades) -
     refused = upgrades.upgrade(upgrades.other, check=False)
     assert "is not running" in refused.stderr
     upgrades.node.start()
+
+
+def test_the_same_release_again_is_no_release_to_go_back_to(upgrades: Upgrades) -> None:
+    upgrades.upgrade(upgrades.other)
+    upgrades.upgrade(HERE)
+    done = json.loads(upgrades.upgrade(HERE, "-o", "json").stdout)
+    assert (done["can_go_back"], done["copied"]) == (False, None)
+    previous = json.loads(upgrades.node.instance.previous.read_text())
+    assert previous["python_path"] == str(upgrades.other)
+    refused = upgrades.upgrade(upgrades.other, "--roll-back", check=False)
+    assert f"this is the release before ({upgrades.other})" in refused.stderr
+
+
+def test_one_that_is_killed_is_gone_on_with_by_the_next(upgrades: Upgrades) -> None:
+    """At the worst moment: what ran has ended, and nothing else runs."""
+    prober, before = probe(upgrades.client, VIP, 80), upgrades.node.instance.pid
+    words = [sys.executable, "-m", "pykmesh", *upgrades.node.place, "upgrade"]
+    with subprocess.Popen(words, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
+        until(lambda: not Path(f"/proc/{before}").exists(), "the supervisor to end")
+        killed.kill()
+    if (found := running(upgrades.node.run_dir)) is not None:
+        os.kill(found.pid, 9)
+        until(lambda: running(upgrades.node.run_dir) is None, "what it may have begun to end")
+    upgrades.upgrade(HERE)
+    upgrades.node.until_ready()
+    assert not upgrades.node.instance.journal.exists()
+    counted = finish(prober)
+    assert counted["failed"] == 0, counted["errors"]
+
+
+def test_words_and_environment_mean_what_they_meant_where_it_was_started(tmp_path: Path) -> None:
+    """Not what they would mean where `upgrade` is typed: such a folder lies there too, and such a package."""
+    place = {"PYKMESH_INSTANCE": f"t-{os.getpid()}", "PYTHONPATH": str(HERE), "PATH": os.environ["PATH"]}
+    words = (
+        sys.executable,
+        "-P",
+        "-m",
+        "pykmesh",
+        "--run-dir",
+        str(tmp_path / "r"),
+        "--pin-dir",
+        str(tmp_path / "p"),
+    )
+
+    def run(where: Path, *more: str, environment: dict[str, str] | None = None) -> str:
+        said = subprocess.run(
+            [*words, *more],
+            cwd=where,
+            env=environment or place,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert said.returncode == 0, said.stderr
+        return said.stdout
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    for directory, name in ((here, "meant"), (there, "other")):
+        (directory / "manifests").mkdir(parents=True)
+        (directory / "manifests" / "a.yaml").write_text(
+            text(service(name, VIP, "fd96::70", app=name, ports={80: 1}))
+        )
+    (there / "pykmesh").mkdir()
+    (there / "pykmesh" / "__init__.py").write_text("raise SystemExit('another package')")
+    try:
+        run(here, "up", "-d", "--free-ports", "--config-dir", "manifests")
+        instance = running(tmp_path / "r")
+        assert instance
+        run(
+            there,
+            "--instance",
+            instance.name,
+            "upgrade",
+            environment={**place, "PYKMESH_INSTANCE": "another"},
+        )
+        again = running(tmp_path / "r")
+        assert again
+        assert (again.name, again.pid == instance.pid) == (instance.name, False)
+        found = json.loads(run(there, "get", "services", "-o", "json"))
+        assert [each["name"].partition(".")[0] for each in found["services"]] == ["shop/meant"]
+    finally:
+        for word in ("down", "uninstall"):
+            subprocess.run([*words, word], env=place, capture_output=True, check=False, timeout=60)
