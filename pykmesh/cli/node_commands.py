@@ -282,6 +282,7 @@ async def _announce(mesh: Any) -> None:
     except InstanceError as error:
         _say(f"pykmesh: {' '.join(str(error).split())}")
         return
+    mesh.instance.journal.unlink(missing_ok=True)  # whatever was put in its place, this runs
     _say(f"pykmesh: instance {mesh.instance.name} {READY}")
 
 
@@ -311,6 +312,7 @@ def down(instance: Instance) -> None:
     found = running(instance.run_dir)
     if found is None:
         raise Failure(f"instance {instance.name} is not running")
+    found.journal.unlink(missing_ok=True)
     os.kill(found.pid, signal.SIGTERM)
     deadline = time.monotonic() + DOWN_DEADLINE_S
     while Path(f"/proc/{found.pid}").exists() and not _is_zombie(found.pid):

@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TypeVar
 
 import msgspec
 
@@ -24,6 +24,7 @@ from pykmesh.node.instance import Instance, InstanceError, running
 
 END_DEADLINE_S: Final = 15.0
 POLL_S: Final = 0.02
+_T = TypeVar("_T")
 
 
 class Release(msgspec.Struct, frozen=True):
@@ -172,7 +173,8 @@ def _write(path: Path, what: msgspec.Struct) -> None:
         raise InstanceError(f"{path}: {error.strerror}") from error
 
 
-def _read(path: Path, kind: type[Supervised]) -> Supervised | None:
+def _read(path: Path, kind: type[_T]) -> _T | None:
+    """None when there is no such file."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:
@@ -181,19 +183,11 @@ def _read(path: Path, kind: type[Supervised]) -> Supervised | None:
         raise InstanceError(f"{path}: {error}") from error
 
 
-def previous(instance: Instance) -> Release:
-    """The other release that ran before the last exchange. InstanceError when there was none."""
-    try:
-        return msgspec.json.decode(instance.previous.read_bytes(), type=Release)
-    except FileNotFoundError as error:
-        raise InstanceError(f"instance {instance.name} has had no other release") from error
-    except (OSError, msgspec.MsgspecError) as error:
-        raise InstanceError(f"{instance.previous}: {error}") from error
-
-
 def roll_back(instance: Instance, words: list[str]) -> NoReturn:
-    """Becomes the command line of the release before. InstanceError when it is not there any more."""
-    release = previous(instance)
+    """Becomes the command line of the release before. InstanceError when there is none, or none any more."""
+    release = _read(instance.previous, Release)
+    if release is None:
+        raise InstanceError(f"instance {instance.name} has had no other release")
     if release.python_path == of_this_release({})["PYTHONPATH"]:
         raise InstanceError(f"this is the release before ({release.python_path})")
     if not (Path(release.python_path.split(":")[0]) / "pykmesh" / "node" / "upgrade.py").is_file():
