@@ -99,7 +99,7 @@ def exchange(instance: Instance, before: Supervised) -> Exchanged:
             except BaseException:
                 behind.end()
                 raise
-        except (InstanceError, OSError) as error:
+        except (InstanceError, OSError, KeyboardInterrupt) as error:
             _start_again(instance, before, error)
         goes_back = before.release.python_path != environment["PYTHONPATH"]
         if goes_back:
@@ -108,9 +108,9 @@ def exchange(instance: Instance, before: Supervised) -> Exchanged:
     return Exchanged(behind.pid, round(time.monotonic() - began, 3), goes_back)
 
 
-def _start_again(instance: Instance, before: Supervised, why: Exception) -> NoReturn:
+def _start_again(instance: Instance, before: Supervised, error: BaseException) -> NoReturn:
     """Raises InstanceError, whatever comes of it."""
-    said = ""
+    why, said = str(error) or "interrupted", ""
     with contextlib.suppress(OSError):
         done = subprocess.run(
             before.release.command(*before.arguments, "-d"),
@@ -122,9 +122,9 @@ def _start_again(instance: Instance, before: Supervised, why: Exception) -> NoRe
         )
         said = " ".join((done.stderr or done.stdout).split())
     if running(instance.run_dir) is None:
-        raise InstanceError(f"{why}; and the release before does not start again: {said}") from why
+        raise InstanceError(f"{why}; and the release before does not start again: {said}") from error
     instance.journal.unlink(missing_ok=True)
-    raise InstanceError(f"{why}; the release before runs again") from why
+    raise InstanceError(f"{why}; the release before runs again") from error
 
 
 @contextlib.contextmanager
