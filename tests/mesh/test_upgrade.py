@@ -19,6 +19,7 @@ from pykmesh.kernel.hooks import HOOKS
 from pykmesh.node.instance import running
 from tests.mesh.manifests import Object, host, pod, service, text
 from tests.mesh.node import Node, finish, probe, serve, until
+from tests.mesh.waypoints import SHOP4, ask, status, waypoint_mesh
 
 VIP = "10.96.0.70"
 HERE = Path(__file__).parents[2]
@@ -380,3 +381,16 @@ def test_words_and_environment_mean_what_they_meant_where_it_was_started(tmp_pat
     finally:
         for word in ("down", "uninstall"):
             subprocess.run([*words, word], env=place, capture_output=True, check=False, timeout=60)
+
+
+def test_what_a_waypoint_serves_goes_on(tmp_path_factory: pytest.TempPathFactory, other: Path) -> None:
+    """Its Envoys stay, and are told what connections are for by the programs of either release."""
+    with waypoint_mesh(tmp_path_factory.mktemp("uw"), 33) as mesh:
+        upgrades, prober = Upgrades(mesh.node, mesh.client, [], other), probe(mesh.client, SHOP4, 80)
+        envoys = [instance["pid"] for instance in status(mesh)["instances"]]
+        for release in (other, HERE):
+            upgrades.upgrade(release)
+            until(lambda: ask(mesh, 20, "x-canary: yes") == {(200, "v2"): 20}, "the route")
+            assert [instance["pid"] for instance in status(mesh)["instances"]] == envoys
+        counted = finish(prober)
+        assert counted["failed"] == 0, counted["errors"]
