@@ -146,6 +146,8 @@ class Group:
         self.load: Load | None = None
         self.front: Front | None = None
         self.error = ""
+        self.is_known = False
+        """Whether connections come in is known, since this process began."""
         self.is_wanted = False
         """One that is wanted no more gives its front up."""
         self.waits_since = float("-inf")
@@ -294,6 +296,8 @@ class Fleet:
         if not all(member.is_known for member in self.members.values() if member.waypoint == waypoint):
             return None
         group = self.groups.get(waypoint)
+        if group is not None and not group.is_known:
+            return None
         if group is None or group.front is None:
             return []
         waits = group.size == 0 or time.monotonic() - group.waits_since < WAIT_S
@@ -445,11 +449,14 @@ class Fleet:
             members = [m for m in self._standing(group.waypoint) if m.is_ready] if group.is_wanted else []
             missing = await anyio.to_thread.run_sync(self._put_front, group.front, members)
         except (FrontError, EnrollmentError) as error:
+            # bpf_loader may be on its way: until it has answered once, what was said before counts.
+            group.is_known |= isinstance(error, FrontError)
             if group.error != str(error):
                 group.error = str(error)
                 log.warning("front_not_served", waypoint=group.waypoint, error=group.error)
             return False
         group.error = ""
+        group.is_known |= not missing
         if not group.is_wanted:
             group.front.close()
             del self.groups[group.waypoint]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -98,6 +99,24 @@ def test_an_envoy_that_is_killed_is_started_again_and_nothing_passes_by_meanwhil
     until(lambda: status(routed)["instances"][0]["ready"], "ready again")
     until_handed_over(routed)
     until(lambda: ask(routed, 5, "x-canary: yes") == {(200, "v2"): 5}, "served again")
+
+
+def test_a_manager_that_is_there_before_the_loader_takes_nothing_back(routed: Mesh) -> None:
+    """As after a start of all: connections come in as they did before it."""
+    node, door = routed.node, routed.node.instance.enroll_socket
+    prober, away = probe(routed.client, SHOP4, 80), door.with_name("away.sock")
+    door.rename(away)
+    try:
+        node.kill("waypoint_mgr")
+        node.until_ready()
+        until(lambda: (status(routed)["scaling"] or {}).get("error"), "the front not to be served")
+        time.sleep(1)  # an announcement that is taken back is followed within a tenth of this
+        until_handed_over(routed)
+    finally:
+        away.rename(door)
+    until(lambda: not status(routed)["scaling"]["error"], "the front to be served")
+    counted = finish(prober)
+    assert counted["failed"] == 0, counted["errors"]
 
 
 def test_what_envoy_refuses_though_it_seemed_right_holds_up_nothing_else(routed: Mesh) -> None:
