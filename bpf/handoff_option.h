@@ -90,40 +90,23 @@ verified_once __u64 siphash(const struct round_input *input, const struct handof
 	return v[0] ^ v[1] ^ v[2] ^ v[3];
 }
 
-static __always_inline void seal(union handoff_block *block, struct round_input *input,
-				 const struct handoff_secret *secret)
+/* Seals a block, or opens a sealed one: the same rounds in the other order, with its halves changed over. */
+static __always_inline void encipher(union handoff_block *block, struct round_input *input,
+				     const struct handoff_secret *secret, bool is_sealed)
 {
-	__u64 left = block->half[0], right = block->half[1], last;
+	__u64 left = block->half[is_sealed], right = block->half[!is_sealed], next;
 	int i;
 
 #pragma unroll
 	for (i = 0; i < ROUNDS; i++) {
-		input->round = i;
+		input->round = is_sealed ? ROUNDS - 1 - i : i;
 		input->half = right;
-		last = left ^ siphash(input, secret);
+		next = left ^ siphash(input, secret);
 		left = right;
-		right = last;
+		right = next;
 	}
-	block->half[0] = left;
-	block->half[1] = right;
-}
-
-static __always_inline void open_sealed(union handoff_block *block, struct round_input *input,
-					const struct handoff_secret *secret)
-{
-	__u64 left = block->half[0], right = block->half[1], first;
-	int i;
-
-#pragma unroll
-	for (i = ROUNDS - 1; i >= 0; i--) {
-		input->round = i;
-		input->half = left;
-		first = right ^ siphash(input, secret);
-		right = left;
-		left = first;
-	}
-	block->half[0] = left;
-	block->half[1] = right;
+	block->half[is_sealed] = left;
+	block->half[!is_sealed] = right;
 }
 
 /* The mesh's key, on the stack; false: this node has none. */
@@ -164,7 +147,7 @@ static __always_inline bool make_claim(struct bpf_sock_ops *ops, struct bpf_sock
 	block.claim.port = asked->port;
 	__builtin_memcpy(block.claim.namespace_id, asked->client_namespace, sizeof(block.claim.namespace_id));
 	__builtin_memcpy(block.claim.account_id, asked->client_account, sizeof(block.claim.account_id));
-	seal(&block, &input, &secret);
+	encipher(&block, &input, &secret, false);
 	option = bpf_sk_storage_get(&claims, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!option) {
 		count(REASON_STATE_LOST);
@@ -207,8 +190,7 @@ static __always_inline void claim_written(struct bpf_sock_ops *ops)
 	bpf_store_hdr_opt(ops, &option, sizeof(option), 0);
 }
 
-/* Nothing more is said of it. */
-static __always_inline void claim_delivered(struct bpf_sock_ops *ops)
+static __always_inline void drop_claim(struct bpf_sock_ops *ops)
 {
 	struct bpf_sock *sk = ops->sk;
 
@@ -249,7 +231,7 @@ int pykmesh_arrived(struct bpf_sock_ops *ops)
 	input.sequence = ops->rcv_nxt - 1;
 	input.prefix = option.prefix;
 	__builtin_memcpy(&block, option.sealed, sizeof(block));
-	open_sealed(&block, &input, &secret);
+	encipher(&block, &input, &secret, true);
 	asked.prefix = option.prefix;
 	asked.sequence = input.sequence;
 	asked.port = block.claim.port;

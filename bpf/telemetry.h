@@ -71,7 +71,7 @@ static __always_inline void connecting(struct bpf_sock_ops *ops)
 {
 	struct socket_state *state = sockops_state(ops, 0);
 
-	claim_delivered(ops); /* one that came to nothing: the socket connects again, elsewhere perhaps */
+	drop_claim(ops); /* one that came to nothing: the socket connects again, elsewhere perhaps */
 	if (!state || !state->service)
 		return;
 	if (state->handed_over && ops->sk)
@@ -211,7 +211,7 @@ int pykmesh_sockops(struct bpf_sock_ops *ops)
 		claim_written(ops);
 		break;
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
-		claim_delivered(ops);
+		drop_claim(ops);
 		if (has_telemetry)
 			opened(ops);
 		break;

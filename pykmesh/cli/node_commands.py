@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ from pykmesh.node.instance import (
     free_ports,
     running,
 )
-
-DOWN_DEADLINE_S = 15.0
 
 
 class Failure(click.ClickException):
@@ -309,27 +306,20 @@ def _detach(instance: Instance) -> None:
 @click.pass_obj
 def down(instance: Instance) -> None:
     """Stop the processes. Programs and maps stay: traffic goes on by what the kernel holds."""
+    from pykmesh.node.behind import end_supervisor
+
     found = running(instance.run_dir)
     if found is None:
         raise Failure(f"instance {instance.name} is not running")
     found.journal.unlink(missing_ok=True)
-    os.kill(found.pid, signal.SIGTERM)
-    deadline = time.monotonic() + DOWN_DEADLINE_S
-    while Path(f"/proc/{found.pid}").exists() and not _is_zombie(found.pid):
-        if time.monotonic() > deadline:
-            raise Failure(f"supervisor {found.pid} has not ended after {DOWN_DEADLINE_S:g} s")
-        time.sleep(0.05)
+    try:
+        end_supervisor(found.pid)
+    except InstanceError as error:
+        raise Failure(str(error)) from error
     click.echo(
         f"instance {instance.name} is down; traffic goes on "
         f"({command(instance, 'uninstall')} removes programs and maps)"
     )
-
-
-def _is_zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
 
 
 @click.command()

@@ -52,7 +52,7 @@ def upgrade(instance: Instance, output: str, *, dry_run: bool, roll_back: bool) 
     if output != "table":
         show(output, done, (), ())
     else:
-        _tell(instance, plan, done)
+        _tell(instance, done)
     if problems:
         sys.exit(1)
 
@@ -82,12 +82,14 @@ def _copied(instance: Instance) -> Any:
     return None if found is None else fetch(found.ports.bpf_loader, "/status").get("copied")
 
 
-def _tell(instance: Instance, plan: Any, done: dict[str, Any]) -> None:
+def _tell(instance: Instance, done: dict[str, Any]) -> None:
+    from pykmesh.kernel.upgrade import Fate
+
     others = [move for move in done["maps"] if move["before"] or move["why"]]
     if others:
         rows = [(m["map"], m["fate"], m["before"], m["after"], m["why"]) for m in others]
         show("table", None, ("MAP", "WHAT BECOMES OF IT", "BEFORE", "AFTER", ""), rows)
-    kept = sum(move.fate.value == "kept" for move in plan.moves)
+    kept = sum(move["fate"] == Fate.KEPT.value for move in done["maps"])
     click.echo(f"{kept} maps are kept as they are")
     for problem in done["problems"]:
         click.echo(f"! {problem}")
@@ -96,9 +98,9 @@ def _tell(instance: Instance, plan: Any, done: dict[str, Any]) -> None:
     if copied := done["copied"]:
         entries = sum(copied["entries"].values())
         click.echo(f"copied {entries} entries; nobody could write for {copied['stood_still_ms']:g} ms")
-    back = (
-        command(instance, "upgrade", "--roll-back") if done["can_go_back"] else "none, it is the same release"
-    )
+    back = "not from here, the release before was in the same place"
+    if done["can_go_back"]:
+        back = command(instance, "upgrade", "--roll-back")
     click.echo(
         f"instance {instance.name} is ready (pid {done['pid']}); its processes were away for "
         f"{done['away_s']:g} s, traffic went on; back: {back}"

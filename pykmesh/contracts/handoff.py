@@ -4,6 +4,8 @@ An IPv6 address, also for an IPv4 service, so that there is room for the client'
 can tell by it (bpf/waypoint.h makes it): 16 bits of the family, 32 of the service's address, 40 of the
 client's namespace, 40 of its account. An IPv6 service's address is hashed: two that a waypoint cannot tell
 apart are a conflict that its status names.
+
+And the mesh's key, of which all nodes make the same ids, and what is told between nodes is sealed with.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -83,17 +83,7 @@ class Programs:
         self._elsewhere, self._room = elsewhere or {}, room or {}
         self.kept_sizes: list[KeptSize] = []
         """Pinned maps whose size is not the one in `sizes`."""
-        self.object = OBJECT.name
-        self.why_not_the_first = ""
-        """Where `object` is the one for kernels before 5.13: what the kernel said of the other."""
-        try:
-            self._load(OBJECT, map_dir, sizes, settings)
-        except libbpf.KernelError as error:
-            self.object, self.why_not_the_first = OBJECT_BEFORE_5_13.name, str(error)
-            try:
-                self._load(OBJECT_BEFORE_5_13, map_dir, sizes, settings)
-            except libbpf.KernelError as second:
-                raise libbpf.KernelError(second.errno or 0, f"{error}; {second}") from error
+        self.object, self.why_not_the_first = _either(lambda path: self._load(path, map_dir, sizes, settings))
         self.fds = {
             hook: self._object.program_fd(hook.program) for hook in (*HOOKS, *WAYPOINT_HOOKS, FRONT_HOOK)
         }
@@ -105,11 +95,10 @@ class Programs:
         self._object = libbpf.BpfObject(str(path))
         try:
             for name in map_names():
-                room = self._room.get(name, 0)
                 wanted = sizes.get(name, 0)
-                self._pin(
-                    map_dir, name, max(wanted or map_layout(name).max_entries, room) if room else wanted
-                )
+                if room := self._room.get(name, 0):
+                    wanted = max(wanted or map_layout(name).max_entries, room)
+                self._pin(map_dir, name, wanted)
             self._write_settings(settings)
             self._object.load()
         except BaseException:
@@ -143,19 +132,33 @@ class Programs:
         self._object.close()
 
 
+def _either(load: Callable[[Traversable], None]) -> tuple[str, str]:
+    """Loads the object, or the one for kernels before 5.13 where this kernel does not take it.
+
+    Returns the name of the one, and what the kernel said of the other. KernelError of both.
+    """
+    try:
+        load(OBJECT)
+    except libbpf.KernelError as error:
+        try:
+            load(OBJECT_BEFORE_5_13)
+        except libbpf.KernelError as second:
+            raise libbpf.KernelError(second.errno or 0, f"{error}; {second}") from error
+        return OBJECT_BEFORE_5_13.name, str(error)
+    return OBJECT.name, ""
+
+
+def _try(path: Traversable) -> None:
+    tried = libbpf.BpfObject(str(path))
+    try:
+        tried.load()
+    finally:
+        tried.close()
+
+
 def check_loads() -> None:
     """Loads the programs with maps of their own, which go again. KernelError: this kernel refuses them."""
-    for path in (OBJECT, OBJECT_BEFORE_5_13):
-        tried = libbpf.BpfObject(str(path))
-        try:
-            tried.load()
-        except libbpf.KernelError:
-            if path == OBJECT_BEFORE_5_13:
-                raise
-        else:
-            return
-        finally:
-            tried.close()
+    _either(_try)
 
 
 def count_pinned(links: Path) -> int:

@@ -86,13 +86,8 @@ def setting_offset(name: str, size: int) -> int:
     return int(offset)
 
 
-def structure(name: str) -> dict[str, Any]:
-    """The size and the fields of a structure, as the build wrote them."""
-    found: dict[str, Any] = _document()["structures"][name]
-    return found
-
-
-def _fields(structure: str) -> tuple[int, list[dict[str, Any]]]:
+def fields_of(structure: str) -> tuple[int, list[dict[str, Any]]]:
+    """Its size, and its fields as the build wrote them."""
     found = _document()["structures"][structure]
     return found["size"], found["fields"]
 
@@ -103,7 +98,7 @@ def codec(structure: str, *names: str) -> struct.Struct:
     Integers are the machine's (little-endian), ports two bytes in network order, addresses sixteen,
     arrays raw bytes.
     """
-    size, fields = _fields(structure)
+    size, fields = fields_of(structure)
     kept = [field for field in fields if field["name"] in names]
     if tuple(field["name"] for field in kept) != names:
         raise LayoutError(f"{structure} has {[f['name'] for f in fields]}, not {names} in this order")
@@ -120,14 +115,14 @@ def _format(field: dict[str, Any]) -> str:
 
 def offset(structure: str, name: str) -> int:
     """Where a field begins."""
-    _, fields = _fields(structure)
+    _, fields = fields_of(structure)
     return int(next(field["offset"] for field in fields if field["name"] == name))
 
 
 @functools.cache
 def dtype(structure: str) -> np.dtype[np.void]:
     """The structure for arrays; ports come as numbers, addresses as sixteen raw bytes."""
-    size, fields = _fields(structure)
+    size, fields = fields_of(structure)
     kept = [field for field in fields if field["type"] in _DTYPES]
     return np.dtype(
         {

@@ -41,6 +41,16 @@ def possible_cpus() -> int:
     return _count_in_list(Path("/sys/devices/system/cpu/possible").read_text())
 
 
+def values_in(layout: MapLayout) -> int:
+    """How many values an entry has."""
+    return possible_cpus() if layout.type in _PERCPU_TYPES else 1
+
+
+def stride(layout: MapLayout) -> int:
+    """Bytes from one value of an entry to the next: each processor's begins at a multiple of eight."""
+    return (layout.value_size + 7) // 8 * 8 if layout.type in _PERCPU_TYPES else layout.value_size
+
+
 def _count_in_list(cpus: str) -> int:
     """Of a list such as 0-3,8-11, which may have holes."""
     ranges = [[int(end) for end in part.split("-")] for part in cpus.strip().split(",")]
@@ -79,9 +89,7 @@ class PinnedMap:
         except BaseException:
             os.close(self.fd)
             raise
-        self._value_bytes = self.layout.value_size
-        if kind in _PERCPU_TYPES:
-            self._value_bytes = (self.layout.value_size + 7) // 8 * 8 * possible_cpus()
+        self._value_bytes = stride(layout) * values_in(layout)
 
     def _open(self, directory: Path) -> int:
         try:
@@ -148,21 +156,20 @@ class PinnedMap:
         else:
             result, done = libbpf.update_batch(self.fd, _address(keys), _address(values), total)
         at = done
-        if result in _NO_ROOM:
-            raise MapFullError(self.name, at)
-        if result < 0:
-            raise libbpf.KernelError(-result, f"write {total} entries to map {self.name}, stopped after {at}")
+        self._check_written(result, at, total)
 
     def write_rows(self, keys: npt.NDArray[np.uint8], values: npt.NDArray[np.uint8]) -> None:
         """Entries as `chunks` has them, of a per-CPU map too. MapFullError, KernelError."""
         keys, values = np.ascontiguousarray(keys), np.ascontiguousarray(values)
         result, done = libbpf.update_batch(self.fd, keys.ctypes.data, values.ctypes.data, len(keys))
+        self._check_written(result, done, len(keys))
+
+    def _check_written(self, result: int, done: int, total: int) -> None:
         if result in _NO_ROOM:
             raise MapFullError(self.name, done)
         if result < 0:
-            raise libbpf.KernelError(
-                -result, f"write {len(keys)} entries to map {self.name}, stopped after {done}"
-            )
+            what = f"write {total} entries to map {self.name}, stopped after {done}"
+            raise libbpf.KernelError(-result, what)
 
     def _write_one(self, key: bytes, value: bytes) -> int:
         try:

@@ -30,13 +30,12 @@ import numpy.typing as npt
 
 from pykmesh.kernel import libbpf, pins
 from pykmesh.kernel.btf import Btf, BtfError, structure_of
-from pykmesh.kernel.layout import MapLayout, map_layout, map_names, structure
-from pykmesh.kernel.maps import MapFullError, PinError, PinnedMap, possible_cpus
+from pykmesh.kernel.layout import MapLayout, fields_of, map_layout, map_names
+from pykmesh.kernel.maps import MapFullError, PinError, PinnedMap, stride, values_in
 
 _GENERATION: Final = "generations"
 _FIRST: Final = bytes(4)
 _RING_BUFFER, _SK_STORAGE, _SOCK_HASH = 27, 24, 18
-_PERCPU_TYPES: Final = (5, 6, 10)
 _ARRAY_TYPES: Final = (2, 6)
 _SOCKETS, _LOADS = "sockets", "loads"
 _CANNOT_BE_COPIED: Final = {
@@ -346,9 +345,7 @@ class _Conversion:
 
     def _entries(self) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]:
         """Keys and values in the new layout, a chunk at a time."""
-        is_percpu = self._layout.type in _PERCPU_TYPES
-        cpus = possible_cpus() if is_percpu else 1
-        stride = (self._layout.value_size + 7) // 8 * 8 if is_percpu else self._layout.value_size
+        each, size = values_in(self._layout), stride(self._layout)
         with PinnedMap.opened(self._before, self._old) as old:
             for keys, rows in old.chunks():
                 flat = keys.view(np.uint8).reshape(len(keys), self._old.key_size)
@@ -356,7 +353,7 @@ class _Conversion:
                 if self._indexes is not None:
                     kept = flat.view(np.uint32)[:, 0] < self._indexes
                 found = int(kept.sum())
-                made = self._made(self._values, rows[kept].reshape(found * cpus, -1), stride)
+                made = self._made(self._values, rows[kept].reshape(found * each, -1), size)
                 yield self._made(self._keys, flat[kept], self._layout.key_size), made.reshape(found, -1)
 
     def _made(self, parts: list[_Part], there: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
@@ -390,7 +387,7 @@ def _shapes_of(fd: int, layout: MapLayout) -> tuple[_Shape, _Shape]:
 
 
 def _fields(name: str | None) -> Mapping[str, _Field] | None:
-    return None if name is None else _by_name(structure(name)["fields"])
+    return None if name is None else _by_name(fields_of(name)[1])
 
 
 def _by_name(fields: list[dict[str, Any]]) -> dict[str, _Field]:

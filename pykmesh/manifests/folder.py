@@ -108,11 +108,10 @@ class Folder:
             del self._files[name]
         for name, signature in files.items():
             before = self._files.get(name)
-            if signature and (before is None or before.signature != signature):
-                try:
-                    self._files[name] = self._read_file(name, signature, before)
-                except FileNotFoundError:  # since it was seen: the next look says what became of it
-                    continue
+            if not signature or (before and before.signature == signature):
+                continue
+            if (found := self._read_file(name, signature, before)) is not None:
+                self._files[name] = found
         self._folder_errors = _errors_of(sight)
         if "" not in sight.unreadable:
             self._identity = sight.identity
@@ -126,13 +125,14 @@ class Folder:
                 expected.setdefault(name, file.signature)
         return expected
 
-    def _read_file(self, name: str, signature: Signature, before: _File | None) -> _File:
+    def _read_file(self, name: str, signature: Signature, before: _File | None) -> _File | None:
+        """None when it went since it was seen: the next look says what became of it."""
         good = before.good if before else Parsed()
         now_ns = time.time_ns()
         try:
             content = (self._path / name).read_bytes()
         except FileNotFoundError:
-            raise
+            return None
         except OSError as error:
             errors = (ConfigError(_shown(name), 0, "", f"Cannot be read: {error.strerror}"),)
             return _File(None, None, good, errors)

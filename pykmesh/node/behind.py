@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +30,20 @@ FLAG: Final = "--behind"
 def of_this_release(environment: Mapping[str, str]) -> dict[str, str]:
     """With it Python takes this release's code, whatever lies in the directory that it is started in."""
     return {**environment, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONSAFEPATH": "1"}
+
+
+def end_supervisor(pid: int) -> None:
+    """Tells it to end, and waits for that; it may have ended. InstanceError at the deadline."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        if not select.select([pidfd], [], [], END_DEADLINE_S)[0]:
+            raise InstanceError(f"supervisor {pid} has not ended after {END_DEADLINE_S:g} s")
+    finally:
+        os.close(pidfd)
 
 
 class Behind:

@@ -150,8 +150,13 @@ class Process:
 
     async def end_with_server(self, deadline_s: float) -> None:
         """Kills it where the server has ended and it has not, so long after."""
-        with contextlib.suppress(ProcessLookupError, OSError):
+        try:
             parent = os.pidfd_open(self._parent)
+        except ProcessLookupError:
+            pass
+        except OSError:  # no descriptor is left to watch it by
+            return
+        else:
             try:
                 await anyio.wait_readable(parent)
             finally:

@@ -197,7 +197,9 @@ def _directories(instance: Instance) -> list[Path]:
 def _files(instance: Instance, processes: Iterable[str]) -> list[Path]:
     names = [*processes, "supervisor"]
     files = [instance.run_dir / name for name in ("instance.json", "instance.new", "lock", "nats.conf")]
-    files += [instance.enroll_socket, instance.supervisor_socket, instance.previous, instance.journal]
+    files += [instance.enroll_socket, instance.supervisor_socket]
+    for path in (instance.previous, instance.journal):
+        files += [path, path.with_suffix(".new")]
     files += [instance.secret(name + suffix) for name in names for suffix in ("", ".new")]
     return files + [instance.log(name).with_suffix(suffix) for name in names for suffix in (".log", ".old")]
 

@@ -15,15 +15,13 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import msgspec
 
-from pykmesh.node.behind import FLAG, Behind, of_this_release
+from pykmesh.node.behind import FLAG, Behind, end_supervisor, of_this_release
 from pykmesh.node.instance import Instance, InstanceError, running
 
-END_DEADLINE_S: Final = 15.0
-POLL_S: Final = 0.02
 _T = TypeVar("_T")
 
 
@@ -90,7 +88,7 @@ def exchange(instance: Instance, before: Supervised) -> Exchanged:
         raise InstanceError(f"{before.directory} is gone, in which instance {instance.name} was started")
     with _undisturbed():
         _write(instance.journal, before)
-        _end(before.pid)
+        end_supervisor(before.pid)
         environment = of_this_release(before.environment)
         try:
             behind = Behind(instance, before.arguments, before.directory, environment)
@@ -138,32 +136,8 @@ def _undisturbed() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end(pid: int) -> None:
-    """It may have ended."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-        deadline = time.monotonic() + END_DEADLINE_S
-        while _lives(pid):
-            if time.monotonic() > deadline:
-                raise InstanceError(f"supervisor {pid} has not ended after {END_DEADLINE_S:g} s")
-            time.sleep(POLL_S)
-    finally:
-        os.close(pidfd)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def _write(path: Path, what: msgspec.Struct) -> None:
-    """InstanceError where it cannot be written: nothing has been ended yet."""
+    """There at once and whole, for its owner alone. InstanceError where it cannot be written."""
     temporary = path.with_suffix(".new")
     try:
         temporary.touch(0o600)

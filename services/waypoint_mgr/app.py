@@ -226,19 +226,18 @@ class WaypointMgr:
         """Also for services that may come by way of it: their connections must find it ready for them."""
         known = {service.name: service for service in mesh.services}
         namespaces = objects.namespaces_of(waypoint)
-        users = [
-            service
-            for service in mesh.services
-            if (service.owned or not is_workload(service.name))
-            and (
-                service.name in mesh.users.get(name, ())
-                or (
-                    namespace_of(service.name) in namespaces
-                    and service.name not in objects.waypoints
-                    and (not is_workload(service.name) or waypoint.is_for_workloads)
-                )
-            )
-        ]
+        asking = frozenset(mesh.users.get(name, ()))
+
+        def may_come(service: MeshService) -> bool:
+            is_one = is_workload(service.name)
+            if is_one and not service.owned:
+                return False
+            if service.name in asking:
+                return True
+            is_let_in = namespace_of(service.name) in namespaces and service.name not in objects.waypoints
+            return is_let_in and (not is_one or waypoint.is_for_workloads)
+
+        users = [service for service in mesh.services if may_come(service)]
         clients = Clients(mesh.namespace_ids, mesh.account_ids)
         found = await anyio.to_thread.run_sync(
             self._translate, name, waypoint, users, known, objects, clients

@@ -296,9 +296,11 @@ class Fleet:
         if not all(member.is_known for member in self.members.values() if member.waypoint == waypoint):
             return None
         group = self.groups.get(waypoint)
-        if group is not None and not group.is_known:
+        if group is None:
+            return []
+        if not group.is_known:
             return None
-        if group is None or group.front is None:
+        if group.front is None:
             return []
         waits = group.size == 0 or time.monotonic() - group.waits_since < WAIT_S
         if not waits and not any(member.is_steered for member in self._standing(waypoint)):

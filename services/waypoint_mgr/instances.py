@@ -158,16 +158,8 @@ async def refusal(config: dict[str, Any]) -> str:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(config, file)
         file.flush()
-        command = [
-            str(find_envoy()),
-            "--mode",
-            "validate",
-            "--log-level",
-            "error",
-            "--config-path",
-            file.name,
-        ]
-        result = await anyio.run_process(command, check=False)
+        options = ("--mode", "validate", "--log-level", "error", "--config-path", file.name)
+        result = await anyio.run_process([str(find_envoy()), *options], check=False)
     if not result.returncode:
         return ""
     lines = (result.stdout + result.stderr).decode(errors="replace").strip().splitlines()

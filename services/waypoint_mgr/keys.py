@@ -153,7 +153,7 @@ async def fetched(place: str, timeout_s: float) -> str:
         raise KeysError(f"no answer within {timeout_s:g} s") from error
     except KeysError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever a stranger's server makes of the library
         raise KeysError(str(error) or type(error).__name__) from error
     if not isinstance(found.get("keys"), list):
         raise KeysError("no key set: it has no list of keys")

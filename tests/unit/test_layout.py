@@ -55,7 +55,7 @@ STRUCTURES = sorted(layout._document()["structures"])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_every_field_is_where_the_object_has_it(types: Types, structure: str) -> None:
     there = named(types, "STRUCT", structure)
-    here_size, here = layout._fields(structure)
+    here_size, here = layout.fields_of(structure)
     assert here_size == there["size"]
     assert [(f["name"], f["offset"], f["size"]) for f in here] == [
         (m["name"], m["bits_offset"] // 8, size(types, m["type_id"])) for m in there["members"]
@@ -65,7 +65,7 @@ def test_every_field_is_where_the_object_has_it(types: Types, structure: str) ->
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_no_structure_has_a_gap_that_is_not_named(structure: str) -> None:
     """Keys are compared byte by byte: what nobody writes would be whatever the stack held."""
-    total, fields = layout._fields(structure)
+    total, fields = layout.fields_of(structure)
     at = 0
     for field in fields:
         assert field["offset"] == at
@@ -75,7 +75,7 @@ def test_no_structure_has_a_gap_that_is_not_named(structure: str) -> None:
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_arrays_of_a_structure_have_its_offsets(structure: str) -> None:
-    total, fields = layout._fields(structure)
+    total, fields = layout.fields_of(structure)
     found = layout.dtype(structure)
     assert found.itemsize == total
     offsets = {name: offset for name, (_, offset, *_) in (found.fields or {}).items()}
