@@ -312,10 +312,10 @@ def test_the_same_release_again_is_no_release_to_go_back_to(upgrades: Upgrades) 
 
 def test_one_that_is_killed_is_gone_on_with_by_the_next(upgrades: Upgrades) -> None:
     """At the worst moment: what ran has ended, and nothing else runs."""
-    prober, before = probe(upgrades.client, VIP, 80), upgrades.node.instance.pid
+    prober, ran = probe(upgrades.client, VIP, 80), upgrades.node.instance
     words = [sys.executable, "-m", "pykmesh", *upgrades.node.place, "upgrade"]
     with subprocess.Popen(words, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
-        until(lambda: not Path(f"/proc/{before}").exists(), "the supervisor to end")
+        until(lambda: running(upgrades.node.run_dir) != ran, "the supervisor to end")
         killed.kill()
     if (found := running(upgrades.node.run_dir)) is not None:
         os.kill(found.pid, 9)
