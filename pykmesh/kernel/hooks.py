@@ -127,6 +127,13 @@ class Programs:
         for name, data in values.items():
             self._object.write_rodata(data, setting_offset(name, len(data)))
 
+    def pin_again(self, map_dir: Path) -> list[str]:
+        """Maps whose pin somebody removed: pinned as they were. Returns their names."""
+        gone = [name for name in map_names() if not (map_dir / map_layout(name).pin).exists()]
+        for name in gone:
+            libbpf.obj_pin(self._object.map_fd(name), str(map_dir / map_layout(name).pin))
+        return gone
+
     def close(self) -> None:
         """The programs that are attached stay: their links hold them."""
         self._object.close()

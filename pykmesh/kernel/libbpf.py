@@ -137,6 +137,10 @@ class BpfObject:
             _L.bpf_program__fd(_pointer(handle, f"program {name} in {self.path}")), f"program {name}"
         )
 
+    def map_fd(self, name: str) -> int:
+        """After load; the object's own."""
+        return _checked(_L.bpf_map__fd(self._map(name)), f"map {name}")
+
     def close(self) -> None:
         _L.bpf_object__close(self._handle)
 

@@ -35,6 +35,9 @@ from pykmesh.kernel.maps import MapFullError, PinError, PinnedMap, stride, value
 
 _GENERATION: Final = "generations"
 _FIRST: Final = bytes(4)
+_UNPINNED: Final = "unpinned"
+_KERNEL_NAME: Final = 15
+"""Characters of a map's name that the kernel keeps."""
 _RING_BUFFER, _SK_STORAGE, _SOCK_HASH = 27, 24, 18
 _ARRAY_TYPES: Final = (2, 6)
 _SOCKETS, _LOADS = "sockets", "loads"
@@ -171,6 +174,39 @@ def _maps_in_use(pin_dir: Path) -> set[int]:
             with contextlib.suppress(libbpf.KernelError), libbpf.closing(libbpf.obj_get(str(pin))) as fd:
                 found.update(libbpf.program_name_and_maps(libbpf.link_info(fd)[0])[1])
     return found
+
+
+def pin_again(pin_dir: Path) -> list[str]:
+    """Pins maps that attached programs read and that have no pin, as somebody removed it. Their names.
+
+    Those of another release's layout too, under a name that a `Staging` finds. A ring is left to go: whether
+    its records are ours is written nowhere. Of several maps of a name the one that was made last.
+    """
+    directory = pins.maps_dir(pin_dir)
+    there = {pin.name.partition("@")[0] for pin in directory.iterdir()}
+    missing = {name[:_KERNEL_NAME]: name for name in map_names() if name not in there}
+    missing = {seen: name for seen, name in missing.items() if map_layout(name).type != _RING_BUFFER}
+    found = []
+    for number in sorted(_maps_in_use(pin_dir), reverse=True) if missing else ():
+        with contextlib.suppress(libbpf.KernelError), libbpf.closing(libbpf.map_fd_by_id(number)) as fd:
+            if name := missing.pop(libbpf.map_name(fd), None):
+                layout = map_layout(name)
+                pin = layout.pin if _is_of(fd, layout) else f"{name}@{_UNPINNED}"
+                libbpf.obj_pin(fd, str(directory / pin))
+                found.append(name)
+    return found
+
+
+def _is_of(fd: int, layout: MapLayout) -> bool:
+    try:
+        there = _layout_of(fd, layout.pin)
+        shapes = _shapes_of(fd, there)
+    except (BtfError, KeyError):
+        return False
+    sizes = (there.type, there.key_size, there.value_size) == (
+        layout.type, layout.key_size, layout.value_size,
+    )  # fmt: skip
+    return sizes and [shape.fields for shape in shapes] == [_fields(layout.key), _fields(layout.value)]
 
 
 class Staging:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from pykmesh.kernel import cgroups, pins
 from pykmesh.kernel.hooks import HOOKS, Programs, ProgramSettings, can_set_retval
 from pykmesh.kernel.layout import check_enums, check_object
 from pykmesh.kernel.records import DNS_SLOTS, network_id
-from pykmesh.kernel.upgrade import Copied, Staging
+from pykmesh.kernel.upgrade import Copied, Staging, pin_again
 from pykmesh.process import Runtime
 from services.bpf_loader.door import Door
 from services.bpf_loader.enrollment import Enrollment
@@ -38,6 +40,7 @@ async def run(runtime: Runtime[LoaderSettings]) -> None:
     if await anyio.to_thread.run_sync(pins.prepare, settings.pin_dir):
         log.info("bpffs_mounted", pin_dir=str(settings.pin_dir))
     held = pins.lock(settings.pin_dir)
+    _note_missing(runtime, await anyio.to_thread.run_sync(pin_again, settings.pin_dir))
     staging = await anyio.to_thread.run_sync(Staging, settings.pin_dir)
     programs = await anyio.to_thread.run_sync(_load, settings, staging)
     for kept in programs.kept_sizes:
@@ -59,7 +62,9 @@ async def run(runtime: Runtime[LoaderSettings]) -> None:
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(Door(settings.enroll_socket, enrollment, waypoints, turn).serve)
-            tasks.start_soon(_sweep, enrollment, waypoints, turn)
+            mend = partial(_keep_pinned, runtime, programs)
+            sweeps: list[Callable[[], object]] = [mend, enrollment.sweep, waypoints.sweep]
+            tasks.start_soon(_sweep, sweeps, turn)
             runtime.readiness.done("programs")
     finally:
         programs.close()
@@ -107,12 +112,21 @@ def _load(settings: LoaderSettings, staging: Staging) -> Programs:
     return Programs(pins.maps_dir(settings.pin_dir), sizes, fixed, staging.paths, staging.room)
 
 
-async def _sweep(enrollment: Enrollment, waypoints: Waypoints, turn: anyio.Lock) -> None:
+def _keep_pinned(runtime: Runtime[LoaderSettings], programs: Programs) -> None:
+    _note_missing(runtime, programs.pin_again(pins.maps_dir(runtime.settings.pin_dir)))
+
+
+def _note_missing(runtime: Runtime[LoaderSettings], maps: list[str]) -> None:
+    if maps:
+        runtime.note_error("pins_were_missing", maps=", ".join(maps), effect="pinned again")
+
+
+async def _sweep(sweeps: list[Callable[[], object]], turn: anyio.Lock) -> None:
     while True:
         await anyio.sleep(SWEEP_INTERVAL_S)
         async with turn:
-            await anyio.to_thread.run_sync(enrollment.sweep)
-            await anyio.to_thread.run_sync(waypoints.sweep)
+            for sweep in sweeps:
+                await anyio.to_thread.run_sync(sweep)
 
 
 def _details(settings: LoaderSettings, enrollment: Enrollment, refuses_with: str) -> dict[str, Any]:

@@ -22,7 +22,9 @@ from pykmesh.contracts.settings import LoaderSettings
 from pykmesh.demo.pods import Pod, PodNetwork
 from pykmesh.kernel import cgroups, hooks, libbpf, pins, support
 from pykmesh.kernel.hooks import FRONT_HOOK, HOOKS, WAYPOINT_HOOKS, Programs, ProgramSettings, can_set_retval
+from pykmesh.kernel.layout import map_names
 from pykmesh.kernel.pins import PinDirectoryError
+from pykmesh.kernel.upgrade import pin_again
 from services.bpf_loader import app, enrollment
 from services.bpf_loader.door import Door
 from services.bpf_loader.enrollment import Enrollment
@@ -33,6 +35,15 @@ pytestmark = pytest.mark.kernel
 
 ROOT = cgroups.find_root()
 PIN = HOOKS[-1].program
+
+
+NOT_OF_PODS = {"flows", "generations", "identity_secrets", "listeners"}
+"""No program of a pod reads it, or nothing says whose it is: the ring."""
+
+
+def pinned_id(path: Path) -> int:
+    with libbpf.closing(libbpf.obj_get(str(path))) as fd:
+        return libbpf.map_id(fd)
 
 
 class Loader:
@@ -442,6 +453,29 @@ def test_pins_removed_by_hand_are_attached_again(loader: Loader, pod: Pod, missi
     assert loader.enrollment.shown == [before]
 
 
+def test_pins_of_maps_removed_by_hand_are_made_again(loader: Loader, pod: Pod) -> None:
+    """The same maps: found by the attached programs that read them, and by who has loaded them."""
+    loader.enroll(pod.cgroup, pod.netns)
+    directory = pins.maps_dir(loader.pin_dir)
+    assert pin_again(loader.pin_dir) == []
+    before = {path.name: pinned_id(path) for path in directory.iterdir()}
+    for path in directory.iterdir():
+        path.unlink()
+    programs_of_the_pod = set(map_names()) - NOT_OF_PODS
+    assert set(pin_again(loader.pin_dir)) == programs_of_the_pod
+    after = {path.name: pinned_id(path) for path in directory.iterdir()}
+    assert after == {name: before[name] for name in before if name.partition("@")[0] in programs_of_the_pod}
+    settings = ProgramSettings("loader-test", 0, can_set_retval(), has_telemetry=False)
+    loaded = Programs(directory, {"flows": 65536}, settings)
+    before = {path.name: pinned_id(path) for path in directory.iterdir()}
+    assert len(before) == len(map_names())
+    for path in list(directory.iterdir())[1:]:
+        path.unlink()
+    assert len(loaded.pin_again(directory)) == len(before) - 1
+    assert {path.name: pinned_id(path) for path in directory.iterdir()} == before
+    loaded.close()
+
+
 @pytest.mark.parametrize("how", ["sweep", "adopt"])
 def test_links_detached_by_hand_are_attached_again(loader: Loader, pod: Pod, how: str) -> None:
     loader.enroll(pod.cgroup, pod.netns)
@@ -530,7 +564,7 @@ async def test_the_door_waits_for_the_sweep(tmp_path: Path, monkeypatch: pytest.
 
     with anyio.fail_after(20):
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(app._sweep, recorder, waypoints, turn)
+            tasks.start_soon(app._sweep, [recorder.sweep, waypoints.sweep], turn)
             tasks.start_soon(Door(socket, recorder, waypoints, turn).serve)
             await anyio.to_thread.run_sync(recorder.sweeping.wait, 10)
             tasks.start_soon(ask_door)
