@@ -273,13 +273,17 @@ async def _foreground(instance: Instance, options: Any, echo: Callable[[str, str
 
 async def _announce(mesh: Any) -> None:
     from pykmesh.node.behind import READY, READY_DEADLINE_S
+    from pykmesh.node.upgrade import settle
 
     try:
         await mesh.until_ready(READY_DEADLINE_S)
     except InstanceError as error:
         _say(f"pykmesh: {' '.join(str(error).split())}")
         return
-    mesh.instance.journal.unlink(missing_ok=True)  # whatever was put in its place, this runs
+    try:
+        settle(mesh.instance)
+    except InstanceError as error:
+        _say(f"pykmesh: the release before cannot be gone back to: {error}")
     _say(f"pykmesh: instance {mesh.instance.name} {READY}")
 
 

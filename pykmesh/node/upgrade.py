@@ -9,6 +9,7 @@ stands in a file, so that who is ended in between is gone on with by the next `p
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -59,9 +60,9 @@ class Exchanged(msgspec.Struct, frozen=True):
 
 def supervised(instance: Instance) -> Supervised:
     """InstanceError where none runs, nor was about to, or one that somebody has before him."""
-    found = running(instance.run_dir)
+    found, begun = running(instance.run_dir), _read(instance.journal, Supervised)
     if found is None:
-        if (begun := _read(instance.journal, Supervised)) is not None:
+        if begun is not None:
             return begun
         raise InstanceError(f"instance {instance.name} is not running: `up` begins with this release")
     proc = Path("/proc") / str(found.pid)
@@ -77,19 +78,46 @@ def supervised(instance: Instance) -> Supervised:
             f"with this release; traffic goes on meanwhile"
         )
     environment = dict(text.split("=", 1) for text in texts if "=" in text)
-    release = Release(words[0], environment.get("PYTHONPATH", directory))
-    return Supervised(found.pid, release, words[3:-1], directory, environment)
+    arguments, release = words[3:-1], Release(words[0], environment.get("PYTHONPATH", directory))
+    if begun is not None and begun.arguments == arguments:
+        release = begun.release  # what runs was begun by an upgrade that was killed, and is not ready yet
+    return Supervised(found.pid, release, arguments, directory, environment)
 
 
 def exchange(instance: Instance, before: Supervised) -> Exchanged:
-    """InstanceError when this release does not become ready; the one before runs again then."""
+    """InstanceError when this release does not become ready; the one before runs again then.
+
+    Or when another upgrade is under way.
+    """
     began = time.monotonic()
     if not Path(before.directory).is_dir():
         raise InstanceError(f"{before.directory} is gone, in which instance {instance.name} was started")
-    with _undisturbed():
+    with _alone(instance), _undisturbed():
         _write(instance.journal, before)
         end_supervisor(before.pid)
         environment = of_this_release(before.environment)
+        try:
+            behind = _start(instance, before, environment)
+        except (InstanceError, OSError, KeyboardInterrupt) as error:
+            _start_again(instance, before, error)
+    goes_back = before.release.python_path != environment["PYTHONPATH"]
+    return Exchanged(behind.pid, round(time.monotonic() - began, 3), goes_back)
+
+
+def settle(instance: Instance) -> None:
+    """By a supervisor whose processes are ready: whatever was under way, this release runs.
+
+    The one before it is kept as that to go back to.
+    """
+    begun = _read(instance.journal, Supervised)
+    if begun is not None and begun.release.python_path != of_this_release({})["PYTHONPATH"]:
+        _write(instance.previous, begun.release)
+    instance.journal.unlink(missing_ok=True)
+
+
+def _start(instance: Instance, before: Supervised, environment: dict[str, str]) -> Behind:
+    """Ready when this returns. One that a killed upgrade had begun, and which is there first, gives way."""
+    while True:
         try:
             behind = Behind(instance, before.arguments, before.directory, environment)
             try:
@@ -97,13 +125,24 @@ def exchange(instance: Instance, before: Supervised) -> Exchanged:
             except BaseException:
                 behind.end()
                 raise
-        except (InstanceError, OSError, KeyboardInterrupt) as error:
-            _start_again(instance, before, error)
-        goes_back = before.release.python_path != environment["PYTHONPATH"]
-        if goes_back:
-            _write(instance.previous, before.release)
-        instance.journal.unlink(missing_ok=True)
-    return Exchanged(behind.pid, round(time.monotonic() - began, 3), goes_back)
+        except InstanceError:
+            if (other := running(instance.run_dir)) is None:
+                raise
+            end_supervisor(other.pid)
+        else:
+            return behind
+
+
+@contextlib.contextmanager
+def _alone(instance: Instance) -> Iterator[None]:
+    held = os.open(instance.run_dir, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise InstanceError(f"another upgrade of instance {instance.name} is under way") from error
+    finally:
+        os.close(held)
 
 
 def _start_again(instance: Instance, before: Supervised, error: BaseException) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -262,6 +263,36 @@ def test_one_that_is_killed_is_gone_on_with_by_the_next(upgrades: Upgrades) -> N
     assert not upgrades.node.instance.journal.exists()
     counted = finish(prober)
     assert counted["failed"] == 0, counted["errors"]
+
+
+def test_one_that_is_killed_when_it_has_begun_the_other_release_is_gone_on_with(upgrades: Upgrades) -> None:
+    """What it began takes the instance's place by itself, or gives way; what was before stays known."""
+    prober, ran = probe(upgrades.client, VIP, 80), upgrades.node.instance
+    words = [sys.executable, "-m", "pykmesh", *upgrades.node.place, "upgrade"]
+    environment = {**os.environ, "PYTHONPATH": str(upgrades.other), "PYTHONSAFEPATH": "1"}
+    with subprocess.Popen(
+        words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as killed:
+        until(lambda: running(upgrades.node.run_dir) not in (None, ran), "the other release to be begun")
+        killed.kill()
+    upgrades.upgrade(upgrades.other)
+    assert json.loads(upgrades.node.instance.previous.read_text())["python_path"] == str(HERE)
+    upgrades.upgrade(upgrades.other, "--roll-back")
+    upgrades.node.until_ready()
+    counted = finish(prober)
+    assert counted["failed"] == 0, counted["errors"]
+
+
+def test_two_at_once_are_one(upgrades: Upgrades) -> None:
+    held = os.open(upgrades.node.run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        refused = upgrades.upgrade(HERE, check=False)
+    finally:
+        os.close(held)
+    assert refused.returncode == 1
+    assert f"another upgrade of instance {upgrades.node.name} is under way" in refused.stderr
+    upgrades.node.until_ready()
 
 
 def test_words_and_environment_mean_what_they_meant_where_it_was_started(tmp_path: Path) -> None:
