@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OBJECTS := pykmesh/kernel/objects
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup build run demo test explore check format proto bench clean test-compose istio-tools test-istio
+.PHONY: setup build run demo test explore check format proto bench chaos clean test-compose istio-tools test-istio
 
 run: setup
 	$(Q)$(BIN)/pykmesh demo
@@ -46,13 +46,16 @@ check: setup
 	$(Q)$(BIN)/ruff format --check .
 	$(Q)$(BIN)/mypy
 	$(Q)$(BIN)/lint-imports --no-cache
-	$(Q)$(BIN)/clang-format --dry-run --Werror bpf/*.h bpf/*.c bench/load.c tests/bpf/*.c
+	$(Q)$(BIN)/clang-format --dry-run --Werror bpf/*.h bpf/*.c bench/load.c tests/bpf/*.c tests/chaos/*.c
 	$(Q)$(BIN)/codespell
 
 format: setup
 	$(Q)$(BIN)/ruff check --fix-only .
 	$(Q)$(BIN)/ruff format .
-	$(Q)$(BIN)/clang-format -i bpf/*.h bpf/*.c bench/load.c tests/bpf/*.c
+	$(Q)$(BIN)/clang-format -i bpf/*.h bpf/*.c bench/load.c tests/bpf/*.c tests/chaos/*.c
+
+chaos: setup
+	$(Q)$(BIN)/python -m tests.chaos $(CHAOS_ARGS)
 
 bench: setup
 	$(Q)$(BIN)/python -m bench $(BENCH_ARGS)

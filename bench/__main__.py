@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = (["bench.datapath"], ["bench.sync"], ["bench.steady"], ["bench.waypoint"])
+BENCHMARKS = (["bench.datapath"], ["bench.drain"], ["bench.sync"], ["bench.steady"], ["bench.waypoint"])
 
 
 def main() -> None:

@@ -20,16 +20,20 @@ class CountedError(Exception):
     """The program has ended, or does not answer."""
 
 
+def module(name: str) -> tuple[str, ...]:
+    """What runs a program of this package."""
+    return sys.executable, "-m", f"pykmesh.demo.{name}"
+
+
 class Counted:
     """A prober or an endpoint; started and listening when this returns."""
 
-    def __init__(self, pod: Pod, module: str, *words: str) -> None:
+    def __init__(self, pod: Pod, *command: str, start_deadline_s: float = ANSWER_DEADLINE_S) -> None:
         self.pod = pod
-        command = [sys.executable, "-m", f"pykmesh.demo.{module}", *words]
         self._process = pod.spawn(*command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self._rest = b""
-        if self._line() != b"ready":
-            raise CountedError(f"{module} in pod {pod.name} did not start")
+        if self._line(start_deadline_s) != b"ready":
+            raise CountedError(f"{' '.join(command)} in pod {pod.name} did not start")
 
     @property
     def alive(self) -> bool:
@@ -52,8 +56,8 @@ class Counted:
         found: dict[str, Any] = json.loads(self._line())
         return found
 
-    def _line(self) -> bytes:
-        stream, end = self._process.stdout, time.monotonic() + ANSWER_DEADLINE_S
+    def _line(self, deadline_s: float = ANSWER_DEADLINE_S) -> bytes:
+        stream, end = self._process.stdout, time.monotonic() + deadline_s
         if stream is None:
             raise CountedError(f"the program in pod {self.pod.name} has no output")
         with selectors.DefaultSelector() as selector:

@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from pykmesh.demo import manifests
-from pykmesh.demo.counted import Counted
+from pykmesh.demo.counted import Counted, module
 from pykmesh.demo.pods import Pod, PodNetwork
 from pykmesh.kernel.cgroups import find_root
 from pykmesh.node.ask import fetch, supervised
@@ -104,8 +104,12 @@ class Demo:
         echo = network.add("echo-a", 30)
         waypoint = network.add("waypoint", 40)
         for pod in self._web:
-            self._endpoints[pod.name] = Counted(pod, "endpoint", pod.name, "--http", str(manifests.HTTP_PORT))
-        self._endpoints[echo.name] = Counted(echo, "endpoint", echo.name, "--udp", str(manifests.UDP_PORT))
+            self._endpoints[pod.name] = Counted(
+                pod, *module("endpoint"), pod.name, "--http", str(manifests.HTTP_PORT)
+            )
+        self._endpoints[echo.name] = Counted(
+            echo, *module("endpoint"), echo.name, "--udp", str(manifests.UDP_PORT)
+        )
         self._folder.mkdir(parents=True)
         manifests.write_services(self._folder)
         manifests.write(self._folder, "client", [manifests.pod(self.client, "client", "v1")])
@@ -218,7 +222,7 @@ class Demo:
         manifests.write(self._folder, "waypoint", manifests.by_waypoint())
         self._try("a request with a header", "always an answer of v2", self._canary)
         self._try("requests without it", "answers of v1 and v2 by weight", self._split)
-        prober = Counted(self.client, "prober", manifests.WEB4, "80")
+        prober = Counted(self.client, *module("prober"), manifests.WEB4, "80")
         self._say.line("\nA client connects every 10 ms from here on")
         self._flows_to_show = FLOWS_SHOWN
         self._try("every endpoint gets its share", "connections at all three endpoints", self._shares)
@@ -268,10 +272,16 @@ class Demo:
         return Counter(line.rpartition("-")[0] for line in result.stdout.splitlines())
 
     def _canary(self) -> tuple[bool, str]:
+        """Each of an Envoy's threads has a route or an endpoint when it comes to it."""
         header = ("-H", f"{manifests.CANARY_HEADER}: yes")
-        ready = _until(lambda: self._asked(*header)["web-v2"] > 0)
-        found = self._asked(*header)
-        return ready and found == {"web-v2": REQUESTS}, f"{_listed(found)} of {REQUESTS}"
+        found = Counter[str]()
+
+        def all_right() -> bool:
+            nonlocal found
+            found = self._asked(*header)
+            return found == {"web-v2": REQUESTS}
+
+        return _until(all_right), f"{_listed(found)} of {REQUESTS}"
 
     def _split(self) -> tuple[bool, str]:
         """Within five standard deviations: a few runs in a million say wrong for nothing."""

@@ -1,0 +1,591 @@
+"""What a scenario does: faults, changes, and looks at what has to be seen. One class each, read from YAML."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import anyio
+import msgspec
+import nats
+
+from pykmesh.demo.pods import Pod
+from pykmesh.kernel import pins
+from pykmesh.node.ask import supervised
+from pykmesh.node.instance import running
+from tests.chaos.stage import HoldsNotError, Stage, Traffic
+from tests.mesh.manifests import pod, service, text
+from tests.mesh.releases import HERE, make_other
+
+Number = float | tuple[float, float]
+"""Two: a draw between them."""
+
+EVERY = ["bpf_loader", "map_writer", "xds_client", "telemetry", "nats", "control_plane"]
+
+
+def drawn(number: Number, chance: random.Random) -> float:
+    return chance.uniform(*number) if isinstance(number, tuple) else number
+
+
+class _Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag=str.lower):
+    def act(self, stage: Stage) -> None:
+        """Raises HoldsNotError for what has to hold and does not."""
+        raise NotImplementedError
+
+
+# -- time
+
+
+class Wait(_Step):
+    seconds: Number
+
+    def act(self, stage: Stage) -> None:
+        time.sleep(drawn(self.seconds, stage.chance))
+
+
+class Settled(_Step):
+    """Until everything is ready, and the kernel holds what the control plane says."""
+
+    def act(self, stage: Stage) -> None:
+        stage.settled()
+
+
+class Repeat(_Step):
+    """`of`, again and again, so many times or for so long."""
+
+    of: list[Step]
+    times: int = 0
+    seconds: float = 0.0
+
+    def act(self, stage: Stage) -> None:
+        end, done = time.monotonic() + self.seconds, 0
+        while done < self.times or (not self.times and time.monotonic() < end):
+            for step in self.of:
+                step.act(stage)
+            done += 1
+
+
+class Together(_Step):
+    """Several rows of steps beside each other."""
+
+    rows: list[list[Step]]
+
+    def act(self, stage: Stage) -> None:
+        failed: list[Exception] = []
+
+        def play(row: list[Step]) -> None:
+            try:
+                for step in row:
+                    step.act(stage)
+            except Exception as error:  # noqa: BLE001  (told below, by the scenario's own thread)
+                failed.append(error)
+
+        threads = [threading.Thread(target=play, args=(row,)) for row in self.rows]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failed:
+            raise failed[0]
+
+
+# -- processes
+
+
+def _pid(stage: Stage, process: str) -> int:
+    """Of one that runs; 0 while it does not."""
+    found = running(stage.node.run_dir)
+    if found is None:
+        return 0
+    if process == "supervisor":
+        return found.pid
+    if process == "fork_server":
+        return stage.node.fork_server()
+    return supervised(found).get(process, {}).get("pid") or 0
+
+
+def _signal(stage: Stage, process: str, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, OSError):
+        if pid := _pid(stage, process):
+            os.kill(pid, number)
+
+
+class Kill(_Step):
+    """With SIGKILL: one of `status`, `supervisor`, `fork_server`, or one drawn of several."""
+
+    process: str | list[str]
+
+    def act(self, stage: Stage) -> None:
+        name = self.process if isinstance(self.process, str) else stage.chance.choice(self.process)
+        _signal(stage, name, signal.SIGKILL)
+        if name == "supervisor":
+            _wait_until(lambda: running(stage.node.run_dir) is None, "the supervisor to end")
+
+
+class KillAll(_Step, tag="kill all"):
+    """All in the same moment."""
+
+    def act(self, stage: Stage) -> None:
+        for name in supervised(stage.node.instance):
+            _signal(stage, name, signal.SIGKILL)
+
+
+class Stop(_Step):
+    """Stopped for so long (SIGSTOP), then it goes on."""
+
+    process: str
+    seconds: Number
+
+    def act(self, stage: Stage) -> None:
+        pid = _pid(stage, self.process)
+        if not pid:
+            return
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            time.sleep(drawn(self.seconds, stage.chance))
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+class Down(_Step):
+    def act(self, stage: Stage) -> None:
+        stage.node.cli("down")
+
+
+class Up(_Step):
+    """Also where it cannot become ready: `ready` false returns when it runs."""
+
+    settings: dict[str, str] = {}
+    ready: bool = True
+
+    def act(self, stage: Stage) -> None:
+        words = [word for name, value in self.settings.items() for word in ("--set", f"{name}={value}")]
+        if self.ready:
+            stage.node.start(*words)
+            return
+        up = subprocess.Popen(
+            [
+                sys.executable, "-m", "pykmesh", *stage.node.place,
+                "up", "--free-ports", *stage.node.options, *words,
+            ],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        stage.cleanups.callback(_end, up)
+        _wait_until(lambda: running(stage.node.run_dir) is not None, "the supervisor to run")
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _wait_until(what: Any, because: str, deadline_s: float = 30.0) -> None:
+    end = time.monotonic() + deadline_s
+    while not what():
+        if time.monotonic() > end:
+            raise HoldsNotError(f"waited {deadline_s:g} s for {because}")
+        time.sleep(0.02)
+
+
+# -- limits
+
+
+class Limit(_Step):
+    """A limit of the kernel's for one process: bytes of its address space, or its descriptors."""
+
+    process: str
+    what: Literal["memory", "descriptors", "file size"]
+    more: int
+    """Above what it has now; of file size: as it is."""
+
+    def act(self, stage: Stage) -> None:
+        pid = _pid(stage, self.process)
+        if self.what == "memory":
+            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+            which, limit = resource.RLIMIT_AS, pages * resource.getpagesize() + self.more
+        elif self.what == "descriptors":
+            which, limit = resource.RLIMIT_NOFILE, len(list(Path(f"/proc/{pid}/fd").iterdir())) + self.more
+        else:
+            which, limit = resource.RLIMIT_FSIZE, self.more
+        resource.prlimit(pid, which, (limit, limit))
+
+
+class Hog(_Step):
+    """Processes that compute, beside everything else."""
+
+    count: int
+    seconds: Number
+
+    def act(self, stage: Stage) -> None:
+        hogs = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(self.count)]
+        try:
+            time.sleep(drawn(self.seconds, stage.chance))
+        finally:
+            for hog in hogs:
+                hog.kill()
+                hog.wait()
+
+
+class Disk(_Step):
+    """The run-time directory's disk (`Mesh.disk_kib`): full, or with room again."""
+
+    full: bool
+
+    def act(self, stage: Stage) -> None:
+        filler = stage.node.run_dir / "filler"
+        if not self.full:
+            filler.unlink()
+            return
+        with contextlib.suppress(OSError), filler.open("wb", 0) as file:
+            while True:
+                file.write(bytes(4096))
+
+
+# -- the control plane
+
+
+class Scale(_Step):
+    """How many endpoints of `web` are to serve, drawn from all; `now`: until the kernel says so."""
+
+    to: int | tuple[int, int]
+    now: bool = True
+
+    def act(self, stage: Stage) -> None:
+        count = self.to if isinstance(self.to, int) else stage.chance.randint(*self.to)
+        names = [each.name for each in stage.web]
+        stage.scale(sorted(stage.chance.sample(names, count)))
+        if self.now:
+            stage.in_kernel()
+
+
+class Services(_Step):
+    """So many further services, of a pod each that is nowhere, in a file; 0: the file goes."""
+
+    count: int
+    file: str = "further"
+    pods: int = 1
+
+    def act(self, stage: Stage) -> None:
+        if not self.count:
+            (stage.node.config / f"{self.file}.yaml").unlink()
+            return
+        objects = []
+        for n in range(self.count):
+            app = f"{self.file}-{n}"
+            objects.append(service(app, f"10.96.{1 + n // 250}.{n % 250}", app=app, ports={80: 8080}))
+            objects += [
+                pod(f"{app}-{k}", f"10.{200 + k}.{n // 250}.{n % 250 + 1}", app=app) for k in range(self.pods)
+            ]
+        stage.node.write(self.file, text(*objects))
+
+
+class Folder(_Step):
+    """The configuration folder: `broken` (a file cannot be read), `gone`, `empty`, and `back`."""
+
+    state: Literal["broken", "gone", "empty", "back"]
+
+    def act(self, stage: Stage) -> None:
+        kept, broken = stage.directory / "kept", stage.node.config / "broken.yaml"
+        if self.state == "broken":
+            broken.write_text("kind: Service\nmetadata: [not closed\n")
+        elif self.state == "back":
+            broken.unlink(missing_ok=True)
+            if kept.exists():
+                shutil.rmtree(stage.node.config, ignore_errors=True)
+                kept.rename(stage.node.config)
+        else:
+            stage.node.config.rename(kept)
+            if self.state == "empty":
+                stage.node.config.mkdir()
+
+
+class Wire(_Step):
+    """The way to the control plane; `held`: nothing passes, `garbled`: noise does."""
+
+    state: Literal["through", "cut", "held", "garbled"]
+
+    def act(self, stage: Stage) -> None:
+        if stage.wire is None:
+            raise HoldsNotError("the mesh has no wire")
+        stage.wire.state(self.state)
+
+
+class ControlPlane(_Step, tag="control plane"):
+    """The one that stands apart: away, or there, as one of an istiod's releases."""
+
+    runs: bool
+    dialect: Literal["1.25", "1.31"] = "1.31"
+
+    def act(self, stage: Stage) -> None:
+        if stage.control_plane is None:
+            raise HoldsNotError("the control plane does not stand apart")
+        stage.control_plane.end()
+        if self.runs:
+            stage.control_plane.start(self.dialect)
+
+
+# -- the bus
+
+
+class Flood(_Step):
+    """Garbage on the bus, by who may speak there: bytes that are no message."""
+
+    user: str
+    subject: str
+    seconds: Number
+    bytes: int = 2000
+
+    def act(self, stage: Stage) -> None:
+        instance = stage.node.instance
+        password = instance.secret(self.user).read_text().strip()
+        until = time.monotonic() + drawn(self.seconds, stage.chance)
+
+        async def flood() -> None:
+            client = await nats.connect(
+                f"nats://127.0.0.1:{instance.ports.nats}", user=self.user, password=password
+            )
+            while time.monotonic() < until:
+                for _ in range(100):
+                    await client.publish(self.subject, stage.chance.randbytes(self.bytes))
+                await client.flush()
+            await client.close()
+
+        anyio.run(flood)
+
+
+class Password(_Step):
+    """Of a process for the bus: another one, or the right one again. It is killed, to read it."""
+
+    process: str
+    right: bool
+
+    def act(self, stage: Stage) -> None:
+        path = stage.node.instance.secret(self.process)
+        kept = stage.directory / f"password-{self.process}"
+        if self.right:
+            shutil.copy(kept, path)
+        else:
+            shutil.copy(path, kept)
+            path.write_text("wrong")
+        _signal(stage, self.process, signal.SIGKILL)
+
+
+class Stranger(_Step):
+    """Takes the broker's port in its absence, takes connections and says nothing that it should."""
+
+    seconds: Number
+
+    def act(self, stage: Stage) -> None:
+        with socket.socket() as door:
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            end = time.monotonic() + 20
+            while True:
+                _signal(stage, "nats", signal.SIGKILL)
+                with contextlib.suppress(OSError):
+                    door.bind(("127.0.0.1", stage.node.instance.ports.nats))
+                    break
+                if time.monotonic() > end:
+                    raise HoldsNotError("the broker's port was never free")
+            door.listen()
+            door.settimeout(0.1)
+            until = time.monotonic() + drawn(self.seconds, stage.chance)
+            while time.monotonic() < until:
+                with contextlib.suppress(OSError):
+                    peer, _ = door.accept()
+                    with peer:
+                        peer.sendall(b"220 mail.example.org ESMTP\r\n")
+
+
+# -- the kernel's side
+
+
+class Unpin(_Step):
+    """Pins removed by hand: of all maps, or of an enrolled pod's links. Nothing runs then that could mind."""
+
+    what: Literal["maps", "a map"]
+
+    def act(self, stage: Stage) -> None:
+        found = sorted(pins.maps_dir(stage.node.pin_dir).iterdir())
+        for path in found if self.what == "maps" else [stage.chance.choice(found)]:
+            path.unlink()
+
+
+class Bystander(_Step):
+    """A pod that is enrolled and goes: its cgroup, its namespace, both, or it is taken out in good order."""
+
+    goes: Literal["cgroup", "namespace", "both", "unenrolled"]
+
+    def act(self, stage: Stage) -> None:
+        network = stage.node.network
+        name = f"by-{stage.chance.randrange(1 << 24):x}"
+        found = network.add(name, 100 + len(network.pods) % 100)
+        stage.node.enroll(found)
+        if self.goes == "unenrolled":
+            stage.node.cli("unenroll", "--cgroup", str(found.cgroup))
+        if self.goes in ("namespace", "both"):
+            subprocess.run(["ip", "netns", "delete", found.netns.name], check=True)
+        if self.goes in ("cgroup", "both"):
+            _remove_cgroup(found)
+            found.cgroup.mkdir()
+            stage.node.enroll(found) if self.goes == "cgroup" else None
+
+
+def _remove_cgroup(found: Pod) -> None:
+    found.end()
+    found.cgroup.rmdir()
+
+
+# -- releases
+
+
+class Upgrade(_Step):
+    """To the other release, whose maps differ, or to this; `killed`: after so long, then done again."""
+
+    to: Literal["other", "this"]
+    roll_back: bool = False
+    killed: Number | None = None
+
+    def act(self, stage: Stage) -> None:
+        release = _other_release() if self.to == "other" else HERE
+        words = [sys.executable, "-m", "pykmesh", *stage.node.place, "upgrade"]
+        words += ["--roll-back"] if self.roll_back else []
+        environment = {**os.environ, "PYTHONPATH": str(release), "PYTHONSAFEPATH": "1"}
+        if self.killed is not None:
+            with subprocess.Popen(
+                words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            ) as upgrade:
+                time.sleep(drawn(self.killed, stage.chance))
+                upgrade.kill()
+        done = subprocess.run(
+            words, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        if done.returncode:
+            raise HoldsNotError(f"upgrade: {done.stderr}")
+
+
+@functools.cache
+def _other_release() -> Path:
+    """Made once; removed at the end of the process."""
+    directory = tempfile.TemporaryDirectory(prefix="release-")
+    atexit.register(directory.cleanup)
+    make_other(Path(directory.name))
+    return Path(directory.name)
+
+
+# -- waypoints
+
+
+class Instances(_Step):
+    """How many Envoys the waypoint is to have."""
+
+    count: int
+
+    def act(self, stage: Stage) -> None:
+        stage.write_waypoint(self.count)
+
+        def there() -> bool:
+            found = stage.instances()
+            return len(found) == self.count and all(each["ready"] and not each["leaving"] for each in found)
+
+        _wait_until(there, f"{self.count} instances")
+
+
+class KillEnvoy(_Step, tag="kill envoy"):
+    """One of them, drawn."""
+
+    def act(self, stage: Stage) -> None:
+        os.kill(stage.chance.choice(stage.instances())["pid"], signal.SIGKILL)
+
+
+# -- traffic, and what has to be seen
+
+
+class Begin(_Step):
+    traffic: Traffic
+
+    def act(self, stage: Stage) -> None:
+        stage.begin(self.traffic)
+
+
+class End(_Step):
+    """Of a client that `begin` started; so many connections at least."""
+
+    traffic: Traffic
+    at_least: int = 1
+
+    def act(self, stage: Stage) -> None:
+        found = stage.end(self.traffic)
+        if found.connections < self.at_least:
+            raise HoldsNotError(f"{found.connections} connections, at least {self.at_least}")
+
+
+class Says(_Step):
+    """`pykmesh status` shows it: a regular expression."""
+
+    text: str
+    within: float = 20.0
+
+    def act(self, stage: Stage) -> None:
+        said = ""
+
+        def found() -> bool:
+            nonlocal said
+            said = stage.node.cli("status", check=False).stdout
+            return re.search(self.text, said) is not None
+
+        try:
+            _wait_until(found, f"status to say {self.text!r}", self.within)
+        except HoldsNotError as error:
+            raise HoldsNotError(f"{error}, which says: {said}") from error
+
+
+class Metric(_Step):
+    """A sample of Prometheus's page, summed over its labels, is so much at least."""
+
+    name: str
+    at_least: float = 1.0
+
+    def act(self, stage: Stage) -> None:
+        def value() -> float:
+            at = f"http://127.0.0.1:{stage.node.instance.ports.metrics}/metrics"
+            with contextlib.suppress(OSError), urllib.request.urlopen(at, timeout=5) as page:
+                return sum(_samples(page.read().decode(), self.name))
+            return 0.0
+
+        _wait_until(lambda: value() >= self.at_least, f"{self.name} to be {self.at_least:g}")
+
+
+def _samples(page: str, name: str) -> Iterator[float]:
+    for line in page.splitlines():
+        if line.partition("{")[0].partition(" ")[0] == name:
+            yield float(line.rpartition(" ")[2])
+
+
+Step = (
+    Wait | Settled | Repeat | Together | Kill | KillAll | Stop | Down | Up | Limit | Hog | Disk | Scale
+    | Services | Folder | Wire | ControlPlane | Flood | Password | Stranger | Unpin | Bystander | Upgrade
+    | Instances | KillEnvoy | Begin | End
+    | Says | Metric
+)  # fmt: skip

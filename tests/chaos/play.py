@@ -1,0 +1,76 @@
+"""Plays a scenario and judges it."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import msgspec
+
+from tests.chaos.scenario import Scenario
+from tests.chaos.stage import Stage, Traffic, stage
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What became of a scenario. `wrong`: answers; `entries_wrong`: of the kernel's maps, at the end."""
+
+    name: str
+    seed: int
+    seconds: float
+    connections: int = 0
+    requests: int = 0
+    failed: int = 0
+    wrong: int = 0
+    longest_pause_ms: float = 0.0
+    slowest_ms: float = 0.0
+    entries_wrong: int = 0
+    problems: list[str] = []
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def play(scenario: Scenario, usual: list[Traffic], seed: int, rate: float) -> Outcome:
+    """`rate`: of the traffic that scales, connections a second and family are that times a thousand."""
+    begun = time.monotonic()
+    chance = random.Random(f"{seed} {scenario.name}")
+    outcome = Outcome(scenario.name, seed, 0.0)
+    try:
+        with stage(scenario.mesh, chance, rate) as found:
+            outcome = _played(scenario, usual, seed, found)
+    except Exception as error:  # noqa: BLE001  (a stage that cannot be built or left is a scenario that failed)
+        outcome = msgspec.structs.replace(outcome, problems=[*outcome.problems, _text(error)])
+    return msgspec.structs.replace(outcome, seconds=round(time.monotonic() - begun, 1))
+
+
+def _played(scenario: Scenario, usual: list[Traffic], seed: int, found: Stage) -> Outcome:
+    problems = []
+    entries_wrong = 0
+    for each in [*usual, *scenario.traffic]:
+        found.begin(each)
+    try:
+        for step in scenario.steps:
+            step.act(found)
+        found.settled()
+    except Exception as error:  # noqa: BLE001  (a step that breaks is told, and what was counted is too)
+        problems.append(_text(error))
+    try:
+        differences = found.differences()
+        entries_wrong = len(differences)
+        problems += [f"wrong entry: {each}" for each in differences[:3]]
+    except Exception as error:  # noqa: BLE001
+        problems.append(_text(error))
+    counts = found.finish()
+    if counts.failed > scenario.hold.failed:
+        problems.append(f"{counts.failed} failed: {dict(counts.errors)}")
+    if found.wrong:
+        problems += [f"{found.wrong} wrong answers", *found.notes[:3]]
+    return Outcome(
+        scenario.name, seed, 0.0, counts.connections, counts.requests, counts.failed, found.wrong,
+        counts.longest_pause_ms, counts.slowest_ms, entries_wrong, problems,
+    )  # fmt: skip
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
