@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OBJECTS := pykmesh/kernel/objects
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup build run demo test explore check format proto bench chaos clean test-compose istio-tools test-istio
+.PHONY: setup build run demo test explore check format proto bench chaos test-kernels clean test-compose istio-tools test-istio
 
 run: setup
 	$(Q)$(BIN)/pykmesh demo
@@ -22,17 +22,19 @@ explore: setup
 
 setup: $(VENV)/.ready build
 
-build: $(OBJECTS)/layout.json $(OBJECTS)/mesh_before_5_13.bpf.o
+build: $(OBJECTS)/layout.json $(OBJECTS)/mesh_before_5_13.bpf.o $(OBJECTS)/cookie.bpf.o
 
 $(VENV)/.ready: requirements/dev.txt pyproject.toml tools/setup.sh
 	$(Q)tools/setup.sh $(PYTHON) $(VENV)
 
+SOURCE = bpf/mesh.bpf.c
 $(OBJECTS)/mesh_before_5_13.bpf.o: CPPFLAGS = -DNO_GLOBAL_FUNCTIONS
+$(OBJECTS)/cookie.bpf.o: SOURCE = bpf/cookie.bpf.c
 $(OBJECTS)/%.bpf.o: $(wildcard bpf/*.h bpf/*.c) | $(VENV)/.ready
 	$(Q)echo "building $@"
 	$(Q)mkdir -p $(OBJECTS) build
 	$(Q)clang -target bpf -mcpu=v3 -O2 -g -Wall -Wextra -Werror $(CPPFLAGS) \
-		-I/usr/include/$$(uname -m)-linux-gnu -c bpf/mesh.bpf.c -o build/$*.bpf.o
+		-I/usr/include/$$(uname -m)-linux-gnu -c $(SOURCE) -o build/$*.bpf.o
 	$(Q)bpftool gen object $@ build/$*.bpf.o
 
 $(OBJECTS)/layout.json: $(OBJECTS)/mesh.bpf.o pykmesh/kernel/btf.py
@@ -56,6 +58,9 @@ format: setup
 
 chaos: setup
 	$(Q)$(BIN)/python -m tests.chaos $(CHAOS_ARGS)
+
+test-kernels: setup
+	$(Q)$(BIN)/python -m tests.kernels $(KERNELS_ARGS)
 
 bench: setup
 	$(Q)$(BIN)/python -m bench $(BENCH_ARGS)

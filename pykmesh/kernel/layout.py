@@ -23,6 +23,9 @@ OBJECT = _OBJECTS / "mesh.bpf.o"
 OBJECT_BEFORE_5_13 = _OBJECTS / "mesh_before_5_13.bpf.o"
 """The same for kernels without global functions: they verify it five times as long."""
 
+COOKIE_OBJECT = _OBJECTS / "cookie.bpf.o"
+"""Tells cookies of network namespaces, where the kernel does not tell them itself."""
+
 
 class LayoutError(Exception):
     """The build is missing, or Python names a field that the headers do not have."""

@@ -291,6 +291,16 @@ def lookup_and_delete(fd: int, key: bytes, value_size: int) -> bytes | None:
     return buffer.raw
 
 
+def next_key(fd: int, key: bytes | None, key_size: int) -> bytes | None:
+    """The key after `key`, the first one after None; None at the end."""
+    buffer = ctypes.create_string_buffer(key_size)
+    result = _L.bpf_map_get_next_key(fd, key, buffer)
+    if result == -2:
+        return None
+    _checked(result, "read the next key")
+    return buffer.raw
+
+
 def update_batch(fd: int, keys: int, values: int, count: int) -> tuple[int, int]:
     """(0 or -errno, how many went in) for `count` entries at two addresses."""
     done, options = c_uint32(count), _BatchOptions(sz=ctypes.sizeof(_BatchOptions))

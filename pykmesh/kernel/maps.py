@@ -21,6 +21,8 @@ from pykmesh.kernel.layout import MapLayout, map_layout
 
 READ_CHUNK = 65536
 _PERCPU_TYPES = {5, 6, 10}
+_ENOTSUPP = 524
+"""Of the kernel's own, which user space has no name for: no batches (ranges: before 5.13)."""
 _NO_ROOM = (-errno.E2BIG, -errno.ENOMEM, -errno.ENOSPC)
 
 
@@ -139,7 +141,7 @@ class PinnedMap:
         try:
             row = libbpf.lookup_and_delete(self.fd, key, self._value_bytes)
         except libbpf.KernelError as error:
-            if error.errno not in (errno.EINVAL, 524):  # ENOTSUPP, which user space has no name for
+            if error.errno not in (errno.EINVAL, _ENOTSUPP):
                 raise
             row = self.get(key)
             self.remove(key)
@@ -147,22 +149,33 @@ class PinnedMap:
 
     def write(self, keys: bytes, values: bytes) -> None:
         """Writes entries given back to back, in order. Raises MapFullError or KernelError."""
-        size, at = self.layout.key_size, 0
-        total = len(keys) // size
+        total = len(keys) // self.layout.key_size
         if len(values) != total * self.layout.value_size:
             raise ValueError(f"{total} keys of map {self.name}, {len(values)} bytes of values")
         if total == 1:
             result, done = self._write_one(keys, values), 0
         else:
             result, done = libbpf.update_batch(self.fd, _address(keys), _address(values), total)
-        at = done
-        self._check_written(result, at, total)
+        if result == -_ENOTSUPP:
+            result, done = self._write_each(keys, values, total)
+        self._check_written(result, done, total)
 
     def write_rows(self, keys: npt.NDArray[np.uint8], values: npt.NDArray[np.uint8]) -> None:
         """Entries as `chunks` has them, of a per-CPU map too. MapFullError, KernelError."""
         keys, values = np.ascontiguousarray(keys), np.ascontiguousarray(values)
         result, done = libbpf.update_batch(self.fd, keys.ctypes.data, values.ctypes.data, len(keys))
+        if result == -_ENOTSUPP:
+            result, done = self._write_each(keys.tobytes(), values.tobytes(), len(keys))
         self._check_written(result, done, len(keys))
+
+    def _write_each(self, keys: bytes, values: bytes, total: int) -> tuple[int, int]:
+        """Where the kernel has no batches for this type of map; returns what a batch does."""
+        key, value = (len(data) // max(total, 1) for data in (keys, values))
+        for at in range(total):
+            result = self._write_one(keys[at * key : (at + 1) * key], values[at * value : (at + 1) * value])
+            if result:
+                return result, at
+        return 0, total
 
     def _check_written(self, result: int, done: int, total: int) -> None:
         if result in _NO_ROOM:
@@ -185,6 +198,10 @@ class PinnedMap:
         at = 0
         while at < total:
             result, done = libbpf.delete_batch(self.fd, start + at * size, total - at)
+            if result == -_ENOTSUPP:
+                libbpf.delete(self.fd, keys[at * size : (at + 1) * size])
+                at += 1
+                continue
             at += done
             if result == -errno.ENOENT:
                 at += 1
@@ -207,6 +224,9 @@ class PinnedMap:
             if result == -errno.ENOSPC:
                 room *= 2
                 continue
+            if result == -_ENOTSUPP:
+                yield from self._one_chunk()
+                return
             if result not in (0, -errno.ENOENT):
                 raise libbpf.KernelError(-result, f"read map {self.name}")
             if read:
@@ -214,6 +234,18 @@ class PinnedMap:
             if result:
                 return
             first = cursor.ctypes.data
+
+    def _one_chunk(self) -> Iterator[tuple[npt.NDArray[np.void], npt.NDArray[np.uint8]]]:
+        """As `chunks`, where the kernel has no batches for this type of map."""
+        entries: dict[bytes, bytes] = {}
+        key = libbpf.next_key(self.fd, None, self.layout.key_size)
+        while key is not None:  # from one that went meanwhile the way begins anew
+            if key not in entries and (value := self.get(key)) is not None:
+                entries[key] = value
+            key = libbpf.next_key(self.fd, key, self.layout.key_size)
+        if entries:
+            keys = np.frombuffer(b"".join(entries), f"V{self.layout.key_size}")
+            yield keys, np.frombuffer(b"".join(entries.values()), np.uint8).reshape(len(keys), -1)
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
         """All entries; one that comes or goes meanwhile may or may not be among them."""

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
 import os
-import platform
+import secrets
 import socket
+import struct
 import threading
 from collections.abc import Callable
 from typing import Final, TypeVar
 
+from pykmesh.kernel import cgroups, libbpf
+from pykmesh.kernel.layout import COOKIE_OBJECT
+
 CLONE_NEWNET: Final = 0x40000000
 SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h, since kernel 5.14
+_CONNECT4: Final = 10  # BPF_CGROUP_INET4_CONNECT
 _libc = ctypes.CDLL(None, use_errno=True)
 _T = TypeVar("_T")
 
@@ -39,18 +45,53 @@ def run_in(netns_fd: int, act: Callable[[], _T]) -> _T:
 
 
 def own_cookie() -> int:
-    """OSError that says so where the kernel has no cookies of namespaces."""
+    """Of the namespace that the calling thread is in. OSError that says so where it cannot be known."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             return int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
         except OSError as error:
             if error.errno != errno.ENOPROTOOPT:
                 raise
-            raise OSError(
-                error.errno,
-                f"pods are known by their network namespace's cookie (SO_NETNS_COOKIE), which needs "
-                f"kernel 5.14; this is {platform.release()}",
-            ) from error
+        return _asker().ask(probe)
+
+
+class _Asker:
+    """Before kernel 5.14: by a program (bpf/cookie.bpf.c) that sees a socket connect."""
+
+    def __init__(self) -> None:
+        self._object = libbpf.BpfObject(str(COOKIE_OBJECT))
+        self._object.load()
+        self._program = self._object.program_fd("pykmesh_cookie")
+        self._cookies = self._object.map_fd("cookies")
+
+    def ask(self, probe: socket.socket) -> int:
+        """`probe`: a datagram socket, which is connected to a drawn address of loopback and sends nothing.
+
+        The program stands on this process's own cgroup meanwhile. OSError.
+        """
+        host = bytes([127, *secrets.token_bytes(3)])
+        port = 1 + secrets.randbelow(65535)
+        key = host + struct.pack(">HH", port, 0)
+        libbpf.update(self._cookies, key, bytes(8))
+        try:
+            own = cgroups.of_process(cgroups.find_root())
+            with (
+                libbpf.closing(os.open(own, os.O_RDONLY)) as cgroup,
+                libbpf.closing(libbpf.link_create(self._program, cgroup, _CONNECT4)),
+                contextlib.suppress(OSError),  # no route: it was asked all the same
+            ):
+                probe.connect((socket.inet_ntoa(host), port))
+            found = int.from_bytes(libbpf.lookup(self._cookies, key, 8) or b"", "little")
+        finally:
+            libbpf.delete(self._cookies, key)
+        if not found:
+            raise OSError(errno.ENOPROTOOPT, "the kernel does not tell the network namespace's cookie")
+        return found
+
+
+@functools.cache
+def _asker() -> _Asker:
+    return _Asker()
 
 
 def socket_in(netns_fd: int | None, family: int, kind: int) -> socket.socket:

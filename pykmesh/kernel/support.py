@@ -62,12 +62,12 @@ def _bpf() -> Iterator[Finding]:
                 "bpf-programs",
                 "fail",
                 f"kernel {release} loads no {name} programs",
-                "a kernel from 5.14 with BPF",
+                "a kernel from 5.10 with BPF",
             )
     for name, number in _MAP_TYPES.items():
         if not libbpf.probe_map_type(number):
             yield Finding(
-                "bpf-maps", "fail", f"kernel {release} has no {name} map", "a kernel from 5.14 with BPF"
+                "bpf-maps", "fail", f"kernel {release} has no {name} map", "a kernel from 5.10 with BPF"
             )
     if can_set_retval():
         yield Finding("errno", "ok", "refused connections fail with ECONNREFUSED")
@@ -80,9 +80,9 @@ def _bpf() -> Iterator[Finding]:
 def _enrolment() -> Finding:
     try:
         own_cookie()
-    except OSError:
-        what = f"kernel {platform.release()} has no cookies of network namespaces (SO_NETNS_COOKIE)"
-        return Finding("enrolment", "fail", what, "enrolment needs kernel 5.14")
+    except OSError as error:
+        what = f"cookies of network namespaces cannot be known ({error.strerror or error})"
+        return Finding("enrolment", "fail", what, "SO_NETNS_COOKIE (kernel 5.14) or root tells them")
     return Finding("enrolment", "ok", "pods can be told by their network namespaces")
 
 

@@ -35,9 +35,14 @@ def maps_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", pin_dir], check=True, timeout=10)
 
 
-@pytest.fixture
-def addresses(maps_dir: Path) -> Iterator[PinnedMap]:
-    """An empty map of 16 entries."""
+@pytest.fixture(params=["batches", "each by itself"])
+def addresses(
+    maps_dir: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[PinnedMap]:
+    """An empty map of 16 entries; as if of a type for which the kernel has no batches too."""
+    if request.param == "each by itself":
+        for name in ("update_batch", "delete_batch", "lookup_batch"):
+            monkeypatch.setattr(libbpf, name, lambda *_: (-maps._ENOTSUPP, 0))
     with PinnedMap(maps_dir, "addresses") as found:
         yield found
         found.erase(b"".join(key for key, _ in list(found.items())))

@@ -1,0 +1,93 @@
+"""The programs under Debian's kernels, emulated: `make test-kernels`.
+
+    python -m tests.kernels [--only SERIES ...] [--cache DIRECTORY] [--report FILE]
+
+A table of what holds under which, and exit status 1 where something does not. Where qemu or the kernels
+cannot be had it says so in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from tests.chaos import traffic
+from tests.kernels import packages, vm
+from tests.kernels.packages import SERIES, PackagesError
+
+HERE: Final = Path(__file__).parents[2]
+DEADLINE_S: Final = 600.0
+
+
+def look_at(kernel: Path, program: Path) -> tuple[str, dict[str, Any], str]:
+    """Its release, what was looked at by name, and what else it said."""
+    command = [sys.executable, "-m", "tests.kernels.dataplane", str(program)]
+    environment = {"PATH": os.environ["PATH"], "HOME": "/root", "TRAFFIC_TIMEOUT_S": "60"}
+    ended = vm.run(kernel, command, HERE, environment, DEADLINE_S)
+    lines = [json.loads(line) for line in ended.output.splitlines() if line.startswith('{"')]
+    release = next((line["kernel"] for line in lines if "kernel" in line), kernel.name)
+    found = {line["look"]: line for line in lines if "look" in line}
+    rest = "" if ended.status is not None else f"ended with no status after {ended.seconds} s"
+    if ended.status and all(each["holds"] for each in found.values()):
+        rest = ended.output[-8000:]
+    print(f"{release}: {ended.seconds:.0f} s", flush=True)
+    return release, found, rest
+
+
+def table(kernels: dict[str, dict[str, Any]]) -> str:
+    """The report, as Markdown."""
+    names = list(dict.fromkeys(name for found in kernels.values() for name in found))
+    lines = [
+        "# Kernels",
+        "",
+        "Made by `python -m tests.kernels --report docs/kernels.md`: Debian's kernels in qemu's software",
+        "emulation, the programs loaded, attached and tried with real sockets",
+        "(`tests/kernels/dataplane.py`).",
+        "A dash: not looked at.",
+        "",
+        f"| | {' | '.join(kernels)} |",
+        f"|{'---|' * (len(kernels) + 1)}",
+    ]
+    for name in names:
+        cells = [found[name]["found"] if name in found else "-" for found in kernels.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", nargs="*", default=[series.name for series in SERIES])
+    parser.add_argument("--cache", type=Path, default=HERE / "build" / "kernels")
+    parser.add_argument("--report", type=Path, help="where the table goes as Markdown")
+    options = parser.parse_args()
+    options.cache.mkdir(parents=True, exist_ok=True)
+    try:
+        packages.install_tools()
+        fetched = [packages.fetch(series, options.cache) for series in SERIES if series.name in options.only]
+    except PackagesError as error:
+        print(f"test-kernels: not run: {error}")
+        return 0
+    program = Path(traffic.build(options.cache))
+    found = {}
+    bad = []
+    for kernel in fetched:
+        release, looks, rest = look_at(kernel, program)
+        found[release] = looks
+        for look in looks.values():
+            print(f"  {'ok ' if look['holds'] else 'NO '} {look['look']}: {look['found']}", flush=True)
+        if rest or not looks or not all(look["holds"] for look in looks.values()):
+            bad.append(release)
+            print(f"  {rest}", flush=True)
+    if options.report:
+        options.report.write_text(table(found))
+    if bad:
+        print(f"test-kernels: does not hold: {', '.join(bad)}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
