@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OBJECTS := pykmesh/kernel/objects
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup build run demo test explore check format proto bench chaos test-kernels clean test-compose istio-tools test-istio
+.PHONY: setup build run demo test explore check format proto bench chaos test-kernels fuzz clean test-compose istio-tools test-istio
 
 run: setup
 	$(Q)$(BIN)/pykmesh demo
@@ -58,6 +58,11 @@ format: setup
 
 chaos: setup
 	$(Q)$(BIN)/python -m tests.chaos $(CHAOS_ARGS)
+
+# atheris is large, and nothing else needs it.
+fuzz: setup
+	$(Q)$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/fuzz.txt
+	$(Q)$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 test-kernels: setup
 	$(Q)$(BIN)/python -m tests.kernels $(KERNELS_ARGS)

@@ -20,7 +20,7 @@ from tests.kernels import packages, vm
 from tests.kernels.packages import SERIES, PackagesError
 
 HERE: Final = Path(__file__).parents[2]
-DEADLINE_S: Final = 600.0
+DEADLINE_S: Final = 900.0
 
 
 def look_at(kernel: Path, program: Path) -> tuple[str, dict[str, Any], str]:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import ipaddress
 import json
 import os
@@ -40,6 +41,7 @@ VIP4, VIP6, EMPTY4 = "10.96.0.10", "fd96::10", "10.96.0.30"
 PORT, UDP_PORT = 8080, 9090
 SIZES = {"services": 1024, "endpoints": 1024, "addresses": 1024, "ranges": 64, "pods": 64, "flows": 1 << 20}
 PATIENCE_S = 60.0
+HANGS_S = 840.0
 STEADY_S = 2.0
 PEER = """
 import socket
@@ -272,6 +274,7 @@ def main(traffic: str) -> int:
     with contextlib.suppress(ValueError):  # before 5.11 maps count as locked memory
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
     held = True
+    faulthandler.dump_traceback_later(HANGS_S, exit=True)
     with tempfile.TemporaryDirectory() as made:
         network = PodNetwork(f"k-{os.getpid()}", cgroups.find_root(), "10.97.0", "fd97:")
         print(json.dumps({"kernel": platform.release()}), flush=True)  # noqa: T201

@@ -1,0 +1,59 @@
+"""Looks for inputs that break what takes input from outside: `make fuzz`.
+
+    python -m tests.fuzz [--seconds 60] [--only TARGET ...]
+
+By atheris, which follows what code an input reaches, from the corpus that is kept. What breaks a target is
+told, and lies in build/fuzz/; it and what reached other code join the corpus, which `make test` replays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+from tests.fuzz import corpus
+from tests.fuzz.targets import TARGETS
+
+WORK: Final = Path(__file__).parents[2] / "build" / "fuzz"
+LIMITS: Final = ["-timeout=20", "-rss_limit_mb=2048", "-max_len=8192"]
+
+
+def one(target: str, seconds: int) -> bool:
+    """True where nothing broke it."""
+    directory, smallest = WORK / target, WORK / f"{target}.smallest"
+    directory.mkdir(parents=True, exist_ok=True)
+    for number, data in enumerate(corpus.read(target)):
+        (directory / f"kept-{number}").write_bytes(data)
+    words = [sys.executable, "-m", "tests.fuzz.instrumented", target]
+    broken = WORK / f"{target}-"
+    words += LIMITS
+    seek = [f"-max_total_time={seconds}", f"-artifact_prefix={broken}", str(directory)]
+    done = subprocess.run([*words, *seek], check=False)
+    found = [path.read_bytes() for path in WORK.glob(f"{target}-*")]
+    smallest.mkdir(exist_ok=True)
+    for path in smallest.iterdir():
+        path.unlink()
+    merge = subprocess.run(
+        [*words, "-merge=1", str(smallest), str(directory)], check=False, stderr=subprocess.DEVNULL
+    )
+    if not merge.returncode:
+        corpus.write(target, [*(path.read_bytes() for path in smallest.iterdir()), *found])
+    return not done.returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=int, default=60, help="for each target")
+    parser.add_argument("--only", nargs="*", default=list(TARGETS))
+    options = parser.parse_args()
+    results = {target: one(target, options.seconds) for target in options.only}
+    for target, holds in results.items():
+        print(f"{target}: {'nothing found' if holds else 'BROKEN'}, {len(corpus.read(target))} inputs kept")
+    return 0 if all(results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
