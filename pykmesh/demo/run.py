@@ -42,7 +42,7 @@ PROCESSES: Final = (
 )
 REQUESTS: Final = 100
 INTERRUPT_AGAIN_S: Final = 0.5
-EFFECT_DEADLINE_S: Final = 10.0
+EFFECT_DEADLINE_S: Final = 30.0
 FLOWS_SHOWN: Final = 6
 STEADY_S: Final = 0.6
 

@@ -9,6 +9,7 @@ told, and lies in build/fuzz/; it and what reached other code join the corpus, w
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,29 +19,25 @@ from tests.fuzz import corpus
 from tests.fuzz.targets import TARGETS
 
 WORK: Final = Path(__file__).parents[2] / "build" / "fuzz"
+KEPT: Final = 250
+"""Inputs of a target, at most, but for those that broke it; the shortest ones."""
 LIMITS: Final = ["-timeout=20", "-rss_limit_mb=2048", "-max_len=8192"]
 
 
 def one(target: str, seconds: int) -> bool:
-    """True where nothing broke it."""
-    directory, smallest = WORK / target, WORK / f"{target}.smallest"
-    directory.mkdir(parents=True, exist_ok=True)
-    for number, data in enumerate(corpus.read(target)):
+    """True where nothing broke it. The corpus grows by what reached code that nothing before it did."""
+    directory = WORK / target
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    kept = corpus.read(target)
+    for number, data in enumerate(kept):
         (directory / f"kept-{number}").write_bytes(data)
-    words = [sys.executable, "-m", "tests.fuzz.instrumented", target]
-    broken = WORK / f"{target}-"
-    words += LIMITS
-    seek = [f"-max_total_time={seconds}", f"-artifact_prefix={broken}", str(directory)]
-    done = subprocess.run([*words, *seek], check=False)
-    found = [path.read_bytes() for path in WORK.glob(f"{target}-*")]
-    smallest.mkdir(exist_ok=True)
-    for path in smallest.iterdir():
-        path.unlink()
-    merge = subprocess.run(
-        [*words, "-merge=1", str(smallest), str(directory)], check=False, stderr=subprocess.DEVNULL
-    )
-    if not merge.returncode:
-        corpus.write(target, [*(path.read_bytes() for path in smallest.iterdir()), *found])
+    words = [sys.executable, "-m", "tests.fuzz.instrumented", target, *LIMITS]
+    words += [f"-max_total_time={seconds}", f"-artifact_prefix={WORK / target}-", str(directory)]
+    done = subprocess.run(words, check=False)
+    broken = [path.read_bytes() for path in WORK.glob(f"{target}-*")]
+    new = sorted((path.read_bytes() for path in directory.iterdir()), key=len)
+    corpus.write(target, [*kept, *broken, *new[: max(0, KEPT - len(kept))]])
     return not done.returncode
 
 
