@@ -129,7 +129,7 @@ def words(data: bytes) -> None:
         context = command_line.make_context("pykmesh", typed)
         group: click.Command = command_line
         while isinstance(group, click.Group):
-            rest = [*context._protected_args, *context.args]  # noqa: SLF001  (as click's own invoke)
+            rest = [*context._protected_args, *context.args]
             if not rest:
                 break  # "Missing command."
             name, command, rest = group.resolve_command(context, rest)
