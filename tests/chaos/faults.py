@@ -30,14 +30,12 @@ from pykmesh.demo.pods import Pod
 from pykmesh.kernel import pins
 from pykmesh.node.ask import supervised
 from pykmesh.node.instance import running
-from tests.chaos.stage import HoldsNotError, Stage, Traffic
+from tests.chaos.stage import HoldsNotError, Stage
 from tests.mesh.manifests import pod, service, text
 from tests.mesh.releases import HERE, make_other
 
 Number = float | tuple[float, float]
 """Two: a draw between them."""
-
-EVERY = ["bpf_loader", "map_writer", "xds_client", "telemetry", "nats", "control_plane"]
 
 
 def drawn(number: Number, chance: random.Random) -> float:
@@ -213,22 +211,20 @@ def _wait_until(what: Any, because: str, deadline_s: float = 30.0) -> None:
 
 
 class Limit(_Step):
-    """A limit of the kernel's for one process: bytes of its address space, or its descriptors."""
+    """Of the kernel's, for one process: bytes of its address space, or its descriptors."""
 
     process: str
-    what: Literal["memory", "descriptors", "file size"]
+    what: Literal["memory", "descriptors"]
     more: int
-    """Above what it has now; of file size: as it is."""
+    """Above what it has now."""
 
     def act(self, stage: Stage) -> None:
         pid = _pid(stage, self.process)
         if self.what == "memory":
             pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
             which, limit = resource.RLIMIT_AS, pages * resource.getpagesize() + self.more
-        elif self.what == "descriptors":
-            which, limit = resource.RLIMIT_NOFILE, len(list(Path(f"/proc/{pid}/fd").iterdir())) + self.more
         else:
-            which, limit = resource.RLIMIT_FSIZE, self.more
+            which, limit = resource.RLIMIT_NOFILE, len(list(Path(f"/proc/{pid}/fd").iterdir())) + self.more
         resource.prlimit(pid, which, (limit, limit))
 
 
@@ -422,7 +418,7 @@ class Stranger(_Step):
 
 
 class Unpin(_Step):
-    """Pins removed by hand: of all maps, or of an enrolled pod's links. Nothing runs then that could mind."""
+    """Pins removed by hand: of all maps, or of one that is drawn."""
 
     what: Literal["maps", "a map"]
 
@@ -519,26 +515,7 @@ class KillEnvoy(_Step, tag="kill envoy"):
         os.kill(stage.chance.choice(stage.instances())["pid"], signal.SIGKILL)
 
 
-# -- traffic, and what has to be seen
-
-
-class Begin(_Step):
-    traffic: Traffic
-
-    def act(self, stage: Stage) -> None:
-        stage.begin(self.traffic)
-
-
-class End(_Step):
-    """Of a client that `begin` started; so many connections at least."""
-
-    traffic: Traffic
-    at_least: int = 1
-
-    def act(self, stage: Stage) -> None:
-        found = stage.end(self.traffic)
-        if found.connections < self.at_least:
-            raise HoldsNotError(f"{found.connections} connections, at least {self.at_least}")
+# -- what has to be seen
 
 
 class Says(_Step):
@@ -586,6 +563,5 @@ def _samples(page: str, name: str) -> Iterator[float]:
 Step = (
     Wait | Settled | Repeat | Together | Kill | KillAll | Stop | Down | Up | Limit | Hog | Disk | Scale
     | Services | Folder | Wire | ControlPlane | Flood | Password | Stranger | Unpin | Bystander | Upgrade
-    | Instances | KillEnvoy | Begin | End
-    | Says | Metric
+    | Instances | KillEnvoy | Says | Metric
 )  # fmt: skip
