@@ -1,6 +1,6 @@
 """Breaks the mesh on purpose, in many ways, under traffic: `make chaos`.
 
-    python -m tests.chaos [--quick] [--only TEXT] [--seed N] [--rate R] [--connections N] [--report FILE]
+    python -m tests.chaos [--quick] [--only TEXT ...] [--seed N] [--rate R] [--connections N] [--report FILE]
 
 One row of a table for each scenario. With --connections the scenarios are played again with the next seeds
 until so many connections were made. Exit status 1 where something did not hold; the seed plays it again.
@@ -12,6 +12,7 @@ import argparse
 import os
 import platform
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def table(outcomes: list[Outcome], words: list[str]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="only those of make test")
-    parser.add_argument("--only", default="", help="only those whose names have this in them")
+    parser.add_argument("--only", nargs="*", default=[""], help="only those whose names have one of these")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
         "--rate", type=float, default=1.0, help="times a thousand connections a second and family"
@@ -69,9 +70,12 @@ def main() -> int:
     parser.add_argument("--connections", type=int, default=0, help="again, until so many were made")
     parser.add_argument("--report", type=Path, help="where the table goes as Markdown")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # cleaning up all the same
     found = read()
     chosen = [
-        each for each in found.scenarios if options.only in each.name and (each.quick or not options.quick)
+        each
+        for each in found.scenarios
+        if any(one in each.name for one in options.only) and (each.quick or not options.quick)
     ]
     outcomes: list[Outcome] = []
     seed = options.seed

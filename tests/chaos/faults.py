@@ -38,6 +38,9 @@ Number = float | tuple[float, float]
 """Two: a draw between them."""
 
 
+IN_A_MOMENT = 10
+
+
 def drawn(number: Number, chance: random.Random) -> float:
     return chance.uniform(*number) if isinstance(number, tuple) else number
 
@@ -509,9 +512,10 @@ class Instances(_Step):
 
 
 class KillEnvoy(_Step, tag="kill envoy"):
-    """One of them, drawn."""
+    """One of them, drawn: what it is busy with may fail, and what begins in that moment."""
 
     def act(self, stage: Stage) -> None:
+        stage.may_fail += stage.under_way("shop") + IN_A_MOMENT
         os.kill(stage.chance.choice(stage.instances())["pid"], signal.SIGKILL)
 
 

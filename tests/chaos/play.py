@@ -62,7 +62,7 @@ def _played(scenario: Scenario, usual: list[Traffic], seed: int, found: Stage) -
     except Exception as error:  # noqa: BLE001
         problems.append(_text(error))
     counts = found.finish()
-    if counts.failed > scenario.hold.failed:
+    if counts.failed > found.may_fail:
         problems.append(f"{counts.failed} failed: {dict(counts.errors)}")
     if found.wrong:
         problems += [f"{found.wrong} wrong answers", *found.notes[:3]]

@@ -21,12 +21,6 @@ class ScenarioError(Exception):
     """The file cannot be read; the text says what is wrong where."""
 
 
-class Hold(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What may be at the most. Nothing wrong in the kernel's maps at the end, and no wrong answer, ever."""
-
-    failed: int = 0
-
-
 class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     steps: list[Step]  # type: ignore[valid-type]  # a union of classes
@@ -35,7 +29,6 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mesh: Mesh = Mesh()
     traffic: list[Traffic] = []
     """Besides the usual."""
-    hold: Hold = Hold()
 
 
 class Scenarios(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -93,6 +93,8 @@ class Stage:
         self.rate = rate
         self.directory = directory
         self.wrong = 0
+        self.may_fail = 0
+        """Connections that a step has cost, as it must."""
         self.program = traffic.build(directory)
         self.node = Node(directory, subnet=SUBNET)
         self.client: Pod
@@ -243,6 +245,10 @@ class Stage:
             counts = self._clients.pop(found).end()
             self._ended.append((found, counts))
         return counts
+
+    def under_way(self, to: str) -> int:
+        """How many connections to a service clients have open."""
+        return sum(client.counts().open for each, client in self._clients.items() if each.to == to)
 
     def finish(self) -> Counts:
         """Ends all clients; what they saw together."""

@@ -9,9 +9,9 @@
  *   traffic refused   ADDRESS PORT RATE       connections that have to be refused
  *
  * "ready" when it begins (keep: when all are open). At SIGUSR1, and at SIGTERM before it ends, one JSON line:
- * connections (begun and ended; keep: open), requests, failed, errors (by text), answers (by name),
- * longest_pause_ms between two answers (keep: 0), slowest_ms from a connection's begin to its answer. An
- * answer is waited for TRAFFIC_TIMEOUT_S (5).
+ * connections (begun and ended; keep: open), requests, failed, open (now), errors (by text), answers (by
+ * name), longest_pause_ms between two answers (keep: 0), slowest_ms from a connection's begin to its answer.
+ * An answer is waited for TRAFFIC_TIMEOUT_S (5).
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -43,7 +43,7 @@ struct tally {
 };
 
 static struct tally errors[NAMES], answers[NAMES];
-static long connections, requests, failed;
+static long connections, requests, failed, open_now;
 static double longest_pause, slowest, last_answer, timeout = 5.0;
 
 static double now(void)
@@ -82,9 +82,9 @@ static void tell_tallies(const char *key, struct tally *tallies)
 
 static void tell(void)
 {
-	printf("{\"connections\": %ld, \"requests\": %ld, \"failed\": %ld, "
+	printf("{\"connections\": %ld, \"requests\": %ld, \"failed\": %ld, \"open\": %ld, "
 	       "\"longest_pause_ms\": %.1f, \"slowest_ms\": %.1f",
-	       connections, requests, failed, longest_pause * 1e3, slowest * 1e3);
+	       connections, requests, failed, open_now, longest_pause * 1e3, slowest * 1e3);
 	tell_tallies("errors", errors);
 	tell_tallies("answers", answers);
 	puts("}");
@@ -253,14 +253,20 @@ struct slot {
 	long number;
 };
 
+static void end(struct slot *slot)
+{
+	close(slot->fd);
+	slot->fd = -1;
+	open_now--;
+}
+
 static void give_up(struct client *client, struct slot *slot, const char *why)
 {
 	failed++;
 	count(errors, why);
 	if (client->kind != KEEP)
 		connections++;
-	close(slot->fd);
-	slot->fd = -1;
+	end(slot);
 }
 
 static void succeeded(struct client *client, struct slot *slot, const char *name)
@@ -280,8 +286,7 @@ static void succeeded(struct client *client, struct slot *slot, const char *name
 		return;
 	}
 	connections++;
-	close(slot->fd);
-	slot->fd = -1;
+	end(slot);
 }
 
 static void ask(struct client *client, struct slot *slot)
@@ -305,6 +310,7 @@ static void begin(struct client *client, struct slot *slot, long number)
 			  (stream ? SOCK_STREAM : SOCK_DGRAM) | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
 	if (slot->fd < 0)
 		die("socket");
+	open_now++;
 	if (stream)
 		setsockopt(slot->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
 	slot->begun = now();

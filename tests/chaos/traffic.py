@@ -30,6 +30,7 @@ class Counts(msgspec.Struct, frozen=True):
     connections: int = 0
     requests: int = 0
     failed: int = 0
+    open: int = 0
     longest_pause_ms: float = 0.0
     slowest_ms: float = 0.0
     errors: Counter[str] = msgspec.field(default_factory=Counter)
@@ -45,6 +46,7 @@ class Counts(msgspec.Struct, frozen=True):
             self.connections + other.connections,
             self.requests + other.requests,
             self.failed + other.failed,
+            self.open + other.open,
             max(self.longest_pause_ms, other.longest_pause_ms),
             max(self.slowest_ms, other.slowest_ms),
             self.errors + other.errors,

@@ -2,8 +2,8 @@
 
     python -m tests.kernels [--only SERIES ...] [--cache DIRECTORY] [--report FILE]
 
-A table of what holds under which, and exit status 1 where something does not. Where qemu or the kernels
-cannot be had it says so in one line.
+A table of what holds under which (of each kernel its last run), and exit status 1 where something does not.
+Where qemu or the kernels cannot be had it says so in one line.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tests.kernels import packages, vm
 from tests.kernels.packages import SERIES, PackagesError
 
 HERE: Final = Path(__file__).parents[2]
+RESULT: Final = "result.json"
 DEADLINE_S: Final = 900.0
 
 
@@ -72,18 +73,20 @@ def main() -> int:
         print(f"test-kernels: not run: {error}")
         return 0
     program = Path(traffic.build(options.cache))
-    found = {}
     bad = []
-    for kernel in fetched:
+    for kernel in sorted(fetched, key=lambda path: options.only.index(path.name)):
         release, looks, rest = look_at(kernel, program)
-        found[release] = looks
+        (kernel / RESULT).write_text(json.dumps([release, looks]))
         for look in looks.values():
             print(f"  {'ok ' if look['holds'] else 'NO '} {look['look']}: {look['found']}", flush=True)
         if rest or not looks or not all(look["holds"] for look in looks.values()):
             bad.append(release)
             print(f"  {rest}", flush=True)
     if options.report:
-        options.report.write_text(table(found))
+        results = [options.cache / series.name / RESULT for series in SERIES]
+        options.report.write_text(
+            table(dict(json.loads(path.read_text()) for path in results if path.exists()))
+        )
     if bad:
         print(f"test-kernels: does not hold: {', '.join(bad)}")
     return 1 if bad else 0
