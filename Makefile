@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OBJECTS := pykmesh/kernel/objects
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup build run demo test explore check format proto bench chaos test-kernels fuzz clean test-compose istio-tools test-istio
+.PHONY: setup build run demo test explore check format proto bench chaos soak test-kernels fuzz clean test-compose istio-tools test-istio
 
 run: setup
 	$(Q)$(BIN)/pykmesh demo
@@ -66,6 +66,9 @@ fuzz: setup
 
 test-kernels: setup
 	$(Q)$(BIN)/python -m tests.kernels $(KERNELS_ARGS)
+
+soak: setup
+	$(Q)$(BIN)/python -m tests.chaos.soak $(SOAK_ARGS)
 
 bench: setup
 	$(Q)$(BIN)/python -m bench $(BENCH_ARGS)

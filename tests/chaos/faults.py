@@ -25,8 +25,8 @@ from typing import Any, Literal
 import anyio
 import msgspec
 import nats
+from pyroute2 import netns
 
-from pykmesh.demo.pods import Pod
 from pykmesh.kernel import pins
 from pykmesh.node.ask import supervised
 from pykmesh.node.instance import running
@@ -432,28 +432,28 @@ class Unpin(_Step):
 
 
 class Bystander(_Step):
-    """A pod that is enrolled and goes: its cgroup, its namespace, both, or it is taken out in good order."""
+    """A pod that is enrolled and goes: at once, or first its cgroup (made anew) or namespace, or unenrolled."""
 
-    goes: Literal["cgroup", "namespace", "both", "unenrolled"]
+    goes: Literal["cgroup", "namespace", "unenrolled", "both"]
 
     def act(self, stage: Stage) -> None:
         network = stage.node.network
         name = f"by-{stage.chance.randrange(1 << 24):x}"
-        found = network.add(name, 100 + len(network.pods) % 100)
+        found = network.add(name, 100 + stage.chance.randrange(100))
         stage.node.enroll(found)
         if self.goes == "unenrolled":
             stage.node.cli("unenroll", "--cgroup", str(found.cgroup))
-        if self.goes in ("namespace", "both"):
-            subprocess.run(["ip", "netns", "delete", found.netns.name], check=True)
-        if self.goes in ("cgroup", "both"):
-            _remove_cgroup(found)
+        elif self.goes == "namespace":
+            netns.remove(found.netns.name)
+            time.sleep(0.1)
+        elif self.goes == "cgroup":
+            found.cgroup.rmdir()
             found.cgroup.mkdir()
-            stage.node.enroll(found) if self.goes == "cgroup" else None
-
-
-def _remove_cgroup(found: Pod) -> None:
-    found.end()
-    found.cgroup.rmdir()
+            stage.node.enroll(found)
+        network.pods.pop(name).end()
+        found.cgroup.rmdir()
+        if found.netns.exists():
+            netns.remove(found.netns.name)
 
 
 # -- releases

@@ -1,0 +1,145 @@
+"""Change for a long time: does memory grow, does an entry stay? `make soak`.
+
+    python -m tests.chaos.soak [--minutes 60] [--seed 1] [--rate 0.2]
+
+Endpoints, services and pods come and go under traffic. In the first half processes are killed too; in the
+second half each one's memory (Pss) is sampled. Exit status 1 where a process has grown (the last third of its
+samples against the first, by more than a tenth and 4 MiB), a connection failed, an answer was wrong, or the
+maps hold in the end what they did not in the beginning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import signal
+import statistics
+import sys
+import time
+from typing import Any, Final
+
+from bench.sync import pss_mib
+from pykmesh.kernel import pins
+from pykmesh.kernel.maps import PinnedMap
+from tests.chaos.faults import Bystander, Kill, Scale, Services
+from tests.chaos.scenario import read
+from tests.chaos.stage import HoldsNotError, Mesh, Stage, stage
+
+MAPS: Final = ("services", "endpoints", "addresses", "ranges", "pods", "identities", "affinities")
+PROCESSES: Final = ["bpf_loader", "map_writer", "xds_client", "telemetry", "nats", "control_plane"]
+GOES: Final = ("cgroup", "namespace", "both", "unenrolled")
+SAMPLE_S: Final = 2.0
+KILL_S: Final = 15.0
+GROWN, GROWN_MIB = 1.1, 4.0
+SETTLES_S: Final = 30.0
+
+
+def entries(found: Stage) -> dict[str, int]:
+    counts = {}
+    for name in MAPS:
+        with PinnedMap(pins.maps_dir(found.node.pin_dir), name) as pinned:
+            counts[name] = len(pinned)
+    return counts
+
+
+def change(found: Stage) -> None:
+    """One round of it, drawn."""
+    chance = found.chance
+    Scale(to=(1, 4)).act(found)
+    Services(count=chance.randint(1, 60), pods=chance.randint(1, 4)).act(found)
+    if chance.random() < 0.3:
+        Bystander(goes=chance.choice(GOES)).act(found)
+    Scale(to=(1, 4), now=False).act(found)
+    Services(count=0).act(found)
+
+
+def sample(found: Stage, memory: dict[str, list[float]]) -> None:
+    for pid, name in found.node.children().items():
+        with contextlib.suppress(OSError, StopIteration):
+            memory.setdefault(name, []).append(pss_mib([pid]))
+
+
+def grown(memory: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Of each process: the median of the first and of the last third of its samples, MiB."""
+    found = {}
+    for name, samples in memory.items():
+        third = max(1, len(samples) // 3)
+        found[name] = [round(statistics.median(part), 1) for part in (samples[:third], samples[-third:])]
+    return found
+
+
+def as_before(found: Stage, before: dict[str, int]) -> dict[str, list[int]]:
+    """Maps that hold another number of entries than in the beginning, once all is as it was then."""
+    found.scale([each.name for each in found.web])
+    found.settled()
+    end = time.monotonic() + SETTLES_S
+    while True:
+        now = entries(found)
+        differ = {name: [before[name], now[name]] for name in MAPS if now[name] != before[name]}
+        if not differ or time.monotonic() > end:
+            return differ
+        time.sleep(1)
+
+
+def soak(minutes: float, seed: int, rate: float) -> dict[str, Any]:
+    chance = random.Random(seed)
+    with stage(Mesh(), chance, rate) as found:
+        for each in read().traffic:
+            found.begin(each)
+        before, began = entries(found), time.monotonic()
+        half, end = began + minutes * 30, began + minutes * 60
+        memory: dict[str, list[float]] = {}
+        problems, rounds, kills = list[str](), 0, 0
+        killed = sampled = began
+        with contextlib.suppress(HoldsNotError):
+            while (now := time.monotonic()) < end:
+                change(found)
+                rounds += 1
+                if now < half and now - killed > KILL_S:
+                    Kill(process=PROCESSES).act(found)
+                    killed, kills = now, kills + 1
+                if now >= half and now - sampled > SAMPLE_S:
+                    sample(found, memory)
+                    sampled = now
+        if time.monotonic() < end:
+            problems.append("a change did not come to the kernel")
+        left = as_before(found, before)
+        problems += [
+            f"map {name}: {counts[0]} entries before, {counts[1]} after" for name, counts in left.items()
+        ]
+        differences = found.differences()
+        problems += [f"wrong entry: {each}" for each in differences[:3]]
+        counts = found.finish()
+        sizes = grown(memory)
+        problems += [
+            f"{name} has grown from {first} to {last} MiB"
+            for name, (first, last) in sizes.items()
+            if last > first * GROWN and last > first + GROWN_MIB
+        ]
+        if counts.failed:
+            problems.append(f"{counts.failed} failed: {dict(counts.errors)}")
+        if found.wrong:
+            problems += [f"{found.wrong} wrong answers", *found.notes[:3]]
+        return {
+            "minutes": minutes, "seed": seed, "rounds": rounds, "kills": kills,
+            "connections": counts.connections, "failed": counts.failed, "wrong": found.wrong,
+            "pss_mib": sizes, "entries": before, "problems": problems,
+        }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--rate", type=float, default=0.2)
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # cleaning up all the same
+    found = soak(options.minutes, options.seed, options.rate)
+    print(json.dumps(found))
+    return 1 if found["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
