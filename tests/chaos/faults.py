@@ -432,7 +432,7 @@ class Unpin(_Step):
 
 
 class Bystander(_Step):
-    """A pod that is enrolled and goes: at once, or first its cgroup (made anew) or namespace, or unenrolled."""
+    """A pod that is enrolled and goes, both at once, or first its cgroup (made anew) or its namespace."""
 
     goes: Literal["cgroup", "namespace", "unenrolled", "both"]
 

@@ -170,7 +170,7 @@ def _qemu(kernel: Path, disk: Path, work: Path, socket: Path) -> list[str]:
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-serial", f"file:{work / 'output'}", "-serial", f"file:{work / 'status'}",
         "-kernel", str(_image(kernel)), "-initrd", str(disk),
-        "-append", "console=ttyS0 quiet loglevel=3 panic=-1 random.trust_cpu=on tsc=unstable mitigations=off",
+        "-append", "console=ttyS0 quiet loglevel=3 panic=-1 oops=panic random.trust_cpu=on tsc=unstable mitigations=off",
         "-object", memory, "-numa", "node,memdev=memory", "-device", "virtio-rng-pci",
         "-chardev", f"socket,id=files,path={socket}",
         "-device", "vhost-user-fs-pci,chardev=files,tag=host,queue-size=1024",
