@@ -20,6 +20,9 @@ from typing import Final, NamedTuple
 MODULES: Final = ("virtio_pci", "virtiofs", "overlay")
 VIRTIOFSD: Final = Path("/usr/lib/qemu/virtiofsd")
 MEMORY_MIB: Final = 2048
+WORDS: Final = (
+    "console=ttyS0 quiet loglevel=3 panic=-1 oops=panic random.trust_cpu=on tsc=unstable mitigations=off"
+)
 INIT: Final = """#!/bin/busybox sh
 b=/bin/busybox
 for d in proc sys dev host memory root; do $b mkdir -p /$d; done
@@ -170,7 +173,7 @@ def _qemu(kernel: Path, disk: Path, work: Path, socket: Path) -> list[str]:
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-serial", f"file:{work / 'output'}", "-serial", f"file:{work / 'status'}",
         "-kernel", str(_image(kernel)), "-initrd", str(disk),
-        "-append", "console=ttyS0 quiet loglevel=3 panic=-1 oops=panic random.trust_cpu=on tsc=unstable mitigations=off",
+        "-append", WORDS,
         "-object", memory, "-numa", "node,memdev=memory", "-device", "virtio-rng-pci",
         "-chardev", f"socket,id=files,path={socket}",
         "-device", "vhost-user-fs-pci,chardev=files,tag=host,queue-size=1024",
