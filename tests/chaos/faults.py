@@ -37,7 +37,6 @@ from tests.mesh.releases import HERE, make_other
 Number = float | tuple[float, float]
 """Two: a draw between them."""
 
-
 IN_A_MOMENT = 10
 
 
@@ -174,18 +173,16 @@ class Down(_Step):
 class Up(_Step):
     """Also where it cannot become ready: `ready` false returns when it runs."""
 
-    settings: dict[str, str] = {}
     ready: bool = True
 
     def act(self, stage: Stage) -> None:
-        words = [word for name, value in self.settings.items() for word in ("--set", f"{name}={value}")]
         if self.ready:
-            stage.node.start(*words)
+            stage.node.start()
             return
         up = subprocess.Popen(
             [
                 sys.executable, "-m", "pykmesh", *stage.node.place,
-                "up", "--free-ports", *stage.node.options, *words,
+                "up", "--free-ports", *stage.node.options,
             ],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
@@ -283,21 +280,20 @@ class Services(_Step):
     """So many further services, of a pod each that is nowhere, in a file; 0: the file goes."""
 
     count: int
-    file: str = "further"
     pods: int = 1
 
     def act(self, stage: Stage) -> None:
         if not self.count:
-            (stage.node.config / f"{self.file}.yaml").unlink()
+            (stage.node.config / "further.yaml").unlink()
             return
         objects = []
         for n in range(self.count):
-            app = f"{self.file}-{n}"
+            app = f"further-{n}"
             objects.append(service(app, f"10.96.{1 + n // 250}.{n % 250}", app=app, ports={80: 8080}))
             objects += [
                 pod(f"{app}-{k}", f"10.{200 + k}.{n // 250}.{n % 250 + 1}", app=app) for k in range(self.pods)
             ]
-        stage.node.write(self.file, text(*objects))
+        stage.node.write("further", text(*objects))
 
 
 class Folder(_Step):

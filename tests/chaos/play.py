@@ -9,6 +9,7 @@ import msgspec
 
 from tests.chaos.scenario import Scenario
 from tests.chaos.stage import Stage, Traffic, stage
+from tests.chaos.traffic import Counts
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -46,7 +47,6 @@ def play(scenario: Scenario, usual: list[Traffic], seed: int, rate: float) -> Ou
 
 def _played(scenario: Scenario, usual: list[Traffic], seed: int, found: Stage) -> Outcome:
     problems = []
-    entries_wrong = 0
     for each in [*usual, *scenario.traffic]:
         found.begin(each)
     try:
@@ -55,21 +55,30 @@ def _played(scenario: Scenario, usual: list[Traffic], seed: int, found: Stage) -
         found.settled()
     except Exception as error:  # noqa: BLE001  (a step that breaks is told, and what was counted is too)
         problems.append(_text(error))
+    counts, entries_wrong, more = judged(found)
+    problems += more
+    return Outcome(
+        scenario.name, seed, 0.0, counts.connections, counts.requests, counts.failed, found.wrong,
+        counts.longest_pause_ms, counts.slowest_ms, entries_wrong, problems,
+    )  # fmt: skip
+
+
+def judged(found: Stage) -> tuple[Counts, int, list[str]]:
+    """Ends the traffic: what it saw, how many entries are wrong, and all that does not hold."""
+    problems = list[str]()
+    entries_wrong = 0
     try:
         differences = found.differences()
         entries_wrong = len(differences)
         problems += [f"wrong entry: {each}" for each in differences[:3]]
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001  (told, with all else)
         problems.append(_text(error))
     counts = found.finish()
     if counts.failed > found.may_fail:
         problems.append(f"{counts.failed} failed: {dict(counts.errors)}")
     if found.wrong:
         problems += [f"{found.wrong} wrong answers", *found.notes[:3]]
-    return Outcome(
-        scenario.name, seed, 0.0, counts.connections, counts.requests, counts.failed, found.wrong,
-        counts.longest_pause_ms, counts.slowest_ms, entries_wrong, problems,
-    )  # fmt: skip
+    return counts, entries_wrong, problems
 
 
 def _text(error: Exception) -> str:

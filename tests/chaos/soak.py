@@ -24,6 +24,7 @@ from bench.sync import pss_mib
 from pykmesh.kernel import pins
 from pykmesh.kernel.maps import PinnedMap
 from tests.chaos.faults import Bystander, Kill, Scale, Services
+from tests.chaos.play import judged
 from tests.chaos.scenario import read
 from tests.chaos.stage import HoldsNotError, Mesh, Stage, stage
 
@@ -109,19 +110,14 @@ def soak(minutes: float, seed: int, rate: float) -> dict[str, Any]:
         problems += [
             f"map {name}: {counts[0]} entries before, {counts[1]} after" for name, counts in left.items()
         ]
-        differences = found.differences()
-        problems += [f"wrong entry: {each}" for each in differences[:3]]
-        counts = found.finish()
+        counts, _, more = judged(found)
+        problems += more
         sizes = grown(memory)
         problems += [
             f"{name} has grown from {first} to {last} MiB"
             for name, (first, last) in sizes.items()
             if last > first * GROWN and last > first + GROWN_MIB
         ]
-        if counts.failed:
-            problems.append(f"{counts.failed} failed: {dict(counts.errors)}")
-        if found.wrong:
-            problems += [f"{found.wrong} wrong answers", *found.notes[:3]]
         return {
             "minutes": minutes, "seed": seed, "rounds": rounds, "kills": kills,
             "connections": counts.connections, "failed": counts.failed, "wrong": found.wrong,

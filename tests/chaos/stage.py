@@ -26,11 +26,10 @@ from tests.chaos.traffic import Client, Counts
 from tests.chaos.wire import ControlPlane, Wire
 from tests.mesh.manifests import Object, host, pod, service, text
 from tests.mesh.node import Node, until
-from tests.mesh.waypoints import gateway
+from tests.mesh.waypoints import SHOP4, SHOP6, gateway, shop
 
 WEB4, WEB6 = "10.96.0.10", "fd96::10"
 EMPTY4, EMPTY6 = "10.96.0.30", "fd96::30"
-SHOP4, SHOP6 = "10.96.0.40", "fd96::40"
 ADDRESSES: Final = {
     "web": (WEB4, WEB6),
     "empty": (EMPTY4, EMPTY6),
@@ -157,11 +156,11 @@ class Stage:
         self.node.enroll(self.client)
         self.settled()
         if self.mesh.waypoint:
-            until(lambda: "shop" in self._by_waypoint(), "the waypoint to be ready", SETTLE_DEADLINE_S)
-
-    def _by_waypoint(self) -> list[str]:
-        front = f"{self.node.network.pods['waypoint'].address4}:"
-        return ["shop"] if any(e.startswith(front) for e in self.node.endpoints(host("shop"))) else []
+            front = f"{self.node.network.pods['waypoint'].address4}:"
+            until(
+                lambda: any(each.startswith(front) for each in self.node.endpoints(host("shop"))),
+                "the waypoint to be ready", SETTLE_DEADLINE_S,
+            )  # fmt: skip
 
     def write_web(self) -> None:
         """With a target port that has not been before: no earlier state is taken for this one."""
@@ -177,7 +176,7 @@ class Stage:
     def write_waypoint(self, instances: int) -> None:
         number = str(instances)
         annotations = {"min_instances": number, "max_instances": number, "scale_in_after": "1s"}
-        self.node.write("waypoint", text(gateway("wp", **annotations), _shop()))
+        self.node.write("waypoint", text(gateway("wp", **annotations), shop()))
 
     def instances(self) -> list[dict[str, Any]]:
         """Of the waypoint, as `status` has them."""
@@ -304,10 +303,3 @@ def _wait(what: Callable[[], Any], because: Callable[[], str], deadline_s: float
 
 def _web_pod(each: Pod) -> Object:
     return pod(each.name, str(each.address4), str(each.address6), app="web")
-
-
-def _shop() -> Object:
-    found = service("shop", SHOP4, SHOP6, app="web", ports={80: traffic.PORT})
-    found["spec"]["ports"][0]["name"] = "http"
-    found["metadata"]["labels"] = {"istio.io/use-waypoint": "wp"}
-    return found

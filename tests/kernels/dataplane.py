@@ -64,10 +64,8 @@ class Writer:
         self._maps, self._mesh = Maps(pin_dir), Mesh()
         self._planner = Planner(self._maps.read(), self._maps.limits, Rules())
 
-    def say(self, *messages: workload_pb2.Address, gone: tuple[str, ...] = ()) -> None:
+    def say(self, *messages: workload_pb2.Address) -> None:
         touched = Touched()
-        for name in gone:
-            self._mesh.remove(name, touched)
         values = [message.SerializeToString() for message in messages]
         for message, address in zip(messages, decode_addresses(values), strict=True):
             found = message.service if message.HasField("service") else message.workload
@@ -152,9 +150,9 @@ class Bench:
     def client_of(self, *words: str) -> Counted:
         return Counted(self.client, self.traffic, *words, start_deadline_s=PATIENCE_S)
 
-    def tried(self, *words: str, seconds: float = STEADY_S) -> dict[str, object]:
+    def tried(self, *words: str) -> dict[str, object]:
         client = self.client_of(*words)
-        time.sleep(seconds)
+        time.sleep(STEADY_S)
         return client.end()
 
 
@@ -165,9 +163,9 @@ def looks(bench: Bench) -> Iterator[tuple[str, Callable[[], tuple[str, bool]]]]:
         bench.enroll()
         return "yes", len(bench.enrollment.shown) == 1
 
-    def connects(address: str, rate: str = "50") -> Callable[[], tuple[str, bool]]:
+    def connects(address: str) -> Callable[[], tuple[str, bool]]:
         def look() -> tuple[str, bool]:
-            found = bench.tried("connect", address, "80", rate)
+            found = bench.tried("connect", address, "80", "50")
             return _told(found, answers={"web-1", "web-2"})
 
         return look
@@ -188,9 +186,8 @@ def looks(bench: Bench) -> Iterator[tuple[str, Callable[[], tuple[str, bool]]]]:
             sys.executable, "-S", "-c", PEER.format(vip4=VIP4, vip6=VIP6), timeout_s=PATIENCE_S
         )
         wanted = [f"{VIP4} 80", f"{VIP6} 80", f"::ffff:{VIP4} 80"]
-        return ("yes" if said.stdout.splitlines() == wanted else said.stdout + said.stderr), (
-            said.stdout.splitlines() == wanted
-        )
+        holds = said.stdout.splitlines() == wanted
+        return "yes" if holds else said.stdout + said.stderr, holds
 
     def moves() -> tuple[str, bool]:
         client = bench.client_of("connect", VIP4, "80", "50")
