@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import random
 import re
@@ -126,8 +127,13 @@ def how_to_start(instance: Instance) -> str:
     return command(instance, "up -d --config-dir FOLDER (or --xds-address HOST:PORT)")
 
 
+_reserved: Final[list[socket.socket]] = []
+"""Bound and not listened on for as long as this process is there. Who looks for a free port passes them
+by; who has been told one listens there all the same, as every server that sets SO_REUSEADDR can."""
+
+
 def free_ports(kept: dict[str, int]) -> Ports:
-    """Ports that were free a moment ago, but for those given."""
+    """Ports that nobody else is given while this process is there, but for those given."""
     wanted = [name for name in PORT_NAMES if name not in kept]
     return Ports(**kept, **dict(zip(wanted, ports_of_no_client(len(wanted)), strict=True)))
 
@@ -135,26 +141,36 @@ def free_ports(kept: dict[str, int]) -> Ports:
 def ports_of_no_client(count: int) -> list[int]:
     """Free ones of loopback that the kernel gives to no client: who starts again finds his own free.
 
-    InstanceError where there are not so many.
+    They are reserved while this process is there. InstanceError where there are not so many.
     """
     first, last = map(int, CLIENT_PORTS.read_text().split())
     candidates = [*range(FREE_FROM, first), *range(last + 1, PORT_MAX + 1)]
-    found: list[int] = []
-    with contextlib.ExitStack() as held:
-        for port in random.sample(candidates, len(candidates)):
-            if len(found) == count:
-                break
-            probe = held.enter_context(socket.socket())
-            with contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                found.append(port)
+    drawn = random.sample(candidates, len(candidates))
+    found = list(itertools.islice((port for port in drawn if _reserve(port, strict=True) is None), count))
     if len(found) < count:
         raise InstanceError(f"no {count} ports are free outside of {first} to {last}, which clients have")
     return found
 
 
-def check_ports(ports: Ports, needed: list[str]) -> None:
-    """InstanceError naming the first port that is taken and how to choose another."""
+def _reserve(port: int, *, strict: bool) -> OSError | None:
+    """Why it cannot be; strict: not either where it is reserved by another."""
+    probe = socket.socket()
+    try:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(not strict))
+        probe.bind(("127.0.0.1", port))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    except OSError as error:
+        probe.close()
+        return error
+    _reserved.append(probe)
+    return None
+
+
+def reserve_ports(ports: Ports, needed: list[str]) -> None:
+    """Keeps them from those who look for free ones, also while a process of ours starts again.
+
+    InstanceError naming the first port that is taken and how to choose another.
+    """
     users: dict[int, str] = {}
     for name in needed:
         port = getattr(ports, name)
@@ -162,14 +178,10 @@ def check_ports(ports: Ports, needed: list[str]) -> None:
             why = f"is that of {users[port]}" if port in users else "is no port to listen on"
             raise InstanceError(f"port {port} ({name}) {why}; choose another with --port {name}=NUMBER")
         users[port] = name
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError as error:
-                raise InstanceError(
-                    f"port {port} ({name}): {error.strerror}; choose another with --port {name}=NUMBER"
-                ) from error
+        if taken := _reserve(port, strict=False):
+            raise InstanceError(
+                f"port {port} ({name}): {taken.strerror}; choose another with --port {name}=NUMBER"
+            ) from taken
 
 
 def not_there(instance: Instance, processes: Iterable[str]) -> list[Path]:

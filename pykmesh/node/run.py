@@ -105,7 +105,7 @@ class Running:
     async def _begin(self) -> None:
         """InstanceError when something is in the way. What is outside the run-time directory comes last."""
         log.info("supervisor_started", pid=os.getpid(), run_dir=str(self.instance.run_dir))
-        instances.check_ports(self.instance.ports, mesh.port_names(self.options))
+        instances.reserve_ports(self.instance.ports, mesh.port_names(self.options))
         instances.write(self.instance, list(broker.PERMISSIONS))
         self.supervisor = Supervisor(mesh.specs(self.instance, self.options), self._echo)
         await anyio.to_thread.run_sync(_prepare_pins, self.instance)
