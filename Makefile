@@ -56,7 +56,9 @@ format: setup
 	$(Q)$(BIN)/ruff format .
 	$(Q)$(BIN)/clang-format -i bpf/*.h bpf/*.c bench/load.c tests/bpf/*.c tests/chaos/*.c
 
+# strace kills at system calls.
 chaos: setup
+	$(Q)command -v strace >/dev/null || apt-get install -y -qq --no-install-recommends strace >/dev/null
 	$(Q)$(BIN)/python -m tests.chaos $(CHAOS_ARGS)
 
 # atheris is large, and nothing else needs it.

@@ -1,6 +1,7 @@
 """Breaks the mesh on purpose, in many ways, under traffic: `make chaos`.
 
-    python -m tests.chaos [--quick] [--only TEXT ...] [--seed N] [--rate R] [--connections N] [--report FILE]
+    python -m tests.chaos [--quick | --long] [--only TEXT ...] [--seed N] [--rate R]
+                          [--connections N] [--report FILE]
 
 One row of a table for each scenario. With --connections the scenarios are played again with the next seeds
 until so many connections were made. Exit status 1 where something did not hold; the seed plays it again.
@@ -62,6 +63,7 @@ def table(outcomes: list[Outcome], words: list[str]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="only those of make test")
+    parser.add_argument("--long", action="store_true", help="also those that take very long")
     parser.add_argument("--only", nargs="*", default=[""], help="only those whose names have one of these")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
@@ -75,7 +77,9 @@ def main() -> int:
     chosen = [
         each
         for each in found.scenarios
-        if any(one in each.name for one in options.only) and (each.quick or not options.quick)
+        if any(one in each.name for one in options.only)
+        and (each.quick or not options.quick)
+        and (options.long or not each.long)
     ]
     outcomes: list[Outcome] = []
     seed = options.seed

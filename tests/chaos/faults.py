@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import json
 import os
 import random
 import re
@@ -38,6 +39,9 @@ Number = float | tuple[float, float]
 """Two: a draw between them."""
 
 IN_A_MOMENT = 10
+KILLED = 128 + signal.SIGKILL
+FEW_NEVER_COME = 0.9
+"""Of the calls that a take-over makes in the one direction, so many are made in the other one too."""
 
 
 def drawn(number: Number, chance: random.Random) -> float:
@@ -480,6 +484,53 @@ class Upgrade(_Step):
             raise HoldsNotError(f"upgrade: {done.stderr}")
 
 
+class KillAtCalls(_Step, tag="kill at calls"):
+    """The loader's take-over by one release from the other, killed before a system call, and gone on with.
+
+    Before each of its calls in turn, or so many that are drawn. One of the two releases, drawn, goes on: the
+    next kill is of a take-over by the other one. The instance is down.
+    """
+
+    draws: int = 0
+
+    def act(self, stage: Stage) -> None:
+        holder, other = _other_release(), HERE
+        _, counts = _take_over(stage, holder, "to-its-end")
+        calls = [f"{name}:{n}" for name, count in sorted(counts.items()) for n in range(1, count + 1)]
+        chosen = stage.chance.sample(calls, self.draws) if self.draws else calls
+        killed = 0
+        for call in chosen:
+            status, _ = _take_over(stage, other, call)
+            if stage.chance.random() < 0.5:
+                holder, other = other, holder
+            ended, _ = _take_over(stage, holder, "to-its-end")
+            if status not in (0, KILLED) or ended or not _is_whole(stage):
+                raise HoldsNotError(f"killed before {call}: status {status}, then {ended}")
+            killed += status == KILLED
+        if killed < FEW_NEVER_COME * len(chosen):
+            raise HoldsNotError(f"of {len(chosen)} take-overs only {killed} were killed")
+
+
+def _take_over(stage: Stage, release: Path, call: str) -> tuple[int, dict[str, int]]:
+    """Its exit status, and how many system calls of each name it made."""
+    words = [sys.executable, str(HERE / "tests" / "mesh" / "killed_upgrade.py")]
+    done = subprocess.run(
+        [*words, stage.node.name, str(stage.node.pin_dir), call],
+        env={**os.environ, "PYTHONPATH": str(release), "PYTHONSAFEPATH": "1"},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    try:
+        return done.returncode, json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError) as error:
+        raise HoldsNotError(f"a take-over at {call}: {done.stdout}{done.stderr}") from error
+
+
+def _is_whole(stage: Stage) -> bool:
+    """One pin of each map, and nothing that a take-over left."""
+    names = [path.name.partition("@")[0] for path in pins.maps_dir(stage.node.pin_dir).iterdir()]
+    return len(names) == len(set(names)) and not pins.staging_dir(stage.node.pin_dir).exists()
+
+
 @functools.cache
 def _other_release() -> Path:
     """Made once; removed at the end of the process."""
@@ -563,5 +614,5 @@ def _samples(page: str, name: str) -> Iterator[float]:
 Step = (
     Wait | Settled | Repeat | Together | Kill | KillAll | Stop | Down | Up | Limit | Hog | Disk | Scale
     | Services | Folder | Wire | ControlPlane | Flood | Password | Stranger | Unpin | Bystander | Upgrade
-    | Instances | KillEnvoy | Says | Metric
+    | KillAtCalls | Instances | KillEnvoy | Says | Metric
 )  # fmt: skip

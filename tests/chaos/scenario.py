@@ -26,6 +26,8 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     steps: list[Step]  # type: ignore[valid-type]  # a union of classes
     quick: bool = False
     """Part of `make test`."""
+    long: bool = False
+    """Only where it is asked for."""
     mesh: Mesh = Mesh()
     traffic: list[Traffic] = []
     """Besides the usual."""
