@@ -123,13 +123,14 @@ async def give_way() -> None:
 
 
 def main(name: str, kind: type[_S], app: App[_S]) -> None:
-    """Runs a process by its settings and exits: 0 when told to end, 2 for wrong settings, 1 otherwise."""
+    """Runs a process by its settings and exits: 0 when told to end, 78 for wrong settings, 1 otherwise."""
     try:
         settings = load(kind)
         logs.configure(name, settings.log_level, settings.log_format)
     except (SettingsError, ValueError) as error:
         print(f"{name}: {error}", file=sys.stderr)  # noqa: T201  (there is no log yet)
         sys.exit(EXIT_SETTINGS)
+    sys.unraisablehook = _end_without_memory
     # A mesh is many objects that live long and hold no cycles: looking at them seldom is enough.
     gc.set_threshold(*GC_THRESHOLDS)
     provider = tracing.configure(name, settings.instance, settings.otlp_endpoint)
@@ -137,6 +138,14 @@ def main(name: str, kind: type[_S], app: App[_S]) -> None:
     if isinstance(provider, TracerProvider):
         provider.shutdown()
     sys.exit(code)
+
+
+def _end_without_memory(what: sys.UnraisableHookArgs) -> None:
+    """A thread that has no memory to begin or to end tells nobody, and who waits for it waits for ever."""
+    if issubclass(what.exc_type, MemoryError):
+        os.write(sys.stderr.fileno(), b"no memory for a thread: this process ends\n")
+        os._exit(1)
+    sys.__unraisablehook__(what)
 
 
 async def _run(runtime: Runtime[_S], app: App[_S]) -> int:

@@ -275,11 +275,12 @@ async def _announce(mesh: Any) -> None:
     from pykmesh.node.behind import READY, READY_DEADLINE_S
     from pykmesh.node.upgrade import settle
 
-    try:
-        await mesh.until_ready(READY_DEADLINE_S)
-    except InstanceError as error:
-        _say(f"pykmesh: {' '.join(str(error).split())}")
-        return
+    while True:
+        try:
+            await mesh.until_ready(READY_DEADLINE_S)
+            break
+        except InstanceError as error:
+            _say(f"pykmesh: {' '.join(str(error).split())}")
     try:
         settle(mesh.instance)
     except InstanceError as error:

@@ -27,7 +27,7 @@ def upgrade(instance: Instance, output: str, *, dry_run: bool, roll_back: bool) 
 
     from pykmesh.kernel import hooks, upgrade
     from pykmesh.kernel.libbpf import KernelError
-    from pykmesh.node.upgrade import exchange, supervised
+    from pykmesh.node.upgrade import exchange
     from pykmesh.node.upgrade import roll_back as go_back
 
     try:
@@ -40,12 +40,11 @@ def upgrade(instance: Instance, output: str, *, dry_run: bool, roll_back: bool) 
             hooks.check_loads()
         except KernelError as error:
             problems.append(str(error))
-        before = None if dry_run else supervised(instance)
         if problems and not dry_run:
             raise Failure(f"not begun: {'; '.join(problems)}")
         done: dict[str, Any] = {"maps": _moves(plan), "problems": problems}
-        if before is not None:
-            exchanged = exchange(instance, before)
+        if not dry_run:
+            exchanged = exchange(instance)
             done |= {**msgspec.structs.asdict(exchanged), "copied": _copied(instance)}
     except (InstanceError, KernelError, OSError) as error:
         raise Failure(str(error)) from error
@@ -98,7 +97,7 @@ def _tell(instance: Instance, done: dict[str, Any]) -> None:
     if copied := done["copied"]:
         entries = sum(copied["entries"].values())
         click.echo(f"copied {entries} entries; nobody could write for {copied['stood_still_ms']:g} ms")
-    back = "not from here, the release before was in the same place"
+    back = "not from here: the release before was in the same place, or could not be noted"
     if done["can_go_back"]:
         back = command(instance, "upgrade", "--roll-back")
     click.echo(

@@ -15,8 +15,9 @@ ENVIRONMENT_PREFIX: Final = "PYKMESH_"
 SETTINGS_FILE_VARIABLE: Final = "PYKMESH_SETTINGS"
 AFFINITY_S_MAX: Final = 86_400
 """Of `session_affinity`, as in Kubernetes."""
-EXIT_SETTINGS: Final = 2
-"""Of a process whose settings are wrong: to start it again would change nothing."""
+EXIT_SETTINGS: Final = os.EX_CONFIG
+"""Of a process whose settings are wrong: to start it again would change nothing. Not 2: so a Go program ends
+that has run out of memory."""
 
 
 class SettingsError(Exception):

@@ -15,6 +15,7 @@ holds it with others for as long as a write takes, and looks whether the maps ar
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -188,7 +189,13 @@ def pin_again(pin_dir: Path) -> list[str]:
     missing = {seen: name for seen, name in missing.items() if map_layout(name).type != _RING_BUFFER}
     found = []
     for number in sorted(_maps_in_use(pin_dir), reverse=True) if missing else ():
-        with contextlib.suppress(libbpf.KernelError), libbpf.closing(libbpf.map_fd_by_id(number)) as fd:
+        try:
+            opened = libbpf.map_fd_by_id(number)
+        except libbpf.KernelError as error:
+            if error.errno != errno.ENOENT:  # it went just now
+                raise
+            continue
+        with libbpf.closing(opened) as fd:
             if name := missing.pop(libbpf.map_name(fd), None):
                 layout = map_layout(name)
                 pin = layout.pin if _is_of(fd, layout) else f"{name}@{_UNPINNED}"

@@ -127,9 +127,9 @@ def how_to_start(instance: Instance) -> str:
     return command(instance, "up -d --config-dir FOLDER (or --xds-address HOST:PORT)")
 
 
-_reserved: Final[list[socket.socket]] = []
-"""Bound and not listened on for as long as this process is there. Who looks for a free port passes them
-by; who has been told one listens there all the same, as every server that sets SO_REUSEADDR can."""
+_reserved: Final[list[int]] = []
+"""Sockets that are bound and not listened on for as long as this process is there. Who looks for a free port
+passes them by; who has been told one listens there all the same, as every server with SO_REUSEADDR can."""
 
 
 def free_ports(kept: dict[str, int]) -> Ports:
@@ -162,7 +162,7 @@ def _reserve(port: int, *, strict: bool) -> OSError | None:
     except OSError as error:
         probe.close()
         return error
-    _reserved.append(probe)
+    _reserved.append(probe.detach())
     return None
 
 

@@ -40,9 +40,11 @@ class Release(msgspec.Struct, frozen=True):
 
 
 class Supervised(msgspec.Struct, frozen=True):
-    """An instance's supervisor that ran behind: its release, its words, its place and environment."""
+    """An instance's supervisor that ran behind: its release, its words, its place and environment.
 
-    pid: int
+    Its release is the last one that was ready: not that of one which an upgrade that was killed had begun.
+    """
+
     release: Release
     arguments: list[str]
     directory: str
@@ -64,7 +66,7 @@ def supervised(instance: Instance) -> Supervised:
     if found is None:
         if begun is not None:
             return begun
-        raise InstanceError(f"instance {instance.name} is not running: `up` begins with this release")
+        raise _not_running(instance)
     proc = Path("/proc") / str(found.pid)
     try:
         words = os.fsdecode((proc / "cmdline").read_bytes()).rstrip("\0").split("\0")
@@ -80,27 +82,28 @@ def supervised(instance: Instance) -> Supervised:
     environment = dict(text.split("=", 1) for text in texts if "=" in text)
     arguments, release = words[3:-1], Release(words[0], environment.get("PYTHONPATH", directory))
     if begun is not None and begun.arguments == arguments:
-        release = begun.release  # what runs was begun by an upgrade that was killed, and is not ready yet
-    return Supervised(found.pid, release, arguments, directory, environment)
+        release = begun.release
+    return Supervised(release, arguments, directory, environment)
 
 
-def exchange(instance: Instance, before: Supervised) -> Exchanged:
+def exchange(instance: Instance) -> Exchanged:
     """InstanceError when this release does not become ready; the one before runs again then.
 
-    Or when another upgrade is under way.
+    Or when nothing is there that it could take the place of, or another upgrade is under way.
     """
     began = time.monotonic()
-    if not Path(before.directory).is_dir():
-        raise InstanceError(f"{before.directory} is gone, in which instance {instance.name} was started")
     with _alone(instance), _undisturbed():
+        before = supervised(instance)
+        if not Path(before.directory).is_dir():
+            raise InstanceError(f"{before.directory} is gone, in which instance {instance.name} was started")
         _write(instance.journal, before)
-        end_supervisor(before.pid)
+        _end(instance)
         environment = of_this_release(before.environment)
         try:
             behind = _start(instance, before, environment)
         except (InstanceError, OSError, KeyboardInterrupt) as error:
             _start_again(instance, before, error)
-    goes_back = before.release.python_path != environment["PYTHONPATH"]
+    goes_back = before.release == _read(instance.previous, Release) and not _is_this(before.release)
     return Exchanged(behind.pid, round(time.monotonic() - began, 3), goes_back)
 
 
@@ -110,14 +113,14 @@ def settle(instance: Instance) -> None:
     The one before it is kept as that to go back to.
     """
     begun = _read(instance.journal, Supervised)
-    if begun is not None and begun.release.python_path != of_this_release({})["PYTHONPATH"]:
+    if begun is not None and not _is_this(begun.release):
         _write(instance.previous, begun.release)
     instance.journal.unlink(missing_ok=True)
 
 
 def _start(instance: Instance, before: Supervised, environment: dict[str, str]) -> Behind:
     """Ready when this returns. One that a killed upgrade had begun, and which is there first, gives way."""
-    while True:
+    for is_last in (False, True):
         try:
             behind = Behind(instance, before.arguments, before.directory, environment)
             try:
@@ -126,23 +129,43 @@ def _start(instance: Instance, before: Supervised, environment: dict[str, str]) 
                 behind.end()
                 raise
         except InstanceError:
-            if (other := running(instance.run_dir)) is None:
+            if is_last or running(instance.run_dir) is None:
                 raise
-            end_supervisor(other.pid)
+            if supervised(instance).arguments != before.arguments:
+                raise
+            _end(instance)
         else:
             return behind
+    raise AssertionError
+
+
+def _end(instance: Instance) -> None:
+    if (found := running(instance.run_dir)) is not None:
+        end_supervisor(found.pid)
+
+
+def _is_this(release: Release) -> bool:
+    return release.python_path == of_this_release({})["PYTHONPATH"]
 
 
 @contextlib.contextmanager
 def _alone(instance: Instance) -> Iterator[None]:
-    held = os.open(instance.run_dir, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = os.open(instance.run_dir, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError as error:
+        raise _not_running(instance) from error
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InstanceError(f"another upgrade of instance {instance.name} is under way") from error
         yield
-    except BlockingIOError as error:
-        raise InstanceError(f"another upgrade of instance {instance.name} is under way") from error
     finally:
         os.close(held)
+
+
+def _not_running(instance: Instance) -> InstanceError:
+    return InstanceError(f"instance {instance.name} is not running: `up` begins with this release")
 
 
 def _start_again(instance: Instance, before: Supervised, error: BaseException) -> NoReturn:
@@ -197,11 +220,15 @@ def _read(path: Path, kind: type[_T]) -> _T | None:
 
 
 def roll_back(instance: Instance, words: list[str]) -> NoReturn:
-    """Becomes the command line of the release before. InstanceError when there is none, or none any more."""
-    release = _read(instance.previous, Release)
+    """Becomes the command line of the release before. InstanceError when there is none, or none any more.
+
+    Where an upgrade was killed and what it began was never ready, that is the one that it was from.
+    """
+    begun = _read(instance.journal, Supervised)
+    release = begun.release if begun is not None else _read(instance.previous, Release)
     if release is None:
         raise InstanceError(f"instance {instance.name} has had no other release")
-    if release.python_path == of_this_release({})["PYTHONPATH"]:
+    if begun is None and _is_this(release):
         raise InstanceError(f"this is the release before ({release.python_path})")
     if not (Path(release.python_path.split(":")[0]) / "pykmesh" / "node" / "upgrade.py").is_file():
         raise InstanceError(f"the release before is not at {release.python_path} any more, or cannot do this")

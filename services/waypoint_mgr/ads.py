@@ -55,7 +55,7 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 class NodeStatus(msgspec.Struct, frozen=True):
-    """`is_current`: it is connected and has taken all that was published last."""
+    """`is_current`: it is connected and has taken all that was published last. The refusals are of that too."""
 
     is_connected: bool
     is_current: bool
@@ -100,10 +100,14 @@ class _Subscription:
 
     def changed(self, wanted: _Versions) -> _Versions:
         """What to send. A refused response is tried again, as a whole, when something of it is different."""
-        if any(wanted.get(name) != version for name, version in self.refused.items()):
+        if not self.refusal_stands(wanted):
             self.refused = {}
         has = self.sent | self.refused
         return {name: version for name, version in wanted.items() if has.get(name) != version}
+
+    def refusal_stands(self, wanted: _Versions) -> bool:
+        """What was refused is still wanted as it was."""
+        return bool(self.refused) and all(wanted.get(name) == v for name, v in self.refused.items())
 
     def gone(self, wanted: _Versions) -> set[str]:
         """Of what is asked for by name only that which never was: the rest goes with what names it."""
@@ -170,6 +174,12 @@ class _Stream:
     @property
     def refusals(self) -> tuple[Refusal, ...]:
         return tuple(sub.refusal for sub in self._subscriptions.values() if sub.refusal)
+
+    @property
+    def standing_refusals(self) -> tuple[Refusal, ...]:
+        """Of what is published now: those of before count until something else is taken."""
+        subs = self._subscriptions.values()
+        return tuple(sub.refusal for sub in subs if sub.refusal and sub.refusal_stands(self._wanted(sub)))
 
     @property
     def is_current(self) -> bool:
@@ -334,7 +344,7 @@ class AdsServer:
             node_id: NodeStatus(
                 is_connected=node_id in streams,
                 is_current=node_id in streams and streams[node_id].is_current,
-                refusals=streams[node_id].refusals if node_id in streams else (),
+                refusals=streams[node_id].standing_refusals if node_id in streams else (),
             )
             for node_id in self._published.keys() | streams.keys()
         }

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping
-from operator import is_not
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Final
 
@@ -81,7 +80,9 @@ class WaypointMgr:
         """What the configurations were made of."""
         self._reduced: dict[str, str] = {}
         """Waypoints whose Envoys refuse what was made of these objects, and why."""
-        self._reduced_of: tuple[Objects, Mapping[str, str]] | None = None
+        self._reduced_of: tuple[object, ...] = ()
+        self._published_of: tuple[object, ...] = ()
+        """What was last made and published: objects and keys."""
         self._report = ("", -1)
         self._mesh_is_due = True
         """What map_writer says of the mesh is to be asked for anew."""
@@ -153,14 +154,16 @@ class WaypointMgr:
             for name, waypoint in objects.waypoints.items():
                 await self._configure(name, waypoint, objects, self._mesh)
             self._forget(objects)
-            self._made_of = made_of
+            self._made_of, self._published_of = made_of, (objects, keys[0])
         self._announce(objects)
 
     def _look_for_refusals(self, objects: Objects) -> None:
         """What an Envoy refuses holds up all that comes after: until objects or keys change it gets less."""
         made_of = objects, self.keys.found
-        if self._reduced_of is None or any(map(is_not, made_of, self._reduced_of)):
+        if self._reduced_of != made_of:
             self._reduced, self._reduced_of = {}, made_of
+        if self._published_of != made_of:
+            return  # what they refuse was made of other ones
         for node_id, state in self._ads.status().items():
             member = self.members.members.get(node_id)
             if member is not None and state.refusals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ def few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(instance, "_reserved", reserved := [])
     yield
     for each in reserved:
-        each.close()
+        os.close(each)
 
 
 def test_no_port_is_given_twice() -> None:

@@ -163,6 +163,20 @@ async def test_refused_clusters_hold_back_what_needs_them_until_they_are_right(f
         await client.expect("RDS +r")
 
 
+async def test_a_refusal_of_what_is_published_no_more_does_not_count(folder: Path) -> None:
+    """Nor while the answer to what came after is awaited."""
+    async with envoy_with(folder, FIRST) as (server, client):
+        server.publish("a", of("c=1 bad=1", "l=2", "r=2", "c=1"))
+        await client.expect("CDS +bad", refuse="bad: no such thing")
+        with anyio.fail_after(DEADLINE_S):
+            await server.settled("a")
+        server.publish("a", of("c=1", "l=2", "r=2", "c=1"))
+        assert not server.status()["a"].refusals
+        assert not server.status()["a"].is_current
+        server.publish("a", of("c=1 bad=1", "l=2", "r=2", "c=1"))
+        assert server.status()["a"].refusals
+
+
 async def test_refused_routes_keep_the_clusters_that_the_last_good_ones_use(folder: Path) -> None:
     async with envoy_with(folder, FIRST) as (server, client):
         server.publish("a", of("d=1", "l=1", "r=2", "d=1"))
