@@ -43,17 +43,17 @@ class Counted:
         """What it has counted so far. Raises CountedError."""
         return self._ask(signal.SIGUSR1)
 
-    def end(self) -> dict[str, Any]:
+    def end(self, deadline_s: float = ANSWER_DEADLINE_S) -> dict[str, Any]:
         """Tells it to end; what it counted."""
-        found = self._ask(signal.SIGTERM)
+        found = self._ask(signal.SIGTERM, deadline_s)
         self._process.wait(ANSWER_DEADLINE_S)
         return found
 
-    def _ask(self, number: signal.Signals) -> dict[str, Any]:
+    def _ask(self, number: signal.Signals, deadline_s: float = ANSWER_DEADLINE_S) -> dict[str, Any]:
         if not self.alive:
             raise CountedError(f"the program in pod {self.pod.name} has ended")
         self._process.send_signal(number)
-        found: dict[str, Any] = json.loads(self._line())
+        found: dict[str, Any] = json.loads(self._line(deadline_s))
         return found
 
     def _line(self, deadline_s: float = ANSWER_DEADLINE_S) -> bytes:

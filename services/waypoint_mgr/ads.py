@@ -55,7 +55,7 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 class NodeStatus(msgspec.Struct, frozen=True):
-    """`is_current`: it is connected and has taken all that was published last. The refusals are of that too."""
+    """`is_current`: it is connected and has taken all that was published last. Refusals are of that too."""
 
     is_connected: bool
     is_current: bool

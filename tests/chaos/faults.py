@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import functools
+import itertools
 import json
 import os
 import random
@@ -19,7 +21,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,11 +30,13 @@ import msgspec
 import nats
 from pyroute2 import netns
 
-from pykmesh.kernel import pins
+from pykmesh.kernel import cgroups, pins
+from pykmesh.kernel.maps import PinnedMap
 from pykmesh.node.ask import supervised
 from pykmesh.node.instance import running
 from tests.chaos.stage import HoldsNotError, Stage
 from tests.mesh.manifests import pod, service, text
+from tests.mesh.node import with_resolv_conf
 from tests.mesh.releases import HERE, make_other
 
 Number = float | tuple[float, float]
@@ -94,14 +98,15 @@ class Together(_Step):
     def act(self, stage: Stage) -> None:
         failed: list[Exception] = []
 
-        def play(row: list[Step]) -> None:
+        def play(row: list[Step], seed: float) -> None:
+            stage.draw_by(seed)
             try:
                 for step in row:
                     step.act(stage)
             except Exception as error:  # noqa: BLE001  (told below, by the scenario's own thread)
                 failed.append(error)
 
-        threads = [threading.Thread(target=play, args=(row,)) for row in self.rows]
+        threads = [threading.Thread(target=play, args=(row, stage.chance.random())) for row in self.rows]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -114,21 +119,32 @@ class Together(_Step):
 
 
 def _pid(stage: Stage, process: str) -> int:
-    """Of one that runs; 0 while it does not."""
+    """Of one that runs, waited for. HoldsNotError for one that there is not."""
     found = running(stage.node.run_dir)
     if found is None:
-        return 0
+        raise HoldsNotError(f"{process} cannot be found: no supervisor runs")
     if process == "supervisor":
         return found.pid
-    if process == "fork_server":
-        return stage.node.fork_server()
-    return supervised(found).get(process, {}).get("pid") or 0
+
+    def pid() -> int | None:
+        with contextlib.suppress(OSError, ValueError, StopIteration):
+            if process == "fork_server":
+                return stage.node.fork_server()
+            known = supervised(found)
+            if known and process not in known:
+                raise HoldsNotError(f"no process is called {process}; there are {', '.join(known)}")
+            return known.get(process, {}).get("pid")
+        return None
+
+    return int(_wait_until(pid, f"{process} to run"))
 
 
 def _signal(stage: Stage, process: str, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, OSError):
-        if pid := _pid(stage, process):
-            os.kill(pid, number)
+    """To the process that is there at this moment."""
+    while True:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(_pid(stage, process), number)
+            return
 
 
 class Kill(_Step):
@@ -147,8 +163,12 @@ class KillAll(_Step, tag="kill all"):
     """All in the same moment."""
 
     def act(self, stage: Stage) -> None:
-        for name in supervised(stage.node.instance):
-            _signal(stage, name, signal.SIGKILL)
+        pids = [each["pid"] for each in supervised(stage.node.instance).values() if each["pid"]]
+        if not pids:
+            raise HoldsNotError("nothing runs that could be killed")
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 class Stop(_Step):
@@ -159,8 +179,6 @@ class Stop(_Step):
 
     def act(self, stage: Stage) -> None:
         pid = _pid(stage, self.process)
-        if not pid:
-            return
         os.kill(pid, signal.SIGSTOP)
         try:
             time.sleep(drawn(self.seconds, stage.chance))
@@ -203,33 +221,61 @@ def _end(process: subprocess.Popen[Any]) -> None:
         process.wait()
 
 
-def _wait_until(what: Any, because: str, deadline_s: float = 30.0) -> None:
+def _wait_until(what: Callable[[], Any], because: str, deadline_s: float = 30.0) -> Any:
+    """The first true value."""
     end = time.monotonic() + deadline_s
-    while not what():
+    while not (found := what()):
         if time.monotonic() > end:
             raise HoldsNotError(f"waited {deadline_s:g} s for {because}")
         time.sleep(0.02)
+    return found
 
 
 # -- limits
 
 
 class Limit(_Step):
-    """Of the kernel's, for one process: bytes of its address space, or its descriptors."""
+    """Of the kernel's, for one process: bytes of its memory or address space, or its descriptors."""
 
     process: str
-    what: Literal["memory", "descriptors"]
+    what: Literal["memory", "addresses", "descriptors"]
     more: int
     """Above what it has now."""
 
     def act(self, stage: Stage) -> None:
         pid = _pid(stage, self.process)
         if self.what == "memory":
+            _limit_memory(stage, pid, self.more)
+            return
+        if self.what == "addresses":
             pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
             which, limit = resource.RLIMIT_AS, pages * resource.getpagesize() + self.more
         else:
             which, limit = resource.RLIMIT_NOFILE, len(list(Path(f"/proc/{pid}/fd").iterdir())) + self.more
         resource.prlimit(pid, which, (limit, limit))
+
+
+def _limit_memory(stage: Stage, pid: int, limit: int) -> None:
+    """By a cgroup, as a container's is. What the process has already is charged elsewhere."""
+    v1 = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
+    root = v1.parent if v1.exists() else cgroups.find_root()
+    if not v1.exists():
+        (root / "cgroup.subtree_control").write_text("+memory")
+    name = root / f"chaos-{stage.node.name}-{pid}"
+    name.mkdir()
+    stage.cleanups.callback(_remove_cgroup, name)
+    (name / ("memory.limit_in_bytes" if v1.exists() else "memory.max")).write_text(str(limit))
+    (name / "cgroup.procs").write_text(str(pid))
+
+
+def _remove_cgroup(path: Path) -> None:
+    """Whoever it was for is gone, or goes."""
+    for pid in (path / "cgroup.procs").read_text().split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    with contextlib.suppress(HoldsNotError):
+        _wait_until(lambda: not (path / "cgroup.procs").read_text(), "the process to end")
+        path.rmdir()
 
 
 class Hog(_Step):
@@ -258,9 +304,13 @@ class Disk(_Step):
         if not self.full:
             filler.unlink()
             return
-        with contextlib.suppress(OSError), filler.open("wb", 0) as file:
-            while True:
-                file.write(bytes(4096))
+        with filler.open("wb", 0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
 
 
 # -- the control plane
@@ -431,6 +481,9 @@ class Unpin(_Step):
             path.unlink()
 
 
+_BYSTANDERS = itertools.cycle(range(100, 250))
+
+
 class Bystander(_Step):
     """A pod that is enrolled and goes, both at once, or first its cgroup (made anew) or its namespace."""
 
@@ -439,7 +492,7 @@ class Bystander(_Step):
     def act(self, stage: Stage) -> None:
         network = stage.node.network
         name = f"by-{stage.chance.randrange(1 << 24):x}"
-        found = network.add(name, 100 + stage.chance.randrange(100))
+        found = network.add(name, next(_BYSTANDERS))
         stage.node.enroll(found)
         if self.goes == "unenrolled":
             stage.node.cli("unenroll", "--cgroup", str(found.cgroup))
@@ -562,7 +615,7 @@ class KillEnvoy(_Step, tag="kill envoy"):
     """One of them, drawn: what it is busy with may fail, and what begins in that moment."""
 
     def act(self, stage: Stage) -> None:
-        stage.may_fail += stage.under_way("shop") + IN_A_MOMENT
+        stage.may_fail["shop"] += stage.under_way("shop") + IN_A_MOMENT
         os.kill(stage.chance.choice(stage.instances())["pid"], signal.SIGKILL)
 
 
@@ -587,6 +640,52 @@ class Says(_Step):
             _wait_until(found, f"status to say {self.text!r}", self.within)
         except HoldsNotError as error:
             raise HoldsNotError(f"{error}, which says: {said}") from error
+
+
+class Entries(_Step):
+    """A map of the kernel's comes to hold so many at least."""
+
+    map: str
+    at_least: int
+
+    def act(self, stage: Stage) -> None:
+        def count() -> int:
+            with PinnedMap(pins.maps_dir(stage.node.pin_dir), self.map) as found:
+                return len(list(found.items()))
+
+        _wait_until(lambda: count() >= self.at_least, f"{self.map} to hold {self.at_least}")
+
+
+class Restarted(_Step):
+    """`pykmesh status` says that it was started again."""
+
+    process: str
+
+    def act(self, stage: Stage) -> None:
+        def restarts() -> int:
+            with contextlib.suppress(OSError, ValueError):
+                return supervised(stage.node.instance)[self.process]["restarts"] or 0
+            return 0
+
+        _wait_until(restarts, f"{self.process} to be started again")
+
+
+class Resolves(_Step):
+    """The client asks for a name by DNS, again and again until it has the address."""
+
+    name: str
+    address: str
+
+    def act(self, stage: Stage) -> None:
+        conf = stage.directory / "resolv.conf"
+        conf.write_text("nameserver 192.0.2.53\noptions timeout:1\n")
+        code = f"import socket; print(socket.gethostbyname({self.name!r}))"
+        words = with_resolv_conf(conf, sys.executable, "-S", "-c", code)
+
+        def answer() -> str:
+            return stage.client.run(*words, timeout_s=20).stdout.strip()
+
+        _wait_until(lambda: answer() == self.address, f"{self.name} to be {self.address}")
 
 
 class Metric(_Step):
@@ -614,5 +713,5 @@ def _samples(page: str, name: str) -> Iterator[float]:
 Step = (
     Wait | Settled | Repeat | Together | Kill | KillAll | Stop | Down | Up | Limit | Hog | Disk | Scale
     | Services | Folder | Wire | ControlPlane | Flood | Password | Stranger | Unpin | Bystander | Upgrade
-    | KillAtCalls | Instances | KillEnvoy | Says | Metric
+    | KillAtCalls | Entries | Restarted | Resolves | Instances | KillEnvoy | Says | Metric
 )  # fmt: skip

@@ -20,6 +20,8 @@ import msgspec
 
 from pykmesh.cli.diff import EQUAL, Difference, compare_all
 from pykmesh.demo.pods import Pod
+from pykmesh.kernel import pins
+from pykmesh.kernel.maps import PinnedMap
 from pykmesh.node.instance import running
 from tests.chaos import traffic
 from tests.chaos.traffic import Client, Counts
@@ -88,12 +90,12 @@ class Stage:
 
     def __init__(self, directory: Path, mesh: Mesh, chance: random.Random, rate: float) -> None:
         self.mesh = mesh
-        self.chance = chance
+        self._chance, self._chances = chance, threading.local()
         self.rate = rate
         self.directory = directory
         self.wrong = 0
-        self.may_fail = 0
-        """Connections that a step has cost, as it must."""
+        self.may_fail = Counter[str]()
+        """By service, connections that a step has cost, as it must."""
         self.program = traffic.build(directory)
         self.node = Node(directory, subnet=SUBNET)
         self.client: Pod
@@ -109,6 +111,16 @@ class Stage:
         self._allowed: set[str] | None = None
         self._changing = threading.RLock()
         self._mark = FIRST_MARK
+
+    @property
+    def chance(self) -> random.Random:
+        """Of this thread: what is drawn does not depend on which of several comes first."""
+        found: random.Random = getattr(self._chances, "own", self._chance)
+        return found
+
+    def draw_by(self, seed: float) -> None:
+        """From now on, in this thread."""
+        self._chances.own = random.Random(seed)
 
     # -- the mesh
 
@@ -140,7 +152,9 @@ class Stage:
         self.control_plane = ControlPlane(self.node.config, self.directory / "control_plane.log")
         self.cleanups.callback(self.control_plane.end)
         self.control_plane.start("1.31")
-        self.wire = self.cleanups.enter_context(Wire(self.control_plane.port, self.chance))
+        self.wire = self.cleanups.enter_context(
+            Wire(self.control_plane.port, random.Random(self.chance.random()))
+        )
         self.node.options = ["--xds-address", f"127.0.0.1:{self.wire.port}"]
 
     def _own_disk(self) -> None:
@@ -150,6 +164,7 @@ class Stage:
             ["mount", "-t", "tmpfs", "-o", f"size={self.mesh.disk_kib}k", "none", where], check=True
         )
         self.cleanups.callback(subprocess.run, ["umount", "-l", where], check=False)
+        self.cleanups.callback(self.node.cli, "down", check=False)  # who runs there is not found afterwards
 
     def start(self) -> None:
         self.node.start()
@@ -220,6 +235,20 @@ class Stage:
             raise HoldsNotError(f"not compared: {found.left_out}")
         return found.differences
 
+    def nothing_left(self) -> None:
+        """Waits until what stands in the kernel is for the pods that are there."""
+        _wait(lambda: not self._left(), lambda: f"enrolled is not what is there: {self._left()}")
+
+    def _left(self) -> str:
+        """How links and `pods` differ from the client alone; a waypoint's own stand apart."""
+        cgroup = self.client.cgroup.stat().st_ino
+        links = sorted(path.name for path in pins.links_dir(self.node.pin_dir).iterdir())
+        with PinnedMap(pins.maps_dir(self.node.pin_dir), "pods") as pods:
+            count = len(list(pods.items()))
+        said = self.node.status()["processes"]["bpf_loader"]["enrolled"]
+        right = (len(links), count, [each["cgroup_id"] for each in said]) == (1, 1, [cgroup])
+        return "" if right else f"links {links}, {count} pods, {said}"
+
     def _waits_for(self) -> dict[str, Any]:
         processes = self.node.status()["processes"]
         return {
@@ -255,6 +284,18 @@ class Stage:
         for each in list(self._clients):
             self.end(each)
         return reduce(Counts.__and__, (counts for _, counts in self._ended))
+
+    def failures(self) -> list[str]:
+        """Of clients that have ended, by service: more than a step has cost."""
+        failed, errors = Counter[str](), Counter[str]()
+        for each, counts in self._ended:
+            failed[each.to] += counts.failed
+            errors += counts.errors
+        return [
+            f"{count} to {name} failed: {dict(errors)}"
+            for name, count in failed.items()
+            if count > self.may_fail[name]
+        ]
 
     def _period(self, allowed: set[str] | None) -> None:
         """Judges the answers since the last call; from now on those of `allowed` are right.

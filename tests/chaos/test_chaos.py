@@ -22,7 +22,6 @@ SCENARIOS = read()
 def test_what_has_to_hold_does(scenario: Scenario) -> None:
     outcome = play(scenario, SCENARIOS.traffic, SEED, RATE)
     assert outcome.ok, "\n".join(outcome.problems)
-    assert outcome.connections > 100
 
 
 @pytest.mark.kernel
@@ -31,7 +30,7 @@ def test_a_connection_that_is_not_refused_and_one_that_is_are_found() -> None:
     outcome = play(Scenario(name="wrong", steps=[Wait(seconds=1)]), wrong, SEED, RATE)
     assert not outcome.ok
     assert outcome.failed == outcome.connections - outcome.requests > 20
-    (told,) = outcome.problems
+    told = "\n".join(outcome.problems)
     assert "'not refused': " in told
     assert "'Connection refused': " in told
 

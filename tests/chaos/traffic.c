@@ -8,10 +8,11 @@
  *   traffic datagrams ADDRESS PORT RATE       a socket and a datagram, so many a second
  *   traffic refused   ADDRESS PORT RATE       connections that have to be refused
  *
- * "ready" when it begins (keep: when all are open). At SIGUSR1, and at SIGTERM before it ends, one JSON line:
- * connections (begun and ended; keep: open), requests, failed, open (now), errors (by text), answers (by
- * name), longest_pause_ms between two answers (keep: 0), slowest_ms from a connection's begin to its answer.
- * An answer is waited for TRAFFIC_TIMEOUT_S (5).
+ * "ready" when it begins (keep: when all are open). At SIGUSR1 one JSON line; at SIGTERM a client begins
+ * nothing more, waits for what is under way, says that line for the last time and ends: connections (begun
+ * and ended; keep: open), requests, failed, open (now), errors (by text), answers (by name), longest_pause_ms
+ * without an answer (keep: 0), slowest_ms from a connection's begin to its answer. An answer is waited for
+ * TRAFFIC_TIMEOUT_S (5).
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -113,8 +114,10 @@ static bool told_to_end(int fd)
 	bool end = false;
 
 	while (read(fd, &info, sizeof(info)) == sizeof(info)) {
-		tell();
-		end |= info.ssi_signo == SIGTERM;
+		if (info.ssi_signo == SIGTERM)
+			end = true;
+		else
+			tell();
 	}
 	return end;
 }
@@ -221,8 +224,10 @@ static int serve(const char *name, int port, int udp_port)
 			int fd = (long)events[i].data.ptr;
 
 			if (fd == signal_fd) {
-				if (told_to_end(fd))
+				if (told_to_end(fd)) {
+					tell();
 					return 0;
+				}
 			} else if (fd == listener)
 				accept_all(poll, fd);
 			else if (fd == datagrams)
@@ -269,15 +274,20 @@ static void give_up(struct client *client, struct slot *slot, const char *why)
 	end(slot);
 }
 
+static void note_pause(struct client *client, double t)
+{
+	if (client->kind != KEEP && t - last_answer > longest_pause)
+		longest_pause = t - last_answer;
+	last_answer = t;
+}
+
 static void succeeded(struct client *client, struct slot *slot, const char *name)
 {
 	double t = now();
 
 	count(answers, name);
 	requests++;
-	if (client->kind != KEEP && last_answer && t - last_answer > longest_pause)
-		longest_pause = t - last_answer;
-	last_answer = t;
+	note_pause(client, t);
 	if (t - slot->begun > slowest)
 		slowest = t - slot->begun;
 	slot->waiting = false;
@@ -383,9 +393,11 @@ static void received(struct client *client, struct slot *slot)
 	succeeded(client, slot, body);
 }
 
-static void look_at_clock(struct client *client, struct slot *slots)
+/* How many are waited for. */
+static long look_at_clock(struct client *client, struct slot *slots, bool ending)
 {
 	double t = now();
+	long under_way = 0;
 
 	for (long i = 0; i < client->slots; i++) {
 		struct slot *slot = &slots[i];
@@ -395,11 +407,13 @@ static void look_at_clock(struct client *client, struct slot *slots)
 		if (slot->waiting && t - slot->begun > timeout)
 			give_up(client, slot,
 				slot->connecting ? "no connection in time" : "no answer in time");
-		else if (!slot->waiting && t >= slot->begun) {
+		else if (!slot->waiting && t >= slot->begun && !ending) {
 			slot->begun = t;
 			ask(client, slot);
 		}
+		under_way += slot->fd >= 0 && slot->waiting;
 	}
+	return under_way;
 }
 
 static long begin_what_is_due(struct client *client, struct slot *slots, long begun, double since)
@@ -422,8 +436,9 @@ static int run(struct client *client)
 	int signal_fd = signals();
 	double since = now(), looked = since;
 	long begun = 0, open = 0;
-	bool stays = client->kind == KEEP, ready = !stays;
+	bool stays = client->kind == KEEP, ready = !stays, ending = false;
 
+	last_answer = since;
 	room_for(client->slots);
 	for (long i = 0; i < client->slots; i++)
 		slots[i].fd = -1;
@@ -438,8 +453,10 @@ static int run(struct client *client)
 			struct slot *slot = events[i].data.ptr;
 
 			if (!slot) {
-				if (told_to_end(signal_fd))
-					return 0;
+				if (told_to_end(signal_fd) && !ending) {
+					ending = true;
+					note_pause(client, now());
+				}
 			} else if (slot->fd < 0)
 				continue;
 			else if (slot->connecting) {
@@ -449,10 +466,15 @@ static int run(struct client *client)
 			} else
 				received(client, slot);
 		}
-		if (now() - looked > LOOK_S || stays) {
+		if (now() - looked > LOOK_S || stays || ending) {
 			looked = now();
-			look_at_clock(client, slots);
+			if (!look_at_clock(client, slots, ending) && ending) {
+				tell();
+				return 0;
+			}
 		}
+		if (ending)
+			continue;
 		if (!stays) {
 			/* what was not begun in time is not made up for: a client that waits does not hurry
 			 */

@@ -15,6 +15,8 @@ from pykmesh.demo.pods import Pod
 SOURCE = Path(__file__).with_name("traffic.c")
 PORT, UDP_PORT = 8080, 9090
 OPEN_DEADLINE_S = 60.0
+END_DEADLINE_S = 15.0
+"""Of a client: it waits for what is under way."""
 
 
 def build(directory: Path) -> str:
@@ -64,7 +66,7 @@ class Client:
         return Counts.read(self._counted.counts())
 
     def end(self) -> Counts:
-        return Counts.read(self._counted.end())
+        return Counts.read(self._counted.end(END_DEADLINE_S))
 
 
 def serve(program: str, pod: Pod) -> Counted:

@@ -179,6 +179,12 @@ def python(pod: Pod, code: str, timeout_s: float = 20.0) -> str:
     return result.stdout.strip()
 
 
+def with_resolv_conf(path: Path, *words: str) -> list[str]:
+    """A program for which this file is /etc/resolv.conf."""
+    command = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'
+    return ["unshare", "--mount", "bash", "-c", command, str(path), *words]
+
+
 def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
     """Tells a prober or endpoint to end; what it counted."""
     process.send_signal(signal.SIGTERM)

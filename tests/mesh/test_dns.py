@@ -15,7 +15,7 @@ import pytest
 
 from pykmesh.demo.pods import Pod
 from tests.mesh.manifests import host, pod, service, text
-from tests.mesh.node import Node, until
+from tests.mesh.node import Node, until, with_resolv_conf
 
 VIP4, VIP6, DNS_VIP, DNS_VIP6 = "10.96.0.10", "fd96::10", "10.96.0.53", "fd96::53"
 WEB = "web.shop.svc.cluster.local"
@@ -136,12 +136,6 @@ def run(code: str, pod: Pod, *words: str) -> list[str]:
     result = pod.run(sys.executable, "-c", code, *words)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
-
-
-def with_resolv_conf(path: Path, *words: str) -> list[str]:
-    """A program for which this file is /etc/resolv.conf."""
-    command = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'
-    return ["unshare", "--mount", "bash", "-c", command, str(path), *words]
 
 
 def ask(pod: Pod, server: str, *questions: str, transport: str = "udp") -> list[str]:
