@@ -21,14 +21,14 @@ from tests.chaos.play import Outcome, play
 from tests.chaos.scenario import read
 
 COLUMNS = (
-    "scenario", "seed", "connections", "requests", "failed", "wrong answers",
+    "scenario", "seed", "connections", "a second", "requests", "failed", "wrong answers",
     "longest pause ms", "slowest ms", "entries wrong", "s", "holds",
 )  # fmt: skip
 
 
 def row(outcome: Outcome) -> list[str]:
     return [
-        outcome.name, str(outcome.seed), str(outcome.connections), str(outcome.requests), str(outcome.failed),
+        outcome.name, str(outcome.seed), str(outcome.connections), f"{outcome.per_second:.0f}", str(outcome.requests), str(outcome.failed),
         str(outcome.wrong), f"{outcome.longest_pause_ms:.0f}", f"{outcome.slowest_ms:.0f}",
         str(outcome.entries_wrong), f"{outcome.seconds:.0f}", "yes" if outcome.ok else "NO",
     ]  # fmt: skip

@@ -25,6 +25,7 @@ class Outcome(msgspec.Struct, frozen=True):
     seed: int
     seconds: float
     connections: int = 0
+    per_second: float = 0.0
     requests: int = 0
     failed: int = 0
     wrong: int = 0
@@ -52,7 +53,7 @@ def play(scenario: Scenario, usual: list[Traffic], seed: int, rate: float) -> Ou
 
 
 def _played(scenario: Scenario, usual: list[Traffic], seed: int, found: Stage) -> Outcome:
-    problems = []
+    problems, begun = [], time.monotonic()
     for each in [*usual, *scenario.traffic]:
         found.begin(each)
     try:
@@ -66,7 +67,7 @@ def _played(scenario: Scenario, usual: list[Traffic], seed: int, found: Stage) -
     counts, entries_wrong, more = judged(found)
     problems += more
     return Outcome(
-        scenario.name, seed, 0.0, counts.connections, counts.requests, counts.failed, found.wrong,
+        scenario.name, seed, 0.0, counts.connections, counts.connections / (time.monotonic() - begun), counts.requests, counts.failed, found.wrong,
         counts.longest_pause_ms, counts.slowest_ms, entries_wrong, problems,
     )  # fmt: skip
 

@@ -3,9 +3,10 @@
     python -m tests.chaos.soak [--minutes 60] [--seed 1] [--rate 0.2]
 
 Endpoints, services and pods come and go under traffic. In the first half processes are killed too; in the
-second half each one's memory (Pss) is sampled. Exit status 1 where a process has grown (the last third of its
-samples against the first, by more than a tenth and 4 MiB), a connection failed, an answer was wrong, or the
-maps hold in the end what they did not in the beginning.
+second half each one's memory (Pss) and descriptors are sampled. Exit status 1 where a process has grown (the
+last third of its samples against the first: memory by more than a tenth and 4 MiB, descriptors by more than
+four), a connection failed, an answer was wrong, or the maps hold in the end what they did not in the
+beginning.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import signal
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any, Final
 
 from bench.sync import pss_mib
@@ -26,14 +28,18 @@ from pykmesh.kernel.maps import PinnedMap
 from tests.chaos.faults import Bystander, Kill, Scale, Services
 from tests.chaos.play import judged
 from tests.chaos.scenario import read
-from tests.chaos.stage import HoldsNotError, Mesh, Stage, stage
+from tests.chaos.stage import Mesh, Stage, stage
 
-MAPS: Final = ("services", "endpoints", "addresses", "ranges", "pods", "identities", "affinities")
+MAPS: Final = (
+    "services", "endpoints", "addresses", "ranges", "pods", "identities", "identity_secrets", "affinities",
+    "loads",
+)  # fmt: skip
 PROCESSES: Final = ["bpf_loader", "map_writer", "xds_client", "telemetry", "nats", "control_plane"]
 GOES: Final = ("cgroup", "namespace", "both", "unenrolled")
 SAMPLE_S: Final = 2.0
 KILL_S: Final = 15.0
 GROWN, GROWN_MIB = 1.1, 4.0
+GROWN_DESCRIPTORS = 4
 SETTLES_S: Final = 30.0
 
 
@@ -56,16 +62,25 @@ def change(found: Stage) -> None:
     Services(count=0).act(found)
 
 
-def sample(found: Stage, memory: dict[str, list[float]]) -> None:
-    for pid, name in found.node.children().items():
-        with contextlib.suppress(OSError, StopIteration):
-            memory.setdefault(name, []).append(pss_mib([pid]))
+class Samples:
+    """By process: of its memory in MiB, and of how many descriptors it has."""
+
+    def __init__(self) -> None:
+        self.memory: dict[str, list[float]] = {}
+        self.descriptors: dict[str, list[float]] = {}
+
+    def take(self, found: Stage) -> None:
+        pids = {found.node.instance.pid: "supervisor", found.node.fork_server(): "fork_server"}
+        for pid, name in {**pids, **found.node.children()}.items():
+            with contextlib.suppress(OSError):  # it was killed just now
+                self.descriptors.setdefault(name, []).append(len(list(Path(f"/proc/{pid}/fd").iterdir())))
+                self.memory.setdefault(name, []).append(pss_mib([pid]))
 
 
-def grown(memory: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Of each process: the median of the first and of the last third of its samples, MiB."""
+def thirds(taken: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Of each process: the median of the first and of the last third of its samples."""
     found = {}
-    for name, samples in memory.items():
+    for name, samples in taken.items():
         third = max(1, len(samples) // 3)
         found[name] = [round(statistics.median(part), 1) for part in (samples[:third], samples[-third:])]
     return found
@@ -91,37 +106,43 @@ def soak(minutes: float, seed: int, rate: float) -> dict[str, Any]:
             found.begin(each)
         before, began = entries(found), time.monotonic()
         half, end = began + minutes * 30, began + minutes * 60
-        memory: dict[str, list[float]] = {}
-        problems, rounds, kills = list[str](), 0, 0
+        samples, problems = Samples(), list[str]()
+        rounds = kills = 0
         killed = sampled = began
-        with contextlib.suppress(HoldsNotError):
+        try:
             while (now := time.monotonic()) < end:
                 change(found)
                 rounds += 1
                 if now < half and now - killed > KILL_S:
                     Kill(process=PROCESSES).act(found)
+                    found.settled()  # who enrols while bpf_loader is away is told so
                     killed, kills = now, kills + 1
                 if now >= half and now - sampled > SAMPLE_S:
-                    sample(found, memory)
+                    samples.take(found)
                     sampled = now
-        if time.monotonic() < end:
-            problems.append("a change did not come to the kernel")
-        left = as_before(found, before)
-        problems += [
-            f"map {name}: {counts[0]} entries before, {counts[1]} after" for name, counts in left.items()
-        ]
+            left = as_before(found, before)
+            problems += [
+                f"map {name}: {was} entries before, {now} after" for name, (was, now) in left.items()
+            ]
+        except Exception as error:  # noqa: BLE001  (what was seen until then is told all the same)
+            problems.append(f"round {rounds}: {type(error).__name__}: {error}")
         counts, _, more = judged(found)
         problems += more
-        sizes = grown(memory)
+        sizes, descriptors = thirds(samples.memory), thirds(samples.descriptors)
         problems += [
             f"{name} has grown from {first} to {last} MiB"
             for name, (first, last) in sizes.items()
             if last > first * GROWN and last > first + GROWN_MIB
         ]
+        problems += [
+            f"{name} had {first:g} descriptors, then {last:g}"
+            for name, (first, last) in descriptors.items()
+            if last > first + GROWN_DESCRIPTORS
+        ]
         return {
             "minutes": minutes, "seed": seed, "rounds": rounds, "kills": kills,
             "connections": counts.connections, "failed": counts.failed, "wrong": found.wrong,
-            "pss_mib": sizes, "entries": before, "problems": problems,
+            "pss_mib": sizes, "descriptors": descriptors, "entries": before, "problems": problems,
         }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from tests.fuzz import corpus
 from tests.fuzz.targets import TARGETS, quiet
 
 MEMORY_BYTES = 64 << 20
+HANGS_MS = 20_000
 
 
 @pytest.fixture(autouse=True)
@@ -45,9 +46,15 @@ def changed(draw: st.DrawFn, kept: list[bytes]) -> bytes:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_is_like_it_breaks_nothing(target: str) -> None:
-    @settings(max_examples=150, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=150, deadline=HANGS_MS, suppress_health_check=list(HealthCheck))
     @given(changed(corpus.read(target)))
     def play(data: bytes) -> None:
+        tracemalloc.reset_peak()
         TARGETS[target](data)
+        assert tracemalloc.get_traced_memory()[1] < MEMORY_BYTES
 
-    play()
+    tracemalloc.start()
+    try:
+        play()
+    finally:
+        tracemalloc.stop()

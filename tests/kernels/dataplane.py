@@ -42,6 +42,8 @@ PORT, UDP_PORT = 8080, 9090
 SIZES = {"services": 1024, "endpoints": 1024, "addresses": 1024, "ranges": 64, "pods": 64, "flows": 1 << 20}
 PATIENCE_S = 60.0
 HANGS_S = 840.0
+END_DEADLINE_S = 90.0
+"""Of a client: it waits for what is under way, TRAFFIC_TIMEOUT_S at most."""
 STEADY_S = 2.0
 PEER = """
 import socket
@@ -153,7 +155,7 @@ class Bench:
     def tried(self, *words: str) -> dict[str, object]:
         client = self.client_of(*words)
         time.sleep(STEADY_S)
-        return client.end()
+        return client.end(END_DEADLINE_S)
 
 
 def looks(bench: Bench) -> Iterator[tuple[str, Callable[[], tuple[str, bool]]]]:
@@ -195,7 +197,7 @@ def looks(bench: Bench) -> Iterator[tuple[str, Callable[[], tuple[str, bool]]]]:
         time.sleep(0.5)
         before = client.counts()
         time.sleep(STEADY_S)
-        after = client.end()
+        after = client.end(END_DEADLINE_S)
         moved = before["answers"].get("web-2", 0) == after["answers"].get("web-2", 0)
         bench.writer.say(workload(bench.web[1], "web"))
         return _told(after, answers=set(after["answers"])) if moved else ("web-2 is still asked", False)
@@ -205,7 +207,7 @@ def looks(bench: Bench) -> Iterator[tuple[str, Callable[[], tuple[str, bool]]]]:
         client = bench.client_of("connect", VIP6, "80", "50")
         updated = bench.again()
         time.sleep(STEADY_S)
-        told = [_told(each.end(), answers={"web-1", "web-2"}) for each in (kept, client)]
+        told = [_told(each.end(END_DEADLINE_S), answers={"web-1", "web-2"}) for each in (kept, client)]
         holds = all(holds for _, holds in told) and updated == len(HOOKS)
         return next((what for what, good in told if not good), "yes" if holds else str(updated)), holds
 
