@@ -28,9 +28,10 @@ COLUMNS = (
 
 def row(outcome: Outcome) -> list[str]:
     return [
-        outcome.name, str(outcome.seed), str(outcome.connections), f"{outcome.per_second:.0f}", str(outcome.requests), str(outcome.failed),
-        str(outcome.wrong), f"{outcome.longest_pause_ms:.0f}", f"{outcome.slowest_ms:.0f}",
-        str(outcome.entries_wrong), f"{outcome.seconds:.0f}", "yes" if outcome.ok else "NO",
+        outcome.name, str(outcome.seed), str(outcome.connections), f"{outcome.per_second:.0f}",
+        str(outcome.requests), str(outcome.failed), str(outcome.wrong), f"{outcome.longest_pause_ms:.0f}",
+        f"{outcome.slowest_ms:.0f}", str(outcome.entries_wrong), f"{outcome.seconds:.0f}",
+        "yes" if outcome.ok else "NO",
     ]  # fmt: skip
 
 
@@ -47,8 +48,10 @@ def table(outcomes: list[Outcome], words: list[str]) -> str:
         f"entries, {bad} scenarios that did not hold.",
         "",
         "What each is: `tests/chaos/scenarios.yaml`. A connection has ended, or stays open; the",
-        "longest pause is that between two answers of one client, the slowest from the begin of a connection",
-        "(of one that stays: a request) to its answer.",
+        "longest pause is that without an answer for one client, the slowest from the begin of a connection",
+        "(of one that stays: a request) to its answer. An answer is wrong that is of an endpoint which did not",
+        "serve: looked at from when a change has arrived to the next one, not of connections that stay or go",
+        "by way of a waypoint. Entries are those of all maps that the configuration is in.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",

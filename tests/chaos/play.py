@@ -66,9 +66,10 @@ def _played(scenario: Scenario, usual: list[Traffic], seed: int, found: Stage) -
         problems.append(_text(error))
     counts, entries_wrong, more = judged(found)
     problems += more
+    per_second = counts.connections / (time.monotonic() - begun)
     return Outcome(
-        scenario.name, seed, 0.0, counts.connections, counts.connections / (time.monotonic() - begun), counts.requests, counts.failed, found.wrong,
-        counts.longest_pause_ms, counts.slowest_ms, entries_wrong, problems,
+        scenario.name, seed, 0.0, counts.connections, per_second, counts.requests, counts.failed,
+        found.wrong, counts.longest_pause_ms, counts.slowest_ms, entries_wrong, problems,
     )  # fmt: skip
 
 

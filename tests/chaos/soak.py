@@ -122,7 +122,7 @@ def soak(minutes: float, seed: int, rate: float) -> dict[str, Any]:
                     sampled = now
             left = as_before(found, before)
             problems += [
-                f"map {name}: {was} entries before, {now} after" for name, (was, now) in left.items()
+                f"map {name}: {was} entries before, {is_} after" for name, (was, is_) in left.items()
             ]
         except Exception as error:  # noqa: BLE001  (what was seen until then is told all the same)
             problems.append(f"round {rounds}: {type(error).__name__}: {error}")
