@@ -283,6 +283,43 @@ def test_one_that_is_killed_when_it_has_begun_the_other_release_is_gone_on_with(
     assert counted["failed"] == 0, counted["errors"]
 
 
+def test_one_that_is_killed_then_is_gone_back_from(upgrades: Upgrades) -> None:
+    """Whether what it began is ready by then or not."""
+    ran = upgrades.node.instance
+    words = [sys.executable, "-m", "pykmesh", *upgrades.node.place, "upgrade"]
+    environment = {**os.environ, "PYTHONPATH": str(upgrades.other), "PYTHONSAFEPATH": "1"}
+    with subprocess.Popen(
+        words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as killed:
+        until(lambda: running(upgrades.node.run_dir) not in (None, ran), "the other release to be begun")
+        killed.kill()
+    upgrades.upgrade(upgrades.other, "--roll-back")
+    upgrades.node.until_ready()
+    assert upgrades.programs() == {hook.program for hook in HOOKS}
+
+
+def test_what_an_older_journal_names_is_left_alone(upgrades: Upgrades) -> None:
+    """It was written by one that was killed, and much has been since."""
+    journal = upgrades.node.instance.journal
+    upgrades.node.cli("down")
+    with subprocess.Popen(["sleep", "600"]) as stranger:
+        try:
+            release = {"executable": sys.executable, "python_path": str(HERE)}
+            begun = {
+                "pid": stranger.pid,
+                "release": release,
+                "directory": "/",
+                "environment": dict(os.environ),
+            }
+            arguments = [*upgrades.node.place, "up", "--free-ports", *upgrades.node.options]
+            journal.write_text(json.dumps({**begun, "arguments": arguments}))
+            upgrades.upgrade(HERE)
+            assert stranger.poll() is None
+        finally:
+            stranger.kill()
+    upgrades.node.until_ready()
+
+
 def test_two_at_once_are_one(upgrades: Upgrades) -> None:
     held = os.open(upgrades.node.run_dir, os.O_RDONLY)
     try:

@@ -77,6 +77,14 @@ def test_a_control_plane_that_ends_every_stream_is_asked_twice_a_second_in_the_l
     assert life.streams_in(3600, understood=True, ordinary=ordinary) > 3600 / BACKOFF_MAX_S
 
 
+def test_one_that_is_away_for_an_hour_is_asked_all_the_time_and_found_soon_after_it_is_back() -> None:
+    life = Life()
+    asked = life.streams_in(3600, understood=False, ordinary=False)
+    assert 3600 / BACKOFF_MAX_S <= asked < 3600 / BACKOFF_MAX_S + 20
+    assert life.stream(understood=False, ordinary=False) == BACKOFF_MAX_S
+    assert life.stream(lasts_s=1.0, understood=True, ordinary=False) == BACKOFF_FIRST_S
+
+
 def test_pauses_are_shorter_by_chance() -> None:
     pauses = [Pace().pause_s(understood=False, ordinary=False) for _ in range(200)]
     assert BACKOFF_FIRST_S / 2 <= min(pauses) < max(pauses) <= BACKOFF_FIRST_S
