@@ -191,13 +191,18 @@ class CorsPolicy(_Part, frozen=True, kw_only=True):
     unmatched_preflights: str = ""
 
 
+class Delegate(_Part, frozen=True, kw_only=True):
+    name: Annotated[str, msgspec.Meta(min_length=1)]
+    namespace: str = ""
+
+
 class HTTPRoute(_Part, frozen=True, kw_only=True):
     name: str = ""
     match: tuple[HTTPMatch, ...] = ()
     route: tuple[RouteDestination, ...] = ()
     redirect: Redirect | None = None
     direct_response: DirectResponse | None = None
-    delegate: _Any | None = None
+    delegate: Delegate | None = None
     rewrite: Rewrite | None = None
     timeout: GoDuration | None = None
     retries: Retries | None = None
@@ -228,10 +233,38 @@ class HTTPRoute(_Part, frozen=True, kw_only=True):
             yield self.mirror
 
 
+class L4Match(_Part, frozen=True, kw_only=True):
+    destination_subnets: tuple[str, ...] = ()
+    port: PortNumber | None = None
+    source_labels: dict[str, str] = {}
+    source_namespace: str = ""
+    source_subnet: str = ""
+    gateways: tuple[str, ...] = ()
+
+
+class TCPRoute(_Part, frozen=True, kw_only=True):
+    match: tuple[L4Match, ...] = ()
+    route: Annotated[tuple[RouteDestination, ...], msgspec.Meta(min_length=1)]
+
+    def __post_init__(self) -> None:
+        if len(self.route) > 1 and not sum(one.weight for one in self.route):
+            raise ValueError("the weights of several destinations must not all be 0")
+        if any(one.headers != Headers() for one in self.route):
+            raise ValueError("connections have no headers")
+
+
 class VirtualServiceSpec(_Part, frozen=True, kw_only=True):
     hosts: tuple[str, ...] = ()
     gateways: tuple[str, ...] = ()
     http: tuple[HTTPRoute, ...] = ()
-    tcp: tuple[_Any, ...] = ()
+    tcp: tuple[TCPRoute, ...] = ()
     tls: tuple[_Any, ...] = ()
     export_to: tuple[str, ...] = ()
+
+    @property
+    def destinations(self) -> Iterator[Destination]:
+        """Everything that something may be sent to."""
+        for http in self.http:
+            yield from http.destinations
+        for tcp in self.tcp:
+            yield from (one.destination for one in tcp.route)

@@ -138,7 +138,8 @@ def translate(
             if is_workload(user.name):
                 routed = []
             if protocol is AppProtocol.TCP:
-                target, used = _tcp_target(at, routed, mesh)
+                said = virtuals.tcp_of(at, is_overridden=bool(routed))
+                target, used = said or _tcp_target(at, routed, mesh)
                 chains += guard.tcp_chains(at, vips, logs, target)
             elif (virtual := virtuals.of(at, is_overridden=bool(own))) is not None:
                 after = [*limits, *virtual.filters]

@@ -219,10 +219,9 @@ class Virtual(msgspec.Struct, frozen=True):
 
     def backends(self, *, with_subsets: bool = False) -> Iterator[str]:
         """The hosts that it leads to, or to subsets of which, by their names in the mesh."""
-        for route in self.spec.http:
-            for destination in route.destinations:
-                if not with_subsets or destination.subset:
-                    yield self._mesh_name(self.whole(destination.host))
+        for destination in self.spec.destinations:
+            if not with_subsets or destination.subset:
+                yield self._mesh_name(self.whole(destination.host))
 
     def _mesh_name(self, host: str) -> str:
         parts = host.removesuffix(f".svc.{self.domain}").split(".")

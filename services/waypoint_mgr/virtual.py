@@ -1,15 +1,17 @@
 """VirtualServices as Envoy's routes: in the order in which they are written, the first match counts. Pure.
 
 Which one is a service's: of those that name its host the one that says the most, then the oldest. A service
-whose port has HTTPRoutes of its own goes by those. What cannot be honoured is never passed over: a match
-that asks what is not known never matches, a destination that is none is answered with 503; both are told.
+whose port has HTTPRoutes (for connections: TCPRoutes) goes by those. What cannot be honoured is never passed
+over: a match that asks what is not known never matches, a destination that is none is answered with 503 (a
+connection: closed); both are told.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Final
+from functools import partial
+from typing import Final, Literal
 
 import msgspec
 
@@ -40,7 +42,9 @@ from pykmesh.manifests.virtual_service import (
     Redirect,
     Retries,
     Rewrite,
+    RouteDestination,
     StringMatch,
+    TCPRoute,
 )
 from services.waypoint_mgr.attachments import (
     ACCEPTED,
@@ -50,10 +54,11 @@ from services.waypoint_mgr.attachments import (
     Condition,
     Mesh,
 )
+from services.waypoint_mgr.delegates import Delegates, Part
 from services.waypoint_mgr.destinations import Destinations
 from services.waypoint_mgr.envoy import Json, Port, typed
 from services.waypoint_mgr.regexes import error_in
-from services.waypoint_mgr.rules import REDIRECT_CODES, Unresolved, action_of
+from services.waypoint_mgr.rules import REDIRECT_CODES, Unresolved, action_of, tcp_target
 from services.waypoint_mgr.source import Virtual
 
 CORS: Final = "envoy.filters.http.cors"
@@ -67,6 +72,12 @@ RETRY_ON: Final = "connect-failure,refused-stream,unavailable,cancelled"
 """Istio's, where retries are asked for and not on what."""
 _GROUP: Final = re.compile(r"\\([0-9])")
 MILLION: Final = 1_000_000
+_NOT_ASKED: Final = {
+    "destination_subnets": "destinationSubnets",
+    "source_labels": "sourceLabels",
+    "source_namespace": "sourceNamespace",
+    "source_subnet": "sourceSubnet",
+}
 _HEADERS: Final = {"scheme": ":scheme", "method": ":method", "authority": ":authority"}
 
 
@@ -90,36 +101,71 @@ class VirtualServices:
         read = [(each, errors_in(each)) for each in found if each.is_for_mesh]
         self._found = [each for each, errors in read if not errors]
         self._broken = [(each, "; ".join(errors)) for each, errors in read if errors]
+        self._delegates = Delegates(self._found, [each for each, _ in self._broken])
+        self._used = list[Virtual]()
         self._told: dict[ObjectRef, dict[str, dict[str, None]]] = {}
 
     def of(self, at: Port, *, is_overridden: bool) -> Routed | None:
         """None where nothing of HTTP is said of the service; `is_overridden`: its port has HTTPRoutes."""
-        found = self._best(at)
+        found = self._best(at, "http")
         if found is None:
             return None
-        told = self._told.setdefault(found.ref, {})
         if is_overridden:
-            text = f"{at.service} port {at.port} has HTTPRoutes, which go before"
-            told.setdefault("left out", {})[text] = None
+            self._tell(found, "left out", f"{at.service} port {at.port} has HTTPRoutes, which go before")
             return None
+        self._used.append(found)
+        self._tell(found, "left out")
         routes, backends, names = list[Json](), set[Port](), dict[str, None]()
-        for index, route in enumerate(found.spec.http):
-            where = f"http[{route.name or index}]"
-            one = _Route(route, at, self._mesh, found, self._destinations)
-            routes += one.routes(f"{found.ref.namespace}/{found.ref.name}/{route.name or index}")
+        for part in self._delegates.parts(found):
+            one = _Route(part, at, self._mesh, self._destinations)
+            routes += one.routes(f"{part.of.ref.namespace}/{part.of.ref.name}/{part.name}")
             backends |= one.backends
             names |= dict.fromkeys(one.filters)
             for kind, texts in (("left out", one.dropped), ("unresolved", one.unresolved)):
-                told.setdefault(kind, {}).update(dict.fromkeys(f"{where}: {text}" for text in texts))
+                self._tell(part.of, kind, *(f"http[{part.name}]: {text}" for text in texts))
         filters = tuple(config for name, config in FILTERS.items() if name in names)
         return Routed(tuple(routes), frozenset(backends), filters)
 
-    def _best(self, at: Port) -> Virtual | None:
+    def tcp_of(self, at: Port, *, is_overridden: bool) -> tuple[str | list[Json], frozenset[Port]] | None:
+        """Where connections go, and the backends that are named; None: to the service itself.
+
+        `is_overridden`: its port has TCPRoutes.
+        """
+        found = self._best(at, "tcp")
+        if found is None:
+            return None
+        if is_overridden:
+            self._tell(found, "left out", f"{at.service} port {at.port} has TCPRoutes, which go before")
+            return None
+        self._tell(found, "left out")
+        for index, route in enumerate(found.spec.tcp):
+            if self._takes(found, index, route, at):
+                refs = _hosts(route.route)
+                rule = RouteRule(matches=(), backend_refs=refs)
+                resolve = partial(_resolve, of=found, at=at, mesh=self._mesh, destinations=self._destinations)
+                unresolved = action_of(rule, at, resolve).unresolved
+                self._tell(found, "unresolved", *(f"tcp[{index}]: {one.message}" for one in unresolved))
+                return tcp_target(rule, resolve)
+        return None
+
+    def _takes(self, of: Virtual, index: int, route: TCPRoute, at: Port) -> bool:
+        is_taken = not route.match
+        for match in route.match:
+            if unknown := [said for name, said in _NOT_ASKED.items() if getattr(match, name)]:
+                self._tell(of, "left out", f"tcp[{index}]: match.{unknown[0]} (it never matches)")
+            elif not match.gateways or "mesh" in match.gateways:
+                is_taken |= match.port in (None, at.port)
+        return is_taken
+
+    def _tell(self, of: Virtual, kind: str, *texts: str) -> None:
+        self._told.setdefault(of.ref, {}).setdefault(kind, {}).update(dict.fromkeys(texts))
+
+    def _best(self, at: Port, what: Literal["http", "tcp"]) -> Virtual | None:
         namespace, _, hostname = at.service.partition("/")
         found = [
             each
             for each in self._found
-            if each.spec.http and each.says_of(hostname) and each.is_seen_in(namespace)
+            if getattr(each.spec, what) and each.says_of(hostname) and each.is_seen_in(namespace)
         ]
         return min(
             found,
@@ -130,8 +176,10 @@ class VirtualServices:
     def conditions(self) -> Iterator[Condition]:
         """Of those that are a service's, and those that are wrong."""
         parent = ref_of(self._waypoint)
+        asked = {each.ref for first in self._used for each in self._delegates.wrong(first)}
         for each, message in self._broken:
-            if any(each.says_of(user.partition("/")[2]) for user in self._mesh.users):
+            hosts = (user.partition("/")[2] for user in self._mesh.users)
+            if each.ref in asked or any(map(each.says_of, hosts)):
                 yield Condition(each.ref, parent, ACCEPTED, False, UNSUPPORTED_VALUE, message)
         specs = {each.ref: each.spec for each in self._found}
         for ref, told in sorted(self._told.items()):
@@ -139,10 +187,7 @@ class VirtualServices:
             unresolved = "; ".join(told.get("unresolved", ()))
             reason = "BackendNotFound" if unresolved else RESOLVED_REFS
             yield Condition(ref, parent, RESOLVED_REFS, not unresolved, reason, unresolved)
-            left_out = [
-                *(name for name in ("tcp", "tls") if getattr(specs[ref], name)),
-                *told.get("left out", ()),
-            ]
+            left_out = [*(["tls"] if specs[ref].tls else []), *told.get("left out", ())]
             if left_out:
                 message = f"not honoured: {'; '.join(left_out)}"
                 yield Condition(ref, parent, PARTIALLY_INVALID, True, UNSUPPORTED_VALUE, message)
@@ -170,21 +215,20 @@ def errors_in(found: Virtual) -> list[str]:
 class _Route:
     """One of its routes."""
 
-    def __init__(
-        self, route: HTTPRoute, at: Port, mesh: Mesh, of: Virtual, destinations: Destinations
-    ) -> None:
-        self._route = route
+    def __init__(self, part: Part, at: Port, mesh: Mesh, destinations: Destinations) -> None:
+        self._part = part
+        self._route: HTTPRoute = part.route
         self._at = at
-        self._mesh = mesh
-        self._of = of
-        self._destinations = destinations
+        self._resolve = partial(_resolve, of=part.of, at=at, mesh=mesh, destinations=destinations)
         self.backends: frozenset[Port] = frozenset()
         self.filters: list[str] = []
-        self.dropped: list[str] = []
-        self.unresolved: list[str] = []
+        self.dropped: list[str] = [part.dropped] if part.dropped else []
+        self.unresolved: list[str] = [part.lost] if part.lost else []
 
     def routes(self, name: str) -> Iterator[Json]:
         """One for each of its matches."""
+        if self._part.dropped:
+            return
         action = self._action()
         for match in self._route.match or (HTTPMatch(),):
             if not self._can_match(match):
@@ -206,8 +250,7 @@ class _Route:
     def _action(self) -> Json:
         route = self._route
         fields = self._filters()
-        if route.delegate:
-            self.dropped.append("delegate (its requests are answered with 503)")
+        if self._part.lost:
             return fields | {"directResponse": {"status": 503}}
         if route.redirect:
             return fields | self._headers() | {"redirect": self._redirect(route.redirect)}
@@ -222,10 +265,7 @@ class _Route:
         rule = RouteRule(
             matches=(),
             filters=(*_filters(route.headers), *self._mirrors()),
-            backend_refs=tuple(
-                _host(one.destination, one.weight if len(route.route) > 1 else 1, one.headers)
-                for one in route.route
-            ),
+            backend_refs=_hosts(route.route),
             timeouts=Timeouts(request=_in_ms(route.timeout) if route.timeout else None),
         )
         action = action_of(rule, self._at, self._resolve)
@@ -243,18 +283,6 @@ class _Route:
         rule = RouteRule(matches=(), filters=tuple(_filters(self._route.headers)))
         action = action_of(rule, self._at, self._resolve)
         return {key: value for key, value in action.fields.items() if key.startswith("response")}
-
-    def _resolve(self, ref: BackendObjectRef) -> Port | Unresolved:
-        host = self._of.whole(ref.name)
-        found = self._mesh.at_host(host, self._of.ref.namespace, ref.port, self._at.port)
-        if found is None:
-            port = f" with port {ref.port}" if ref.port else ""
-            return Unresolved("BackendNotFound", f"there is no host {host}{port}")
-        subset = ref.subset if isinstance(ref, _Host) else ""
-        found = msgspec.structs.replace(found, subset=subset)
-        if subset and not self._destinations.has_subset(found):
-            return Unresolved("BackendNotFound", f"{host} has no subset {subset} by its version")
-        return found
 
     def _mirrors(self) -> Iterator[RouteFilter]:
         route = self._route
@@ -347,6 +375,21 @@ class _Route:
         return config
 
 
+def _resolve(
+    ref: BackendObjectRef, of: Virtual, at: Port, mesh: Mesh, destinations: Destinations
+) -> Port | Unresolved:
+    host = of.whole(ref.name)
+    found = mesh.at_host(host, of.ref.namespace, ref.port, at.port)
+    if found is None:
+        port = f" with port {ref.port}" if ref.port else ""
+        return Unresolved("BackendNotFound", f"there is no host {host}{port}")
+    subset = ref.subset if isinstance(ref, _Host) else ""
+    found = msgspec.structs.replace(found, subset=subset)
+    if subset and not destinations.has_subset(found):
+        return Unresolved("BackendNotFound", f"{host} has no subset {subset} by its version")
+    return found
+
+
 def _rewritten(rewrite: Rewrite, match: HTTPMatch) -> Json:
     """How a path is rewritten depends on how it matched."""
     fields: Json = {"hostRewriteLiteral": rewrite.authority} if rewrite.authority else {}
@@ -406,6 +449,11 @@ class _Host(BackendRef, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """It may say no port."""
+
+
+def _hosts(said: Sequence[RouteDestination]) -> tuple[_Host, ...]:
+    """One alone has all, whatever its weight."""
+    return tuple(_host(one.destination, one.weight if len(said) > 1 else 1, one.headers) for one in said)
 
 
 def _host(destination: Destination, weight: int = 1, headers: Headers | None = None) -> _Host:
