@@ -2,6 +2,8 @@
 
 Which rule is a service's: one of the waypoint's namespace, else of the service's, else of the root namespace;
 of several the one whose host says the most, then the oldest (Istio's order).
+
+What a rule wants encrypted is not sent as it is: there is no TLS to endpoints, so such a port has none.
 """
 
 from __future__ import annotations
@@ -61,6 +63,10 @@ class Destinations:
             said = {name: getattr(own, name) for name in own.__struct_fields__ if getattr(own, name)}
             found = msgspec.structs.replace(found, **said)
         return found.at(at.port)
+
+    def is_closed(self, at: Port) -> bool:
+        """Its endpoints are to be spoken to in TLS."""
+        return _wants_tls(self.policy(at))
 
     def revision(self, at: Port) -> str | None:
         """By which its endpoints are chosen; None: all."""
@@ -135,7 +141,9 @@ def _not_honoured(spec: DestinationRuleSpec) -> Iterator[str]:
 
 
 def _left_out(policy: PortPolicy | TrafficPolicy) -> Iterator[str]:
-    if policy.tls and policy.tls.get("mode") != "DISABLE":
+    if _wants_tls(policy):
+        yield "tls (its endpoints get nothing)"
+    elif policy.tls and policy.tls.get("mode", "DISABLE") != "DISABLE":
         yield "tls"
     balancer = policy.load_balancer or LoadBalancer()
     if balancer.locality_lb_setting:
@@ -162,6 +170,21 @@ def _left_out(policy: PortPolicy | TrafficPolicy) -> Iterator[str]:
         yield "connectionPool.http.useClientProtocol"
     if pool.http.max_concurrent_streams:
         yield "connectionPool.http.maxConcurrentStreams"
+
+
+def _wants_tls(policy: PortPolicy | TrafficPolicy) -> bool:
+    """ISTIO_MUTUAL is the mesh's own, of which there is none: ambient's is on the way, not at endpoints."""
+    return policy.tls is not None and policy.tls.get("mode") in ("SIMPLE", "MUTUAL")
+
+
+def only_tls(found: Destination) -> Destination:
+    """What a rule closes, and nothing else of it."""
+    policy = found.spec.traffic_policy
+    ports = tuple(PortPolicy(port=own.port, tls=own.tls) for own in policy.port_level_settings)
+    policy = TrafficPolicy(tls=policy.tls, port_level_settings=ports)
+    return msgspec.structs.replace(
+        found, spec=msgspec.structs.replace(found.spec, traffic_policy=policy, subsets=())
+    )
 
 
 def cluster_fields(policy: PortPolicy | TrafficPolicy) -> Json:

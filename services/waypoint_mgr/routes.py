@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 
 from pykmesh.contracts.handoff import told_address
-from pykmesh.contracts.waypoints import MeshService, is_workload
+from pykmesh.contracts.waypoints import Endpoint, MeshService, is_workload
 from pykmesh.kernel.records import ip_from_text
 from pykmesh.manifests.http_route import RouteMatch
 from pykmesh.manifests.objects import Gateway, ObjectRef, Service
@@ -32,6 +32,7 @@ from services.waypoint_mgr.destinations import (
     cluster_fields,
     connection_fields,
     hash_policies,
+    only_tls,
 )
 from services.waypoint_mgr.envoy import Json, Port
 from services.waypoint_mgr.limits import misread, rate_limit
@@ -100,7 +101,8 @@ class Wanted(msgspec.Struct, frozen=True):
     def reduced(self) -> Wanted:
         """Without what an Envoy may refuse though it seemed right; no token is good then."""
         unknown = [each.with_keys_of_nobody(NO_KEYS) for each in self.authentications]
-        return Wanted(self.routes, self.policies, authentications=unknown)
+        closed = [only_tls(each) for each in self.destinations]
+        return Wanted(self.routes, self.policies, closed, authentications=unknown)
 
 
 def translate(
@@ -165,7 +167,7 @@ def translate(
         | ({CLUSTER: spans.cluster} if spans else {})
         | ({envoy.PASSING: envoy.passing_cluster()} if passing else {}),
         assignments={
-            at.cluster: envoy.load_assignment(at, mesh.endpoints(at, destinations.revision(at)))
+            at.cluster: envoy.load_assignment(at, _endpoints(at, mesh, destinations))
             for at in sorted(backends)
         },
         protocols=protocols,
@@ -195,6 +197,10 @@ def _passing(
                 at = Port(user.name, port, subset=vip)
                 if _free([vip], at, taken, conflicts):
                     yield from guard.tcp_chains(at, [vip], logs, envoy.PASSING, [envoy.passed_to(vip)])
+
+
+def _endpoints(at: Port, mesh: Mesh, destinations: Destinations) -> Sequence[Endpoint]:
+    return [] if destinations.is_closed(at) else mesh.endpoints(at, destinations.revision(at))
 
 
 def _cluster(at: Port, protocol: AppProtocol, destinations: Destinations) -> Json:

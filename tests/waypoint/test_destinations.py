@@ -16,6 +16,7 @@ import pytest
 from pykmesh.manifests.objects import DestinationRule, VirtualService, from_plain
 from services.waypoint_mgr.destinations import Destinations
 from services.waypoint_mgr.envoy import Port
+from services.waypoint_mgr.routes import Wanted
 from services.waypoint_mgr.source import Destination, Virtual
 
 from .backends import Answer, Backend, ask
@@ -265,6 +266,23 @@ def test_which_rule_is_a_services(rules: list[Destination], expected: str) -> No
     assert name_of(*rules) == expected
 
 
+@pytest.mark.parametrize("mode", ["SIMPLE", "MUTUAL", "DISABLE", "ISTIO_MUTUAL"])
+async def test_what_is_to_be_encrypted_is_not_sent_as_it_is(
+    folder: Path, backends: dict[str, Backend], mode: str
+) -> None:
+    async with served(folder, backends, destination({"tls": {"mode": mode}})) as found:
+        answered = (await found.who(10)).keys()
+        assert answered == ({"503"} if mode in ("SIMPLE", "MUTUAL") else {"v1", "v2"})
+
+
+def test_nor_where_an_envoy_refused_something_else() -> None:
+    wanted = Wanted(destinations=[destination({"tls": {"mode": "SIMPLE"}, **ONE_AT_A_TIME})])
+    at_web = Port(named("shop", "web"), 80)
+    rules = Destinations(gateway(), wanted.reduced.destinations)
+    assert rules.is_closed(at_web)
+    assert rules.policy(at_web).connection_pool is None
+
+
 def test_what_is_not_honoured_is_told() -> None:
     policy = {
         "tls": {"mode": "SIMPLE"},
@@ -280,7 +298,7 @@ def test_what_is_not_honoured_is_told() -> None:
     told = partly.message.removeprefix("not honoured: ").split(", ")
     assert told == [
         "subset v1 (by other labels than one of a version)",
-        "trafficPolicy.tls",
+        "trafficPolicy.tls (its endpoints get nothing)",
         "trafficPolicy.loadBalancer.warmup",
         "trafficPolicy.loadBalancer.simple PASSTHROUGH",
         "trafficPolicy.connectionPool.tcp.tcpKeepalive",
