@@ -22,7 +22,7 @@ explore: setup
 
 setup: $(VENV)/.ready build
 
-build: $(OBJECTS)/layout.json $(OBJECTS)/mesh_before_5_13.bpf.o $(OBJECTS)/cookie.bpf.o
+build: $(OBJECTS)/layout.json services/waypoint_mgr/envoy.json $(OBJECTS)/mesh_before_5_13.bpf.o $(OBJECTS)/cookie.bpf.o
 
 $(VENV)/.ready: requirements/dev.txt pyproject.toml tools/setup.sh
 	$(Q)tools/setup.sh $(PYTHON) $(VENV)
@@ -39,6 +39,10 @@ $(OBJECTS)/%.bpf.o: $(wildcard bpf/*.h bpf/*.c) | $(VENV)/.ready
 
 $(OBJECTS)/layout.json: $(OBJECTS)/mesh.bpf.o pykmesh/kernel/btf.py
 	$(Q)$(BIN)/python -m pykmesh.kernel.btf $< $@
+
+services/waypoint_mgr/envoy.json: services/waypoint_mgr/schema.py $(VENV)/.ready
+	$(Q)echo "building $@"
+	$(Q)$(BIN)/python -m services.waypoint_mgr.schema $@
 
 proto: $(VENV)/.ready
 	$(Q)PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I. --python_out=. --mypy_out=. pykmesh/proto/*.proto

@@ -23,6 +23,7 @@ from services.waypoint_mgr.encode import (
 from services.waypoint_mgr.envoy import Port
 from services.waypoint_mgr.protocols import AppProtocol, protocol_of
 from services.waypoint_mgr.routes import ACCESS_LOG, Configuration
+from services.waypoint_mgr.schema import make, schema
 from tests.waypoint.world import World, gateway, http_route, kubernetes_service, mesh_service, named
 
 V1 = [{"name": "v1", "port": 80}]
@@ -349,6 +350,7 @@ def test_the_bytes_are_those_that_the_classes_read() -> None:
     from envoy_data_plane.envoy.config.listener.v3 import Listener
     from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
 
+    assert make() == schema(), "another envoy-data-plane: make build"
     world = shop({"port": 80, "name": "http"}, {"port": 9, "name": "tcp"})
     filters = [
         {"type": "RequestHeaderModifier", "requestHeaderModifier": {"set": [{"name": "a", "value": "é%"}]}},
