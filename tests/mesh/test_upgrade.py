@@ -175,12 +175,18 @@ def test_a_release_that_does_not_start_leaves_the_one_before(upgrades: Upgrades)
     """It has taken the maps over by then: the one before takes them back."""
     before, prober = upgrades.pins(), probe(upgrades.client, VIP, 80)
     main = upgrades.other / "services" / "telemetry" / "__main__.py"
-    said = main.read_text()
+    behind = upgrades.other / "pykmesh" / "node" / "behind.py"
+    said, patience = main.read_text(), behind.read_text()
+    assert "READY_DEADLINE_S: Final = 30.0\n" in patience
     try:
         main.write_text("import sys\nsys.exit('no such luck')\n")
+        behind.write_text(
+            patience.replace("READY_DEADLINE_S: Final = 30.0\n", "READY_DEADLINE_S: Final = 5.0\n")
+        )
         refused = upgrades.upgrade(upgrades.other, check=False)
     finally:
         main.write_text(said)
+        behind.write_text(patience)
     assert refused.returncode == 1
     assert "telemetry" in refused.stderr
     assert "the release before runs again" in refused.stderr

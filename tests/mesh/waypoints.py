@@ -20,8 +20,11 @@ answers = []
 for _ in range({count}):
     with socket.create_connection(({address!r}, {port}), 5, ("", {own_port})) as s:
         s.sendall(b"GET /{path} HTTP/1.1\\r\\nhost: shop\\r\\nconnection: close\\r\\n{header}\\r\\n")
-        head, _, body = s.makefile("rb").read().partition(b"\\r\\n\\r\\n")
-        answers.append([int(head.split()[1]) if head else 0, body.decode().strip()])
+        f, head = s.makefile("rb"), []  # to the end of the answer: Envoy keeps what it ends open for a second
+        while line := f.readline().strip():
+            head.append(line)
+        sizes = [int(line.split()[1]) for line in head if line.lower().startswith(b"content-length:")]
+        answers.append([int(head[0].split()[1]) if head else 0, f.read(*sizes).decode().strip()])
 print(json.dumps(answers))
 """
 
