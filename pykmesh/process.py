@@ -130,7 +130,6 @@ def main(name: str, kind: type[_S], app: App[_S]) -> None:
     except (SettingsError, ValueError) as error:
         print(f"{name}: {error}", file=sys.stderr)  # noqa: T201  (there is no log yet)
         sys.exit(EXIT_SETTINGS)
-    sys.unraisablehook = _end_without_memory
     # A mesh is many objects that live long and hold no cycles: looking at them seldom is enough.
     gc.set_threshold(*GC_THRESHOLDS)
     provider = tracing.configure(name, settings.instance, settings.otlp_endpoint)
@@ -138,14 +137,6 @@ def main(name: str, kind: type[_S], app: App[_S]) -> None:
     if isinstance(provider, TracerProvider):
         provider.shutdown()
     sys.exit(code)
-
-
-def _end_without_memory(what: sys.UnraisableHookArgs) -> None:
-    """A thread that has no memory to begin or to end tells nobody, and who waits for it waits for ever."""
-    if issubclass(what.exc_type, MemoryError):
-        os.write(sys.stderr.fileno(), b"no memory for a thread: this process ends\n")
-        os._exit(1)
-    sys.__unraisablehook__(what)
 
 
 async def _run(runtime: Runtime[_S], app: App[_S]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -275,12 +276,11 @@ async def _announce(mesh: Any) -> None:
     from pykmesh.node.behind import READY, READY_DEADLINE_S
     from pykmesh.node.upgrade import settle
 
-    while True:
-        try:
-            await mesh.until_ready(READY_DEADLINE_S)
-            break
-        except InstanceError as error:
-            _say(f"pykmesh: {' '.join(str(error).split())}")
+    try:
+        await mesh.until_ready(READY_DEADLINE_S)
+    except InstanceError as error:
+        _say(f"pykmesh: {' '.join(str(error).split())}")
+        await mesh.until_ready(math.inf)
     try:
         settle(mesh.instance)
     except InstanceError as error:

@@ -7,7 +7,8 @@ make none together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
@@ -19,7 +20,7 @@ _OF_THE_FIRST: Final = ("rewrite", "timeout", "retries", "fault", "cors_policy")
 """Where the second says nothing."""
 _MIRRORS: Final = ("mirror", "mirrors", "mirror_percentage", "mirror_percent")
 _TEXTS: Final = ("uri", "scheme", "method", "authority")
-_NAMED: Final = ("headers", "without_headers", "query_params")
+_NAMED: Final = ("headers", "query_params")
 _EITHER: Final = ("source_labels", "source_namespace")
 
 
@@ -83,12 +84,13 @@ def _key(first: Virtual, delegate: Delegate) -> tuple[str, str]:
 
 
 def _both(of: Virtual, name: str, first: HTTPRoute, second: HTTPRoute) -> Part:
-    if second.delegate:
-        return Part(of, name, second, lost="what was given on is not given on again")
-    matches = list(_matches(first.match, second.match))
+    matches = tuple(_matches(first.match, second.match))
     if not matches and (first.match or second.match):
         why = "match asks for other things than what gave it on (it never matches)"
         return Part(of, name, second, dropped=why)
+    if second.delegate:
+        second = msgspec.structs.replace(second, match=matches)
+        return Part(of, name, second, lost="what was given on is not given on again")
     changed: dict[str, object] = {
         field: getattr(first, field)
         for field in _OF_THE_FIRST
@@ -98,7 +100,7 @@ def _both(of: Virtual, name: str, first: HTTPRoute, second: HTTPRoute) -> Part:
         changed |= {field: getattr(first, field) for field in _MIRRORS}
     if second.headers == Headers():
         changed["headers"] = first.headers
-    return Part(of, name, msgspec.structs.replace(second, match=tuple(matches), **changed))
+    return Part(of, name, msgspec.structs.replace(second, match=matches, **changed))
 
 
 def _matches(first: Sequence[HTTPMatch], second: Sequence[HTTPMatch]) -> Iterator[HTTPMatch]:
@@ -118,17 +120,29 @@ def _match(first: HTTPMatch, second: HTTPMatch) -> HTTPMatch:
     if None not in (first.port, second.port) and first.port != second.port:
         raise _NeverError
     changed: dict[str, object] = {name: _text(getattr(first, name), getattr(second, name)) for name in _TEXTS}
-    changed |= {name: _texts(getattr(first, name), getattr(second, name)) for name in _NAMED}
+    changed |= {name: _texts(getattr(first, name), getattr(second, name), _text) for name in _NAMED}
     changed |= {name: getattr(second, name) or getattr(first, name) for name in (*_EITHER, "port")}
+    changed["without_headers"] = _texts(first.without_headers, second.without_headers, _neither)
     changed["ignore_uri_case"] = (second if second.uri else first).ignore_uri_case
     return msgspec.structs.replace(second, gateways=first.gateways, **changed)
 
 
-def _texts(first: Mapping[str, StringMatch], second: Mapping[str, StringMatch]) -> dict[str, StringMatch]:
-    found = {**first, **second}
-    for name in first.keys() & second.keys():
-        found[name] = _text(first[name], second[name]) or StringMatch()
-    return found
+def _texts(
+    first: Mapping[str, StringMatch],
+    second: Mapping[str, StringMatch],
+    both: Callable[[StringMatch, StringMatch], StringMatch | None],
+) -> dict[str, StringMatch]:
+    shared = {name: both(first[name], second[name]) or StringMatch() for name in first.keys() & second.keys()}
+    return {**first, **second, **shared}
+
+
+def _neither(first: StringMatch, second: StringMatch) -> StringMatch:
+    """What must not match: of both the one that says less."""
+    for wide, narrow in ((first, second), (second, first)):
+        with contextlib.suppress(_NeverError):
+            if _text(wide, narrow) == narrow:
+                return wide
+    raise _NeverError
 
 
 def _text(first: StringMatch | None, second: StringMatch | None) -> StringMatch | None:
