@@ -22,12 +22,12 @@ from pykmesh.kernel.upgrade import Copied, Staging, pin_again
 from pykmesh.process import Runtime
 from services.bpf_loader.door import Door
 from services.bpf_loader.enrollment import Enrollment
+from services.bpf_loader.pods import HOW_TO_RESIZE
 from services.bpf_loader.waypoints import Waypoints
 
 log = structlog.get_logger(__name__)
 
 SWEEP_INTERVAL_S = 5.0
-HOW_TO_RESIZE = "pykmesh uninstall (after down), then up: the pinned map stays as it was made until then"
 
 
 async def run(runtime: Runtime[LoaderSettings]) -> None:

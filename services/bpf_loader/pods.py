@@ -6,13 +6,19 @@ told by the names of the link directories.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
+from pykmesh.kernel.libbpf import KernelError
 from pykmesh.kernel.maps import PinnedMap
 from pykmesh.kernel.records import NO_IP, POD_KEY, POD_VALUE, Ip
 from services.bpf_loader.netns import Namespace
+
+HOW_TO_RESIZE: Final = (
+    "pykmesh uninstall (after down), then up: the pinned map stays as it was made until then"
+)
 
 
 class Pod(NamedTuple):
@@ -36,9 +42,16 @@ class Pods:
         self._map.close()
 
     def put(self, namespace: Namespace, cgroup_id: int) -> None:
-        """Raises KernelError when the map is full."""
+        """OSError that says what to do when the map is full."""
         value = POD_VALUE.pack(namespace.address4, namespace.address6, self._network, cgroup_id)
-        self._map.put(POD_KEY.pack(namespace.cookie), value)
+        try:
+            self._map.put(POD_KEY.pack(namespace.cookie), value)
+        except KernelError as error:
+            if error.errno != errno.E2BIG:
+                raise
+            room = self._map.max_entries
+            why = f"no room for more than {room} pods (pods_max): unenroll one, or make it more by {HOW_TO_RESIZE}"
+            raise OSError(error.errno, why) from error
 
     def get(self, cookie: int) -> Pod | None:
         value = self._map.get(POD_KEY.pack(cookie))

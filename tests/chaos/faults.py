@@ -30,6 +30,7 @@ import msgspec
 import nats
 from pyroute2 import netns
 
+from pykmesh.demo.pods import Pod
 from pykmesh.kernel import cgroups, pins
 from pykmesh.kernel.maps import PinnedMap
 from pykmesh.node.ask import supervised
@@ -503,10 +504,14 @@ class Bystander(_Step):
             found.cgroup.rmdir()
             found.cgroup.mkdir()
             stage.node.enroll(found)
-        network.pods.pop(name).end()
-        found.cgroup.rmdir()
-        if found.netns.exists():
-            netns.remove(found.netns.name)
+        _remove(stage, found)
+
+
+def _remove(stage: Stage, found: Pod) -> None:
+    stage.node.network.pods.pop(found.name).end()
+    found.cgroup.rmdir()
+    if found.netns.exists():
+        netns.remove(found.netns.name)
 
 
 # -- releases
@@ -622,6 +627,26 @@ class KillEnvoy(_Step, tag="kill envoy"):
 # -- what has to be seen
 
 
+class NotEnrolled(_Step, tag="not enrolled"):
+    """So many bystanders at once; the last is refused, with a text that says this. They go again."""
+
+    count: int
+    text: str
+
+    def act(self, stage: Stage) -> None:
+        network, made = stage.node.network, list[Pod]()
+        try:
+            for _ in range(self.count):
+                made.append(network.add(f"by-{stage.chance.randrange(1 << 24):x}", next(_BYSTANDERS)))
+                words = ("enroll", "--cgroup", str(made[-1].cgroup), "--netns", str(made[-1].netns))
+                said = stage.node.cli(*words, check=len(made) < self.count)
+            if not said.returncode or self.text not in said.stderr:
+                raise HoldsNotError(f"the last of {self.count} was told {said.stdout}{said.stderr}")
+        finally:
+            for each in made:
+                _remove(stage, each)
+
+
 class Says(_Step):
     """`pykmesh status` shows it: a regular expression."""
 
@@ -713,5 +738,5 @@ def _samples(page: str, name: str) -> Iterator[float]:
 Step = (
     Wait | Settled | Repeat | Together | Kill | KillAll | Stop | Down | Up | Limit | Hog | Disk | Scale
     | Services | Folder | Wire | ControlPlane | Flood | Password | Stranger | Unpin | Bystander | Upgrade
-    | KillAtCalls | Entries | Restarted | Resolves | Instances | KillEnvoy | Says | Metric
+    | KillAtCalls | NotEnrolled | Entries | Restarted | Resolves | Instances | KillEnvoy | Says | Metric
 )  # fmt: skip
