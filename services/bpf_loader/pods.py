@@ -50,7 +50,7 @@ class Pods:
             if error.errno != errno.E2BIG:
                 raise
             room = self._map.max_entries
-            why = f"no room for more than {room} pods (pods_max): unenroll one, or make it more by {HOW_TO_RESIZE}"
+            why = f"no room for more than {room} pods (pods_max); for more: {HOW_TO_RESIZE}"
             raise OSError(error.errno, why) from error
 
     def get(self, cookie: int) -> Pod | None:
