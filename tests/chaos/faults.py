@@ -578,8 +578,9 @@ def _take_over(stage: Stage, release: Path, call: str) -> tuple[int, dict[str, i
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     try:
-        return done.returncode, json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError) as error:
+        # what it logs comes before, and may have been cut short
+        return done.returncode, json.loads(done.stdout[done.stdout.rindex("{") :])
+    except ValueError as error:
         raise HoldsNotError(f"a take-over at {call}: {done.stdout}{done.stderr}") from error
 
 
