@@ -10,7 +10,10 @@ from pathlib import Path
 import anyio
 import pytest
 
+from pykmesh.contracts.settings import EXIT_SETTINGS
 from pykmesh.node.fork_server import ForkServer, Process, python
+from pykmesh.node.instance import InstanceError
+from pykmesh.node.supervisor import Spec, Supervisor
 
 pytestmark = pytest.mark.anyio
 
@@ -37,7 +40,11 @@ async def outcome(process: Process) -> tuple[str, int | None]:
         (["sh", "-c", "echo $NAME; exit 3"], "a name\n", 3),
         (["sh", "-c", "kill -9 $$"], "", -signal.SIGKILL),
         (python("calendar"), "January", 0),
-        (python("services.map_writer"), "map_writer: PYKMESH_ADMIN_PORT in the environment is 'none': ", 2),
+        (
+            python("services.map_writer"),
+            "map_writer: PYKMESH_ADMIN_PORT in the environment is 'none': ",
+            EXIT_SETTINGS,
+        ),
         (python("services.nobody"), "No module named services.nobody", 1),
         (["/nowhere/at-all"], "/nowhere/at-all: No such file or directory\n", 1),
     ],
@@ -49,6 +56,22 @@ async def test_a_command_runs_with_its_environment_and_its_end_is_told(
     found = await outcome(await server.start(command, environment))
     assert said in found[0], found
     assert found[1] == code
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, EXIT_SETTINGS])
+async def test_only_wrong_settings_end_all(tmp_path: Path, code: int) -> None:
+    """Not 2, with which a broker ends that has run out of memory."""
+    supervisor = Supervisor([Spec("one", ["sh", "-c", f"echo sorry; exit {code}"], {}, tmp_path / "log")])
+    with anyio.fail_after(20):
+        if code == EXIT_SETTINGS:
+            with pytest.RaisesGroup(pytest.RaisesExc(InstanceError, match="sorry")):
+                await supervisor.run()
+            return
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(supervisor.run)
+            while supervisor.restarts["one"] < 2:
+                await anyio.sleep(0.02)
+            tasks.cancel_scope.cancel()
 
 
 async def test_a_process_shows_its_own_command_in_a_session_of_its_own(
