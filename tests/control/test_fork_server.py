@@ -14,6 +14,7 @@ from pykmesh.contracts.settings import EXIT_SETTINGS
 from pykmesh.node.fork_server import ForkServer, Process, python
 from pykmesh.node.instance import InstanceError
 from pykmesh.node.supervisor import Spec, Supervisor
+from tests.control.mesh_node import until
 
 pytestmark = pytest.mark.anyio
 
@@ -69,8 +70,7 @@ async def test_only_wrong_settings_end_all(tmp_path: Path, code: int) -> None:
             return
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(supervisor.run)
-            while supervisor.restarts["one"] < 2:
-                await anyio.sleep(0.02)
+            await until("two restarts", lambda: supervisor.restarts["one"] > 1)
             tasks.cancel_scope.cancel()
 
 
