@@ -62,7 +62,7 @@ format: setup
 
 # strace kills at system calls.
 chaos: setup
-	$(Q)command -v strace >/dev/null || apt-get install -y -qq --no-install-recommends strace >/dev/null
+	$(Q)command -v strace >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends strace; } >/dev/null
 	$(Q)$(BIN)/python -m tests.chaos $(CHAOS_ARGS)
 
 # atheris is large, and nothing else needs it.
