@@ -85,7 +85,8 @@ class HoldsNotError(Exception):
 class Stage:
     """A mesh with traffic to `web` (endpoints `web-1` and so on) and to `empty`, which has none.
 
-    Wrong is an answer of an endpoint that was not one by then; it is known from `settled` to the next change.
+    Wrong is an answer of an endpoint that was not one by then; while changes are under way, of one that was
+    none by any of those since the last that has arrived.
     """
 
     def __init__(self, directory: Path, mesh: Mesh, chance: random.Random, rate: float) -> None:
@@ -201,7 +202,7 @@ class Stage:
     def scale(self, names: list[str]) -> None:
         """Says who is to serve; that it is so is known by `settled`."""
         with self._changing:
-            self._period(None)
+            self._period(None if self._allowed is None else self._allowed | set(names))
             self.wanted = names
             self.write_web()
 
