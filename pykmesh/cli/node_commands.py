@@ -273,14 +273,14 @@ async def _foreground(instance: Instance, options: Any, echo: Callable[[str, str
 
 
 async def _announce(mesh: Any) -> None:
-    from pykmesh.node.behind import READY, READY_DEADLINE_S
+    from pykmesh.node.behind import LATE_POLL_S, READY, READY_DEADLINE_S
     from pykmesh.node.upgrade import settle
 
     try:
         await mesh.until_ready(READY_DEADLINE_S)
     except InstanceError as error:
         _say(f"pykmesh: {' '.join(str(error).split())}")
-        await mesh.until_ready(math.inf)
+        await mesh.until_ready(math.inf, LATE_POLL_S)
     try:
         settle(mesh.instance)
     except InstanceError as error:

@@ -17,6 +17,8 @@ from pykmesh.node.instance import Instance, InstanceError, command, running
 READY_DEADLINE_S: Final = 30.0
 END_DEADLINE_S: Final = 15.0
 POLL_S: Final = 0.05
+LATE_POLL_S: Final = 1.0
+"""Of what is not ready at the deadline, which may last: a control plane that is away."""
 READY: Final = "is ready"
 """What `pykmesh up` says last when all its processes are."""
 NOT_READY: Final = "pykmesh: not ready"

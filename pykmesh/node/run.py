@@ -31,7 +31,9 @@ def processes(options: Options) -> list[str]:
     return [*names, "control_plane"] if options.config_dir else names
 
 
-async def until_ready(instance: Instance, names: list[str], deadline_s: float) -> None:
+async def until_ready(
+    instance: Instance, names: list[str], deadline_s: float, poll_s: float = POLL_S
+) -> None:
     """Waits for every process. InstanceError names what each one still waits for, and its last error."""
     waiting: dict[str, str] = dict.fromkeys(names, "not started")
     with anyio.move_on_after(deadline_s):
@@ -44,7 +46,7 @@ async def until_ready(instance: Instance, names: list[str], deadline_s: float) -
                 waiting[name] = ", ".join(found.get("waits_for", [])) or "nothing"
                 if found.get("ready"):
                     del waiting[name]
-            await anyio.sleep(POLL_S)
+            await anyio.sleep(poll_s)
     if waiting:
         errors = await anyio.to_thread.run_sync(_last_errors, instance, list(waiting))
         what = "; ".join(
@@ -123,5 +125,5 @@ class Running:
             with contextlib.suppress(anyio.BrokenResourceError):
                 await asker.send(json.dumps(self.supervisor.state()).encode())
 
-    async def until_ready(self, deadline_s: float) -> None:
-        await until_ready(self.instance, processes(self.options), deadline_s)
+    async def until_ready(self, deadline_s: float, poll_s: float = POLL_S) -> None:
+        await until_ready(self.instance, processes(self.options), deadline_s, poll_s)

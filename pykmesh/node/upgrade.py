@@ -120,23 +120,24 @@ def settle(instance: Instance) -> None:
 
 def _start(instance: Instance, before: Supervised, environment: dict[str, str]) -> Behind:
     """Ready when this returns. One that a killed upgrade had begun, and which is there first, gives way."""
-    for is_last in (False, True):
-        try:
-            behind = Behind(instance, before.arguments, before.directory, environment)
-            try:
-                behind.until_ready()
-            except BaseException:
-                behind.end()
-                raise
-        except InstanceError:
-            if is_last or running(instance.run_dir) is None:
-                raise
-            if supervised(instance).arguments != before.arguments:
-                raise
-            _end(instance)
-        else:
-            return behind
-    raise AssertionError
+    try:
+        return _ready(instance, before, environment)
+    except InstanceError:
+        if running(instance.run_dir) is None or supervised(instance).arguments != before.arguments:
+            raise
+    _end(instance)
+    return _ready(instance, before, environment)
+
+
+def _ready(instance: Instance, before: Supervised, environment: dict[str, str]) -> Behind:
+    """Whoever is not, or when this is interrupted, is ended."""
+    behind = Behind(instance, before.arguments, before.directory, environment)
+    try:
+        behind.until_ready()
+    except BaseException:
+        behind.end()
+        raise
+    return behind
 
 
 def _end(instance: Instance) -> None:

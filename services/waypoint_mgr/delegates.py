@@ -85,7 +85,7 @@ def _key(first: Virtual, delegate: Delegate) -> tuple[str, str]:
 
 def _both(of: Virtual, name: str, first: HTTPRoute, second: HTTPRoute) -> Part:
     matches = tuple(_matches(first.match, second.match))
-    if not matches and (first.match or second.match):
+    if not matches:
         why = "match asks for other things than what gave it on (it never matches)"
         return Part(of, name, second, dropped=why)
     if second.delegate:
@@ -96,7 +96,7 @@ def _both(of: Virtual, name: str, first: HTTPRoute, second: HTTPRoute) -> Part:
         for field in _OF_THE_FIRST
         if not getattr(second, field) and not (field == "rewrite" and second.redirect)
     }
-    if not any(getattr(second, field) for field in ("mirror", "mirrors")):
+    if not (second.mirror or second.mirrors):
         changed |= {field: getattr(first, field) for field in _MIRRORS}
     if second.headers == Headers():
         changed["headers"] = first.headers
@@ -106,12 +106,8 @@ def _both(of: Virtual, name: str, first: HTTPRoute, second: HTTPRoute) -> Part:
 def _matches(first: Sequence[HTTPMatch], second: Sequence[HTTPMatch]) -> Iterator[HTTPMatch]:
     for one in first or (HTTPMatch(),):
         for other in second or (HTTPMatch(),):
-            try:
-                both = _match(one, other)
-            except _NeverError:
-                continue
-            if first or second:
-                yield both
+            with contextlib.suppress(_NeverError):
+                yield _match(one, other)
 
 
 def _match(first: HTTPMatch, second: HTTPMatch) -> HTTPMatch:

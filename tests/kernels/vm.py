@@ -71,16 +71,19 @@ def run(
     directory: Path,
     environment: Mapping[str, str],
     deadline_s: float,
-    words: str = "",
+    kernel_words: str = "",
 ) -> Ended:
-    """`kernel`: a directory with Debian's packages of one unpacked. `words`: more for its command line."""
+    """`kernel`: Debian's packages of one, unpacked in a directory. `kernel_words`: for its command line."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="vm-") as made:
         work = Path(made)
         words = shlex.join(["env", *(f"{name}={value}" for name, value in environment.items()), *command])
         start = START.replace("@directory@", shlex.quote(str(directory))).replace("@command@", words)
         disk = _initial(kernel, work, start)
-        with _files(work) as socket, subprocess.Popen(_qemu(kernel, disk, work, socket, words)) as machine:
+        with (
+            _files(work) as socket,
+            subprocess.Popen(_qemu(kernel, disk, work, socket, kernel_words)) as machine,
+        ):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 machine.wait(deadline_s)
             machine.kill()
@@ -170,7 +173,7 @@ def _files(work: Path) -> Iterator[Path]:
             server.terminate()
 
 
-def _qemu(kernel: Path, disk: Path, work: Path, socket: Path, words: str) -> list[str]:
+def _qemu(kernel: Path, disk: Path, work: Path, socket: Path, kernel_words: str) -> list[str]:
     memory = f"memory-backend-memfd,id=memory,size={MEMORY_MIB}M,share=on"
     return [
         "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg", "-cpu", "max",
@@ -178,7 +181,7 @@ def _qemu(kernel: Path, disk: Path, work: Path, socket: Path, words: str) -> lis
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-serial", f"file:{work / 'output'}", "-serial", f"file:{work / 'status'}",
         "-kernel", str(_image(kernel)), "-initrd", str(disk),
-        "-append", f"{WORDS} {words}",
+        "-append", f"{WORDS} {kernel_words}",
         "-object", memory, "-numa", "node,memdev=memory", "-device", "virtio-rng-pci",
         "-chardev", f"socket,id=files,path={socket}",
         "-device", "vhost-user-fs-pci,chardev=files,tag=host,queue-size=1024",

@@ -58,6 +58,16 @@ class Upgrades(NamedTuple):
             check=False,
         )
 
+    def begin_and_be_killed(self) -> None:
+        """An upgrade to the other release, of which no more than that release's supervisor is left."""
+        ran, words = self.node.instance, [sys.executable, "-m", "pykmesh", *self.node.place, "upgrade"]
+        environment = {**os.environ, "PYTHONPATH": str(self.other), "PYTHONSAFEPATH": "1"}
+        with subprocess.Popen(
+            words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as killed:
+            until(lambda: running(self.node.run_dir) not in (None, ran), "the other release to be begun")
+            killed.kill()
+
     def programs(self) -> set[str]:
         """What is attached to the client's cgroup."""
         (links,) = pins.links_dir(self.node.pin_dir).iterdir()
@@ -273,14 +283,8 @@ def test_one_that_is_killed_is_gone_on_with_by_the_next(upgrades: Upgrades) -> N
 
 def test_one_that_is_killed_when_it_has_begun_the_other_release_is_gone_on_with(upgrades: Upgrades) -> None:
     """What it began takes the instance's place by itself, or gives way; what was before stays known."""
-    prober, ran = probe(upgrades.client, VIP, 80), upgrades.node.instance
-    words = [sys.executable, "-m", "pykmesh", *upgrades.node.place, "upgrade"]
-    environment = {**os.environ, "PYTHONPATH": str(upgrades.other), "PYTHONSAFEPATH": "1"}
-    with subprocess.Popen(
-        words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as killed:
-        until(lambda: running(upgrades.node.run_dir) not in (None, ran), "the other release to be begun")
-        killed.kill()
+    prober = probe(upgrades.client, VIP, 80)
+    upgrades.begin_and_be_killed()
     upgrades.upgrade(upgrades.other)
     assert json.loads(upgrades.node.instance.previous.read_text())["python_path"] == str(HERE)
     upgrades.upgrade(upgrades.other, "--roll-back")
@@ -291,14 +295,7 @@ def test_one_that_is_killed_when_it_has_begun_the_other_release_is_gone_on_with(
 
 def test_one_that_is_killed_then_is_gone_back_from(upgrades: Upgrades) -> None:
     """Whether what it began is ready by then or not."""
-    ran = upgrades.node.instance
-    words = [sys.executable, "-m", "pykmesh", *upgrades.node.place, "upgrade"]
-    environment = {**os.environ, "PYTHONPATH": str(upgrades.other), "PYTHONSAFEPATH": "1"}
-    with subprocess.Popen(
-        words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as killed:
-        until(lambda: running(upgrades.node.run_dir) not in (None, ran), "the other release to be begun")
-        killed.kill()
+    upgrades.begin_and_be_killed()
     upgrades.upgrade(upgrades.other, "--roll-back")
     upgrades.node.until_ready()
     assert upgrades.programs() == {hook.program for hook in HOOKS}
