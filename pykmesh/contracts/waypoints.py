@@ -47,6 +47,10 @@ def namespace_of(name: str) -> str:
     return (parts[3] if len(parts) > 3 else "") if is_workload(name) else parts[0]
 
 
+TRUST_DOMAIN: Final = "cluster.local"
+"""Of workloads of which it is not said (the workload API's rule)."""
+
+
 def account_name(namespace: str, account: str) -> str:
     """A service account among all, in whatever trust domain."""
     return f"{namespace}/{account or 'default'}"
@@ -107,9 +111,14 @@ class WaypointsRequest(_Part, frozen=True):
     """Services of whose endpoints the revisions are wanted."""
     workload_namespaces: list[str] = []
     """Namespaces of which all workloads are wanted."""
+    with_principals: bool = False
 
 
 ClientId = Annotated[bytes, msgspec.Meta(min_length=ID_BYTES, max_length=ID_BYTES)]
+
+
+PrincipalId = Annotated[bytes, msgspec.Meta(min_length=2 * ID_BYTES, max_length=2 * ID_BYTES)]
+"""Ids of namespace and account, one after the other."""
 
 
 class WaypointsReply(_Part, frozen=True):
@@ -125,3 +134,5 @@ class WaypointsReply(_Part, frozen=True):
     services: list[MeshService] = []
     namespace_ids: dict[str, ClientId] = {}
     account_ids: dict[str, ClientId] = {}
+    principals: dict[str, PrincipalId] = {}
+    """By their SPIFFE names without the scheme. An account that is in several trust domains has none."""

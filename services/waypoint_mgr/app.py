@@ -23,6 +23,7 @@ from pykmesh.contracts.enrollment import Action, EnrollmentError, ask_for_cgroup
 from pykmesh.contracts.messages import ContractError, MapReport, Subject
 from pykmesh.contracts.settings import WaypointMgrSettings
 from pykmesh.contracts.waypoints import (
+    ClientId,
     MeshService,
     WaypointsReply,
     WaypointsRequest,
@@ -40,6 +41,7 @@ from services.waypoint_mgr.fleet import Fleet
 from services.waypoint_mgr.instances import InstanceError, refusal
 from services.waypoint_mgr.keys import Keys, KeysError
 from services.waypoint_mgr.policies import Clients, names_in, unenforced
+from services.waypoint_mgr.principals import is_forwarded
 from services.waypoint_mgr.requests import Reporter
 from services.waypoint_mgr.routes import Configuration, Wanted, translate
 from services.waypoint_mgr.scaling import policy_of
@@ -202,6 +204,7 @@ class WaypointMgr:
             sorted(names.accounts),
             sorted({name for each in objects.virtuals for name in each.backends(with_subsets=True)}),
             sorted(set().union(*map(objects.namespaces_of, of_workloads))),
+            any(is_forwarded(each.metadata.annotations) for each in objects.waypoints.values()),
         )
         try:
             data = await bus.request(Subject.WAYPOINTS, messages.encode(request))
@@ -242,8 +245,9 @@ class WaypointMgr:
 
         users = [service for service in mesh.services if may_come(service)]
         clients = Clients(mesh.namespace_ids, mesh.account_ids)
+        names = mesh.principals if is_forwarded(waypoint.metadata.annotations) else None
         found = await anyio.to_thread.run_sync(
-            self._translate, name, waypoint, users, known, objects, clients
+            self._translate, name, waypoint, users, known, objects, clients, names
         )
         members = [member for member in self.members.members.values() if member.waypoint == name]
         for member in members:
@@ -264,6 +268,7 @@ class WaypointMgr:
         known: dict[str, MeshService],
         objects: Objects,
         clients: Clients,
+        names: dict[str, ClientId] | None,
     ) -> Configuration:
         """A route that is wrong counts as it was when it was right."""
         domain, services = self._settings.cluster_domain, objects.services
@@ -278,7 +283,7 @@ class WaypointMgr:
         if name in self._reduced:
             wanted = wanted.reduced
         spans, _ = self._spans(waypoint)
-        found = translate(waypoint, users, known, services, wanted, domain, clients, spans)
+        found = translate(waypoint, users, known, services, wanted, domain, clients, spans, names)
         refused = found.refused
         said: list[Route | Virtual] = [*objects.routes, *objects.virtuals]
         good = {each.ref: each for each in said if each.ref not in refused}
@@ -290,7 +295,7 @@ class WaypointMgr:
         routes = tuple(each for each in good.values() if isinstance(each, Route))
         virtuals = tuple(each for each in good.values() if isinstance(each, Virtual))
         wanted = msgspec.structs.replace(wanted, routes=routes, virtuals=virtuals)
-        kept = translate(waypoint, users, known, services, wanted, domain, clients, spans)
+        kept = translate(waypoint, users, known, services, wanted, domain, clients, spans, names)
         return msgspec.structs.replace(
             kept,
             conditions=_of(found.conditions, refused) + _but(kept.conditions, refused),

@@ -17,7 +17,7 @@ from pykmesh.contracts.waypoints import Endpoint, MeshService, is_workload
 from pykmesh.kernel.records import ip_from_text
 from pykmesh.manifests.http_route import RouteMatch
 from pykmesh.manifests.objects import Gateway, ObjectRef, Service
-from services.waypoint_mgr import envoy
+from services.waypoint_mgr import envoy, principals
 from services.waypoint_mgr.attachments import (
     ACCEPTED,
     UNSUPPORTED_VALUE,
@@ -57,6 +57,8 @@ class Configuration(msgspec.Struct, frozen=True):
     routes: Mapping[str, Json] = {}
     clusters: Mapping[str, Json] = {}
     assignments: Mapping[str, Json] = {}
+    extensions: Mapping[str, Json] = {}
+    """Filters that chains have by their names."""
     protocols: Mapping[Port, AppProtocol] = {}
     """What each port is taken to carry."""
     conditions: tuple[Condition, ...] = ()
@@ -71,7 +73,7 @@ class Configuration(msgspec.Struct, frozen=True):
     conflicts: tuple[str, ...] = ()
     """Services that claim an address and port that another one has: its owner, else the first by name."""
     misread: tuple[str, ...] = ()
-    """Annotations of services that say nothing that is understood."""
+    """Annotations that say nothing that is understood."""
 
     def listener(self, address: str, port: int) -> Json:
         return envoy.listener(address, port, self.chains)
@@ -114,8 +116,12 @@ def translate(
     domain: str,
     clients: Clients | None = None,
     spans: Spans | None = None,
+    names: Mapping[str, bytes] | None = None,
 ) -> Configuration:
-    """`users`: services whose traffic goes by way of it. `known`, `services`: by `namespace/hostname`."""
+    """`users`: services whose traffic goes by way of it. `known`, `services`: by `namespace/hostname`.
+
+    `names`: of clients, to be forwarded, if they are.
+    """
     mesh = Mesh(users, known, services, domain)
     attached = attach(waypoint, mesh, wanted.routes)
     guard = Guard(waypoint, mesh, wanted.policies, clients or Clients())
@@ -124,6 +130,7 @@ def translate(
     virtuals = VirtualServices(waypoint, mesh, wanted.virtuals, destinations)
     logs = waypoint.metadata.annotations.get(ACCESS_LOG) == "true"
     tracing = spans.tracing(f"{waypoint.name}.{waypoint.namespace}") if spans else None
+    first = [] if names is None else [principals.in_chain()]
     taken, conflicts = _owners(mesh), list[str]()
     chains, configurations = list[Json](), dict[str, Json]()
     protocols, backends = dict[Port, AppProtocol](), set[Port]()
@@ -139,18 +146,19 @@ def translate(
             routed, limits = own or attached.of_gateway(protocol), rate_limit(services.get(user.name), at)
             if is_workload(user.name):
                 routed = []
+            before = [*first, *tokens.filters(at)]
             if protocol is AppProtocol.TCP:
                 said = virtuals.tcp_of(at, is_overridden=bool(routed))
                 target, used = said or _tcp_target(at, routed, mesh)
                 chains += guard.tcp_chains(at, vips, logs, target)
             elif (virtual := virtuals.of(at, is_overridden=bool(own))) is not None:
                 after = [*limits, *virtual.filters]
-                chains.append(guard.http_chain(at, vips, logs, tracing, tokens.filters(at), after))
+                chains.append(guard.http_chain(at, vips, logs, tracing, before, after))
                 used = virtual.backends
                 kept = [_kept(route, sorted(used), destinations) for route in virtual.routes]
                 configurations[at.cluster] = _with_hosts(at, [_virtual_host(_ANY_HOST, kept)])
             else:
-                chains.append(guard.http_chain(at, vips, logs, tracing, tokens.filters(at), limits))
+                chains.append(guard.http_chain(at, vips, logs, tracing, before, limits))
                 configurations[at.cluster], used = _route_configuration(at, routed, mesh, destinations)
             backends |= used
             for backend in used:
@@ -170,6 +178,7 @@ def translate(
             at.cluster: envoy.load_assignment(at, _endpoints(at, mesh, destinations))
             for at in sorted(backends)
         },
+        extensions={} if names is None else {principals.SCRIPT: principals.script(names)},
         protocols=protocols,
         conditions=tuple(attached.conditions),
         policies=tuple(guard.conditions()),
@@ -177,7 +186,10 @@ def translate(
         virtuals=tuple(virtuals.conditions()),
         authentications=tuple(tokens.conditions()),
         conflicts=tuple(conflicts),
-        misread=tuple(one for name in mesh.users for one in misread(name, services.get(name))),
+        misread=(
+            *principals.misread(waypoint.metadata.annotations),
+            *(one for name in mesh.users for one in misread(name, services.get(name))),
+        ),
     )
 
 

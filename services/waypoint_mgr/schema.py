@@ -22,6 +22,7 @@ ANY: Final = f"{WELL_KNOWN}Any"
 _PACKAGE: Final = "envoy_data_plane."
 _ROOTS: Final = (
     "config.cluster.v3.Cluster",
+    "config.core.v3.TypedExtensionConfig",
     "config.endpoint.v3.ClusterLoadAssignment",
     "config.listener.v3.Listener",
     "config.route.v3.RouteConfiguration",
@@ -33,6 +34,7 @@ _ROOTS: Final = (
     "extensions.filters.http.fault.v3.HTTPFault",
     "extensions.filters.http.jwt_authn.v3.JwtAuthentication",
     "extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
+    "extensions.filters.http.lua.v3.Lua",
     "extensions.filters.http.rbac.v3.RBAC",
     "extensions.filters.http.router.v3.Router",
     "extensions.filters.listener.original_dst.v3.OriginalDst",

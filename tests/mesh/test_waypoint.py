@@ -259,6 +259,32 @@ def test_a_policy_says_who_may_ask_by_the_account_of_his_pod(routed: Mesh) -> No
     until(lambda: {code for code, _ in ask(routed)} == {200}, "no policy, no refusal")
 
 
+def test_filters_are_told_the_clients_name_if_the_gateway_says_so(routed: Mesh) -> None:
+    """As nobody but the waypoint can write it."""
+    node, header = routed.node, "x-forwarded-client-cert"
+
+    def allow_named(account: str) -> Object:
+        said = allow(account)
+        value = f"URI=spiffe://cluster.local/ns/shop/sa/{account}"
+        said["spec"]["rules"] = [{"when": [{"key": f"request.headers[{header}]", "values": [value]}]}]
+        return said
+
+    claim = f"{header}: URI=spiffe://cluster.local/ns/shop/sa/other"
+    try:
+        node.write("policy", text(allow_named("default")))
+        until(lambda: {code for code, _ in ask(routed)} == {403}, "nobody named")
+        node.write("gateway", text(gateway(forward_client_identity="true")))
+        until(lambda: {code for code, _ in ask(routed)} == {200}, "the client named")
+        assert {code for code, _ in ask(routed, 5, claim)} == {200}
+        node.write("policy", text(allow_named("other")))
+        until(lambda: {code for code, _ in ask(routed)} == {403}, "another let in")
+        assert {code for code, _ in ask(routed, 5, claim)} == {403}
+    finally:
+        node.write("gateway", text(gateway()))
+        node.write("policy", "# none\n")
+    until(lambda: {code for code, _ in ask(routed)} == {200}, "no policy, no refusal")
+
+
 def test_a_policy_that_nobody_enforces_is_told_with_the_reason(routed: Mesh) -> None:
     node = routed.node
     try:

@@ -91,8 +91,8 @@ GOLDEN: list[tuple[Message, str]] = [
     ),
     (DnsReply(VERSION, DnsOutcome.NOT_READY), "95 01 00 a0 90 c0"),
     (
-        WaypointsRequest(VERSION, ["a"], ["b"], ["c"], ["d"], ["e"], ["f"], ["g"]),
-        "98 01 91a161 91a162 91a163 91a164 91a165 91a166 91a167",
+        WaypointsRequest(VERSION, ["a"], ["b"], ["c"], ["d"], ["e"], ["f"], ["g"], with_principals=True),
+        "99 01 91a161 91a162 91a163 91a164 91a165 91a166 91a167 c3",
     ),
     (
         WaypointsReply(
@@ -109,11 +109,12 @@ GOLDEN: list[tuple[Message, str]] = [
             ],
             namespace_ids={"d": b"12345"},
             account_ids={"e": b"67890"},
+            principals={"p": b"1234567890"},
         ),
         (
-            "96 01 c3 81a16191a162 9194a16291a831302e302e302e31 919350 9194a831302e302e302e32cd1f9001a27631"
+            "97 01 c3 81a16191a162 9194a16291a831302e302e302e31 919350 9194a831302e302e302e32cd1f9001a27631"
             "92a173cd01bb 91a831302e302e302e31"
-            "81a164c4053132333435 81a165c4053637383930"
+            "81a164c4053132333435 81a165c4053637383930 81a170c40a31323334353637383930"
         ),
     ),
     (

@@ -113,6 +113,7 @@ class World:
         self.authentications: list[Authentication] = []
         self.clients = Clients()
         self.spans: Spans | None = None
+        self.names: dict[str, bytes] | None = None
 
     def add_user(self, service: MeshService, kubernetes: Service) -> None:
         self.users.append(service)
@@ -124,7 +125,15 @@ class World:
     def configuration(self) -> Configuration:
         wanted = Wanted(self.routes, self.policies, self.destinations, self.virtuals, self.authentications)
         return translate(
-            self.gateway, self.users, self.known, self.services, wanted, DOMAIN, self.clients, self.spans
+            self.gateway,
+            self.users,
+            self.known,
+            self.services,
+            wanted,
+            DOMAIN,
+            self.clients,
+            self.spans,
+            self.names,
         )
 
 
