@@ -103,6 +103,8 @@ class LoaderSettings(CommonSettings, frozen=True, kw_only=True):
     opens_max: int = 131_072
     datagrams_max: int = 65_536
     affinities_max: int = 65_536
+    loads_max: int = 16_384
+    shunned_max: int = 4_096
     flows_bytes: int = 16 * 1024 * 1024
     telemetry: bool = True
     passive_health_s: float = 0.0

@@ -98,6 +98,8 @@ def _load(settings: LoaderSettings, staging: Staging) -> Programs:
         "opens": settings.opens_max,
         "datagrams": settings.datagrams_max,
         "affinities": settings.affinities_max,
+        "loads": settings.loads_max,
+        "shunned": settings.shunned_max,
         "dns_listeners": settings.pods_max * DNS_SLOTS,
         "dns_servers": settings.pods_max * DNS_SLOTS,
         "flows": settings.flows_bytes,

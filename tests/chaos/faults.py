@@ -36,7 +36,7 @@ from pykmesh.kernel.maps import PinnedMap
 from pykmesh.node.ask import supervised
 from pykmesh.node.instance import running
 from tests.chaos.stage import HoldsNotError, Stage
-from tests.mesh.manifests import pod, service, text
+from tests.mesh.manifests import Object, pod, service, text
 from tests.mesh.node import with_resolv_conf
 from tests.mesh.releases import HERE, make_other
 
@@ -332,10 +332,14 @@ class Scale(_Step):
 
 
 class Services(_Step):
-    """So many further services, of a pod each that is nowhere, in a file; 0: the file goes."""
+    """So many further services, of a pod each that is nowhere, in a file; 0: the file goes.
+
+    `ranges`: each is a ServiceEntry of a range of addresses.
+    """
 
     count: int
     pods: int = 1
+    ranges: bool = False
 
     def act(self, stage: Stage) -> None:
         if not self.count:
@@ -344,11 +348,29 @@ class Services(_Step):
         objects = []
         for n in range(self.count):
             app = f"further-{n}"
+            if self.ranges:
+                objects.append(_range(app, f"10.112.{n}.0/24"))
+                continue
             objects.append(service(app, f"10.96.{1 + n // 250}.{n % 250}", app=app, ports={80: 8080}))
             objects += [
                 pod(f"{app}-{k}", f"10.{200 + k}.{n // 250}.{n % 250 + 1}", app=app) for k in range(self.pods)
             ]
         stage.node.write("further", text(*objects))
+
+
+def _range(name: str, addresses: str) -> Object:
+    return {
+        "apiVersion": "networking.istio.io/v1",
+        "kind": "ServiceEntry",
+        "metadata": {"name": name, "namespace": "shop"},
+        "spec": {
+            "hosts": [f"{name}.example"],
+            "addresses": [addresses],
+            "ports": [{"number": 80, "name": "tcp", "protocol": "TCP"}],
+            "resolution": "STATIC",
+            "endpoints": [{"address": "10.200.0.1"}],
+        },
+    }
 
 
 class Folder(_Step):

@@ -67,6 +67,8 @@ class Mesh(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     pods: int = 4
     """Endpoints of `web`."""
+    deaf: int = 0
+    """Endpoints of `empty`, at which nobody listens."""
     waypoint: bool = False
     """`shop` is there: by way of a waypoint of two Envoys to the endpoints of `web`."""
     apart: bool = False
@@ -134,6 +136,8 @@ class Stage:
         self.node.write(
             "client", text(pod("client", str(self.client.address4), str(self.client.address6), app="client"))
         )
+        deaf = [network.add(f"deaf-{n}", 80 + n) for n in range(1, self.mesh.deaf + 1)]
+        self.node.write("deaf", text(*(_pod(each, "nobody") for each in deaf)))
         self.wanted = [each.name for each in self.web]
         self.write_web()
         if self.mesh.waypoint:
@@ -180,7 +184,7 @@ class Stage:
 
     def write_web(self) -> None:
         """With a target port that has not been before: no earlier state is taken for this one."""
-        objects = [_web_pod(each) for each in self.web if each.name in self.wanted]
+        objects = [_pod(each, "web") for each in self.web if each.name in self.wanted]
         self._mark += 1
         ports = {80: traffic.PORT, 9090: traffic.UDP_PORT, MARKED_PORT: self._mark}
         services = [
@@ -343,5 +347,5 @@ def _wait(what: Callable[[], Any], because: Callable[[], str], deadline_s: float
         time.sleep(0.05)
 
 
-def _web_pod(each: Pod) -> Object:
-    return pod(each.name, str(each.address4), str(each.address6), app="web")
+def _pod(each: Pod, app: str) -> Object:
+    return pod(each.name, str(each.address4), str(each.address6), app=app)
