@@ -134,11 +134,32 @@ class OutlierDetection(_Part, frozen=True, kw_only=True):
     min_health_percent: Percent = 0
 
 
+class TLSMode(Enum):
+    DISABLE = "DISABLE"
+    SIMPLE = "SIMPLE"
+    MUTUAL = "MUTUAL"
+    ISTIO_MUTUAL = "ISTIO_MUTUAL"
+
+
+class ClientTLS(_Part, frozen=True, kw_only=True):
+    """With nothing said: none."""
+
+    mode: TLSMode = TLSMode.DISABLE
+    client_certificate: str = ""
+    private_key: str = ""
+    ca_certificates: str = ""
+    credential_name: str = ""
+    subject_alt_names: tuple[str, ...] = ()
+    sni: str = ""
+    insecure_skip_verify: bool | None = None
+    ca_crl: str = ""
+
+
 class _Policy(_Part, frozen=True, kw_only=True):
     load_balancer: LoadBalancer | None = None
     connection_pool: ConnectionPool | None = None
     outlier_detection: OutlierDetection | None = None
-    tls: _Any | None = None
+    tls: ClientTLS | None = None
 
 
 class PortSelector(_Part, frozen=True, kw_only=True):

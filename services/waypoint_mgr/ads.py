@@ -47,6 +47,8 @@ _Request: TypeAlias = discovery_pb2.DeltaDiscoveryRequest
 _Response: TypeAlias = discovery_pb2.DeltaDiscoveryResponse
 _Context: TypeAlias = "grpc.aio.ServicerContext[_Request, _Response]"
 _Versions: TypeAlias = dict[str, str]
+_SOME: Final = ""
+"""The version of what was refused: Envoy has it as it was before, or does not have it."""
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -152,7 +154,7 @@ class _Subscription:
             self.refused, self.refusal = {}, None
             return
         self.refused = self.refused | said
-        self.forget(said)
+        self.sent |= dict.fromkeys(said, _SOME)
         self.refusal = Refusal(self.type_url, request.error_detail.message, time.time())
 
 
@@ -177,13 +179,12 @@ class _Stream:
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
-        return tuple(sub.refusal for sub in self._subscriptions.values() if sub.refusal)
-
-    @property
-    def standing_refusals(self) -> tuple[Refusal, ...]:
-        """Of what is published now: those of before count until something else is taken."""
+        """Of what is published now: those of before hold up nothing."""
         subs = self._subscriptions.values()
-        return tuple(sub.refusal for sub in subs if sub.refusal and sub.refusal_stands(self._wanted(sub)))
+        return tuple(sub.refusal for sub in subs if sub.refusal and self._is_refused(sub))
+
+    def _is_refused(self, sub: _Subscription) -> bool:
+        return sub.refusal_stands(self._wanted(sub))
 
     @property
     def is_current(self) -> bool:
@@ -264,7 +265,7 @@ class _Stream:
         if type_url != ENDPOINT_TYPE:
             return True
         clusters = subs[CLUSTER_TYPE]
-        are_refused = clusters.refusal or (ENDPOINT_TYPE in subs and subs[ENDPOINT_TYPE].refusal)
+        are_refused = any(self._is_refused(subs[each]) for each in (CLUSTER_TYPE, type_url) if each in subs)
         return not clusters.under_way and not are_refused and self._is_asked_for(ENDPOINT_TYPE)
 
     def _additions(self, sub: _Subscription) -> _Due | None:
@@ -348,7 +349,7 @@ class AdsServer:
             node_id: NodeStatus(
                 is_connected=node_id in streams,
                 is_current=node_id in streams and streams[node_id].is_current,
-                refusals=streams[node_id].standing_refusals if node_id in streams else (),
+                refusals=streams[node_id].refusals if node_id in streams else (),
             )
             for node_id in self._published.keys() | streams.keys()
         }

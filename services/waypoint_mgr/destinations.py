@@ -22,6 +22,7 @@ from pykmesh.manifests.destination_rule import (
     PortPolicy,
     SimpleLB,
     Subset,
+    TLSMode,
     TrafficPolicy,
 )
 from pykmesh.manifests.objects import Gateway, ref_of
@@ -36,6 +37,8 @@ _BALANCERS: Final = {
     SimpleLB.LEAST_REQUEST: "LEAST_REQUEST",
 }
 _RING_SIZE: Final = 1024
+_PARTS: Final = ("load_balancer", "connection_pool", "outlier_detection", "tls")
+"""Of what is said of all ports, or of one."""
 VERSION_LABELS: Final = (
     "service.istio.io/canonical-revision",
     "app.kubernetes.io/version",
@@ -58,11 +61,14 @@ class Destinations:
         best = self._best(at)
         if best is None:
             return TrafficPolicy()
-        found, subset = best.spec.traffic_policy, _subset(best, at.subset)
-        if subset and (own := subset.traffic_policy):
-            said = {name: getattr(own, name) for name in own.__struct_fields__ if getattr(own, name)}
-            found = msgspec.structs.replace(found, **said)
-        return found.at(at.port)
+        found, subset = best.spec.traffic_policy.at(at.port), _subset(best, at.subset)
+        if subset is None or subset.traffic_policy is None:
+            return found
+        own = subset.traffic_policy.at(at.port)
+        if isinstance(own, PortPolicy):
+            return own
+        changed = {name: said for name in _PARTS if (said := getattr(own, name))}
+        return msgspec.structs.replace(found, **changed)
 
     def is_closed(self, at: Port) -> bool:
         """Its endpoints are to be spoken to in TLS."""
@@ -127,7 +133,13 @@ def _not_honoured(spec: DestinationRuleSpec) -> Iterator[str]:
     for subset in spec.subsets:
         if _revision(subset) is None:
             yield f"subset {subset.name} (by other labels than one of a version)"
-    policy = spec.traffic_policy
+    yield from _left_out_of_all(spec.traffic_policy)
+    for subset in spec.subsets:
+        if subset.traffic_policy is not None:
+            yield from (f"subset {subset.name} {text}" for text in _left_out_of_all(subset.traffic_policy))
+
+
+def _left_out_of_all(policy: TrafficPolicy) -> Iterator[str]:
     yield from (f"trafficPolicy.{name}" for name in _left_out(policy))
     for name, found in (
         ("tunnel", policy.tunnel),
@@ -143,7 +155,7 @@ def _not_honoured(spec: DestinationRuleSpec) -> Iterator[str]:
 def _left_out(policy: PortPolicy | TrafficPolicy) -> Iterator[str]:
     if _wants_tls(policy):
         yield "tls (its endpoints get nothing)"
-    elif policy.tls and policy.tls.get("mode", "DISABLE") != "DISABLE":
+    elif policy.tls and policy.tls.mode is not TLSMode.DISABLE:
         yield "tls"
     balancer = policy.load_balancer or LoadBalancer()
     if balancer.locality_lb_setting:
@@ -174,7 +186,7 @@ def _left_out(policy: PortPolicy | TrafficPolicy) -> Iterator[str]:
 
 def _wants_tls(policy: PortPolicy | TrafficPolicy) -> bool:
     """ISTIO_MUTUAL is the mesh's own, of which there is none: ambient's is on the way, not at endpoints."""
-    return policy.tls is not None and policy.tls.get("mode") in ("SIMPLE", "MUTUAL")
+    return policy.tls is not None and policy.tls.mode in (TLSMode.SIMPLE, TLSMode.MUTUAL)
 
 
 def only_tls(found: Destination) -> Destination:

@@ -38,7 +38,7 @@ from services.waypoint_mgr.envoy import Json, Port
 from services.waypoint_mgr.limits import misread, rate_limit
 from services.waypoint_mgr.policies import Clients, Guard
 from services.waypoint_mgr.protocols import AppProtocol
-from services.waypoint_mgr.rules import action_of, match_fields, rank, straight_to, tcp_target
+from services.waypoint_mgr.rules import Target, action_of, match_fields, rank, straight_to, tcp_target
 from services.waypoint_mgr.source import Authentication, Destination, Policy, Route, Virtual
 from services.waypoint_mgr.spans import CLUSTER, Spans
 from services.waypoint_mgr.tokens import NO_KEYS, Tokens
@@ -148,9 +148,9 @@ def translate(
                 routed = []
             before = [*first, *tokens.filters(at)]
             if protocol is AppProtocol.TCP:
-                said = virtuals.tcp_of(at, is_overridden=bool(routed))
-                target, used = said or _tcp_target(at, routed, mesh)
-                chains += guard.tcp_chains(at, vips, logs, target)
+                said = virtuals.tcp_of(at, is_overridden=bool(own)) or _tcp_target(at, routed, mesh)
+                chains += guard.tcp_chains(at, vips, logs, said.to)
+                used = said.backends
             elif (virtual := virtuals.of(at, is_overridden=bool(own))) is not None:
                 after = [*limits, *virtual.filters]
                 chains.append(guard.http_chain(at, vips, logs, tracing, before, after))
@@ -220,10 +220,10 @@ def _cluster(at: Port, protocol: AppProtocol, destinations: Destinations) -> Jso
     return envoy.cluster(at, protocol, cluster_fields(policy), connection_fields(policy))
 
 
-def _tcp_target(at: Port, routes: Sequence[Route], mesh: Mesh) -> tuple[str | list[Json], frozenset[Port]]:
-    """The oldest route's, or the service itself; and the backends that it names."""
+def _tcp_target(at: Port, routes: Sequence[Route], mesh: Mesh) -> Target:
+    """The oldest route's, or the service itself."""
     if not routes:
-        return at.cluster, frozenset()
+        return Target(at.cluster)
     (rule,) = routes[0].spec.rules
     return tcp_target(rule, partial(mesh.resolve, namespace=routes[0].namespace))
 

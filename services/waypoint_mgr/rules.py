@@ -149,10 +149,19 @@ def action_of(rule: RouteRule, at: Port, resolve: Resolve, carries: AppProtocol 
     return _Builder(rule, at, resolve, 503 if carries is AppProtocol.HTTP2 else 500).build()
 
 
-def tcp_target(rule: RouteRule, resolve: Resolve) -> tuple[str | list[Json], frozenset[Port]]:
-    """Where connections go, a cluster or a split; those for what is no backend are closed."""
+class Target(NamedTuple):
+    """Where connections go: a cluster or a split; and the backends that are named."""
+
+    to: str | list[Json]
+    backends: frozenset[Port] = frozenset()
+    unresolved: tuple[Unresolved, ...] = ()
+
+
+def tcp_target(rule: RouteRule, resolve: Resolve) -> Target:
+    """Those for what is no backend are closed."""
     builder = _Builder(rule, Port("", 0), resolve, 500)
-    return builder.target() or UNRESOLVED, builder.found
+    to = builder.target() or UNRESOLVED
+    return Target(to, builder.found, builder.unresolved)
 
 
 class _Builder:
@@ -171,13 +180,17 @@ class _Builder:
     def found(self) -> frozenset[Port]:
         return frozenset(self._backends)
 
+    @property
+    def unresolved(self) -> tuple[Unresolved, ...]:
+        return tuple(self._unresolved)
+
     def build(self) -> Action:
         fields = self._fields()
         if self._rule.session_persistence is not None:
             self._dropped.append("sessionPersistence")
         if any(match.method is HTTPMethod.CONNECT for match in self._rule.matches):
             self._dropped.append("method CONNECT")
-        return Action(fields, self.found, tuple(self._unresolved), tuple(self._dropped))
+        return Action(fields, self.found, self.unresolved, tuple(self._dropped))
 
     def _fields(self) -> Json:
         fields: Json = {}

@@ -15,6 +15,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from pykmesh.contracts.waypoints import is_workload
 from pykmesh.manifests.durations import GoDuration
 from pykmesh.manifests.http_route import (
     BackendObjectRef,
@@ -58,7 +59,7 @@ from services.waypoint_mgr.delegates import Delegates, Part
 from services.waypoint_mgr.destinations import Destinations
 from services.waypoint_mgr.envoy import Json, Port, typed
 from services.waypoint_mgr.regexes import error_in
-from services.waypoint_mgr.rules import REDIRECT_CODES, Unresolved, action_of, tcp_target
+from services.waypoint_mgr.rules import REDIRECT_CODES, Target, Unresolved, action_of, tcp_target
 from services.waypoint_mgr.source import Virtual
 
 CORS: Final = "envoy.filters.http.cors"
@@ -126,8 +127,8 @@ class VirtualServices:
         filters = tuple(config for name, config in FILTERS.items() if name in names)
         return Routed(tuple(routes), frozenset(backends), filters)
 
-    def tcp_of(self, at: Port, *, is_overridden: bool) -> tuple[str | list[Json], frozenset[Port]] | None:
-        """Where connections go, and the backends that are named; None: to the service itself.
+    def tcp_of(self, at: Port, *, is_overridden: bool) -> Target | None:
+        """None: to the service itself.
 
         `is_overridden`: its port has TCPRoutes.
         """
@@ -143,9 +144,10 @@ class VirtualServices:
                 refs = _hosts(route.route)
                 rule = RouteRule(matches=(), backend_refs=refs)
                 resolve = partial(_resolve, of=found, at=at, mesh=self._mesh, destinations=self._destinations)
-                unresolved = action_of(rule, at, resolve).unresolved
-                self._tell(found, "unresolved", *(f"tcp[{index}]: {one.message}" for one in unresolved))
-                return tcp_target(rule, resolve)
+                target = tcp_target(rule, resolve)
+                texts = (f"tcp[{index}]: {one.message}" for one in target.unresolved)
+                self._tell(found, "unresolved", *texts)
+                return target
         return None
 
     def _takes(self, of: Virtual, index: int, route: TCPRoute, at: Port) -> bool:
@@ -161,6 +163,9 @@ class VirtualServices:
         self._told.setdefault(of.ref, {}).setdefault(kind, {}).update(dict.fromkeys(texts))
 
     def _best(self, at: Port, what: Literal["http", "tcp"]) -> Virtual | None:
+        """Workloads' own addresses are reached straight."""
+        if is_workload(at.service):
+            return None
         namespace, _, hostname = at.service.partition("/")
         found = [
             each
@@ -173,6 +178,16 @@ class VirtualServices:
             default=None,
         )
 
+    def _idle(self, of: Virtual) -> str:
+        """Why nothing goes by one that names a service's host; "" of one that names none."""
+        parts = (user.partition("/") for user in self._mesh.users if not is_workload(user))
+        if not any(of.says_of(host) and of.is_seen_in(namespace) for namespace, _, host in parts):
+            return ""
+        said = [name for name in ("http", "tcp") if getattr(of.spec, name)]
+        if not said:
+            return "it routes neither requests nor connections"
+        return f"no port goes by its {' or '.join(said)}: none carries that, or another one's goes before"
+
     def conditions(self) -> Iterator[Condition]:
         """Of those that are a service's, and those that are wrong."""
         parent = ref_of(self._waypoint)
@@ -182,6 +197,9 @@ class VirtualServices:
             if each.ref in asked or any(map(each.says_of, hosts)):
                 yield Condition(each.ref, parent, ACCEPTED, False, UNSUPPORTED_VALUE, message)
         specs = {each.ref: each.spec for each in self._found}
+        for each in self._found:
+            if each.ref not in self._told and (said := self._idle(each)):
+                self._tell(each, "left out", said)
         for ref, told in sorted(self._told.items()):
             yield Condition(ref, parent, ACCEPTED, True, ACCEPTED)
             unresolved = "; ".join(told.get("unresolved", ()))

@@ -271,8 +271,36 @@ async def test_what_is_to_be_encrypted_is_not_sent_as_it_is(
     folder: Path, backends: dict[str, Backend], mode: str
 ) -> None:
     async with served(folder, backends, destination({"tls": {"mode": mode}})) as found:
-        answered = (await found.who(10)).keys()
+        answered = (await found.who(40)).keys()
         assert answered == ({"503"} if mode in ("SIMPLE", "MUTUAL") else {"v1", "v2"})
+
+
+@pytest.mark.parametrize(
+    ("all_ports", "own", "closed"),
+    [
+        ({}, {"tls": {"mode": "SIMPLE"}}, True),
+        ({"portLevelSettings": [{"port": {"number": 80}}]}, {"tls": {"mode": "SIMPLE"}}, True),
+        ({"tls": {"mode": "SIMPLE"}}, {"tls": {"mode": "DISABLE"}}, False),
+        ({"tls": {"mode": "SIMPLE"}}, {"loadBalancer": {"simple": "RANDOM"}}, True),
+        ({"tls": {"mode": "SIMPLE"}}, {"portLevelSettings": [{"port": {"number": 80}}]}, False),
+        ({}, {"portLevelSettings": [{"port": {"number": 81}, "tls": {"mode": "SIMPLE"}}]}, False),
+    ],
+)
+def test_a_subset_has_what_is_said_of_the_port_and_of_itself(
+    all_ports: dict[str, Any], own: dict[str, Any], closed: bool
+) -> None:
+    subset = {"name": "v1", "labels": {"version": "v1"}, "trafficPolicy": own}
+    rules = Destinations(gateway(), [destination(all_ports, subsets=[subset])])
+    assert rules.is_closed(Port(named("shop", "web"), 80, "v1")) is closed
+    (*_, last) = rules.conditions()
+    if "tls" in own and closed:
+        assert "subset v1 trafficPolicy.tls (its endpoints get nothing)" in last.message
+
+
+@pytest.mark.parametrize("mode", ["simple", "SIMPEL", 1])
+def test_a_mode_that_is_none_is_refused(mode: Any) -> None:
+    with pytest.raises(msgspec.ValidationError, match="mode"):
+        destination({"tls": {"mode": mode}})
 
 
 def test_nor_where_an_envoy_refused_something_else() -> None:
