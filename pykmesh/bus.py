@@ -19,6 +19,8 @@ import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from pykmesh.contracts.messages import ContractError
+
 log = structlog.get_logger(__name__)
 
 RECONNECT_WAIT_S = 0.25
@@ -49,8 +51,9 @@ class Bus(Protocol):
 class NatsBus:
     """Connects for as long as it takes, and again after each loss; subscriptions survive it."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, on_error: Callable[[str], None]) -> None:
         self._client = client
+        self._on_error = on_error
 
     @property
     def connected(self) -> bool:
@@ -78,8 +81,15 @@ class NatsBus:
         await self._client.subscribe(subject, cb=deliver, pending_bytes_limit=PENDING_BYTES)
 
     async def serve(self, subject: str, answer: Answer) -> None:
+        """What `answer` does not understand (ContractError) is told here, and answered with no byte."""
+
         async def reply(message: Msg) -> None:
-            await message.respond(await answer(message.data))
+            try:
+                found = await answer(message.data)
+            except ContractError as error:
+                self._on_error(f"asked on {subject}: {error}")
+                found = b""
+            await message.respond(found)
 
         await self._client.subscribe(subject, cb=reply)
 
@@ -91,7 +101,7 @@ class NatsBus:
 async def connect(
     url: str, user: str, password_file: Path | None, on_error: Callable[[str], None]
 ) -> NatsBus:
-    """Waits for the broker. `on_error` hears why it is not there, and of what it forbids later.
+    """Waits for the broker. `on_error` hears why it is not there, of what it forbids, and of wrong questions.
 
     A wrong password and a forbidden subject come that way only (nats-py raises for neither).
     """
@@ -125,4 +135,4 @@ async def connect(
             await failed(error)
             await anyio.sleep(RECONNECT_WAIT_S)
         else:
-            return NatsBus(client)
+            return NatsBus(client, on_error)

@@ -273,6 +273,8 @@ async def _foreground(instance: Instance, options: Any, echo: Callable[[str, str
 
 
 async def _announce(mesh: Any) -> None:
+    import anyio
+
     from pykmesh.node.behind import LATE_POLL_S, READY, READY_DEADLINE_S
     from pykmesh.node.upgrade import settle
 
@@ -280,6 +282,7 @@ async def _announce(mesh: Any) -> None:
         await mesh.until_ready(READY_DEADLINE_S)
     except InstanceError as error:
         _say(f"pykmesh: {' '.join(str(error).split())}")
+        await anyio.sleep(LATE_POLL_S)  # an upgrade that reads this ends it
         await mesh.until_ready(math.inf, LATE_POLL_S)
     try:
         settle(mesh.instance)

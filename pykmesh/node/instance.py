@@ -238,6 +238,7 @@ def prepare(instance: Instance) -> int:
             f"instance {instance.name!r} runs already (pid {pid.pid if pid else 'unknown'}): "
             f"{command(instance, 'down')}, or choose another --instance"
         ) from error
+    (instance.run_dir / "instance.json").unlink(missing_ok=True)  # of one who ended without a word
     return held
 
 

@@ -97,10 +97,9 @@ def exchange(instance: Instance) -> Exchanged:
         if not Path(before.directory).is_dir():
             raise InstanceError(f"{before.directory} is gone, in which instance {instance.name} was started")
         _write(instance.journal, before)
-        _end(instance)
-        environment = of_this_release(before.environment)
         try:
-            behind = _start(instance, before, environment)
+            _end(instance)
+            behind = _start(instance, before, of_this_release(before.environment))
         except (InstanceError, OSError, KeyboardInterrupt) as error:
             _start_again(instance, before, error)
     goes_back = before.release == _read(instance.previous, Release) and not _is_this(before.release)
@@ -141,8 +140,15 @@ def _ready(instance: Instance, before: Supervised, environment: dict[str, str]) 
 
 
 def _end(instance: Instance) -> None:
-    if (found := running(instance.run_dir)) is not None:
+    """Also when it is interrupted: who was told to end is waited for."""
+    found = running(instance.run_dir)
+    if found is None:
+        return
+    try:
         end_supervisor(found.pid)
+    except KeyboardInterrupt:
+        end_supervisor(found.pid)
+        raise
 
 
 def _is_this(release: Release) -> bool:

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from pykmesh.contracts import messages
 from pykmesh.contracts.address import Families, Service, Workload
-from pykmesh.contracts.messages import ContractError, DnsOutcome, DnsReply, DnsRequest
+from pykmesh.contracts.messages import DnsOutcome, DnsReply, DnsRequest
 from pykmesh.kernel.explain import Chooser, Client, Tables
 from pykmesh.kernel.records import IP_BYTES, Destination, Ip, is_v4, network_id
 from services.map_writer.directory import Directory
@@ -136,12 +136,8 @@ class Dns:
         self._domain = domain
 
     async def answer(self, data: bytes) -> bytes:
-        """A request that is not understood, or that comes too early, is for the server that was asked."""
-        try:
-            reply = self._answer(messages.decode(DnsRequest, data))
-        except ContractError:
-            reply = DnsReply(messages.VERSION, DnsOutcome.NOT_READY)
-        return messages.encode(reply)
+        """What comes too early is for the server that was asked. Raises ContractError."""
+        return messages.encode(self._answer(messages.decode(DnsRequest, data)))
 
     def _answer(self, request: DnsRequest) -> DnsReply:
         mesh = self._follower.mesh

@@ -9,7 +9,7 @@ import msgspec
 
 from pykmesh.contracts import messages
 from pykmesh.contracts.address import workload_message
-from pykmesh.contracts.messages import ContractError, ResolveReply, ResolveRequest, ServiceName, WorkloadName
+from pykmesh.contracts.messages import ResolveReply, ResolveRequest, ServiceName, WorkloadName
 from pykmesh.contracts.waypoints import is_workload
 from pykmesh.kernel.records import Ip
 from services.map_writer.desired import other_way
@@ -28,11 +28,8 @@ class Names:
         self._planner = planner
 
     async def answer(self, data: bytes) -> bytes:
-        """A request that is not understood gets an empty reply: the asker goes on without names."""
-        try:
-            request = messages.decode(ResolveRequest, data)
-        except ContractError:
-            return messages.encode(ResolveReply(messages.VERSION, [], []))
+        """Raises ContractError."""
+        request = messages.decode(ResolveRequest, data)
         services = [self._service(number) for number in request.services]
         addresses = [self._workload(network, Ip(ip)) for network, ip in request.addresses]
         return messages.encode(ResolveReply(messages.VERSION, services, addresses))

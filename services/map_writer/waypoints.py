@@ -10,7 +10,6 @@ import anyio.to_thread
 
 from pykmesh.contracts import messages
 from pykmesh.contracts.address import workload_message
-from pykmesh.contracts.messages import ContractError
 from pykmesh.contracts.waypoints import (
     TRUST_DOMAIN,
     Endpoint,
@@ -67,11 +66,8 @@ class Waypoints:
         self._reading = anyio.Lock()
 
     async def answer(self, data: bytes) -> bytes:
-        """A request that is not understood is answered as if the mesh were not whole yet."""
-        try:
-            request = messages.decode(WaypointsRequest, data)
-        except ContractError:
-            return messages.encode(WaypointsReply(messages.VERSION, is_synced=False))
+        """Raises ContractError."""
+        request = messages.decode(WaypointsRequest, data)
         names = await self._principals_of_all() if request.with_principals else {}
         return messages.encode(self._reply(request, names))
 

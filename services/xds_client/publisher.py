@@ -68,13 +68,8 @@ class Publisher:
         self._reported = anyio.Event()
 
     async def _snapshot(self, data: bytes) -> bytes:
-        """An empty answer to what cannot be served: the reader finds it is no page, and starts again."""
-        try:
-            request = messages.decode(SnapshotRequest, data)
-        except ContractError as error:
-            log.error("snapshot_request_not_understood", error=str(error))
-            return b""
-        page = self._store.snapshot(request.cursor)
+        """No byte for a cursor that is none any more: the reader starts again. Raises ContractError."""
+        page = self._store.snapshot(messages.decode(SnapshotRequest, data).cursor)
         return messages.encode(page) if page else b""
 
     @property

@@ -556,6 +556,7 @@ class Upgrade(_Step):
                 words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             ) as upgrade:
                 time.sleep(drawn(self.killed, stage.chance))
+                stage.killed_upgrades += upgrade.poll() is None
                 upgrade.kill()
         done = subprocess.run(
             words, env=environment, capture_output=True, text=True, timeout=120, check=False
@@ -670,6 +671,16 @@ class NotEnrolled(_Step, tag="not enrolled"):
                 _remove(stage, each)
 
 
+class KilledUpgrades(_Step, tag="killed upgrades"):
+    """So many at least were under way when they were killed."""
+
+    at_least: int
+
+    def act(self, stage: Stage) -> None:
+        if stage.killed_upgrades < self.at_least:
+            raise HoldsNotError(f"only {stage.killed_upgrades} upgrades were killed: the rest had ended")
+
+
 class Says(_Step):
     """`pykmesh status` shows it: a regular expression."""
 
@@ -761,5 +772,6 @@ def _samples(page: str, name: str) -> Iterator[float]:
 Step = (
     Wait | Settled | Repeat | Together | Kill | KillAll | Stop | Down | Up | Limit | Hog | Disk | Scale
     | Services | Folder | Wire | ControlPlane | Flood | Password | Stranger | Unpin | Bystander | Upgrade
-    | KillAtCalls | NotEnrolled | Entries | Restarted | Resolves | Instances | KillEnvoy | Says | Metric
+    | KillAtCalls | KilledUpgrades | NotEnrolled | Entries | Restarted | Resolves | Instances | KillEnvoy
+    | Says | Metric
 )  # fmt: skip

@@ -67,6 +67,8 @@ def _played(scenario: Scenario, usual: list[Traffic], seed: int, found: Stage) -
     counts, entries_wrong, more = judged(found)
     problems += more
     per_second = counts.connections / (time.monotonic() - begun)
+    if per_second < scenario.per_second:
+        problems.append(f"only {per_second:.0f} connections a second, not {scenario.per_second:g}")
     return Outcome(
         scenario.name, seed, 0.0, counts.connections, per_second, counts.requests, counts.failed,
         found.wrong, counts.longest_pause_ms, counts.slowest_ms, entries_wrong, problems,
@@ -83,8 +85,13 @@ def judged(found: Stage) -> tuple[Counts, int, list[str]]:
         problems += [f"wrong entry: {each}" for each in differences[:3]]
     except Exception as error:  # noqa: BLE001  (told, with all else)
         problems.append(_text(error))
-    counts = found.finish()
+    try:
+        counts = found.finish()
+    except Exception as error:  # noqa: BLE001  (told, with all else)
+        return Counts(), entries_wrong, [*problems, _text(error)]
     problems += found.failures()
+    if counts.slowest_ms > PAUSE_MAX_MS:
+        problems.append(f"an answer took {counts.slowest_ms:g} ms")
     if counts.longest_pause_ms > PAUSE_MAX_MS:
         problems.append(f"a client had no answer for {counts.longest_pause_ms:g} ms")
     if counts.connections < CONNECTIONS_MIN:

@@ -29,6 +29,8 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     long: bool = False
     """Only where it is asked for."""
     mesh: Mesh = Mesh()
+    per_second: float = 0.0
+    """Connections that have to be made."""
     traffic: list[Traffic] = []
     """Besides the usual."""
 

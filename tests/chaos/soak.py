@@ -5,8 +5,8 @@
 Endpoints, services and pods come and go under traffic. In the first half processes are killed too; in the
 second half each one's memory (Pss) and descriptors are sampled. Exit status 1 where a process has grown (the
 last third of its samples against the first: memory by more than a tenth and 4 MiB, descriptors by more than
-four), a connection failed, an answer was wrong, or the maps hold in the end what they did not in the
-beginning.
+four), one was started again that nobody had killed, a connection failed, an answer was wrong, or the maps
+hold in the end what they did not in the beginning.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any, Final
 from bench.sync import pss_mib
 from pykmesh.kernel import pins
 from pykmesh.kernel.maps import PinnedMap
+from pykmesh.node.ask import supervised
 from tests.chaos.faults import Bystander, Kill, Scale, Services
 from tests.chaos.play import judged
 from tests.chaos.scenario import read
@@ -77,6 +78,11 @@ class Samples:
                 self.memory.setdefault(name, []).append(pss_mib([pid]))
 
 
+def restarts(found: Stage) -> dict[str, int]:
+    """By process."""
+    return {name: each["restarts"] or 0 for name, each in supervised(found.node.instance).items()}
+
+
 def thirds(taken: dict[str, list[float]]) -> dict[str, list[float]]:
     """Of each process: the median of the first and of the last third of its samples."""
     found = {}
@@ -106,7 +112,7 @@ def soak(minutes: float, seed: int, rate: float) -> dict[str, Any]:
             found.begin(each)
         before, began = entries(found), time.monotonic()
         half, end = began + minutes * 30, began + minutes * 60
-        samples, problems = Samples(), list[str]()
+        samples, problems, started = Samples(), list[str](), dict[str, int]()
         rounds = kills = 0
         killed = sampled = began
         try:
@@ -117,10 +123,17 @@ def soak(minutes: float, seed: int, rate: float) -> dict[str, Any]:
                     Kill(process=PROCESSES).act(found)
                     found.settled()  # who enrols while bpf_loader is away is told so
                     killed, kills = now, kills + 1
+                if now >= half and not started:
+                    started = restarts(found)
                 if now >= half and now - sampled > SAMPLE_S:
                     samples.take(found)
                     sampled = now
             left = as_before(found, before)
+            problems += [
+                f"{name} was started again {is_ - started[name]} times"
+                for name, is_ in restarts(found).items()
+                if is_ != started.get(name)
+            ]
             problems += [
                 f"map {name}: {was} entries before, {is_} after" for name, (was, is_) in left.items()
             ]
@@ -128,6 +141,8 @@ def soak(minutes: float, seed: int, rate: float) -> dict[str, Any]:
             problems.append(f"round {rounds}: {type(error).__name__}: {error}")
         counts, _, more = judged(found)
         problems += more
+        if not samples.memory:
+            problems.append("nothing was sampled: that needs more minutes")
         sizes, descriptors = thirds(samples.memory), thirds(samples.descriptors)
         problems += [
             f"{name} has grown from {first} to {last} MiB"

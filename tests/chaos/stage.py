@@ -105,6 +105,7 @@ class Stage:
         self.web: list[Pod] = []
         self.wanted: list[str] = []
         self.notes: list[str] = []
+        self.killed_upgrades = 0
         self.cleanups = contextlib.ExitStack()
         self.wire: Wire | None = None
         self.control_plane: ControlPlane | None = None

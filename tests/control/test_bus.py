@@ -13,7 +13,8 @@ import pytest
 
 from pykmesh import bus
 from pykmesh.bus import BusUnavailableError, Headers, NatsBus
-from pykmesh.contracts.messages import Subject
+from pykmesh.contracts import messages
+from pykmesh.contracts.messages import SnapshotRequest, Subject
 from pykmesh.contracts.settings import CommonSettings
 from pykmesh.node.broker import MAX_PAYLOAD_BYTES
 from pykmesh.node.mesh import Options
@@ -57,6 +58,16 @@ async def _listen(end: NatsBus, subject: str) -> list[tuple[bytes, dict[str, str
     return heard
 
 
+async def _answered(wired: Wired, question: bytes) -> bytes:
+    """As soon as somebody answers."""
+    with anyio.fail_after(20):
+        while True:
+            try:
+                return await wired.writer.request(Subject.CONFIG_SNAPSHOT, question)
+            except BusUnavailableError:
+                await anyio.sleep(0.02)
+
+
 async def test_messages_of_a_subject_arrive_in_order_with_their_headers(wired: Wired) -> None:
     heard = await _listen(wired.writer, Subject.CONFIG_LOG)
     await _until_subscribed(wired, heard)
@@ -88,13 +99,7 @@ async def test_a_request_is_answered_and_one_that_nobody_answers_says_so(wired: 
         return data[::-1]
 
     await wired.client.serve(Subject.CONFIG_SNAPSHOT, answer)
-    with anyio.fail_after(20):
-        while True:
-            try:
-                assert await wired.writer.request(Subject.CONFIG_SNAPSHOT, b"abc") == b"cba"
-                break
-            except BusUnavailableError:
-                await anyio.sleep(0.02)
+    assert await _answered(wired, b"abc") == b"cba"
 
 
 async def test_a_message_that_the_broker_does_not_take_is_an_error_of_this_message_only(wired: Wired) -> None:
@@ -146,3 +151,15 @@ async def test_a_process_that_has_lost_the_broker_is_not_ready_until_it_is_back(
         assert runtime.status()["ready"]
     finally:
         await connection.close()
+
+
+async def test_a_question_that_is_not_understood_is_told_and_answered_with_no_byte(wired: Wired) -> None:
+    async def answer(data: bytes) -> bytes:
+        return messages.encode(messages.decode(SnapshotRequest, data))
+
+    await wired.client.serve(Subject.CONFIG_SNAPSHOT, answer)
+    assert await _answered(wired, b"nonsense") == b""
+    (told,) = wired.errors
+    assert told.startswith("asked on pykmesh.v1.config.snapshot: ")
+    good = messages.encode(SnapshotRequest(messages.VERSION, ""))
+    assert await _answered(wired, good) == good

@@ -44,7 +44,7 @@ def look_at(kernel: Path, program: Path, boots: int) -> tuple[str, dict[str, Any
     found = {line["look"]: line for line in lines if "look" in line}
     said = "no" if not found else "yes" if ended.status is not None else "yes, and died after the last look"
     said += f" (boot {boot})" if boot > 1 else ""
-    booted = Look("boots in qemu", said, holds=ended.status is not None)
+    booted = Look("boots in qemu", said, holds=bool(found) and ended.status is not None)
     found = {booted.look: booted._asdict(), **found}
     rest = "" if ended.status is not None else f"ended with no status after {ended.seconds} s"
     if ended.status and all(each["holds"] for each in found.values()):

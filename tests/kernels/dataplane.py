@@ -41,7 +41,7 @@ VIP4, VIP6, EMPTY4 = "10.96.0.10", "fd96::10", "10.96.0.30"
 PORT, UDP_PORT = 8080, 9090
 SIZES = {"services": 1024, "endpoints": 1024, "addresses": 1024, "ranges": 64, "pods": 64, "flows": 1 << 20}
 PATIENCE_S = 60.0
-HANGS_S = 360.0
+HANGS_S = 240.0
 """Then it says where it is: before who booted the kernel ends it."""
 END_DEADLINE_S = 90.0
 """Of a client: it waits for what is under way, TRAFFIC_TIMEOUT_S at most."""
