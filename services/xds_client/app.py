@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, NamedTuple
 
 import anyio
@@ -80,13 +80,15 @@ class XdsClient:
         self._begun: set[str] = set()
         """Types of which the present stream has brought a response."""
 
-    async def run(self) -> None:
+    async def run(
+        self, pace: Pace | None = None, sleep: Callable[[float], Awaitable[None]] = anyio.sleep
+    ) -> None:
         """Runs until cancelled."""
-        pace = Pace()
+        pace = pace or Pace()
         while True:
             self._understood = False
             ordinary = await self._converse()
-            await anyio.sleep(pace.pause_s(understood=self._understood, ordinary=ordinary))
+            await sleep(pace.pause_s(understood=self._understood, ordinary=ordinary))
 
     async def _converse(self) -> bool:
         """One stream, from its first request to its end. True for an end that is no failure."""
@@ -122,12 +124,13 @@ class XdsClient:
 
     async def _follow(self, stream: connection.Stream) -> bool:
         sender, answers = anyio.create_memory_object_stream[Taken](ANSWERS_WAITING)
-        await self._open(stream)
         try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._answer, stream, answers)
-                await self._read(stream, sender)
-                tasks.cancel_scope.cancel()
+            with sender, answers:
+                await self._open(stream)
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self._answer, stream, answers)
+                    await self._read(stream, sender)
+                    tasks.cancel_scope.cancel()
         except* (grpc.aio.AioRpcError, DecodeError) as group:
             raise group.exceptions[0] from None
         log.info("stream_ended", code="OK")

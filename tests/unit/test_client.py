@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, cast
 
+import anyio
+import anyio.lowlevel
 import grpc
 import grpc.aio
 import pytest
 
+from pykmesh.contracts.messages import ResourceType
 from pykmesh.contracts.settings import XdsClientSettings
 from pykmesh.process import Runtime
 from services.xds_client import app, connection, protocol
 from services.xds_client.app import XdsClient
+from services.xds_client.pace import BACKOFF_MAX_S, Pace
 from services.xds_client.publisher import Publisher
 from services.xds_client.store import Store
-from tests.control.resources import pod, unknown_field
-from tests.control.scripted_ads import ADDRESS
+from tests.control.resources import pod, uid, unknown_field
+from tests.control.scripted_ads import ADDRESS, serving
 from tests.unit.test_publisher import Log
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_event_loop")]
+
+
+HOUR_S = 3600.0
 
 
 class Node:
@@ -62,6 +69,49 @@ async def test_after_a_large_request_that_was_cut_short_nothing_is_named_until_a
     assert len(client._first_requests()[0].initial_resource_versions) == named
     await client._take(sent.SerializeToString())
     assert len(client._first_requests()[0].initial_resource_versions) == count
+
+
+class Hours:
+    """A clock that goes on by what is slept, for nobody else."""
+
+    def __init__(self) -> None:
+        self.now, self.sleeps = 0.0, 0
+        self.later: Callable[[], Awaitable[None]] | None = None
+        """What is done after an hour."""
+
+    async def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.sleeps += 1
+        if self.later is not None and self.now >= HOUR_S:
+            await self.later()
+            self.later = None
+        await anyio.lowlevel.checkpoint()
+
+
+async def test_a_control_plane_that_is_away_for_an_hour_and_back_with_less_is_followed_again() -> None:
+    """Real streams to a real port at which nobody listens; nothing is forgotten meanwhile."""
+    store, hours = Store(), Hours()
+    async with serving() as plane, anyio.create_task_group() as tasks:
+        settings = XdsClientSettings(xds_address=f"127.0.0.1:{plane.port}")
+        client = XdsClient(Runtime("xds_client", settings), store, Publisher(store, Log(), 64, 0.0))
+        tasks.start_soon(client.run, Pace(lambda: hours.now), hours.sleep)
+        await plane.next_stream()
+        await plane.push(pod("a", "10.1.0.1"), pod("b", "10.1.0.2"))
+        streams, hours.later = len(plane.streams), plane.start
+        await plane.stop()
+        del plane.state[ADDRESS][uid("b")]
+        with anyio.fail_after(20):
+            while hours.later is not None:
+                await anyio.sleep(0.01)
+                assert (
+                    store.versions(ResourceType.ADDRESS).keys() == {uid("a"), uid("b")} or hours.later is None
+                )
+        assert hours.sleeps < HOUR_S / BACKOFF_MAX_S * 2 + 20, "asked less often than a pause is at least"
+        await plane.next_stream(streams)
+        with anyio.fail_after(20):
+            while store.versions(ResourceType.ADDRESS).keys() != {uid("a")}:  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+        tasks.cancel_scope.cancel()
 
 
 def bulk() -> bytes:
