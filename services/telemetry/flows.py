@@ -21,6 +21,7 @@ from services.telemetry.labels import CONNECT_FAILED, NO_FLAGS, Edge, refusal_fl
 from services.telemetry.ledger import Amounts, Ledger
 
 TURN_RECORDS: Final = 8192
+IDLE_S: Final = 0.08
 KNOWN_MAX: Final = 131_072
 IPPROTO_TCP: Final = 6
 
@@ -122,9 +123,12 @@ class Drain:
         self.largest_turn = 0
 
     async def run(self, interval_s: float) -> None:
+        """Until cancelled. Where nothing comes it looks less and less often, down to every `IDLE_S`."""
+        pause_s = interval_s
         while True:
-            full = self.turn() == TURN_RECORDS
-            await anyio.sleep(0 if full else interval_s)
+            found = self.turn()
+            pause_s = interval_s if found else min(2 * pause_s, max(IDLE_S, interval_s))
+            await anyio.sleep(0 if found == TURN_RECORDS else pause_s)
 
     def turn(self, max_n: int = TURN_RECORDS) -> int:
         """Takes at most `max_n` records; returns how many."""
