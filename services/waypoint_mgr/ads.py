@@ -1,10 +1,9 @@
 """Delta ADS for Envoys, over a unix socket: each node, by its id, gets resources of its own.
 
 What is new is made before what is old is broken: clusters with their endpoints, then listeners, then routes,
-then filters that are resources of their own, each when Envoy has taken the one before; clusters are removed
-when it has taken listeners and routes without them. While clusters are refused nothing that may need them is
-sent: what was good last stays. One response a type is under way at a time; changes that come meanwhile go as
-one.
+each when Envoy has taken the one before; clusters are removed when it has taken listeners and routes without
+them. While clusters are refused nothing that may need them is sent: what was good last stays. One response
+a type is under way at a time; changes that come meanwhile go as one.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from pykmesh.proto import discovery_pb2
 from services.waypoint_mgr.encode import (
     CLUSTER_TYPE,
     ENDPOINT_TYPE,
-    EXTENSION_TYPE,
     LISTENER_TYPE,
     ROUTE_TYPE,
     Resources,
@@ -34,10 +32,8 @@ from services.waypoint_mgr.encode import (
 SERVICE: Final = "envoy.service.discovery.v3.AggregatedDiscoveryService"
 METHOD: Final = "DeltaAggregatedResources"
 
-_ORDER: Final = (CLUSTER_TYPE, ENDPOINT_TYPE, LISTENER_TYPE, ROUTE_TYPE, EXTENSION_TYPE)
+_ORDER: Final = (CLUSTER_TYPE, ENDPOINT_TYPE, LISTENER_TYPE, ROUTE_TYPE)
 _WILDCARDS: Final = (CLUSTER_TYPE, LISTENER_TYPE)
-_OF_LISTENERS: Final = (ROUTE_TYPE, EXTENSION_TYPE)
-"""What listeners ask for by name."""
 _STOP_DEADLINE_S: Final = 2.0
 _OPTIONS: Final = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 
@@ -294,9 +290,9 @@ class _Stream:
             resource = response.resources.add(name=name, version=version)
             resource.resource.type_url = sub.type_url
             resource.resource.value = bodies[name]
-        if sub.type_url == LISTENER_TYPE and sub.refusal:
-            for named in filter(None, map(self._subscriptions.get, _OF_LISTENERS)):
-                named.forget(list(named.sent))  # they may have come for a listener that was refused
+        routes = self._subscriptions.get(ROUTE_TYPE)
+        if sub.type_url == LISTENER_TYPE and sub.refusal and routes:
+            routes.forget(list(routes.sent))  # they may have come for a listener that was refused
         sub.respond(response.nonce, changed, gone)
         if sub.type_url == CLUSTER_TYPE:
             self._sent_clusters |= changed.keys()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +23,6 @@ from pykmesh.contracts.enrollment import Action, EnrollmentError, ask_for_cgroup
 from pykmesh.contracts.messages import ContractError, MapReport, Subject
 from pykmesh.contracts.settings import WaypointMgrSettings
 from pykmesh.contracts.waypoints import (
-    ClientId,
     MeshService,
     WaypointsReply,
     WaypointsRequest,
@@ -32,7 +31,7 @@ from pykmesh.contracts.waypoints import (
 )
 from pykmesh.manifests.objects import Gateway, ObjectRef, ref_of
 from pykmesh.process import Runtime
-from services.waypoint_mgr import announce, fleet
+from services.waypoint_mgr import announce, fleet, principals
 from services.waypoint_mgr.ads import AdsServer
 from services.waypoint_mgr.announce import Announced, Announcements, Announcer, Said
 from services.waypoint_mgr.attachments import Condition
@@ -41,7 +40,6 @@ from services.waypoint_mgr.fleet import Fleet
 from services.waypoint_mgr.instances import InstanceError, refusal
 from services.waypoint_mgr.keys import Keys, KeysError
 from services.waypoint_mgr.policies import Clients, names_in, unenforced
-from services.waypoint_mgr.principals import is_forwarded
 from services.waypoint_mgr.requests import Reporter
 from services.waypoint_mgr.routes import Configuration, Wanted, translate
 from services.waypoint_mgr.scaling import policy_of
@@ -88,6 +86,8 @@ class WaypointMgr:
         self._report = ("", -1)
         self._mesh_is_due = True
         """What map_writer says of the mesh is to be asked for anew."""
+        self._names = runtime.settings.envoys_dir.absolute() / "principals"
+        self._nameless = list[str]()
         self.is_enrolled = False
         """Connections to instances are told what they are for."""
         self._due = anyio.Event()
@@ -204,7 +204,7 @@ class WaypointMgr:
             sorted(names.accounts),
             sorted({name for each in objects.virtuals for name in each.backends(with_subsets=True)}),
             sorted(set().union(*map(objects.namespaces_of, of_workloads))),
-            any(is_forwarded(each.metadata.annotations) for each in objects.waypoints.values()),
+            any(principals.is_forwarded(each.metadata.annotations) for each in objects.waypoints.values()),
         )
         try:
             data = await bus.request(Subject.WAYPOINTS, messages.encode(request))
@@ -213,8 +213,21 @@ class WaypointMgr:
             log.info("mesh_awaited", error=str(error))
             return False
         if reply.is_synced:
-            self._mesh = reply
+            if request.with_principals:
+                await self._write_names(reply.principals)
+            self._mesh = msgspec.structs.replace(reply, principals={})
         return reply.is_synced
+
+    async def _write_names(self, found: Mapping[str, bytes]) -> None:
+        try:
+            left_out = await anyio.to_thread.run_sync(principals.write, self._names, found)
+        except OSError as error:
+            self._runtime.note_error("names_not_written", error=error)
+            return
+        if left_out != self._nameless:
+            self._nameless = left_out
+            for name in left_out:
+                log.warning("name_not_forwarded", principal=name, why="no SPIFFE name, or ids of another's")
 
     def _backends(self, objects: Objects) -> list[str]:
         """The services that routes name, whether they are there or not, and the waypoints' own."""
@@ -245,9 +258,8 @@ class WaypointMgr:
 
         users = [service for service in mesh.services if may_come(service)]
         clients = Clients(mesh.namespace_ids, mesh.account_ids)
-        names = mesh.principals if is_forwarded(waypoint.metadata.annotations) else None
         found = await anyio.to_thread.run_sync(
-            self._translate, name, waypoint, users, known, objects, clients, names
+            self._translate, name, waypoint, users, known, objects, clients
         )
         members = [member for member in self.members.members.values() if member.waypoint == name]
         for member in members:
@@ -268,7 +280,6 @@ class WaypointMgr:
         known: dict[str, MeshService],
         objects: Objects,
         clients: Clients,
-        names: dict[str, ClientId] | None,
     ) -> Configuration:
         """A route that is wrong counts as it was when it was right."""
         domain, services = self._settings.cluster_domain, objects.services
@@ -280,8 +291,9 @@ class WaypointMgr:
             [each.with_keys(self.keys.found) for each in objects.authentications],
             self.keys.errors,
         )
+        names = self._names if principals.is_forwarded(waypoint.metadata.annotations) else None
         if name in self._reduced:
-            wanted = wanted.reduced
+            wanted, names = wanted.reduced, None
         spans, _ = self._spans(waypoint)
         found = translate(waypoint, users, known, services, wanted, domain, clients, spans, names)
         refused = found.refused

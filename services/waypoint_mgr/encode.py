@@ -16,7 +16,6 @@ from services.waypoint_mgr.schema import ANY, WELL_KNOWN, Field, schema
 _PREFIX: Final = "type.googleapis.com/"
 CLUSTER_TYPE: Final = f"{_PREFIX}envoy.config.cluster.v3.Cluster"
 ENDPOINT_TYPE: Final = f"{_PREFIX}envoy.config.endpoint.v3.ClusterLoadAssignment"
-EXTENSION_TYPE: Final = f"{_PREFIX}envoy.config.core.v3.TypedExtensionConfig"
 LISTENER_TYPE: Final = f"{_PREFIX}envoy.config.listener.v3.Listener"
 ROUTE_TYPE: Final = f"{_PREFIX}envoy.config.route.v3.RouteConfiguration"
 
@@ -55,7 +54,6 @@ def resources(configuration: Configuration, address: str, port: int) -> Resource
         ENDPOINT_TYPE: _encode_all(ENDPOINT_TYPE, configuration.assignments),
         LISTENER_TYPE: _encode_all(LISTENER_TYPE, {LISTENER: listener}),
         ROUTE_TYPE: _encode_all(ROUTE_TYPE, configuration.routes),
-        EXTENSION_TYPE: _encode_all(EXTENSION_TYPE, configuration.extensions),
     }
 
 

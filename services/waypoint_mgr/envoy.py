@@ -181,11 +181,6 @@ def named(name: str, config: Json) -> Json:
     return {"name": name, "typedConfig": config}
 
 
-def discovered(name: str, kind: str) -> Json:
-    """A filter that is a resource of its own, by its name. Without it no connection is let in."""
-    return {"name": name, "configDiscovery": {"configSource": _ADS, "typeUrls": [typed(kind)["@type"]]}}
-
-
 def _chain(at: Port, ranges: Iterable[Range], *filters: Json, name: str = "") -> Json:
     """For what is told of these addresses."""
     told = [{"addressPrefix": found.address, "prefixLen": found.bits} for found in ranges]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -57,8 +58,6 @@ class Configuration(msgspec.Struct, frozen=True):
     routes: Mapping[str, Json] = {}
     clusters: Mapping[str, Json] = {}
     assignments: Mapping[str, Json] = {}
-    extensions: Mapping[str, Json] = {}
-    """Filters that chains have by their names."""
     protocols: Mapping[Port, AppProtocol] = {}
     """What each port is taken to carry."""
     conditions: tuple[Condition, ...] = ()
@@ -116,11 +115,11 @@ def translate(
     domain: str,
     clients: Clients | None = None,
     spans: Spans | None = None,
-    names: Mapping[str, bytes] | None = None,
+    names: Path | None = None,
 ) -> Configuration:
     """`users`: services whose traffic goes by way of it. `known`, `services`: by `namespace/hostname`.
 
-    `names`: of clients, to be forwarded, if they are.
+    `names`: where clients' names are, if they are forwarded.
     """
     mesh = Mesh(users, known, services, domain)
     attached = attach(waypoint, mesh, wanted.routes)
@@ -130,7 +129,7 @@ def translate(
     virtuals = VirtualServices(waypoint, mesh, wanted.virtuals, destinations)
     logs = waypoint.metadata.annotations.get(ACCESS_LOG) == "true"
     tracing = spans.tracing(f"{waypoint.name}.{waypoint.namespace}") if spans else None
-    first = [] if names is None else [principals.in_chain()]
+    first = [principals.script(names)] if names else []
     taken, conflicts = _owners(mesh), list[str]()
     chains, configurations = list[Json](), dict[str, Json]()
     protocols, backends = dict[Port, AppProtocol](), set[Port]()
@@ -178,7 +177,6 @@ def translate(
             at.cluster: envoy.load_assignment(at, _endpoints(at, mesh, destinations))
             for at in sorted(backends)
         },
-        extensions={} if names is None else {principals.SCRIPT: principals.script(names)},
         protocols=protocols,
         conditions=tuple(attached.conditions),
         policies=tuple(guard.conditions()),

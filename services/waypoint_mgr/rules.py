@@ -36,6 +36,7 @@ from pykmesh.manifests.http_route import (
     duration_ms,
 )
 from services.waypoint_mgr.envoy import NO_TIMEOUT, Json, Port
+from services.waypoint_mgr.principals import is_identity
 from services.waypoint_mgr.protocols import AppProtocol
 from services.waypoint_mgr.regexes import error_in
 
@@ -233,10 +234,13 @@ class _Builder:
         lost = [header.name for header in modifier.add if _is_host(header.name)]
         lost += [name for name in modifier.remove if _is_host(name)]
         self._dropped += [f"RequestHeaderModifier: adding to or removing {name}" for name in lost]
-        return {
-            "requestHeadersToAdd": _headers(modifier),
-            "requestHeadersToRemove": [name for name in modifier.remove if not _is_host(name)],
-        }
+        own = [*(header.name for header in (*modifier.set, *modifier.add)), *modifier.remove]
+        self._dropped += [
+            f"RequestHeaderModifier: {name}, which says who asks" for name in own if is_identity(name)
+        ]
+        changed = [each for each in _headers(modifier) if not is_identity(each["header"]["key"])]
+        removed = [name for name in modifier.remove if not (_is_host(name) or is_identity(name))]
+        return {"requestHeadersToAdd": changed, "requestHeadersToRemove": removed}
 
     def _mirror(self, mirror: RequestMirror) -> list[Json]:
         found = self._resolved(mirror.backend_ref)

@@ -22,7 +22,6 @@ ANY: Final = f"{WELL_KNOWN}Any"
 _PACKAGE: Final = "envoy_data_plane."
 _ROOTS: Final = (
     "config.cluster.v3.Cluster",
-    "config.core.v3.TypedExtensionConfig",
     "config.endpoint.v3.ClusterLoadAssignment",
     "config.listener.v3.Listener",
     "config.route.v3.RouteConfiguration",

@@ -25,6 +25,7 @@ from services.waypoint_mgr.attachments import (
 )
 from services.waypoint_mgr.envoy import Json, Port, named, typed
 from services.waypoint_mgr.keys import place_of
+from services.waypoint_mgr.principals import HEADER, is_identity
 from services.waypoint_mgr.source import Authentication
 
 _FILTER: Final = "envoy.filters.http.jwt_authn"
@@ -117,11 +118,17 @@ class Tokens:
             provider["fromParams"] = list(rule.from_params)
         if rule.from_cookies:
             provider["fromCookies"] = list(rule.from_cookies)
-        if rule.output_payload_to_header:
-            provider["forwardPayloadHeader"] = rule.output_payload_to_header
-        if rule.output_claim_to_headers:
+        payload_header = rule.output_payload_to_header or ""
+        if is_identity(payload_header):
+            self._drop(of, f"issuer {rule.issuer}: outputPayloadToHeader {payload_header}")
+        elif payload_header:
+            provider["forwardPayloadHeader"] = payload_header
+        headers = [one for one in rule.output_claim_to_headers if not is_identity(one.header)]
+        if len(headers) < len(rule.output_claim_to_headers):
+            self._drop(of, f"issuer {rule.issuer}: outputClaimToHeaders {HEADER}")
+        if headers:
             provider["claimToHeaders"] = [
-                {"headerName": one.header, "claimName": one.claim} for one in rule.output_claim_to_headers
+                {"headerName": one.header, "claimName": one.claim} for one in headers
             ]
         return provider
 

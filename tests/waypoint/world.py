@@ -113,7 +113,7 @@ class World:
         self.authentications: list[Authentication] = []
         self.clients = Clients()
         self.spans: Spans | None = None
-        self.names: dict[str, bytes] | None = None
+        self.names: Path | None = None
 
     def add_user(self, service: MeshService, kubernetes: Service) -> None:
         self.users.append(service)
