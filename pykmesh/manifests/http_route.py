@@ -18,6 +18,7 @@ from pykmesh.manifests.names import Name, PortNumber
 
 GATEWAY_GROUP: Final = "gateway.networking.k8s.io"
 CORE_GROUPS: Final = ("", "core")
+ISTIO_GROUP: Final = "networking.istio.io"
 
 _LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 Hostname = Annotated[str, msgspec.Meta(pattern=rf"^(\*\.)?{_LABEL}(\.{_LABEL})*\Z", max_length=253)]
@@ -186,12 +187,17 @@ class BackendObjectRef(_Part, frozen=True, kw_only=True):
     port: PortNumber | None = None
 
     def __post_init__(self) -> None:
-        if self.is_service and self.port is None:
-            raise ValueError("port must be given for a Service")
+        if (self.is_service or self.is_hostname) and self.port is None:
+            raise ValueError(f"port must be given for a {self.kind}")
 
     @property
     def is_service(self) -> bool:
         return self.kind == "Service" and self.group in CORE_GROUPS
+
+    @property
+    def is_hostname(self) -> bool:
+        """Istio's: of any service of the mesh, such as a ServiceEntry's."""
+        return self.kind == "Hostname" and self.group == ISTIO_GROUP
 
 
 class Fraction(_Part, frozen=True, kw_only=True):

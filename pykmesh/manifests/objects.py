@@ -467,6 +467,22 @@ class DestinationRule(_Object, frozen=True, kw_only=True):
     spec: DestinationRuleSpec
 
 
+class TLSTarget(_Manifest, frozen=True, kw_only=True):
+    group: str = ""
+    kind: str
+    name: Name
+
+
+class BackendTLSPolicySpec(_Manifest, frozen=True, kw_only=True):
+    """How backends are to be spoken to is not read: nobody here does."""
+
+    target_refs: tuple[TLSTarget, ...] = ()
+
+
+class BackendTLSPolicy(_Object, frozen=True, kw_only=True):
+    spec: BackendTLSPolicySpec = BackendTLSPolicySpec()
+
+
 class VirtualService(_Object, frozen=True, kw_only=True):
     spec: VirtualServiceSpec = VirtualServiceSpec()
 
@@ -510,6 +526,7 @@ Object: TypeAlias = (
     | TCPRoute
     | AuthorizationPolicy
     | DestinationRule
+    | BackendTLSPolicy
     | VirtualService
     | RequestAuthentication
 )
@@ -528,6 +545,7 @@ KINDS: dict[tuple[str, str], type[Object]] = {
     ("gateway.networking.k8s.io", "TCPRoute"): TCPRoute,
     ("security.istio.io", "AuthorizationPolicy"): AuthorizationPolicy,
     ("networking.istio.io", "DestinationRule"): DestinationRule,
+    ("gateway.networking.k8s.io", "BackendTLSPolicy"): BackendTLSPolicy,
     ("networking.istio.io", "VirtualService"): VirtualService,
     ("security.istio.io", "RequestAuthentication"): RequestAuthentication,
 }

@@ -232,11 +232,14 @@ class WaypointMgr:
     def _backends(self, objects: Objects) -> list[str]:
         """The services that routes name, whether they are there or not, and the waypoints' own."""
         domain = self._settings.cluster_domain
+        refs = [(route, ref) for route in objects.routes for ref in route.spec.backends]
         found = dict.fromkeys(
             mesh_name(ref.namespace or route.namespace, ref.name, domain)
-            for route in objects.routes
-            for ref in route.spec.backends
+            for route, ref in refs
+            if not ref.is_hostname
         )
+        hosts = {ref.name for _, ref in refs if ref.is_hostname}
+        found |= dict.fromkeys(name for name in objects.services if name.partition("/")[2] in hosts)
         for virtual in objects.virtuals:
             found |= dict.fromkeys(virtual.backends())
         return [*{**found, **dict.fromkeys(objects.waypoints)}]
@@ -290,6 +293,7 @@ class WaypointMgr:
             objects.virtuals,
             [each.with_keys(self.keys.found) for each in objects.authentications],
             self.keys.errors,
+            objects.backend_tls,
         )
         names = self._names if principals.is_forwarded(waypoint.metadata.annotations) else None
         if name in self._reduced:

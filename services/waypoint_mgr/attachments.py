@@ -1,6 +1,6 @@
 """Which routes are for which ports of a waypoint's services, and what their authors are told.
 
-A route attaches to a Service whose traffic goes by way of the waypoint, or to the waypoint's Gateway.
+A route attaches to a Service or ServiceEntry whose traffic goes by way of the waypoint, or to its Gateway.
 Backends in other namespaces need no ReferenceGrant, and policies for them are not asked: those are for what
 comes to a service by way of its own waypoint.
 """
@@ -19,7 +19,7 @@ from pykmesh.manifests.objects import Gateway, ObjectRef, Service, ref_of
 from services.waypoint_mgr.envoy import Port
 from services.waypoint_mgr.protocols import AppProtocol, is_only_udp, protocol_of
 from services.waypoint_mgr.rules import Unresolved, action_of, errors_in
-from services.waypoint_mgr.source import Authentication, Policy, Route, mesh_name
+from services.waypoint_mgr.source import Authentication, EntryHost, Policy, Route, mesh_name
 
 ACCEPTED: Final = "Accepted"
 RESOLVED_REFS: Final = "ResolvedRefs"
@@ -57,10 +57,22 @@ class Mesh:
         self._known = {**known, **self.users}
         self._services = services
         self._domain = domain
+        self._entries: dict[ObjectRef, list[str]] = {}
+        for name, service in services.items():
+            if isinstance(service, EntryHost):
+                ref = ObjectRef("ServiceEntry", service.namespace, service.name)
+                self._entries.setdefault(ref, []).append(name)
 
     def name_of(self, namespace: str, name: str) -> str:
         """Of a Kubernetes Service."""
         return mesh_name(namespace, name, self._domain)
+
+    def users_of(self, ref: ObjectRef) -> list[MeshService]:
+        """Of a Service, or a ServiceEntry, those that go by way of the waypoint."""
+        names = self._entries.get(ref, [])
+        if ref.kind == "Service":
+            names = [self.name_of(ref.namespace, ref.name)]
+        return [self.users[name] for name in names if name in self.users]
 
     def ports(self, user: MeshService) -> Iterator[Port]:
         """Those that connections go to."""
@@ -101,10 +113,12 @@ class Mesh:
 
     def resolve(self, ref: BackendObjectRef, namespace: str) -> Port | Unresolved:
         """`namespace`: of the route."""
+        if ref.is_hostname:
+            found = self.at_host(ref.name, namespace, ref.port, 0)
+            return found or Unresolved("BackendNotFound", f"there is no host {ref.name} with port {ref.port}")
         if not ref.is_service:
-            return Unresolved(
-                "InvalidKind", f"{ref.group}/{ref.kind} {ref.name}: only a Service is a backend"
-            )
+            what = f"{ref.group}/{ref.kind} {ref.name}"
+            return Unresolved("InvalidKind", f"{what}: only a Service or a Hostname is a backend")
         name = self.name_of(ref.namespace or namespace, ref.name)
         service = self._known.get(name)
         if service is None:
@@ -195,7 +209,7 @@ def _parent_ref(route: Route, parent: ParentRef) -> ObjectRef:
 def _is_ours(ref: ObjectRef, waypoint: Gateway, mesh: Mesh) -> bool:
     if ref.kind == "Gateway":
         return ref == ref_of(waypoint)
-    return ref.kind == "Service" and mesh.name_of(ref.namespace, ref.name) in mesh.users
+    return bool(mesh.users_of(ref))
 
 
 def _refusal(
@@ -209,21 +223,20 @@ def _refusal(
         )
         return None if has_listener else _Refusal("NoMatchingParent", "the Gateway has no such listener")
     if ref.namespace != route.namespace:
-        what = "a route for clients of one namespace (the Service is in another) is not honoured by waypoints"
-        return _Refusal("NotAllowedByParent", what)
+        what = f"a route for clients of one namespace (the {ref.kind} is in another)"
+        return _Refusal("NotAllowedByParent", f"{what} is not honoured by waypoints")
     if not _ports_of(route, parent, ref, mesh, attached):
         what = " that carries nothing but TCP" if route.carries is AppProtocol.TCP else ""
-        return _Refusal("NoMatchingParent", f"the Service has no such port{what}")
+        return _Refusal("NoMatchingParent", f"the {ref.kind} has no such port{what}")
     return None
 
 
 def _ports_of(route: Route, parent: ParentRef, ref: ObjectRef, mesh: Mesh, attached: Attached) -> list[Port]:
-    """Of a Service; none of a Gateway, which stands behind all."""
-    if ref.kind == "Gateway":
-        return []
+    """Of a Service or ServiceEntry; none of a Gateway, which stands behind all."""
     found = (
         port
-        for port in mesh.ports(mesh.users[mesh.name_of(ref.namespace, ref.name)])
+        for user in mesh.users_of(ref)
+        for port in mesh.ports(user)
         if parent.port in (None, port.port) and parent.section_name in ("", mesh.port_name(port))
     )
     if route.carries is not AppProtocol.TCP:

@@ -96,6 +96,7 @@ READ: Final = (
     Kind("gateway.networking.k8s.io", ("v1", "v1beta1"), "HTTPRoute", "httproutes"),
     Kind("gateway.networking.k8s.io", ("v1",), "GRPCRoute", "grpcroutes"),
     Kind("gateway.networking.k8s.io", ("v1", "v1alpha2"), "TCPRoute", "tcproutes"),
+    Kind("gateway.networking.k8s.io", ("v1", "v1alpha3"), "BackendTLSPolicy", "backendtlspolicies"),
     Kind("security.istio.io", ("v1", "v1beta1"), "AuthorizationPolicy", "authorizationpolicies"),
     Kind("security.istio.io", ("v1", "v1beta1"), "RequestAuthentication", "requestauthentications"),
     Kind("networking.istio.io", ("v1", "v1beta1"), "DestinationRule", "destinationrules"),

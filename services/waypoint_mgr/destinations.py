@@ -1,14 +1,14 @@
 """DestinationRules: how a waypoint goes to the endpoints of a service. Pure.
 
 Which rule is a service's: one of the waypoint's namespace, else of the service's, else of the root namespace;
-of several the one whose host says the most, then the oldest (Istio's order).
+of several the one whose host says the most; of several for one host all, the oldest first (Istio's rules).
 
 What a rule wants encrypted is not sent as it is: there is no TLS to endpoints, so such a port has none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -25,7 +25,7 @@ from pykmesh.manifests.destination_rule import (
     TLSMode,
     TrafficPolicy,
 )
-from pykmesh.manifests.objects import Gateway, ref_of
+from pykmesh.manifests.objects import Gateway, ObjectRef, ref_of
 from services.waypoint_mgr.attachments import ACCEPTED, PARTIALLY_INVALID, UNSUPPORTED_VALUE, Condition
 from services.waypoint_mgr.envoy import UNLIMITED, Json, Port
 from services.waypoint_mgr.source import ROOT_NAMESPACE, Destination
@@ -50,11 +50,22 @@ VERSION_LABELS: Final = (
 class Destinations:
     """The rules for what a waypoint reaches, and what is told of them."""
 
-    def __init__(self, waypoint: Gateway, destinations: Sequence[Destination]) -> None:
+    def __init__(
+        self,
+        waypoint: Gateway,
+        destinations: Sequence[Destination],
+        backend_tls: Mapping[str, ObjectRef] | None = None,
+    ) -> None:
+        """`backend_tls`: by service, the BackendTLSPolicy for it."""
         self._waypoint = waypoint
+        self._backend_tls = backend_tls or {}
+        self._closed: set[ObjectRef] = set()
         self._destinations = [each for each in destinations if each.spec.workload_selector is None]
         self._rules: dict[str, Destination | None] = {}
         """Of services that were asked for."""
+        self._used: dict[ObjectRef, Destination] = {}
+        self._second: dict[ObjectRef, ObjectRef] = {}
+        """Those of which the traffic policy does not count, and whose does."""
 
     def policy(self, at: Port) -> PortPolicy | TrafficPolicy:
         """Of a service's port, of a subset's with what that says itself; else Istio's default."""
@@ -72,7 +83,10 @@ class Destinations:
 
     def is_closed(self, at: Port) -> bool:
         """Its endpoints are to be spoken to in TLS."""
-        return _wants_tls(self.policy(at))
+        by = self._backend_tls.get(at.service)
+        if by is not None:
+            self._closed.add(by)
+        return by is not None or _wants_tls(self.policy(at))
 
     def revision(self, at: Port) -> str | None:
         """By which its endpoints are chosen; None: all."""
@@ -102,16 +116,35 @@ class Destinations:
                 and each.is_seen_in(self._waypoint.namespace)
             ]
             if found:
-                return min(found, key=lambda each: (-each.says_of(hostname), each.created, each.ref.name))
+                most = max(each.says_of(hostname) for each in found)
+                same = [each for each in found if each.says_of(hostname) == most]
+                return self._merged(sorted(same, key=lambda each: (each.created, each.ref.name)))
         return None
+
+    def _merged(self, same: Sequence[Destination]) -> Destination:
+        """All of one host: the subsets of all, the first traffic policy that says anything (Istio's rule)."""
+        self._used.update((each.ref, each) for each in same)
+        subsets = {subset.name: subset for each in reversed(same) for subset in reversed(each.spec.subsets)}
+        policies = [each for each in same if each.spec.traffic_policy != TrafficPolicy()]
+        self._second.update((each.ref, policies[0].ref) for each in policies[1:])
+        policy = policies[0].spec.traffic_policy if policies else TrafficPolicy()
+        spec = msgspec.structs.replace(
+            same[0].spec, traffic_policy=policy, subsets=tuple(reversed(subsets.values()))
+        )
+        return msgspec.structs.replace(same[0], spec=spec)
 
     def conditions(self) -> Iterator[Condition]:
         """Of those that were used."""
         parent = ref_of(self._waypoint)
-        used = {rule.ref: rule for rule in self._rules.values() if rule}
-        for ref, each in sorted(used.items()):
+        for ref in sorted(self._closed):
+            message = "not honoured: endpoints that are to be spoken to in TLS get nothing"
+            yield Condition(ref, parent, PARTIALLY_INVALID, True, UNSUPPORTED_VALUE, message)
+        for ref, each in sorted(self._used.items()):
             yield Condition(ref, parent, ACCEPTED, True, ACCEPTED)
-            if left_out := list(_not_honoured(each.spec)):
+            left_out = list(_not_honoured(each.spec))
+            if first := self._second.get(ref):
+                left_out.append(f"trafficPolicy ({first.namespace}/{first.name} for this host goes before)")
+            if left_out:
                 message = f"not honoured: {', '.join(left_out)}"
                 yield Condition(ref, parent, PARTIALLY_INVALID, True, UNSUPPORTED_VALUE, message)
 

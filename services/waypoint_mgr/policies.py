@@ -42,7 +42,7 @@ from services.waypoint_mgr.envoy import (
     rbac,
     tcp_chain,
 )
-from services.waypoint_mgr.source import Objects, Policy
+from services.waypoint_mgr.source import Authentication, Objects, Policy
 from services.waypoint_mgr.tokens import claim, claim_of, principal
 
 ENFORCED: Final = "Enforced"
@@ -232,7 +232,8 @@ def unenforced(objects: Objects, users: Mapping[str, Collection[str]]) -> dict[O
     reached = {service for services in users.values() for service in services}
     classes = {gateway.spec.gateway_class_name for gateway in objects.waypoints.values()}
     found = {}
-    for policy in objects.policies:
+    both: tuple[Policy | Authentication, ...] = (*objects.policies, *objects.authentications)
+    for policy in both:
         lost = [
             *(f"service {name}" for name in sorted(policy.services - reached)),
             *(f"Gateway {name}" for name in sorted(policy.waypoints - objects.waypoints.keys())),

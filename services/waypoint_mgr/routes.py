@@ -97,13 +97,16 @@ class Wanted(msgspec.Struct, frozen=True):
     authentications: Sequence[Authentication] = ()
     key_errors: Mapping[str, str] = {}
     """Of places whose keys have not come, why."""
+    backend_tls: Mapping[str, ObjectRef] = {}
 
     @property
     def reduced(self) -> Wanted:
         """Without what an Envoy may refuse though it seemed right; no token is good then."""
         unknown = [each.with_keys_of_nobody(NO_KEYS) for each in self.authentications]
         closed = [only_tls(each) for each in self.destinations]
-        return Wanted(self.routes, self.policies, closed, authentications=unknown)
+        return Wanted(
+            self.routes, self.policies, closed, authentications=unknown, backend_tls=self.backend_tls
+        )
 
 
 def translate(
@@ -124,7 +127,7 @@ def translate(
     mesh = Mesh(users, known, services, domain)
     attached = attach(waypoint, mesh, wanted.routes)
     guard = Guard(waypoint, mesh, wanted.policies, clients or Clients())
-    destinations = Destinations(waypoint, wanted.destinations)
+    destinations = Destinations(waypoint, wanted.destinations, wanted.backend_tls)
     tokens = Tokens(waypoint, mesh, wanted.authentications, wanted.key_errors)
     virtuals = VirtualServices(waypoint, mesh, wanted.virtuals, destinations)
     logs = waypoint.metadata.annotations.get(ACCESS_LOG) == "true"

@@ -22,6 +22,7 @@ from pykmesh.manifests.objects import (
     USE_WAYPOINT_NAMESPACE,
     WAYPOINT_CLASSES,
     AuthorizationPolicy,
+    BackendTLSPolicy,
     DestinationRule,
     Gateway,
     GRPCRoute,
@@ -33,6 +34,8 @@ from pykmesh.manifests.objects import (
     RequestAuthentication,
     Service,
     ServiceEntry,
+    ServicePort,
+    ServiceSpec,
     TCPRoute,
     VirtualService,
     ref_of,
@@ -249,6 +252,30 @@ def is_exported(export_to: Collection[str], own: str, namespace: str) -> bool:
     )
 
 
+def _backends_of(
+    policy: BackendTLSPolicy, domain: str, entry_hosts: Mapping[ObjectRef, tuple[str, ...]]
+) -> Iterator[str]:
+    """All ports of each target: which of them it names is not asked."""
+    for target in policy.spec.target_refs:
+        if target.kind == "Service":
+            yield mesh_name(policy.namespace, target.name, domain)
+        hosts = entry_hosts.get(ObjectRef(target.kind, policy.namespace, target.name), ())
+        yield from (f"{policy.namespace}/{host}" for host in hosts)
+
+
+class EntryHost(Service, frozen=True, kw_only=True):
+    """A host of a ServiceEntry, with that's name, as a Service of its ports."""
+
+
+def _hosts_of(entry: ServiceEntry) -> Iterator[tuple[str, EntryHost]]:
+    ports = tuple(
+        ServicePort(port=each.number, name=each.name, app_protocol=each.protocol.lower())
+        for each in entry.spec.ports
+    )
+    for host in entry.spec.hosts:
+        yield f"{entry.namespace}/{host}", EntryHost(metadata=entry.metadata, spec=ServiceSpec(ports=ports))
+
+
 class Objects(msgspec.Struct, frozen=True):
     """Waypoints and services by their names in the mesh (a waypoint is named as its own service is)."""
 
@@ -259,6 +286,8 @@ class Objects(msgspec.Struct, frozen=True):
     destinations: tuple[Destination, ...] = ()
     virtuals: tuple[Virtual, ...] = ()
     authentications: tuple[Authentication, ...] = ()
+    backend_tls: Mapping[str, ObjectRef] = {}
+    """Services that are to be spoken to in TLS, by a BackendTLSPolicy."""
     namespaces: Mapping[str, Labels] = {}
     """Those that are said, with their labels."""
     errors: tuple[str, ...] = ()
@@ -278,10 +307,12 @@ class Objects(msgspec.Struct, frozen=True):
         """`classes`: of the Gateways that are waypoints here."""
         objects = [*objects]
         gateways = (o for o in objects if isinstance(o, Gateway) and o.spec.gateway_class_name in classes)
-        entry_hosts = {ref_of(o): o.spec.hosts for o in objects if isinstance(o, ServiceEntry)}
+        entries = [o for o in objects if isinstance(o, ServiceEntry)]
+        entry_hosts = {ref_of(o): o.spec.hosts for o in entries}
         return cls(
             waypoints=_by_mesh_name(gateways, domain),
-            services=_by_mesh_name((o for o in objects if isinstance(o, Service)), domain),
+            services=dict(pair for each in entries for pair in _hosts_of(each))
+            | _by_mesh_name((o for o in objects if isinstance(o, Service)), domain),
             routes=tuple(Route.of(o) for o in objects if isinstance(o, HTTPRoute | GRPCRoute | TCPRoute)),
             policies=tuple(
                 Policy.of(o, domain, entry_hosts) for o in objects if isinstance(o, AuthorizationPolicy)
@@ -292,6 +323,12 @@ class Objects(msgspec.Struct, frozen=True):
                 for o in objects
                 if isinstance(o, RequestAuthentication)
             ),
+            backend_tls={
+                name: ref_of(o)
+                for o in objects
+                if isinstance(o, BackendTLSPolicy)
+                for name in _backends_of(o, domain, entry_hosts)
+            },
             virtuals=tuple(Virtual.of(o, domain) for o in objects if isinstance(o, VirtualService)),
             namespaces={o.name: o.labels for o in objects if isinstance(o, Namespace)},
             errors=tuple(errors),

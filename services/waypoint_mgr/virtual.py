@@ -258,6 +258,8 @@ class _Route:
 
     def _can_match(self, match: HTTPMatch) -> bool:
         asked = {"sourceLabels": match.source_labels, "sourceNamespace": match.source_namespace}
+        if match.stat_prefix:
+            self.dropped.append("match.statPrefix")
         if unknown := [name for name, said in asked.items() if said]:
             self.dropped.append(f"match.{unknown[0]} (it never matches)")
             return False
@@ -329,6 +331,8 @@ class _Route:
             changed["perTryTimeout"] = retries.per_try_timeout.as_proto
         if retries.backoff:
             changed["retryBackOff"] = {"baseInterval": retries.backoff.as_proto}
+        if retries.retry_ignore_previous_hosts is False:
+            self.dropped.append("retries.retryIgnorePreviousHosts")
         if retries.retry_remote_localities is not None:
             self.dropped.append("retries.retryRemoteLocalities")
         return {"retryPolicy": policy | changed}

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from pykmesh.contracts.handoff import told_address
-from pykmesh.contracts.waypoints import Endpoint, MeshService
+from pykmesh.contracts.waypoints import Endpoint, MeshService, ServicePort
 from pykmesh.kernel.records import ip_from_text
 from pykmesh.manifests.objects import ObjectRef
 from pykmesh.manifests.parse import parse
@@ -24,7 +24,8 @@ from services.waypoint_mgr.envoy import Port
 from services.waypoint_mgr.protocols import AppProtocol, protocol_of
 from services.waypoint_mgr.routes import ACCESS_LOG, Configuration
 from services.waypoint_mgr.schema import make, schema
-from tests.waypoint.world import World, gateway, http_route, kubernetes_service, mesh_service, named
+from services.waypoint_mgr.source import Objects
+from tests.waypoint.world import DOMAIN, World, gateway, http_route, kubernetes_service, mesh_service, named
 
 V1 = [{"name": "v1", "port": 80}]
 TO_GATEWAY = {"name": "waypoint", "namespace": "shop"}
@@ -178,6 +179,62 @@ def test_what_is_attached_elsewhere_is_not_spoken_of() -> None:
     ]
     world.routes.append(http_route("shop", "r", {"parentRefs": others}))
     assert not world.configuration().conditions
+
+
+ENTRY = """
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: outside, namespace: shop}
+spec:
+  hosts: [api.example, www.example]
+  ports: [{number: 80, name: web, protocol: HTTP}, {number: 443, name: tls, protocol: TLS}]
+  resolution: STATIC
+  endpoints: [{address: 10.9.0.1}]
+"""
+OUTSIDE = {"group": "networking.istio.io", "kind": "ServiceEntry", "name": "outside"}
+
+
+def entries() -> World:
+    """The hosts of a ServiceEntry go by way of the waypoint."""
+    world, found = World(), parse(ENTRY.encode(), "entry.yaml")
+    world.services = dict(Objects.of((each.object for each in found.objects), DOMAIN).services)
+    for number, host in enumerate(("api.example", "www.example"), 1):
+        ports = [ServicePort(each, [Endpoint("10.9.0.1", each)]) for each in (80, 443)]
+        world.users.append(MeshService(f"shop/{host}", [f"10.96.9.{number}"], ports))
+    return world
+
+
+def test_a_service_entrys_ports_carry_what_it_says_and_its_routes_are_for_all_its_hosts() -> None:
+    world = entries()
+    world.add_backend(mesh_service("shop", "v1", {80: [Endpoint("10.0.0.2", 8080)]}))
+    rule = {"matches": [{"path": {"value": "/v1"}}], "backendRefs": V1}
+    world.routes = [
+        http_route("shop", "r", {"parentRefs": [{**OUTSIDE, "sectionName": "web"}], "rules": [rule]})
+    ]
+    made = world.configuration()
+    assert said(made) == ["Accepted=True Accepted", "ResolvedRefs=True ResolvedRefs"]
+    for host in ("api.example", "www.example"):
+        assert made.protocols[Port(f"shop/{host}", 80)] is AppProtocol.HTTP
+        assert made.protocols[Port(f"shop/{host}", 443)] is AppProtocol.TCP
+        ((route,),) = [
+            each["routes"] for each in made.routes[Port(f"shop/{host}", 80).cluster]["virtualHosts"]
+        ]
+        assert route["route"]["cluster"] == port(80, "v1").cluster
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "told"),
+    [
+        ("www.example", 80, "ResolvedRefs=True ResolvedRefs"),
+        ("www.example", 81, "ResolvedRefs=False BackendNotFound"),
+        ("other.example", 80, "ResolvedRefs=False BackendNotFound"),
+    ],
+)
+def test_a_host_is_a_backend(name: str, number: int, told: str) -> None:
+    world = entries()
+    backend = {"group": "networking.istio.io", "kind": "Hostname", "name": name, "port": number}
+    world.routes = [http_route("shop", "r", {"parentRefs": [OUTSIDE], "rules": [{"backendRefs": [backend]}]})]
+    assert told in said(world.configuration())
 
 
 def test_routes_that_are_wrong_in_themselves_are_named_as_refused() -> None:

@@ -13,11 +13,14 @@ import anyio.to_thread
 import msgspec
 import pytest
 
+from pykmesh.contracts.waypoints import Endpoint
+from pykmesh.manifests.destination_rule import SimpleLB
 from pykmesh.manifests.objects import DestinationRule, VirtualService, from_plain
+from pykmesh.manifests.parse import parse
 from services.waypoint_mgr.destinations import Destinations
 from services.waypoint_mgr.envoy import Port
-from services.waypoint_mgr.routes import Wanted
-from services.waypoint_mgr.source import Destination, Virtual
+from services.waypoint_mgr.routes import Wanted, translate
+from services.waypoint_mgr.source import Destination, Objects, Virtual
 
 from .backends import Answer, Backend, ask
 from .world import (
@@ -297,10 +300,59 @@ def test_a_subset_has_what_is_said_of_the_port_and_of_itself(
         assert "subset v1 trafficPolicy.tls (its endpoints get nothing)" in last.message
 
 
+def test_rules_for_one_host_are_taken_together_and_what_is_left_of_them_is_told() -> None:
+    """The subsets of all, the oldest of two with one name; the first traffic policy that says anything."""
+    v1, v2 = versions(v1={"loadBalancer": {"simple": "RANDOM"}}, v2={})
+    found = [
+        destination(None, name="a", created="2026-01-01T00:00:00Z", subsets=[v1]),
+        limited(1, name="b", created="2026-01-02T00:00:00Z"),
+        limited(2, name="c", created="2026-01-03T00:00:00Z", subsets=[{**v1, "trafficPolicy": {}}, v2]),
+        limited(3, name="d", host="*"),
+    ]
+    rules = Destinations(gateway(), [*reversed(found)])
+    for subset, balancer in (("v1", SimpleLB.RANDOM), ("v2", None)):
+        at_web = Port(named("shop", "web"), 80, subset)
+        policy = rules.policy(at_web)
+        assert policy.connection_pool
+        assert policy.connection_pool.tcp.max_connections == 1
+        assert (policy.load_balancer.simple if policy.load_balancer else None) is balancer
+        assert rules.revision(at_web) == subset
+    told = {(one.of.name, one.type): one.message for one in rules.conditions()}
+    assert {name for name, _ in told} == {"a", "b", "c"}
+    assert told["c", "PartiallyInvalid"] == "not honoured: trafficPolicy (shop/b for this host goes before)"
+    assert ("b", "PartiallyInvalid") not in told
+
+
 @pytest.mark.parametrize("mode", ["simple", "SIMPEL", 1])
 def test_a_mode_that_is_none_is_refused(mode: Any) -> None:
     with pytest.raises(msgspec.ValidationError, match="mode"):
         destination({"tls": {"mode": mode}})
+
+
+def test_nor_where_a_policy_for_backends_says_so() -> None:
+    manifest = """
+apiVersion: gateway.networking.k8s.io/v1
+kind: BackendTLSPolicy
+metadata: {name: tls, namespace: shop}
+spec:
+  targetRefs: [{group: "", kind: Service, name: web, sectionName: https}]
+  validation: {hostname: web.example, wellKnownCACertificates: System}
+"""
+    parsed = parse(manifest.encode(), "tls.yaml")
+    assert not parsed.errors
+    found = Objects.of((each.object for each in parsed.objects), DOMAIN)
+    world = World()
+    world.add_user(
+        mesh_service("shop", "web", {80: [Endpoint("10.0.0.1", 8080)]}, [ADDRESS]),
+        kubernetes_service("shop", "web", {"port": 80, "name": "http"}),
+    )
+    wanted = Wanted(backend_tls=found.backend_tls)
+    for each in (wanted, wanted.reduced):
+        made = translate(world.gateway, world.users, {}, world.services, each, DOMAIN)
+        assert made.assignments[Port(named("shop", "web"), 80).cluster]["endpoints"] == []
+        (told,) = made.destinations
+        assert str(told.of) == "BackendTLSPolicy shop/tls"
+        assert "get nothing" in told.message
 
 
 def test_nor_where_an_envoy_refused_something_else() -> None:

@@ -21,10 +21,15 @@ import yaml
 
 from pykmesh.contracts.handoff import ID_BYTES, NOBODY, Identity
 from pykmesh.contracts.waypoints import Endpoint, account_name
-from pykmesh.manifests.objects import AuthorizationPolicy, ObjectRef, from_plain
+from pykmesh.manifests.objects import (
+    AuthorizationPolicy,
+    ObjectRef,
+    RequestAuthentication,
+    from_plain,
+)
 from services.waypoint_mgr.attachments import Condition
 from services.waypoint_mgr.policies import Clients, names_in, unenforced
-from services.waypoint_mgr.source import DRY_RUN, Objects, Policy
+from services.waypoint_mgr.source import DRY_RUN, Authentication, Objects, Policy
 
 from .backends import DEADLINE_S, Backend
 from .world import DOMAIN, World, ads_server, at, gateway, kubernetes_service, mesh_service, named, waypoint
@@ -282,6 +287,30 @@ def test_a_policy_that_nobody_enforces_is_told() -> None:
     assert {ref.name for ref in found} == {"past", "no-waypoint", "of-workloads", "two", "class"}
     assert found[ObjectRef("AuthorizationPolicy", "shop", "two")].endswith(named("shop", "wbe"))
     assert "targetRefs" in found[ObjectRef("AuthorizationPolicy", "shop", "of-workloads")]
+
+
+def test_tokens_that_nobody_checks_are_told_too() -> None:
+    def of(name: str, **spec: Any) -> Authentication:
+        plain = {"metadata": {"name": name, "namespace": "shop"}, "spec": spec}
+        made = from_plain(plain, RequestAuthentication)
+        assert isinstance(made, RequestAuthentication)
+        return Authentication.of(made, DOMAIN, {})
+
+    found = unenforced(
+        Objects(
+            waypoints={named("shop", "waypoint"): gateway()},
+            authentications=(
+                of("reached", targetRefs=TO_WEB),
+                of("past", targetRefs=[{"kind": "Service", "name": "direct"}]),
+                of("of-workloads", selector={"matchLabels": {"app": "web"}}),
+            ),
+        ),
+        {named("shop", "waypoint"): [named("shop", "web")]},
+    )
+    assert {str(ref) for ref in found} == {
+        "RequestAuthentication shop/past",
+        "RequestAuthentication shop/of-workloads",
+    }
 
 
 @pytest.mark.parametrize(
