@@ -112,6 +112,7 @@ def status(instance: Instance, /, which: str, output: str) -> None:
     if which and not found:
         raise Failure(f"no waypoint {which}")
     unenforced, errors = ([], []) if which else (said["policies_unenforced"], said["manifest_errors"])
+    kinds, nameless = said["kinds_ignored"], said["names_not_forwarded"]
     if output == "table":
         for each in found:
             _tell(each)
@@ -119,8 +120,18 @@ def status(instance: Instance, /, which: str, output: str) -> None:
             click.echo(f"! {policy['policy']} is not enforced: {policy['why']}")
         for error in errors:
             click.echo(f"! {error}")
+        if kinds:
+            click.echo(f"not read: {', '.join(kinds)}")
+        for name in nameless:
+            click.echo(f"not forwarded: {name} (no SPIFFE name, or ids of another's too)")
     else:
-        value = {"waypoints": found, "policies_unenforced": unenforced, "manifest_errors": errors}
+        value = {
+            "waypoints": found,
+            "policies_unenforced": unenforced,
+            "manifest_errors": errors,
+            "kinds_ignored": kinds,
+            "names_not_forwarded": nameless,
+        }
         show(output, value, (), ())
     if unenforced or errors or any(_problems(each) or not (_ready(each) or _sleeps(each)) for each in found):
         sys.exit(1)
@@ -189,7 +200,7 @@ def _problems(found: dict[str, Any]) -> list[str]:
     ]
     lines += [f"conflict: {conflict}" for conflict in found["conflicts"]]
     if found["reduced"]:
-        what = "without VirtualServices, DestinationRules and keys of tokens, which Envoy refused"
+        what = "without VirtualServices, DestinationRules, keys of tokens and clients' names: Envoy refused"
         lines.append(f"it runs {what}: {found['reduced']}")
     lines += found["annotations_misread"]
     lines += [

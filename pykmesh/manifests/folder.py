@@ -60,6 +60,8 @@ class Content(msgspec.Struct, frozen=True):
     errors: tuple[ConfigError, ...] = ()
     refused: tuple[ConfigError, ...] = ()
     """Those of the errors for which a file or a folder counts as it last was, or not at all."""
+    ignored: frozenset[str] = frozenset()
+    """Kinds that are not read, with their groups."""
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -150,12 +152,14 @@ class Folder:
         objects, duplicates = without_duplicates(
             obj for file in self._counted.values() for obj in file.objects
         )
-        self._log_ignored(frozenset().union(*(file.good.ignored for file in in_order)))
+        ignored = frozenset[str]().union(*(file.good.ignored for file in in_order))
+        self._log_ignored(ignored)
         errors = [*clashes, *(error for file in in_order for error in file.errors)]
         content = Content(
             objects,
             errors=(*self._folder_errors, *sorted((*errors, *duplicates))),
             refused=(*self._folder_errors, *sorted(errors)),
+            ignored=ignored,
         )
         self._log_new_errors(content.errors)
         return content

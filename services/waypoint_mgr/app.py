@@ -359,6 +359,8 @@ class WaypointMgr:
                 {"policy": str(ref), "why": why} for ref, why in unenforced(objects, self._users()).items()
             ],
             "manifest_errors": list(self._errors),
+            "kinds_ignored": list(objects.ignored),
+            "names_not_forwarded": self._nameless,
             "kubeconfig": self._settings.kubeconfig,
             "config_dir": str(self._settings.config_dir.resolve()),
         }

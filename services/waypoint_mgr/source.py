@@ -50,6 +50,7 @@ DRY_RUN: Final = "istio.io/dry-run"
 ROOT_NAMESPACE: Final = "istio-system"
 """Where policies for a whole class of Gateways are."""
 
+_OF_MESHES: Final = (".istio.io", "gateway.networking.k8s.io")
 _T = TypeVar("_T", bound=Object)
 
 
@@ -293,6 +294,8 @@ class Objects(msgspec.Struct, frozen=True):
     errors: tuple[str, ...] = ()
     is_whole: bool = True
     """False when a file that was never good is missing in it."""
+    ignored: tuple[str, ...] = ()
+    """Kinds of Istio and Gateway API that are there and not read."""
 
     @classmethod
     def of(
@@ -302,6 +305,7 @@ class Objects(msgspec.Struct, frozen=True):
         *,
         errors: Iterable[str] = (),
         is_whole: bool = True,
+        ignored: Iterable[str] = (),
         classes: Collection[str] = WAYPOINT_CLASSES,
     ) -> Objects:
         """`classes`: of the Gateways that are waypoints here."""
@@ -333,6 +337,7 @@ class Objects(msgspec.Struct, frozen=True):
             namespaces={o.name: o.labels for o in objects if isinstance(o, Namespace)},
             errors=tuple(errors),
             is_whole=is_whole,
+            ignored=tuple(sorted(kind for kind in ignored if kind.partition("/")[0].endswith(_OF_MESHES))),
         )
 
     def namespaces_of(self, waypoint: Gateway) -> set[str]:
@@ -375,6 +380,7 @@ async def watch(path: Path, domain: str, poll_s: float, changed: Callable[[Objec
                 domain,
                 errors=map(str, content.errors),
                 is_whole=not content.refused,
+                ignored=content.ignored,
             )
             if found != last:
                 last = found
