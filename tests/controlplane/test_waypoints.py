@@ -94,3 +94,15 @@ def test_a_workload_that_asks_for_a_gateway_that_there_is_not_is_not_let_past_it
     found = translate(Cluster.of([namespace, pod]), MESH)
     (workload,) = (each.workload for each in found.values())
     assert workload.HasField("waypoint") is (of == "pod")
+
+
+def test_a_waypoints_own_service_goes_by_way_of_none_though_its_namespace_names_it() -> None:
+    labels = {"istio.io/use-waypoint": "wp"}
+    namespace = read("", "Namespace", "infra", metadata={"labels": labels})
+    own = labels | {"gateway.networking.k8s.io/gateway-name": "wp"}
+    spec = {"clusterIP": "10.96.0.9", "ports": [{"name": "http", "port": 15019}]}
+    service = read("", "Service", "wp", "infra", metadata={"labels": own}, spec=spec)
+    found = translate(Cluster.of([gateway(None), namespace, service]), MESH)
+    said = found["infra/wp.infra.svc.cluster.local"].service
+    assert said is not None
+    assert not said.HasField("waypoint")

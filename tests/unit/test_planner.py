@@ -149,6 +149,28 @@ def test_several_waypoints_share_connections_by_their_weights() -> None:
     assert said() == [Reason.WAYPOINT_UNSUPPORTED]
 
 
+def test_waypoints_that_go_by_way_of_each_other_or_of_themselves_lead_to_instances_all_the_same() -> None:
+    """Whatever a control plane says: a connection goes by way of one, and no further in the kernel."""
+    world, uids = World(), model.UIDS
+    one, other = (
+        msgspec.structs.replace(
+            made(name), ports=((HANDOFF_PORT, 15008),), vips=(("", ip_from_text(vip)),),
+            waypoints=(Waypoint(service=by),),
+        )
+        for name, vip, by in (
+            ("shop/b.shop", "10.96.0.1", "shop/c.shop"), ("shop/c.shop", "10.96.0.2", "shop/b.shop"),
+        )
+    )  # fmt: skip
+    itself = msgspec.structs.replace(one, waypoints=(Waypoint(service=one.name),))
+    world.take([Change(each.name, each) for each in (one, other)])
+    world.take([Change(uids[0], member(uids[0], one)), Change(uids[1], member(uids[1], other))])
+    assert world.maps.plain() == model.expected(world.mesh)
+    assert {found[0] for found in world.maps.plain()["services"].values()} == {Reason.ROUTED}
+    world.take([Change(one.name, itself)])
+    assert world.maps.plain() == model.expected(world.mesh)
+    assert {found[0] for found in world.maps.plain()["services"].values()} == {Reason.ROUTED}
+
+
 def test_a_waypoint_of_another_node_serves_where_this_one_has_none_and_the_mesh_has_a_key() -> None:
     shop = msgspec.structs.replace(
         made("shop/a.shop", vips=(("", ip_from_text("10.96.0.1")),)), waypoints=(Waypoint("shop/b.shop"),)
