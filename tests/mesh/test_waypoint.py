@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -283,6 +284,47 @@ def test_filters_are_told_the_clients_name_if_the_gateway_says_so(routed: Mesh) 
         node.write("gateway", text(gateway()))
         node.write("policy", "# none\n")
     until(lambda: {code for code, _ in ask(routed)} == {200}, "no policy, no refusal")
+
+
+def test_a_service_entry_goes_by_way_of_its_waypoint_and_is_routed_to_a_host(routed: Mesh) -> None:
+    node, address = routed.node, "10.96.0.61"
+    (endpoint,) = node.endpoints(host("v2"))
+    entry = {
+        "apiVersion": "networking.istio.io/v1",
+        "kind": "ServiceEntry",
+        "metadata": {"name": "api", "namespace": "shop", "labels": {"istio.io/use-waypoint": "wp"}},
+        "spec": {
+            "hosts": ["api.example"],
+            "addresses": [address],
+            "ports": [{"number": 80, "name": "web", "protocol": "HTTP", "targetPort": 8080}],
+            "resolution": "STATIC",
+            "endpoints": [{"address": endpoint.rpartition(":")[0]}],
+        },
+    }
+    istio = {"group": "networking.istio.io"}
+    backend = {**istio, "kind": "Hostname", "name": "api.example", "port": 80}
+    rules = [
+        {"matches": [{"headers": [{"name": "x-canary", "value": "yes"}]}], "backendRefs": [backend]},
+        {"backendRefs": [{"name": "v1", "port": 80}]},
+    ]
+    route_of_entry = {
+        **route(),
+        "metadata": {"name": "api", "namespace": "shop"},
+        "spec": {"parentRefs": [{**istio, "kind": "ServiceEntry", "name": "api"}], "rules": rules},
+    }
+
+    def is_served() -> bool:
+        with contextlib.suppress(AssertionError):  # Envoy may not know it yet, and closes
+            return ask(routed, 3, address=address) == {(200, "v1"): 3}
+        return False
+
+    try:
+        node.write("entry", text(entry, route_of_entry))
+        until(lambda: node.endpoints("shop/api.example"), "a way to it")
+        until(is_served, "the route")
+        assert ask(routed, 5, "x-canary: yes", address=address) == {(200, "v2"): 5}
+    finally:
+        node.write("entry", "# none\n")
 
 
 def test_a_policy_that_nobody_enforces_is_told_with_the_reason(routed: Mesh) -> None:
