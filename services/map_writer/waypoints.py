@@ -2,58 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable
-from typing import NamedTuple
-
-import anyio
-import anyio.to_thread
-
 from pykmesh.contracts import messages
-from pykmesh.contracts.address import workload_message
 from pykmesh.contracts.waypoints import (
-    TRUST_DOMAIN,
     Endpoint,
     MeshService,
     ServicePort,
     WaypointsReply,
     WaypointsRequest,
-    account_name,
 )
 from pykmesh.kernel.records import ip_to_text
 from services.map_writer.desired import Rules, own_endpoints, target_port
 from services.map_writer.follower import Follower
 from services.map_writer.identities import Identities
-from services.map_writer.mesh import place_of, raw_of
-
-
-class Account(NamedTuple):
-    namespace: str
-    name: str
-    """`contracts.waypoints.account_name`."""
-
-
-class Principals:
-    """Who workloads are, by SPIFFE names without the scheme; of each workload that is read once."""
-
-    def __init__(self) -> None:
-        self._read: dict[bytes, tuple[Account, str]] = {}
-
-    def of(self, raws: Iterable[bytes]) -> dict[str, Account]:
-        """An account that is in several trust domains has no name: ids do not tell them apart."""
-        self._read = {raw: self._read.get(raw) or _account(raw) for raw in raws}
-        names = dict[Account, set[str]]()
-        for account, name in set(self._read.values()):
-            names.setdefault(account, set()).add(name)
-        return {name: account for account, (name, *others) in names.items() if name and not others}
-
-
-def _account(raw: bytes) -> tuple[Account, str]:
-    """And its principal; "" of a workload that says no namespace."""
-    said = workload_message(raw)
-    account = Account(said.namespace, account_name(said.namespace, said.service_account))
-    domain, service_account = said.trust_domain or TRUST_DOMAIN, said.service_account or "default"
-    return account, f"{domain}/ns/{said.namespace}/sa/{service_account}" if said.namespace else ""
+from services.map_writer.mesh import place_of
+from services.map_writer.principals import Principals
 
 
 class Waypoints:
@@ -63,16 +25,15 @@ class Waypoints:
         self._follower = follower
         self._rules = rules
         self._identities = identities
-        self._principals = Principals()
-        self._reading = anyio.Lock()
-        self._named: dict[str, bytes] = {}
-        self._good_until = 0.0
+        self._principals = Principals(identities)
 
     async def answer(self, data: bytes) -> bytes:
         """Raises ContractError."""
         request = messages.decode(WaypointsRequest, data)
-        names = await self._principals_of_all() if request.with_principals else {}
-        return messages.encode(self._reply(request, names))
+        principals: dict[str, bytes] = {}
+        if request.with_principals and self._follower.synced:
+            principals = await self._principals.of(self._follower.mesh)
+        return messages.encode(self._reply(request, principals))
 
     def _reply(self, request: WaypointsRequest, principals: dict[str, bytes]) -> WaypointsReply:
         mesh = self._follower.mesh
@@ -102,23 +63,6 @@ class Waypoints:
             account_ids={a: self._identities.account_id(a) for a in request.client_accounts},
             principals=principals,
         )
-
-    async def _principals_of_all(self) -> dict[str, bytes]:
-        """Beside the loop, and for a tenth of the time at most: it may take half a second."""
-        async with self._reading:
-            if time.monotonic() < self._good_until:
-                return self._named
-            began = time.monotonic()
-            raws = [raw_of(workload) for workload in self._follower.mesh.workloads.values()]
-            self._named = await anyio.to_thread.run_sync(self._principals_of, raws)
-            ended = time.monotonic()
-            self._good_until = ended + 9 * (ended - began)
-            return self._named
-
-    def _principals_of(self, raws: list[bytes]) -> dict[str, bytes]:
-        found = self._principals.of(raws)
-        namespace_id, account_id = self._identities.namespace_id, self._identities.account_id
-        return {name: namespace_id(each.namespace) + account_id(each.name) for name, each in found.items()}
 
     def _workload(self, uid: str) -> MeshService:
         """The ports of services at which it is an endpoint."""
