@@ -112,7 +112,7 @@ def status(instance: Instance, /, which: str, output: str) -> None:
     if which and not found:
         raise Failure(f"no waypoint {which}")
     unenforced, errors = ([], []) if which else (said["policies_unenforced"], said["manifest_errors"])
-    kinds, nameless = said["kinds_ignored"], said["names_not_forwarded"]
+    kinds, nameless = ([], []) if which else (said["kinds_ignored"], said["names_not_forwarded"])
     if output == "table":
         for each in found:
             _tell(each)

@@ -471,12 +471,20 @@ class TLSTarget(_Manifest, frozen=True, kw_only=True):
     group: str = ""
     kind: str
     name: Name
+    section_name: str = ""
+    """Of a port; "" is all."""
 
 
 class BackendTLSPolicySpec(_Manifest, frozen=True, kw_only=True):
     """How backends are to be spoken to is not read: nobody here does."""
 
+    target_ref: TLSTarget | None = None
+    """Of v1alpha2."""
     target_refs: tuple[TLSTarget, ...] = ()
+
+    @property
+    def targets(self) -> tuple[TLSTarget, ...]:
+        return (*((self.target_ref,) if self.target_ref else ()), *self.target_refs)
 
 
 class BackendTLSPolicy(_Object, frozen=True, kw_only=True):

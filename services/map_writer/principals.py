@@ -8,12 +8,17 @@ from typing import Final, NamedTuple
 
 import anyio
 import anyio.to_thread
+import structlog
 
 from pykmesh.contracts.address import workload_message
 from pykmesh.contracts.waypoints import TRUST_DOMAIN, account_name
 from services.map_writer.identities import Identities
 from services.map_writer.mesh import Mesh, raw_of
 
+log = structlog.get_logger(__name__)
+
+ACCOUNTS_MAX: Final = 50_000
+"""A message of the bus has room for about twice as many."""
 _RESTS: Final = 9
 """So many times as long as it took to read them they are not read again."""
 
@@ -48,6 +53,9 @@ class Principals:
     def _with_ids(self, raws: list[bytes]) -> dict[str, bytes]:
         namespace_id, account_id = self._identities.namespace_id, self._identities.account_id
         found = self.accounts(raws)
+        if len(found) > ACCOUNTS_MAX:
+            log.warning("too_many_accounts", count=len(found), effect="waypoints forward no client's name")
+            return {}
         return {name: namespace_id(each.namespace) + account_id(each.name) for name, each in found.items()}
 
     def accounts(self, raws: Iterable[bytes]) -> dict[str, Account]:

@@ -87,6 +87,7 @@ class WaypointMgr:
         self._mesh_is_due = True
         """What map_writer says of the mesh is to be asked for anew."""
         self._names = runtime.settings.envoys_dir.absolute() / "principals"
+        self._written: Mapping[str, bytes] | None = None
         self._nameless = list[str]()
         self.is_enrolled = False
         """Connections to instances are told what they are for."""
@@ -213,17 +214,22 @@ class WaypointMgr:
             log.info("mesh_awaited", error=str(error))
             return False
         if reply.is_synced:
-            if request.with_principals:
-                await self._write_names(reply.principals)
+            await self._write_names(reply.principals if request.with_principals else None)
             self._mesh = msgspec.structs.replace(reply, principals={})
         return reply.is_synced
 
-    async def _write_names(self, found: Mapping[str, bytes]) -> None:
+    async def _write_names(self, found: Mapping[str, bytes] | None) -> None:
+        """None where nobody wants them."""
+        if found == self._written:
+            return
+        self._written, left_out = None, list[str]()
         try:
-            left_out = await anyio.to_thread.run_sync(principals.write, self._names, found)
+            if found is not None:
+                left_out = await anyio.to_thread.run_sync(principals.write, self._names, found)
         except OSError as error:
             self._runtime.note_error("names_not_written", error=error)
             return
+        self._written = found
         if left_out != self._nameless:
             self._nameless = left_out
             for name in left_out:

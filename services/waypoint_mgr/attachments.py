@@ -99,20 +99,26 @@ class Mesh:
         found = self._port(at).endpoints
         return found if revision is None else [each for each in found if each.revision == revision]
 
+    def _is_entry(self, name: str) -> bool:
+        return isinstance(self._services.get(name), EntryHost)
+
     def at_host(self, host: str, namespace: str, port: int | None, asked: int) -> Port | None:
-        """A host's port: of one in the namespace, if several have it; that which is said, its only one, or
-        the one that was asked for.
+        """A host's port: that which is said, its only one, or the one that was asked for.
+
+        Of several that have the host it is the one in the namespace, else a Kubernetes Service.
         """
         found = [name for name in self._known if name.partition("/")[2] == host]
         if not found:
             return None
-        name = min(found, key=lambda name: (name.partition("/")[0] != namespace, name))
+        name = min(found, key=lambda name: (name.partition("/")[0] != namespace, self._is_entry(name), name))
         ports = [one.port for one in self._known[name].ports]
         wanted = port or (ports[0] if len(ports) == 1 else asked)
         return Port(name, wanted) if wanted in ports else None
 
     def resolve(self, ref: BackendObjectRef, namespace: str) -> Port | Unresolved:
         """`namespace`: of the route."""
+        if ref.is_hostname and ref.namespace:
+            return Unresolved("InvalidKind", f"Hostname {ref.name}: it has no namespace")
         if ref.is_hostname:
             found = self.at_host(ref.name, namespace, ref.port, 0)
             return found or Unresolved("BackendNotFound", f"there is no host {ref.name} with port {ref.port}")

@@ -75,6 +75,7 @@ MISSING_S: Final = 30.0
 """How often a kind is asked for that the server does not have."""
 SETTLE_S: Final = 0.02
 CHUNK: Final = 500
+FORBIDDEN: Final = 403
 NOT_FOUND: Final = 404
 _EVENTS: Final = ("ADDED", "MODIFIED", "DELETED")
 
@@ -86,6 +87,8 @@ class Kind(NamedTuple):
     name: str
     plural: str
     is_namespaced: bool = True
+    is_optional: bool = False
+    """Who may not list it is told so, and goes without."""
 
 
 READ: Final = (
@@ -96,7 +99,13 @@ READ: Final = (
     Kind("gateway.networking.k8s.io", ("v1", "v1beta1"), "HTTPRoute", "httproutes"),
     Kind("gateway.networking.k8s.io", ("v1",), "GRPCRoute", "grpcroutes"),
     Kind("gateway.networking.k8s.io", ("v1", "v1alpha2"), "TCPRoute", "tcproutes"),
-    Kind("gateway.networking.k8s.io", ("v1", "v1alpha3"), "BackendTLSPolicy", "backendtlspolicies"),
+    Kind(
+        "gateway.networking.k8s.io",
+        ("v1", "v1alpha3", "v1alpha2"),
+        "BackendTLSPolicy",
+        "backendtlspolicies",
+        is_optional=True,
+    ),
     Kind("security.istio.io", ("v1", "v1beta1"), "AuthorizationPolicy", "authorizationpolicies"),
     Kind("security.istio.io", ("v1", "v1beta1"), "RequestAuthentication", "requestauthentications"),
     Kind("networking.istio.io", ("v1", "v1beta1"), "DestinationRule", "destinationrules"),
@@ -224,6 +233,11 @@ class Cluster:
             except httpx2.HTTPStatusError as error:
                 if error.response.status_code == NOT_FOUND:
                     continue
+                is_forbidden = error.response.status_code == FORBIDDEN
+                if is_forbidden and kind.is_optional and kind not in self._held:
+                    effect = "none counts: what they are for is spoken to as it is"
+                    self._note_error("kind_not_followed", kind=kind.name, effect=effect, error=error)
+                    break
                 raise
             yield True
             watch = self._client.watch(

@@ -1,14 +1,15 @@
 """DestinationRules: how a waypoint goes to the endpoints of a service. Pure.
 
 Which rule is a service's: one of the waypoint's namespace, else of the service's, else of the root namespace;
-of several the one whose host says the most; of several for one host all, the oldest first (Istio's rules).
+of several the one whose host says the most; of several for one host all, the oldest first.
 
-What a rule wants encrypted is not sent as it is: there is no TLS to endpoints, so such a port has none.
+What a rule wants encrypted is not sent as it is: there is no TLS to endpoints, so such a port has none. Nor
+what a BackendTLSPolicy does, whatever a rule says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -28,7 +29,7 @@ from pykmesh.manifests.destination_rule import (
 from pykmesh.manifests.objects import Gateway, ObjectRef, ref_of
 from services.waypoint_mgr.attachments import ACCEPTED, PARTIALLY_INVALID, UNSUPPORTED_VALUE, Condition
 from services.waypoint_mgr.envoy import UNLIMITED, Json, Port
-from services.waypoint_mgr.source import ROOT_NAMESPACE, Destination
+from services.waypoint_mgr.source import ROOT_NAMESPACE, BackendTLS, Destination
 
 _BALANCERS: Final = {
     SimpleLB.ROUND_ROBIN: "ROUND_ROBIN",
@@ -54,18 +55,23 @@ class Destinations:
         self,
         waypoint: Gateway,
         destinations: Sequence[Destination],
-        backend_tls: Mapping[str, ObjectRef] | None = None,
+        backend_tls: Sequence[BackendTLS] = (),
+        *,
+        only_tls: bool = False,
     ) -> None:
-        """`backend_tls`: by service, the BackendTLSPolicy for it."""
+        """`only_tls`: nothing of rules counts but what they close."""
         self._waypoint = waypoint
-        self._backend_tls = backend_tls or {}
+        self._only_tls = only_tls
+        self._backend_tls: dict[str, list[BackendTLS]] = {}
+        for each in backend_tls:
+            self._backend_tls.setdefault(each.service, []).append(each)
         self._closed: set[ObjectRef] = set()
         self._destinations = [each for each in destinations if each.spec.workload_selector is None]
         self._rules: dict[str, Destination | None] = {}
         """Of services that were asked for."""
         self._used: dict[ObjectRef, Destination] = {}
-        self._second: dict[ObjectRef, ObjectRef] = {}
-        """Those of which the traffic policy does not count, and whose does."""
+        self._lost: dict[ObjectRef, list[str]] = {}
+        """What does not count of a rule because an older one says it."""
 
     def policy(self, at: Port) -> PortPolicy | TrafficPolicy:
         """Of a service's port, of a subset's with what that says itself; else Istio's default."""
@@ -81,12 +87,15 @@ class Destinations:
         changed = {name: said for name in _PARTS if (said := getattr(own, name))}
         return msgspec.structs.replace(found, **changed)
 
-    def is_closed(self, at: Port) -> bool:
-        """Its endpoints are to be spoken to in TLS."""
-        by = self._backend_tls.get(at.service)
-        if by is not None:
-            self._closed.add(by)
-        return by is not None or _wants_tls(self.policy(at))
+    def is_closed(self, at: Port, port_name: str = "") -> bool:
+        """Its endpoints are to be spoken to in TLS. Of a port that has no name any policy counts."""
+        found = [
+            each.by
+            for each in self._backend_tls.get(at.service, ())
+            if not port_name or each.port in ("", port_name)
+        ]
+        self._closed.update(found)
+        return bool(found) or _wants_tls(self.policy(at))
 
     def revision(self, at: Port) -> str | None:
         """By which its endpoints are chosen; None: all."""
@@ -122,16 +131,24 @@ class Destinations:
         return None
 
     def _merged(self, same: Sequence[Destination]) -> Destination:
-        """All of one host: the subsets of all, the first traffic policy that says anything (Istio's rule)."""
-        self._used.update((each.ref, each) for each in same)
-        subsets = {subset.name: subset for each in reversed(same) for subset in reversed(each.spec.subsets)}
-        policies = [each for each in same if each.spec.traffic_policy != TrafficPolicy()]
-        self._second.update((each.ref, policies[0].ref) for each in policies[1:])
-        policy = policies[0].spec.traffic_policy if policies else TrafficPolicy()
-        spec = msgspec.structs.replace(
-            same[0].spec, traffic_policy=policy, subsets=tuple(reversed(subsets.values()))
-        )
-        return msgspec.structs.replace(same[0], spec=spec)
+        """All of one host: the subsets of all, the first traffic policy that says anything.
+
+        As Istio, but for `exportTo`, which may differ here, and for a traffic policy that is there and empty.
+        """
+        subsets, policy = dict[str, Subset](), TrafficPolicy()
+        for each in same:
+            hidden = [subset.name for subset in each.spec.subsets if subset.name in subsets]
+            subsets |= {subset.name: subset for subset in each.spec.subsets if subset.name not in subsets}
+            lost = [f"subset {name}" for name in hidden]
+            if policy == TrafficPolicy():
+                policy = each.spec.traffic_policy
+            elif each.spec.traffic_policy != TrafficPolicy():
+                lost.append("trafficPolicy")
+            self._used[each.ref] = each
+            self._lost[each.ref] = lost
+        spec = msgspec.structs.replace(same[0].spec, traffic_policy=policy, subsets=tuple(subsets.values()))
+        found = msgspec.structs.replace(same[0], spec=spec)
+        return only_tls(found) if self._only_tls else found
 
     def conditions(self) -> Iterator[Condition]:
         """Of those that were used."""
@@ -141,9 +158,9 @@ class Destinations:
             yield Condition(ref, parent, PARTIALLY_INVALID, True, UNSUPPORTED_VALUE, message)
         for ref, each in sorted(self._used.items()):
             yield Condition(ref, parent, ACCEPTED, True, ACCEPTED)
-            left_out = list(_not_honoured(each.spec))
-            if first := self._second.get(ref):
-                left_out.append(f"trafficPolicy ({first.namespace}/{first.name} for this host goes before)")
+            lost = self._lost[ref]
+            left_out = [f"{what} (an older rule for this host goes before)" for what in lost]
+            left_out += _not_honoured(_without(each.spec, lost))
             if left_out:
                 message = f"not honoured: {', '.join(left_out)}"
                 yield Condition(ref, parent, PARTIALLY_INVALID, True, UNSUPPORTED_VALUE, message)
@@ -159,6 +176,12 @@ def _revision(subset: Subset) -> str | None:
         return None
     ((label, value),) = subset.labels.items()
     return value if label in VERSION_LABELS else None
+
+
+def _without(spec: DestinationRuleSpec, lost: Sequence[str]) -> DestinationRuleSpec:
+    subsets = tuple(each for each in spec.subsets if f"subset {each.name}" not in lost)
+    policy = TrafficPolicy() if "trafficPolicy" in lost else spec.traffic_policy
+    return msgspec.structs.replace(spec, subsets=subsets, traffic_policy=policy)
 
 
 def _not_honoured(spec: DestinationRuleSpec) -> Iterator[str]:

@@ -7,6 +7,7 @@ memory nor what is configured grows with those of the mesh. What a client says t
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +20,12 @@ FORWARD: Final = "pykmesh.io/forward-client-identity"
 """An annotation of the Gateway: "true" or "false"."""
 HEADER: Final = "x-forwarded-client-cert"
 _NAME: Final = re.compile(r"[-A-Za-z0-9._/]+")
+_SPELLINGS: Final = [
+    "".join(parts)
+    for parts in itertools.product(("x",), "-_", ("forwarded",), "-_", ("client",), "-_", ("cert",))
+    if "_" in parts
+]
+"""Which are the same header to servers that make variables of them."""
 _LUA: Final = """
 local known, count, since = {}, 0, 0
 
@@ -57,22 +64,23 @@ local function look_up(id)
   end
   local line = line_at(file, low)
   file:close()
-  return line and string.sub(line, 1, #id) == id and string.sub(line, #id + 2) or nil
+  if not line or string.sub(line, 1, #id) ~= id then return nil end
+  return string.match(string.sub(line, #id + 2), "^[-%w._/]+$")
 end
 
 function envoy_on_request(handle)
   local info, headers = handle:streamInfo(), handle:headers()
-  headers:remove("x_forwarded_client_cert")
+  for _, name in ipairs({SPELLINGS}) do headers:remove(name) end
   local told = string.match(info:downstreamLocalAddress(), "^%[(.*)%]")
   if not told then return end
-  if os.time() - since > 5 or count > 4096 then known, count, since = {}, 0, os.time() end
+  if math.abs(os.time() - since) > 5 or count > 4096 then known, count, since = {}, 0, os.time() end
   local id = ids(told)
   if known[id] == nil then known[id], count = look_up(id) or false, count + 1 end
   if not known[id] then return end
   headers:replace("HEADER", "URI=spiffe://" .. known[id])
   info:dynamicMetadata():set("pykmesh", "client_principal", known[id])
 end
-""".replace("HEADER", HEADER)
+""".replace("HEADER", HEADER).replace("SPELLINGS", ", ".join(f'"{name}"' for name in _SPELLINGS))
 
 
 def is_identity(name: str) -> bool:
@@ -103,9 +111,10 @@ def write(names: Path, principals: Mapping[str, bytes]) -> list[str]:
     times = Counter(principals.values())
     left_out = [name for name, ids in principals.items() if times[ids] > 1 or not _NAME.fullmatch(name)]
     kept = principals.keys() - left_out
-    content = "".join(f"{line}\n" for line in sorted(f"{principals[name].hex()} {name}" for name in kept))
-    if not names.exists() or names.read_text() != content:
+    lines = sorted(f"{principals[name].hex()} {name}\n" for name in kept)
+    content = "".join(lines).encode()
+    if not names.exists() or names.read_bytes() != content:
         new = names.with_suffix(".new")
-        new.write_text(content)
+        new.write_bytes(content)
         new.rename(names)
     return sorted(left_out)

@@ -33,14 +33,13 @@ from services.waypoint_mgr.destinations import (
     cluster_fields,
     connection_fields,
     hash_policies,
-    only_tls,
 )
 from services.waypoint_mgr.envoy import Json, Port
 from services.waypoint_mgr.limits import misread, rate_limit
 from services.waypoint_mgr.policies import Clients, Guard
 from services.waypoint_mgr.protocols import AppProtocol
 from services.waypoint_mgr.rules import Target, action_of, match_fields, rank, straight_to, tcp_target
-from services.waypoint_mgr.source import Authentication, Destination, Policy, Route, Virtual
+from services.waypoint_mgr.source import Authentication, BackendTLS, Destination, Policy, Route, Virtual
 from services.waypoint_mgr.spans import CLUSTER, Spans
 from services.waypoint_mgr.tokens import NO_KEYS, Tokens
 from services.waypoint_mgr.virtual import VirtualServices
@@ -97,16 +96,15 @@ class Wanted(msgspec.Struct, frozen=True):
     authentications: Sequence[Authentication] = ()
     key_errors: Mapping[str, str] = {}
     """Of places whose keys have not come, why."""
-    backend_tls: Mapping[str, ObjectRef] = {}
+    backend_tls: Sequence[BackendTLS] = ()
+    only_tls: bool = False
+    """Nothing of DestinationRules counts but what they close."""
 
     @property
     def reduced(self) -> Wanted:
         """Without what an Envoy may refuse though it seemed right; no token is good then."""
         unknown = [each.with_keys_of_nobody(NO_KEYS) for each in self.authentications]
-        closed = [only_tls(each) for each in self.destinations]
-        return Wanted(
-            self.routes, self.policies, closed, authentications=unknown, backend_tls=self.backend_tls
-        )
+        return msgspec.structs.replace(self, virtuals=(), authentications=unknown, only_tls=True)
 
 
 def translate(
@@ -127,7 +125,7 @@ def translate(
     mesh = Mesh(users, known, services, domain)
     attached = attach(waypoint, mesh, wanted.routes)
     guard = Guard(waypoint, mesh, wanted.policies, clients or Clients())
-    destinations = Destinations(waypoint, wanted.destinations, wanted.backend_tls)
+    destinations = Destinations(waypoint, wanted.destinations, wanted.backend_tls, only_tls=wanted.only_tls)
     tokens = Tokens(waypoint, mesh, wanted.authentications, wanted.key_errors)
     virtuals = VirtualServices(waypoint, mesh, wanted.virtuals, destinations)
     logs = waypoint.metadata.annotations.get(ACCESS_LOG) == "true"
@@ -213,7 +211,8 @@ def _passing(
 
 
 def _endpoints(at: Port, mesh: Mesh, destinations: Destinations) -> Sequence[Endpoint]:
-    return [] if destinations.is_closed(at) else mesh.endpoints(at, destinations.revision(at))
+    is_closed = destinations.is_closed(at, mesh.port_name(at))
+    return [] if is_closed else mesh.endpoints(at, destinations.revision(at))
 
 
 def _cluster(at: Port, protocol: AppProtocol, destinations: Destinations) -> Json:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -31,6 +31,7 @@ from pykmesh.manifests.objects import (
     Namespace,
     Object,
     ObjectRef,
+    Protocol,
     RequestAuthentication,
     Service,
     ServiceEntry,
@@ -253,15 +254,23 @@ def is_exported(export_to: Collection[str], own: str, namespace: str) -> bool:
     )
 
 
+class BackendTLS(NamedTuple):
+    """What is to be spoken to in TLS: a service's port, by its name, or all of its ports."""
+
+    service: str
+    port: str
+    by: ObjectRef
+
+
 def _backends_of(
     policy: BackendTLSPolicy, domain: str, entry_hosts: Mapping[ObjectRef, tuple[str, ...]]
-) -> Iterator[str]:
-    """All ports of each target: which of them it names is not asked."""
-    for target in policy.spec.target_refs:
-        if target.kind == "Service":
-            yield mesh_name(policy.namespace, target.name, domain)
+) -> Iterator[BackendTLS]:
+    for target in policy.spec.targets:
         hosts = entry_hosts.get(ObjectRef(target.kind, policy.namespace, target.name), ())
-        yield from (f"{policy.namespace}/{host}" for host in hosts)
+        names = [f"{policy.namespace}/{host}" for host in hosts]
+        if target.kind == "Service":
+            names = [mesh_name(policy.namespace, target.name, domain)]
+        yield from (BackendTLS(name, target.section_name, ref_of(policy)) for name in names)
 
 
 class EntryHost(Service, frozen=True, kw_only=True):
@@ -270,7 +279,12 @@ class EntryHost(Service, frozen=True, kw_only=True):
 
 def _hosts_of(entry: ServiceEntry) -> Iterator[tuple[str, EntryHost]]:
     ports = tuple(
-        ServicePort(port=each.number, name=each.name, app_protocol=each.protocol.lower())
+        ServicePort(
+            port=each.number,
+            name=each.name,
+            protocol=Protocol.UDP if each.protocol.upper() == "UDP" else Protocol.TCP,
+            app_protocol=each.protocol.lower() or "tcp",
+        )
         for each in entry.spec.ports
     )
     for host in entry.spec.hosts:
@@ -287,8 +301,7 @@ class Objects(msgspec.Struct, frozen=True):
     destinations: tuple[Destination, ...] = ()
     virtuals: tuple[Virtual, ...] = ()
     authentications: tuple[Authentication, ...] = ()
-    backend_tls: Mapping[str, ObjectRef] = {}
-    """Services that are to be spoken to in TLS, by a BackendTLSPolicy."""
+    backend_tls: tuple[BackendTLS, ...] = ()
     namespaces: Mapping[str, Labels] = {}
     """Those that are said, with their labels."""
     errors: tuple[str, ...] = ()
@@ -312,11 +325,14 @@ class Objects(msgspec.Struct, frozen=True):
         objects = [*objects]
         gateways = (o for o in objects if isinstance(o, Gateway) and o.spec.gateway_class_name in classes)
         entries = [o for o in objects if isinstance(o, ServiceEntry)]
+        oldest_last = sorted(entries, key=lambda o: (o.metadata.creation_timestamp, o.name), reverse=True)
+        services = [o for o in objects if isinstance(o, Service)]
         entry_hosts = {ref_of(o): o.spec.hosts for o in entries}
         return cls(
             waypoints=_by_mesh_name(gateways, domain),
-            services=dict(pair for each in entries for pair in _hosts_of(each))
-            | _by_mesh_name((o for o in objects if isinstance(o, Service)), domain),
+            services=_by_mesh_name((o for o in services if o.is_external_name), domain)
+            | dict(pair for each in oldest_last for pair in _hosts_of(each))
+            | _by_mesh_name((o for o in services if not o.is_external_name), domain),
             routes=tuple(Route.of(o) for o in objects if isinstance(o, HTTPRoute | GRPCRoute | TCPRoute)),
             policies=tuple(
                 Policy.of(o, domain, entry_hosts) for o in objects if isinstance(o, AuthorizationPolicy)
@@ -327,12 +343,12 @@ class Objects(msgspec.Struct, frozen=True):
                 for o in objects
                 if isinstance(o, RequestAuthentication)
             ),
-            backend_tls={
-                name: ref_of(o)
+            backend_tls=tuple(
+                found
                 for o in objects
                 if isinstance(o, BackendTLSPolicy)
-                for name in _backends_of(o, domain, entry_hosts)
-            },
+                for found in _backends_of(o, domain, entry_hosts)
+            ),
             virtuals=tuple(Virtual.of(o, domain) for o in objects if isinstance(o, VirtualService)),
             namespaces={o.name: o.labels for o in objects if isinstance(o, Namespace)},
             errors=tuple(errors),

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import http
+from collections.abc import AsyncIterator
 from typing import Any
 
+import anyio
+import httpx2
 import pytest
 
 from pykmesh.contracts.waypoints import node_of_front, slice_name
 from pykmesh.manifests.authorization_policy import Action
 from pykmesh.manifests.objects import AuthorizationPolicy, HTTPRoute, ObjectRef
 from services.waypoint_mgr.attachments import Condition
-from services.waypoint_mgr.cluster import READ, _read, _ref, _stand_in, resource, status_of
+from services.waypoint_mgr.cluster import READ, Cluster, _read, _ref, _stand_in, resource, status_of
 from services.waypoint_mgr.cluster_status import CONTROLLER, gateway_status, route_parents
+from services.waypoint_mgr.source import Objects
 
 BEFORE, NOW = "2026-01-01T00:00:00Z", "2026-02-02T00:00:00Z"
 KINDS = {kind.name: kind for kind in READ}
@@ -156,3 +161,62 @@ def test_a_front_is_known_by_its_node() -> None:
         assert node_of_front(uid) == node
     for uid in ("Kubernetes//Pod/shop/wp.n1", "", "c/discovery.k8s.io/EndpointSlice/shop/wp-a1b2c3/10.0.0.1"):
         assert node_of_front(uid) == ""
+
+
+class Listed:
+    """Nothing, or what the server refuses to list."""
+
+    resourceVersion = "1"  # noqa: N815
+
+    def __init__(self, status: int) -> None:
+        self._status = status
+
+    async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
+        if self._status != http.HTTPStatus.OK:
+            request = httpx2.Request("GET", "http://api/")
+            answer = httpx2.Response(self._status, request=request)
+            raise httpx2.HTTPStatusError("no", request=request, response=answer)
+        for nothing in ():
+            yield nothing
+
+
+class Server:
+    """Answers to lists of one kind with this status, to all others with nothing."""
+
+    def __init__(self, kind: str, status: int) -> None:
+        self._kind, self._status = kind, status
+
+    def list(self, found: Any, **_: Any) -> Listed:
+        is_it = found.__name__ == self._kind
+        return Listed(self._status if is_it else http.HTTPStatus.OK)
+
+    async def watch(self, *_: Any, **__: Any) -> AsyncIterator[Any]:
+        await anyio.sleep_forever()
+        yield
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("kind", "status", "is_told_of", "is_configured"),
+    [
+        ("BackendTLSPolicy", 404, [], True),
+        ("BackendTLSPolicy", 403, ["kind_not_followed"], True),
+        ("AuthorizationPolicy", 404, [], True),
+        ("AuthorizationPolicy", 403, ["api_server_not_followed"], False),
+        ("BackendTLSPolicy", 500, ["api_server_not_followed"], False),
+    ],
+)
+async def test_who_may_not_list_policies_gets_no_configuration_but_for_those_that_are_optional(
+    kind: str, status: int, is_told_of: list[str], is_configured: bool
+) -> None:
+    told, configured = list[str](), list[Objects]()
+    server: Any = Server(kind, status)
+    cluster = Cluster(server, "cluster.local", configured.append, lambda event, **_: told.append(event))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(cluster.run)
+        with anyio.move_on_after(5.0 if is_configured else 0.5):
+            while not (configured and told == is_told_of):  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+        tasks.cancel_scope.cancel()
+    assert bool(configured) is is_configured
+    assert told == is_told_of

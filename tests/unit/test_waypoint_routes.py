@@ -10,7 +10,7 @@ import pytest
 from pykmesh.contracts.handoff import told_address
 from pykmesh.contracts.waypoints import Endpoint, MeshService, ServicePort
 from pykmesh.kernel.records import ip_from_text
-from pykmesh.manifests.objects import ObjectRef
+from pykmesh.manifests.objects import ObjectRef, Protocol
 from pykmesh.manifests.parse import parse
 from services.waypoint_mgr.encode import (
     CLUSTER_TYPE,
@@ -220,6 +220,37 @@ def test_a_service_entrys_ports_carry_what_it_says_and_its_routes_are_for_all_it
             each["routes"] for each in made.routes[Port(f"shop/{host}", 80).cluster]["virtualHosts"]
         ]
         assert route["route"]["cluster"] == port(80, "v1").cluster
+
+
+def test_the_oldest_entry_of_a_host_counts_and_a_kubernetes_service_before_it() -> None:
+    young = ENTRY.replace("name: outside", "name: a, creationTimestamp: '2026-01-02T00:00:00Z'")
+    old = ENTRY.replace("name: outside", "name: b, creationTimestamp: '2026-01-01T00:00:00Z'")
+    udp = old.replace("protocol: HTTP", "protocol: UDP").replace("api.example", "v1.shop.svc.cluster.local")
+    service = "apiVersion: v1\nkind: Service\nmetadata: {name: v1, namespace: shop}"
+    texts = "---\n".join((young.replace("protocol: HTTP", "protocol: TCP"), udp, service))
+    parsed = parse(texts.encode(), "all.yaml")
+    assert not parsed.errors
+    services = Objects.of((each.object for each in parsed.objects), DOMAIN).services
+    assert {name: each.name for name, each in services.items()} == {
+        "shop/api.example": "a",
+        "shop/www.example": "b",
+        "shop/v1.shop.svc.cluster.local": "v1",
+    }
+    assert [port.protocol for port in services["shop/www.example"].spec.ports] == [Protocol.UDP, Protocol.TCP]
+
+
+def test_of_a_host_in_several_namespaces_a_kubernetes_service_is_meant_before_an_entry() -> None:
+    world, host = entries(), named("shop", "v1").partition("/")[2]
+    world.add_backend(mesh_service("shop", "v1", {80: [Endpoint("10.0.0.2", 8080)]}))
+    stolen = MeshService(f"aaa/{host}", [], [ServicePort(80, [Endpoint("10.66.0.1", 80)])])
+    world.known[stolen.name] = stolen
+    world.services[stolen.name] = world.services["shop/api.example"]
+    backend = {"group": "networking.istio.io", "kind": "Hostname", "name": host, "port": 80}
+    spec = {"parentRefs": [OUTSIDE], "rules": [{"backendRefs": [backend]}]}
+    world.routes = [http_route("shop", "r", spec), http_route("elsewhere", "r", spec)]
+    made = world.configuration()
+    assert port(80, "v1").cluster in made.clusters
+    assert not any("aaa" in name for name in made.clusters)
 
 
 @pytest.mark.parametrize(

@@ -319,8 +319,19 @@ def test_rules_for_one_host_are_taken_together_and_what_is_left_of_them_is_told(
         assert rules.revision(at_web) == subset
     told = {(one.of.name, one.type): one.message for one in rules.conditions()}
     assert {name for name, _ in told} == {"a", "b", "c"}
-    assert told["c", "PartiallyInvalid"] == "not honoured: trafficPolicy (shop/b for this host goes before)"
+    older = "(an older rule for this host goes before)"
+    assert told["c", "PartiallyInvalid"] == f"not honoured: subset v1 {older}, trafficPolicy {older}"
     assert ("b", "PartiallyInvalid") not in told
+
+
+def test_what_does_not_count_of_a_rule_closes_nothing_and_says_nothing_else() -> None:
+    first = limited(1, name="a", created="2026-01-01T00:00:00Z")
+    second = destination({"tls": {"mode": "SIMPLE"}}, name="b", created="2026-01-02T00:00:00Z")
+    for only_tls in (False, True):
+        rules = Destinations(gateway(), [second, first], only_tls=only_tls)
+        assert not rules.is_closed(Port(named("shop", "web"), 80))
+        (told,) = (one.message for one in rules.conditions() if one.type == "PartiallyInvalid")
+        assert told == "not honoured: trafficPolicy (an older rule for this host goes before)"
 
 
 @pytest.mark.parametrize("mode", ["simple", "SIMPEL", 1])
@@ -329,36 +340,48 @@ def test_a_mode_that_is_none_is_refused(mode: Any) -> None:
         destination({"tls": {"mode": mode}})
 
 
-def test_nor_where_a_policy_for_backends_says_so() -> None:
+@pytest.mark.parametrize(
+    ("targets", "closed"),
+    [
+        ('targetRefs: [{group: "", kind: Service, name: web}]', {80, 81}),
+        ('targetRef: {group: "", kind: Service, name: web}', {80, 81}),
+        ('targetRefs: [{group: "", kind: Service, name: web, sectionName: http-2}]', {81}),
+        ('targetRefs: [{group: "", kind: Service, name: other}]', set()),
+    ],
+)
+def test_nor_where_a_policy_for_backends_says_so(targets: str, closed: set[int]) -> None:
     manifest = """
 apiVersion: gateway.networking.k8s.io/v1
 kind: BackendTLSPolicy
 metadata: {name: tls, namespace: shop}
 spec:
-  targetRefs: [{group: "", kind: Service, name: web, sectionName: https}]
+  TARGETS
   validation: {hostname: web.example, wellKnownCACertificates: System}
 """
+    manifest = manifest.replace("TARGETS", targets)
     parsed = parse(manifest.encode(), "tls.yaml")
     assert not parsed.errors
     found = Objects.of((each.object for each in parsed.objects), DOMAIN)
     world = World()
     world.add_user(
-        mesh_service("shop", "web", {80: [Endpoint("10.0.0.1", 8080)]}, [ADDRESS]),
-        kubernetes_service("shop", "web", {"port": 80, "name": "http"}),
+        mesh_service("shop", "web", {n: [Endpoint("10.0.0.1", 8080)] for n in (80, 81)}, [ADDRESS]),
+        kubernetes_service("shop", "web", {"port": 80, "name": "http"}, {"port": 81, "name": "http-2"}),
     )
     wanted = Wanted(backend_tls=found.backend_tls)
     for each in (wanted, wanted.reduced):
         made = translate(world.gateway, world.users, {}, world.services, each, DOMAIN)
-        assert made.assignments[Port(named("shop", "web"), 80).cluster]["endpoints"] == []
-        (told,) = made.destinations
-        assert str(told.of) == "BackendTLSPolicy shop/tls"
-        assert "get nothing" in told.message
+        for number in (80, 81):
+            endpoints = made.assignments[Port(named("shop", "web"), number).cluster]["endpoints"]
+            assert bool(endpoints) is (number not in closed)
+        told = [(str(one.of), one.message) for one in made.destinations]
+        message = "not honoured: endpoints that are to be spoken to in TLS get nothing"
+        assert told == ([("BackendTLSPolicy shop/tls", message)] if closed else [])
 
 
 def test_nor_where_an_envoy_refused_something_else() -> None:
     wanted = Wanted(destinations=[destination({"tls": {"mode": "SIMPLE"}, **ONE_AT_A_TIME})])
     at_web = Port(named("shop", "web"), 80)
-    rules = Destinations(gateway(), wanted.reduced.destinations)
+    rules = Destinations(gateway(), wanted.reduced.destinations, only_tls=wanted.reduced.only_tls)
     assert rules.is_closed(at_web)
     assert rules.policy(at_web).connection_pool is None
 

@@ -57,7 +57,8 @@ async def test_endpoints_are_told_who_asks_and_nobody_can_say_it_himself(
             return [value for name, value in headers if is_identity(name)]
 
         forged = "URI=spiffe://cluster.local/ns/kube-system/sa/admin"
-        for claimed in ({}, {HEADER: forged}, {"X_Forwarded_Client_Cert": forged}):
+        spellings = (HEADER, "X_Forwarded_Client_Cert", "x-forwarded_client-cert", "x_forwarded-client-cert")
+        for claimed in ({}, *({name: forged} for name in spellings)):
             said = claimed
             assert await told(WEB) == ["URI=spiffe://cluster.local/ns/shop/sa/web"]
             assert await told(SPARSE) == ["URI=spiffe://far.example/ns/a/sa/b"]
@@ -118,10 +119,18 @@ async def test_no_route_says_who_asks(folder: Path, backends: dict[str, Backend]
 
 
 def test_what_is_no_name_or_has_the_ids_of_another_is_nobodys(tmp_path: Path) -> None:
-    path, odd = tmp_path / "principals", {"trust:8443/ns/a/sa/b": bytes(10), "a\nb/ns/c/sa/d": bytes(10)}
+    path, odd = (
+        tmp_path / "principals",
+        {"trust:8443/ns/a/sa/b": bytes(10), "a\nb/ns/c/sa/d": bytes([1] * 10)},
+    )
     twins = {"cluster.local/ns/a/sa/one": ids(NEW), "cluster.local/ns/a/sa/two": ids(NEW)}
     assert write(path, {**NAMES, **odd, **twins}) == sorted([*odd, *twins])
     assert sorted(line.split()[1] for line in path.read_text().splitlines()) == sorted(NAMES)
+    for bad in (b"\xff\xfe", path.read_bytes().replace(b"\n", b"\r\n")):
+        path.write_bytes(bad)
+        write(path, NAMES)
+        assert path.read_bytes().isascii()
+        assert b"\r" not in path.read_bytes()
     inode = path.stat().st_ino
     write(path, NAMES)
     assert path.stat().st_ino == inode, "nothing is written where nothing changed"

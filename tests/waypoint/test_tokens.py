@@ -146,6 +146,19 @@ async def test_where_it_comes_from_and_what_is_handed_on(folder: Path, backends:
         assert "x-who" not in (await asked(**{"x-who": "mallory"})).told["headers"]
 
 
+async def test_no_token_says_who_asks(folder: Path, backends: dict[str, Backend]) -> None:
+    own = "x-forwarded-client-cert"
+    claims = [{"header": own, "claim": "sub"}, {"header": "x-who", "claim": "sub"}]
+    found = rule(outputPayloadToHeader="X_Forwarded_Client_Cert", outputClaimToHeaders=claims)
+    async with served(folder, backends, authentication(found)) as (asked, told):
+        seen = (await asked(token())).told["headers"]
+        assert seen["x-who"] == "alice"
+        assert not [name for name in seen if name.replace("_", "-").lower() == own]
+        (message,) = [one.message for one in told if one.type == "PartiallyInvalid"]
+        assert f"outputClaimToHeaders {own}" in message
+        assert "outputPayloadToHeader X_Forwarded_Client_Cert" in message
+
+
 ALICE = f"{ISSUER}/alice"
 
 
