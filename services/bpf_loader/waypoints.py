@@ -6,6 +6,7 @@ the maps `fronts` and `listeners`.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -101,7 +102,9 @@ class Waypoints:
             else:
                 self._fronts.remove(key)
         except (ValueError, OverflowError, struct.error, OSError) as error:
-            raise EnrollmentError(f"front {front.address}:{front.port}: {error}") from error
+            is_full = isinstance(error, OSError) and error.errno == errno.E2BIG
+            why = "no room for more fronts, or listening sockets, on this node" if is_full else error
+            raise EnrollmentError(f"front {front.address}:{front.port}: {why}") from error
         return [port for port in front.instances if not self._has_listener(port)]
 
     def keep_fronts(self, fronts: list[tuple[str, int]]) -> None:

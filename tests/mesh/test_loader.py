@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import secrets
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ import anyio.to_thread
 import pytest
 from structlog.testing import capture_logs
 
-from pykmesh.contracts.enrollment import Action, Enrolled, EnrollmentError, Reply, Request, ask
+from pykmesh.contracts.enrollment import Action, Enrolled, EnrollmentError, Front, Reply, Request, ask
 from pykmesh.contracts.settings import LoaderSettings
 from pykmesh.demo.pods import Pod, PodNetwork
 from pykmesh.kernel import cgroups, hooks, libbpf, netns, pins, support
@@ -113,6 +115,30 @@ def test_where_the_object_does_not_load_the_one_for_old_kernels_does(
         monkeypatch.setattr(hooks, "OBJECT_BEFORE_5_13", broken)
         with pytest.raises(libbpf.KernelError, match=re.escape(f"open {broken}")):
             Programs(pins.maps_dir(pin_dir), {"flows": 65536}, settings)
+    finally:
+        pins.uninstall(pin_dir)
+
+
+def test_a_front_for_which_there_is_no_room_is_told_and_the_others_stay(tmp_path: Path) -> None:
+    pin_dir = tmp_path / "pins"
+    pins.prepare(pin_dir)
+    try:
+        settings = ProgramSettings("loader-full", 0, can_set_retval(), has_telemetry=False)
+        loaded = Programs(pins.maps_dir(pin_dir), {"flows": 65536, "fronts": 1, "listeners": 2}, settings)
+        waypoints = Waypoints(pin_dir, loaded)
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+            ports = [each.getsockname()[1] for each in sockets]
+            first, second, third = ([each.fileno()] for each in sockets)
+            assert waypoints.put_front(Front("10.0.0.1", 80, ports[:1], ports[:1]), first) == []
+            with pytest.raises(EnrollmentError, match=r"front 10\.0\.0\.2:80: no room for more fronts"):
+                waypoints.put_front(Front("10.0.0.2", 80, ports[1:2], ports[1:2]), second)
+            with pytest.raises(EnrollmentError, match="no room for more fronts, or listening sockets"):
+                waypoints.put_front(Front("10.0.0.1", 80, ports[2:], ports[2:]), third)
+            assert waypoints.put_front(Front("10.0.0.1", 80, ports[:1]), []) == []
+            waypoints.put_front(Front("10.0.0.1", 80), [])
+            assert waypoints.put_front(Front("10.0.0.2", 80, ports[1:2]), []) == []
+        loaded.close()
     finally:
         pins.uninstall(pin_dir)
 
