@@ -20,6 +20,8 @@ from pykmesh.proto import authorization_pb2, workload_pb2
 
 PORT_MAX: Final = 65535
 SELECTION_EXTENSION: Final = "pykmesh.io/selection"
+TRUST_DOMAIN: Final = "cluster.local"
+"""Of workloads of which it is not said (the workload API's rule)."""
 _V6_BITS, _V4_BITS = 128, 32
 _T = TypeVar("_T")
 _M = TypeVar("_M", bound=Message)

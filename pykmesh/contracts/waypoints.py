@@ -47,10 +47,6 @@ def namespace_of(name: str) -> str:
     return (parts[3] if len(parts) > 3 else "") if is_workload(name) else parts[0]
 
 
-TRUST_DOMAIN: Final = "cluster.local"
-"""Of workloads of which it is not said (the workload API's rule)."""
-
-
 def account_name(namespace: str, account: str) -> str:
     """A service account among all, in whatever trust domain."""
     return f"{namespace}/{account or 'default'}"

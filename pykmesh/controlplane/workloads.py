@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import msgspec
 from google.protobuf.wrappers_pb2 import UInt32Value
 
+from pykmesh.contracts.address import TRUST_DOMAIN
 from pykmesh.controlplane.services import MeshService, PortNames, Source
 from pykmesh.controlplane.settings import MeshSettings
 from pykmesh.manifests.addresses import IP, is_ip
@@ -83,7 +84,7 @@ class Surroundings(msgspec.Struct, frozen=True):
             namespace=metadata.namespace,
             cluster_id=self.mesh.cluster_id,
             network=self.mesh.network,
-            trust_domain="" if trust_domain == "cluster.local" else trust_domain,
+            trust_domain="" if trust_domain == TRUST_DOMAIN else trust_domain,
         )
 
 

@@ -12,10 +12,9 @@ from typing import Annotated, Any, Final
 import msgspec
 
 from pykmesh.manifests.addresses import IPRange
-from pykmesh.manifests.http_route import CORE_GROUPS, GATEWAY_GROUP
+from pykmesh.manifests.http_route import CORE_GROUPS, GATEWAY_GROUP, ISTIO_GROUP
 from pykmesh.manifests.names import Name
 
-ISTIO_NETWORKING_GROUP: Final = "networking.istio.io"
 _KEYS: Final = re.compile(
     r"request\.headers\[:?[-A-Za-z0-9!#$%&'*+.^_`|~]+\]|source\.(ip|namespace|principal|serviceAccount)|remote\.ip"
     r"|destination\.(ip|port)|connection\.sni|request\.auth\.(principal|audiences|presenter)"
@@ -128,7 +127,7 @@ _GROUPS: Final = {
     "Gateway": (GATEWAY_GROUP,),
     "GatewayClass": (GATEWAY_GROUP,),
     "Service": CORE_GROUPS,
-    "ServiceEntry": (ISTIO_NETWORKING_GROUP,),
+    "ServiceEntry": (ISTIO_GROUP,),
 }
 
 

@@ -10,8 +10,8 @@ import anyio
 import anyio.to_thread
 import structlog
 
-from pykmesh.contracts.address import workload_message
-from pykmesh.contracts.waypoints import TRUST_DOMAIN, account_name
+from pykmesh.contracts.address import TRUST_DOMAIN, workload_message
+from pykmesh.contracts.waypoints import account_name
 from services.map_writer.identities import Identities
 from services.map_writer.mesh import Mesh, raw_of
 

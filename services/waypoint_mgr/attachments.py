@@ -117,9 +117,9 @@ class Mesh:
 
     def resolve(self, ref: BackendObjectRef, namespace: str) -> Port | Unresolved:
         """`namespace`: of the route."""
-        if ref.is_hostname and ref.namespace:
-            return Unresolved("InvalidKind", f"Hostname {ref.name}: it has no namespace")
         if ref.is_hostname:
+            if ref.namespace:
+                return Unresolved("InvalidKind", f"Hostname {ref.name}: it has no namespace")
             found = self.at_host(ref.name, namespace, ref.port, 0)
             return found or Unresolved("BackendNotFound", f"there is no host {ref.name} with port {ref.port}")
         if not ref.is_service:

@@ -69,9 +69,8 @@ class Destinations:
         self._destinations = [each for each in destinations if each.spec.workload_selector is None]
         self._rules: dict[str, Destination | None] = {}
         """Of services that were asked for."""
-        self._used: dict[ObjectRef, Destination] = {}
-        self._lost: dict[ObjectRef, list[str]] = {}
-        """What does not count of a rule because an older one says it."""
+        self._used: dict[ObjectRef, tuple[DestinationRuleSpec, list[str]]] = {}
+        """What counts of a rule, and what does not because an older one says it."""
 
     def policy(self, at: Port) -> PortPolicy | TrafficPolicy:
         """Of a service's port, of a subset's with what that says itself; else Istio's default."""
@@ -137,18 +136,19 @@ class Destinations:
         """
         subsets, policy = dict[str, Subset](), TrafficPolicy()
         for each in same:
-            hidden = [subset.name for subset in each.spec.subsets if subset.name in subsets]
-            subsets |= {subset.name: subset for subset in each.spec.subsets if subset.name not in subsets}
-            lost = [f"subset {name}" for name in hidden]
+            own = {subset.name: subset for subset in each.spec.subsets if subset.name not in subsets}
+            lost = [f"subset {subset.name}" for subset in each.spec.subsets if subset.name in subsets]
+            counts = TrafficPolicy()
             if policy == TrafficPolicy():
-                policy = each.spec.traffic_policy
+                policy = counts = each.spec.traffic_policy
             elif each.spec.traffic_policy != TrafficPolicy():
                 lost.append("trafficPolicy")
-            self._used[each.ref] = each
-            self._lost[each.ref] = lost
+            subsets |= own
+            spec = msgspec.structs.replace(each.spec, traffic_policy=counts, subsets=tuple(own.values()))
+            self._used[each.ref] = spec, lost
         spec = msgspec.structs.replace(same[0].spec, traffic_policy=policy, subsets=tuple(subsets.values()))
         found = msgspec.structs.replace(same[0], spec=spec)
-        return only_tls(found) if self._only_tls else found
+        return _tls_alone(found) if self._only_tls else found
 
     def conditions(self) -> Iterator[Condition]:
         """Of those that were used."""
@@ -156,11 +156,11 @@ class Destinations:
         for ref in sorted(self._closed):
             message = "not honoured: endpoints that are to be spoken to in TLS get nothing"
             yield Condition(ref, parent, PARTIALLY_INVALID, True, UNSUPPORTED_VALUE, message)
-        for ref, each in sorted(self._used.items()):
+        for ref in sorted(self._used):
             yield Condition(ref, parent, ACCEPTED, True, ACCEPTED)
-            lost = self._lost[ref]
+            spec, lost = self._used[ref]
             left_out = [f"{what} (an older rule for this host goes before)" for what in lost]
-            left_out += _not_honoured(_without(each.spec, lost))
+            left_out += _not_honoured(spec)
             if left_out:
                 message = f"not honoured: {', '.join(left_out)}"
                 yield Condition(ref, parent, PARTIALLY_INVALID, True, UNSUPPORTED_VALUE, message)
@@ -176,12 +176,6 @@ def _revision(subset: Subset) -> str | None:
         return None
     ((label, value),) = subset.labels.items()
     return value if label in VERSION_LABELS else None
-
-
-def _without(spec: DestinationRuleSpec, lost: Sequence[str]) -> DestinationRuleSpec:
-    subsets = tuple(each for each in spec.subsets if f"subset {each.name}" not in lost)
-    policy = TrafficPolicy() if "trafficPolicy" in lost else spec.traffic_policy
-    return msgspec.structs.replace(spec, subsets=subsets, traffic_policy=policy)
 
 
 def _not_honoured(spec: DestinationRuleSpec) -> Iterator[str]:
@@ -245,7 +239,7 @@ def _wants_tls(policy: PortPolicy | TrafficPolicy) -> bool:
     return policy.tls is not None and policy.tls.mode in (TLSMode.SIMPLE, TLSMode.MUTUAL)
 
 
-def only_tls(found: Destination) -> Destination:
+def _tls_alone(found: Destination) -> Destination:
     """What a rule closes, and nothing else of it."""
     policy = found.spec.traffic_policy
     ports = tuple(PortPolicy(port=own.port, tls=own.tls) for own in policy.port_level_settings)

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from google.protobuf.message import DecodeError
 
+from pykmesh.contracts.address import TRUST_DOMAIN
 from pykmesh.contracts.messages import ResourceType
 from pykmesh.kernel.records import ip_from_wire, ip_to_text
 from pykmesh.proto import authorization_pb2, workload_pb2
@@ -79,7 +80,7 @@ def _workload(message: workload_pb2.Workload) -> Plain:
         "protocol": _word(_PROTOCOLS, message.tunnel_protocol),
         "name": message.name,
         "namespace": message.namespace,
-        "trustDomain": message.trust_domain or "cluster.local",
+        "trustDomain": message.trust_domain or TRUST_DOMAIN,
         "serviceAccount": message.service_account or "default",
         "network": message.network,
         "networkMode": _word(_NETWORK_MODES, message.network_mode),
