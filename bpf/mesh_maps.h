@@ -136,7 +136,7 @@ struct {
 /*
  * Connections on their way to a waypoint of this node. Writer: sockops, of a client here before the SYN
  * leaves, of one elsewhere when it is established. Reader and remover: getsockopt, when it is accepted.
- * Evicts the least recently used: the waypoint closes that one.
+ * Evicts the least recently used: the waypoint closes that one (REASON_HANDOFF_UNKNOWN).
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);

@@ -356,6 +356,7 @@ enum reason {
 	REASON_NO_ROOM,	      /* refused: the maps have no room for a port of the service, or its endpoints */
 	REASON_SHUNNED,	      /* not refused: another endpoint was drawn for one that refused a connection */
 	REASON_WAYPOINT_UNAVAILABLE, /* refused: its waypoint is unknown, or has no instance */
+	REASON_HANDOFF_UNKNOWN,	     /* refused: nothing is noted of a connection that a waypoint accepted */
 	REASON_COUNT,
 };
 

@@ -136,9 +136,13 @@ int pykmesh_origdst(struct bpf_sockopt *ctx)
 		return 1;
 	if (!handoff_key_of(sk, &key))
 		return 1;
-	asked = bpf_map_lookup_elem(&handoffs, &key);
-	if (!asked || (void *)(answer + 1) > ctx->optval_end || !is_noted(sk, asked))
+	if ((void *)(answer + 1) > ctx->optval_end)
 		return 1;
+	asked = bpf_map_lookup_elem(&handoffs, &key);
+	if (!asked || !is_noted(sk, asked)) {
+		count(REASON_HANDOFF_UNKNOWN);
+		return 1;
+	}
 	answer->family = AF_INET6;
 	answer->port = asked->port;
 	answer->flow = 0;

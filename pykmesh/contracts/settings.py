@@ -105,6 +105,7 @@ class LoaderSettings(CommonSettings, frozen=True, kw_only=True):
     affinities_max: int = 65_536
     loads_max: int = 16_384
     shunned_max: int = 4_096
+    handoffs_max: int = 65_536
     flows_bytes: int = 16 * 1024 * 1024
     telemetry: bool = True
     passive_health_s: float = 0.0

@@ -171,6 +171,7 @@ class Reason(IntEnum):
     NO_ROOM = 12
     SHUNNED = 13
     WAYPOINT_UNAVAILABLE = 14
+    HANDOFF_UNKNOWN = 15
 
     @property
     def label(self) -> str:

@@ -100,6 +100,7 @@ def _load(settings: LoaderSettings, staging: Staging) -> Programs:
         "affinities": settings.affinities_max,
         "loads": settings.loads_max,
         "shunned": settings.shunned_max,
+        "handoffs": settings.handoffs_max,
         "dns_listeners": settings.pods_max * DNS_SLOTS,
         "dns_servers": settings.pods_max * DNS_SLOTS,
         "flows": settings.flows_bytes,

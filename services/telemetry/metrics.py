@@ -26,10 +26,8 @@ from services.telemetry.ledger import Amounts
 from services.telemetry.requests import Grown, Served
 
 CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
-NOT_REFUSED: Final = frozenset(
-    {Reason.ROUTED, Reason.PASSTHROUGH, Reason.STATE_LOST, Reason.RECORD_LOST, Reason.OPEN_LOST}
-)
 LOST_STAGES: Final = (Reason.RECORD_LOST, Reason.OPEN_LOST, Reason.STATE_LOST)
+NOT_REFUSED: Final = frozenset({Reason.ROUTED, Reason.PASSTHROUGH, Reason.SHUNNED, *LOST_STAGES})
 
 # Istio speaks from the side of who accepts: sent is what went back "during response", received what
 # came "during request" (istio.io/latest/docs/reference/config/metrics), for either reporter.
@@ -145,6 +143,11 @@ class Exposition(Collector):
             "mesh_flows_drained",
             "Records read from the ring, TCP and UDP: one for each socket and for each refusal.",
             value=snapshot.drained,
+        )
+        yield CounterMetricFamily(
+            "mesh_endpoints_shunned",
+            "Times that another endpoint was drawn for one that had refused a connection.",
+            value=snapshot.counters[Reason.SHUNNED],
         )
         yield CounterMetricFamily(
             "mesh_series_folded",

@@ -39,9 +39,9 @@ def make_other(found: Path) -> None:
         assert said.count("pykmesh_release") == 1
         (found / name).write_text(said.replace("pykmesh_release", "pykmesh_freed"))
     enums = found / "pykmesh" / "kernel" / "layout.py"
-    last = "    WAYPOINT_UNAVAILABLE = 14\n"
+    last = "    HANDOFF_UNKNOWN = 15\n"
     assert last in enums.read_text()
-    enums.write_text(enums.read_text().replace(last, last + "    WEATHER = 15\n"))
+    enums.write_text(enums.read_text().replace(last, last + "    WEATHER = 16\n"))
     types = found / "bpf" / "mesh_types.h"
     said = types.read_text()
     for before, after in GROWN.items():

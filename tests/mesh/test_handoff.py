@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -49,6 +53,7 @@ class Mesh(NamedTuple):
     client: Pod
     web: Pod
     waypoint: Pod
+    listener: subprocess.Popen[str]
 
 
 def waypoint_service(*instances: Pod, families: tuple[str, ...] = ("IPv4", "IPv6")) -> list[Object]:
@@ -98,21 +103,21 @@ def web(*, waypoint: str | None) -> Object:
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    node = Node(tmp_path_factory.mktemp("handoff"), subnet=9)
+    with served(Node(tmp_path_factory.mktemp("handoff"), subnet=9)) as found:
+        yield found
+
+
+@contextmanager
+def served(node: Node, *options: str) -> Iterator[Mesh]:
     try:
         with node.network as network:
-            found = Mesh(node, *(network.add(name, 10 + n) for n, name in enumerate(("c", "web", "wp"))))
+            pods = [network.add(name, 10 + n) for n, name in enumerate(("c", "web", "wp"))]
+            found = Mesh(node, *pods, listen(pods[-1]))
             serve(found.web, "--http", "8080")
-            command = (sys.executable, "-m", "tests.mesh.waypoint_server", str(PORT))
-            listener = found.waypoint.spawn(*command, stdout=subprocess.PIPE, text=True)
-            assert listener.stdout is not None
-            assert listener.stdout.readline() == "ready\n"
-            pods = (found.client, found.web)
-            known = [client_pod(p) for p in pods]
-            node.write("pods", text(*known))
+            node.write("pods", text(*map(client_pod, (found.client, found.web))))
             node.write("waypoint", text(*waypoint_service(found.waypoint)))
             node.write("web", text(web(waypoint="wp")))
-            node.start()
+            node.start(*options)
             node.enroll(found.client)
             ask_for_cgroup(node.instance.enroll_socket, Action.ENROLL_WAYPOINT, found.waypoint.cgroup, None)
             yield found
@@ -120,14 +125,27 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
         node.end()
 
 
+def listen(waypoint: Pod) -> subprocess.Popen[str]:
+    """One that accepts and says what it is told."""
+    command = (sys.executable, "-m", "tests.mesh.waypoint_server", str(PORT))
+    listener = waypoint.spawn(*command, stdout=subprocess.PIPE, text=True)
+    assert listener.stdout is not None
+    assert listener.stdout.readline() == "ready\n"
+    return listener
+
+
 @pytest.fixture
 def handed_over(mesh: Mesh) -> Mesh:
     mesh.node.write("waypoint", text(*waypoint_service(mesh.waypoint)))
     mesh.node.write("web", text(web(waypoint="wp")))
+    until_handed_over(mesh)
+    return mesh
+
+
+def until_handed_over(mesh: Mesh) -> None:
     expected = {f"{address}:{PORT}" for address in (mesh.waypoint.address4, mesh.waypoint.address6)}
     mesh.node.until_endpoints(host("web"), expected)
     until(lambda: client_of(mesh) != NOBODY, "the client to be known")
-    return mesh
 
 
 def client_of(mesh: Mesh) -> Identity:
@@ -197,8 +215,10 @@ def test_an_ipv6_service_reaches_a_waypoint_of_ipv4_alone_and_is_told_as_such(ha
 
 def test_who_connects_to_the_waypoint_by_himself_is_no_client_of_a_service(handed_over: Mesh) -> None:
     address = handed_over.waypoint.address4
+    before = refusals(handed_over.node)["handoff_unknown"]
     heard = python(handed_over.client, HEAR.format(address=address, port=PORT, own_port=0))
     assert heard == f"nothing|{address}|{PORT}"
+    assert refusals(handed_over.node)["handoff_unknown"] == before + 1
 
 
 def test_what_is_noted_of_a_connection_that_came_to_nothing_is_nobody_elses(handed_over: Mesh) -> None:
@@ -261,6 +281,33 @@ def test_a_service_loses_its_waypoint_and_gets_it_back(handed_over: Mesh) -> Non
     node.write("web", text(web(waypoint="wp")))
     until(lambda: handed_over.waypoint.address4 in str(node.endpoints(host("web"))), "the waypoint again")
     assert hear(handed_over) == told(handed_over, VIP4)
+
+
+MANY_AT_ONCE = f"""
+import socket, sys
+clients = [socket.create_connection(("{VIP4}", 80), 5) for _ in range(100)]
+print("connected", flush=True)
+sys.stdin.readline()
+for client in clients:
+    print(client.recv(100).decode())
+"""
+
+
+def test_with_more_on_their_way_than_there_is_room_for_the_oldest_is_known_as_nobody(tmp_path: Path) -> None:
+    """It is told nothing, so that an Envoy closes it, and it is counted; no other is taken for it."""
+    with served(Node(tmp_path, subnet=9), "--set", "handoffs_max=16") as mesh:
+        until_handed_over(mesh)
+        os.killpg(mesh.listener.pid, signal.SIGSTOP)
+        many = mesh.client.spawn(
+            sys.executable, "-c", MANY_AT_ONCE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert many.stdout is not None
+        assert many.stdout.readline() == "connected\n"
+        os.killpg(mesh.listener.pid, signal.SIGCONT)
+        heard = many.communicate("now\n", timeout=20)[0].splitlines()
+        assert len(heard) == 100
+        assert set(heard) == {f"{told(mesh, VIP4)} 80", "nothing"}
+        assert refusals(mesh.node)["handoff_unknown"] == heard.count("nothing") >= 100 - 16
 
 
 def refusals(node: Node) -> dict[str, int]:

@@ -86,7 +86,8 @@ def test_what_was_lost_and_refused_is_shown_from_the_first_scrape():
     refused = {dict(key)["reason"]: value for key, value in found["mesh_refusals_total"].items()}
     assert refused["no_endpoint"] == counters[Reason.NO_ENDPOINT]
     assert refused["datagram_lost"] == counters[Reason.DATAGRAM_LOST]
-    assert not {"routed", "passthrough", "record_lost", "open_lost", "state_lost"} & set(refused)
+    assert not {"routed", "passthrough", "record_lost", "open_lost", "state_lost", "shunned"} & set(refused)
+    assert found["mesh_endpoints_shunned_total"] == {(): counters[Reason.SHUNNED]}
 
 
 def test_the_ring_and_the_maps_say_how_full_they_are():
