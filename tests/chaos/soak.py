@@ -1,6 +1,6 @@
 """Change for a long time: does memory grow, does an entry stay? `make soak`.
 
-    python -m tests.chaos.soak [--minutes 60] [--seed 1] [--rate 0.2]
+    python -m tests.chaos.soak [--minutes 60] [--seed 1] [--rate 0.2] [--report FILE]
 
 Endpoints, services and pods come and go under traffic. In the first half processes are killed too; in the
 second half each one's memory (Pss) and descriptors are sampled. Exit status 1 where a process has grown (the
@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import random
+import shlex
 import signal
 import statistics
 import sys
@@ -161,15 +162,41 @@ def soak(minutes: float, seed: int, rate: float) -> dict[str, Any]:
         }  # fmt: skip
 
 
+def table(found: dict[str, Any], words: list[str]) -> str:
+    """The report, as Markdown."""
+    rows = []
+    for name, sizes in found["pss_mib"].items():
+        taken = (", ".join(f"{size:g}" for size in each) for each in (sizes, found["descriptors"][name]))
+        rows.append(f"| {name} | {' | '.join(taken)} |")
+    lines = [
+        "# Change for a long time",
+        "",
+        f"`python -m tests.chaos.soak {shlex.join(words)}`: {found['rounds']:,} rounds of change,",
+        f"{found['kills']} processes killed (in the first half), {found['connections']:,} connections,",
+        f"{found['failed']} failed, {found['wrong']} wrong answers. In the first and in the last third",
+        "of the second half:",
+        "",
+        "| process | memory MiB (Pss) | descriptors |",
+        "|---|---|---|",
+        *rows,
+        "",
+        *([f"- {problem}" for problem in found["problems"]] or ["Everything held."]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rate", type=float, default=0.2)
+    parser.add_argument("--report", type=Path, help="where what came of it goes as Markdown")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # cleaning up all the same
     found = soak(options.minutes, options.seed, options.rate)
     print(json.dumps(found))
+    if options.report:
+        options.report.write_text(table(found, sys.argv[1:]))
     return 1 if found["problems"] else 0
 
 
