@@ -257,13 +257,14 @@ def _echo(name: str, line: str) -> None:
 async def _foreground(instance: Instance, options: Any, echo: Callable[[str, str], None] | None) -> int:
     import anyio
 
+    from pykmesh.node.behind import ready_deadline_s
     from pykmesh.node.run import Running
 
-    mesh = Running(instance, options, echo)
+    mesh, deadline_s = Running(instance, options, echo), ready_deadline_s()
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with anyio.create_task_group() as tasks:
             await tasks.start(mesh.run)
-            tasks.start_soon(_announce, mesh)
+            tasks.start_soon(_announce, mesh, deadline_s)
             async for _ in signals:
                 remove = command(instance, "uninstall")
                 _say(f"ending; programs and maps stay, traffic goes on ({remove} removes them)")
@@ -272,14 +273,14 @@ async def _foreground(instance: Instance, options: Any, echo: Callable[[str, str
     return 0
 
 
-async def _announce(mesh: Any) -> None:
+async def _announce(mesh: Any, deadline_s: float) -> None:
     import anyio
 
-    from pykmesh.node.behind import LATE_POLL_S, READY, READY_DEADLINE_S
+    from pykmesh.node.behind import LATE_POLL_S, READY
     from pykmesh.node.upgrade import settle
 
     try:
-        await mesh.until_ready(READY_DEADLINE_S)
+        await mesh.until_ready(deadline_s)
     except InstanceError as error:
         _say(f"pykmesh: {' '.join(str(error).split())}")
         await anyio.sleep(LATE_POLL_S)  # an upgrade that reads this ends it

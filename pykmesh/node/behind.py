@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import select
 import signal
@@ -14,7 +16,8 @@ from typing import Final
 
 from pykmesh.node.instance import Instance, InstanceError, command, running
 
-READY_DEADLINE_S: Final = 30.0
+READY_DEADLINE: Final = "PYKMESH_READY_DEADLINE_S"
+"""Of the environment: in how many seconds it has to be ready; 30 by itself."""
 END_DEADLINE_S: Final = 15.0
 POLL_S: Final = 0.05
 LATE_POLL_S: Final = 1.0
@@ -27,6 +30,15 @@ SAYING_S: Final = 10.0
 """So long after the deadline it has said either, also on a busy machine."""
 FLAG: Final = "--behind"
 """Tells `pykmesh up` that it runs behind: its log is a file, and what it says is for who started it."""
+
+
+def ready_deadline_s(environment: Mapping[str, str] = os.environ) -> float:
+    """InstanceError where the environment has no number that it could be."""
+    text = environment.get(READY_DEADLINE, "30")
+    with contextlib.suppress(ValueError):
+        if 0 < (found := float(text)) < math.inf:
+            return found
+    raise InstanceError(f"{READY_DEADLINE}={text!r} in the environment: not a number of seconds")
 
 
 def of_this_release(environment: Mapping[str, str]) -> dict[str, str]:
@@ -63,6 +75,7 @@ class Behind:
             down = command(instance, "down")
             raise InstanceError(f"instance {instance.name!r} runs already (pid {other.pid}): {down}")
         self._instance = instance
+        self._deadline_s = ready_deadline_s(environment)
         # In memory: no disk can be too full for it, and it breaks for nobody when this process ends.
         self._said = os.memfd_create("pykmesh-up")
         self._process = subprocess.Popen(
@@ -81,7 +94,7 @@ class Behind:
 
     def until_ready(self) -> None:
         """InstanceError with its last words when it ends, or at the deadline; it goes on trying then."""
-        end = time.monotonic() + READY_DEADLINE_S + SAYING_S
+        end = time.monotonic() + self._deadline_s + SAYING_S
         why: list[str] = []
         while time.monotonic() < end:
             has_ended = self._process.poll() is not None
@@ -93,7 +106,7 @@ class Behind:
             if why := [line for line in text.splitlines() if line.startswith(NOT_READY)]:
                 break
             time.sleep(POLL_S)
-        said = why[0].removeprefix("pykmesh: ") if why else f"not ready after {READY_DEADLINE_S:g} s"
+        said = why[0].removeprefix("pykmesh: ") if why else f"not ready after {self._deadline_s:g} s"
         raise InstanceError(f"{said}; it goes on trying: {command(self._instance, 'status')}")
 
     def _text(self) -> str:

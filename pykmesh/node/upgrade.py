@@ -20,7 +20,14 @@ from typing import NoReturn, TypeVar
 
 import msgspec
 
-from pykmesh.node.behind import FLAG, Behind, end_supervisor, of_this_release
+from pykmesh.node.behind import (
+    FLAG,
+    READY_DEADLINE,
+    Behind,
+    end_supervisor,
+    of_this_release,
+    ready_deadline_s,
+)
 from pykmesh.node.instance import Instance, InstanceError, running
 
 _T = TypeVar("_T")
@@ -96,10 +103,12 @@ def exchange(instance: Instance) -> Exchanged:
         before = supervised(instance)
         if not Path(before.directory).is_dir():
             raise InstanceError(f"{before.directory} is gone, in which instance {instance.name} was started")
+        environment = of_this_release(before.environment)
+        environment[READY_DEADLINE] = f"{ready_deadline_s({**before.environment, **os.environ}):g}"
         _write(instance.journal, before)
         try:
             _end(instance)
-            behind = _start(instance, before, of_this_release(before.environment))
+            behind = _start(instance, before, environment)
         except (InstanceError, OSError, KeyboardInterrupt) as error:
             _start_again(instance, before, error)
     goes_back = before.release == _read(instance.previous, Release) and not _is_this(before.release)

@@ -14,6 +14,8 @@ import yaml
 from tests.chaos.faults import Step
 from tests.chaos.stage import Mesh, Traffic
 
+PAUSE_MAX_MS: Final = 3000
+"""Without an answer: what a client feels whose SYN was lost twice."""
 FILE: Final = Path(__file__).with_name("scenarios.yaml")
 
 
@@ -29,6 +31,7 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     long: bool = False
     """Only where it is asked for."""
     mesh: Mesh = Mesh()
+    pause_max_ms: float = PAUSE_MAX_MS
     per_second: float = 0.0
     """Connections that have to be made."""
     traffic: list[Traffic] = []

@@ -71,9 +71,13 @@ def run(
     directory: Path,
     environment: Mapping[str, str],
     deadline_s: float,
+    silence_s: float,
     kernel_words: str = "",
 ) -> Ended:
-    """`kernel`: Debian's packages of one, unpacked in a directory. `kernel_words`: for its command line."""
+    """`kernel`: Debian's packages of one, unpacked in a directory. `kernel_words`: for its command line.
+
+    `silence_s`: after which one that says nothing any more is ended, before the deadline.
+    """
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="vm-") as made:
         work = Path(made)
@@ -84,12 +88,20 @@ def run(
             _files(work) as socket,
             subprocess.Popen(_qemu(kernel, disk, work, socket, kernel_words)) as machine,
         ):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                machine.wait(deadline_s)
+            _wait(machine, work / "output", began + deadline_s, silence_s)
             machine.kill()
         said = (work / "status").read_text().strip()
         output = (work / "output").read_text(errors="replace").replace("\r\n", "\n")
     return Ended(int(said) if said else None, output, round(time.monotonic() - began, 1))
+
+
+def _wait(machine: subprocess.Popen[bytes], output: Path, end: float, silence_s: float) -> None:
+    """Until it has ended, or will not."""
+    said, last = 0, time.monotonic()
+    while machine.poll() is None and (now := time.monotonic()) < min(end, last + silence_s):
+        if output.exists() and (size := output.stat().st_size) != said:
+            said, last = size, now
+        time.sleep(0.5)
 
 
 def modules_of(kernel: Path) -> Path:

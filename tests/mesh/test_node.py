@@ -312,11 +312,14 @@ def test_what_the_processes_say_is_in_their_own_logs_alone(node: Node) -> None:
     assert "supervisor_started" in logs["supervisor"]
 
 
-def test_up_behind_says_what_each_process_waits_for_and_its_last_error(node: Node) -> None:
+def test_up_behind_says_what_each_process_waits_for_and_its_last_error(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYKMESH_READY_DEADLINE_S", "8")
     gave_up = node.cli("up", "-d", "--free-ports", "--xds-address", "127.0.0.1:1", check=False)
     assert gave_up.returncode == 1
     assert gave_up.stderr.count("\n") == 1
-    assert gave_up.stderr.startswith("Error: not ready after 30 s: ")
+    assert gave_up.stderr.startswith("Error: not ready after 8 s: ")
     assert "xds_client waits for: " in gave_up.stderr
     assert "(last error: " in gave_up.stderr
     assert gave_up.stderr.endswith(f"it goes on trying: pykmesh {' '.join(node.place)} status\n")

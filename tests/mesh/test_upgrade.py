@@ -181,24 +181,24 @@ def test_a_step_that_cannot_be_taken_is_refused_before_it_begins(upgrades: Upgra
         build(upgrades.other)
 
 
-def test_a_release_that_does_not_start_leaves_the_one_before(upgrades: Upgrades) -> None:
+def test_a_release_that_does_not_start_leaves_the_one_before(
+    upgrades: Upgrades, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It has taken the maps over by then: the one before takes them back."""
     before, prober = upgrades.pins(), probe(upgrades.client, VIP, 80)
     main = upgrades.other / "services" / "telemetry" / "__main__.py"
-    behind = upgrades.other / "pykmesh" / "node" / "behind.py"
-    said, patience = main.read_text(), behind.read_text()
-    assert "READY_DEADLINE_S: Final = 30.0\n" in patience
+    said = main.read_text()
     try:
         main.write_text("import sys\nsys.exit('no such luck')\n")
-        behind.write_text(
-            patience.replace("READY_DEADLINE_S: Final = 30.0\n", "READY_DEADLINE_S: Final = 5.0\n")
-        )
+        monkeypatch.setenv("PYKMESH_READY_DEADLINE_S", "soon")
+        assert "not a number of seconds" in upgrades.upgrade(upgrades.other, check=False).stderr
+        monkeypatch.setenv("PYKMESH_READY_DEADLINE_S", "5")
         refused = upgrades.upgrade(upgrades.other, check=False)
     finally:
         main.write_text(said)
-        behind.write_text(patience)
     assert refused.returncode == 1
-    assert "telemetry" in refused.stderr
+    assert "not ready after 5 s: " in refused.stderr
+    assert "telemetry waits for: not started" in refused.stderr
     assert "the release before runs again" in refused.stderr
     upgrades.node.until_ready()
     assert upgrades.pins() == before
