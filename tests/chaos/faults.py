@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +35,7 @@ from pykmesh.kernel import cgroups, pins
 from pykmesh.kernel.maps import PinnedMap
 from pykmesh.node.ask import supervised
 from pykmesh.node.instance import running
-from tests.chaos.stage import HoldsNotError, Stage
+from tests.chaos.stage import HoldsNotError, Stage, wait_until
 from tests.mesh.manifests import Object, pod, service, text
 from tests.mesh.node import with_resolv_conf
 from tests.mesh.releases import HERE, make_other
@@ -137,7 +137,7 @@ def _pid(stage: Stage, process: str) -> int:
             return known.get(process, {}).get("pid")
         return None
 
-    return int(_wait_until(pid, f"{process} to run"))
+    return int(wait_until(pid, f"{process} to run"))
 
 
 def _signal(stage: Stage, process: str, number: int) -> None:
@@ -157,7 +157,7 @@ class Kill(_Step):
         name = self.process if isinstance(self.process, str) else stage.chance.choice(self.process)
         _signal(stage, name, signal.SIGKILL)
         if name == "supervisor":
-            _wait_until(lambda: running(stage.node.run_dir) is None, "the supervisor to end")
+            wait_until(lambda: running(stage.node.run_dir) is None, "the supervisor to end")
 
 
 class KillAll(_Step, tag="kill all"):
@@ -210,7 +210,7 @@ class Up(_Step):
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         stage.cleanups.callback(_end, up)
-        _wait_until(lambda: running(stage.node.run_dir) is not None, "the supervisor to run")
+        wait_until(lambda: running(stage.node.run_dir) is not None, "the supervisor to run")
 
 
 def _end(process: subprocess.Popen[Any]) -> None:
@@ -220,16 +220,6 @@ def _end(process: subprocess.Popen[Any]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _wait_until(what: Callable[[], Any], because: str, deadline_s: float = 30.0) -> Any:
-    """The first true value."""
-    end = time.monotonic() + deadline_s
-    while not (found := what()):
-        if time.monotonic() > end:
-            raise HoldsNotError(f"waited {deadline_s:g} s for {because}")
-        time.sleep(0.02)
-    return found
 
 
 # -- limits
@@ -275,7 +265,7 @@ def _remove_cgroup(path: Path) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)
     with contextlib.suppress(HoldsNotError):
-        _wait_until(lambda: not (path / "cgroup.procs").read_text(), "the process to end")
+        wait_until(lambda: not (path / "cgroup.procs").read_text(), "the process to end")
         path.rmdir()
 
 
@@ -637,7 +627,7 @@ class Instances(_Step):
             found = stage.instances()
             return len(found) == self.count and all(each["ready"] and not each["leaving"] for each in found)
 
-        _wait_until(there, f"{self.count} instances")
+        wait_until(there, f"{self.count} instances")
 
 
 class KillEnvoy(_Step, tag="kill envoy"):
@@ -696,7 +686,7 @@ class Says(_Step):
             return re.search(self.text, said) is not None
 
         try:
-            _wait_until(found, f"status to say {self.text!r}", self.within)
+            wait_until(found, f"status to say {self.text!r}", self.within)
         except HoldsNotError as error:
             raise HoldsNotError(f"{error}, which says: {said}") from error
 
@@ -712,7 +702,7 @@ class Entries(_Step):
             with PinnedMap(pins.maps_dir(stage.node.pin_dir), self.map) as found:
                 return len(list(found.items()))
 
-        _wait_until(lambda: count() >= self.at_least, f"{self.map} to hold {self.at_least}")
+        wait_until(lambda: count() >= self.at_least, f"{self.map} to hold {self.at_least}")
 
 
 class Restarted(_Step):
@@ -726,7 +716,7 @@ class Restarted(_Step):
                 return supervised(stage.node.instance)[self.process]["restarts"] or 0
             return 0
 
-        _wait_until(restarts, f"{self.process} to be started again")
+        wait_until(restarts, f"{self.process} to be started again")
 
 
 class Resolves(_Step):
@@ -744,7 +734,7 @@ class Resolves(_Step):
         def answer() -> str:
             return stage.client.run(*words, timeout_s=20).stdout.strip()
 
-        _wait_until(lambda: answer() == self.address, f"{self.name} to be {self.address}")
+        wait_until(lambda: answer() == self.address, f"{self.name} to be {self.address}")
 
 
 class Metric(_Step):
@@ -760,7 +750,7 @@ class Metric(_Step):
                 return sum(_samples(page.read().decode(), self.name))
             return 0.0
 
-        _wait_until(lambda: value() >= self.at_least, f"{self.name} to be {self.at_least:g}")
+        wait_until(lambda: value() >= self.at_least, f"{self.name} to be {self.at_least:g}")
 
 
 def _samples(page: str, name: str) -> Iterator[float]:

@@ -27,7 +27,7 @@ from tests.chaos import traffic
 from tests.chaos.traffic import Client, Counts
 from tests.chaos.wire import ControlPlane, Wire
 from tests.mesh.manifests import Object, host, pod, service, text
-from tests.mesh.node import Node, until
+from tests.mesh.node import Node
 from tests.mesh.waypoints import SHOP4, SHOP6, gateway, shop
 
 WEB4, WEB6 = "10.96.0.10", "fd96::10"
@@ -178,10 +178,10 @@ class Stage:
         self.settled()
         if self.mesh.waypoint:
             front = f"{self.node.network.pods['waypoint'].address4}:"
-            until(
+            wait_until(
                 lambda: any(each.startswith(front) for each in self.node.endpoints(host("shop"))),
-                "the waypoint to be ready", SETTLE_DEADLINE_S,
-            )  # fmt: skip
+                "the waypoint to be ready",
+            )
 
     def write_web(self) -> None:
         """With a target port that has not been before: no earlier state is taken for this one."""
@@ -219,16 +219,19 @@ class Stage:
     def in_kernel(self) -> None:
         """Waits until the maps say what is wanted. Raises HoldsNotError at the deadline."""
         with self._changing:
-            _wait(self.as_wanted, lambda: f"the maps do not say that {self.wanted} serve")
+            wait_until(self.as_wanted, f"the maps to say that {self.wanted} serve")
             time.sleep(UNDER_WAY_S)
             self._period(set(self.wanted))
 
     def settled(self) -> None:
         """Waits until everything is ready and what the control plane says is what the kernel holds."""
-        _wait(lambda: self.node.status()["ready"], lambda: f"not ready: {self._waits_for()}")
+        wait_until(
+            lambda: self.node.status()["ready"], lambda: f"everything to be ready: {self._waits_for()}"
+        )
         self.in_kernel()
-        _wait(
-            lambda: compare_all(self.node.instance).status == EQUAL, lambda: f"differs: {self.differences()}"
+        wait_until(
+            lambda: compare_all(self.node.instance).status == EQUAL,
+            lambda: f"nothing to differ: {self.differences()}",
         )
 
     def differences(self) -> list[Difference]:
@@ -243,7 +246,7 @@ class Stage:
 
     def nothing_left(self) -> None:
         """Waits until what stands in the kernel is for the pods that are there."""
-        _wait(lambda: not self._left(), lambda: f"enrolled is not what is there: {self._left()}")
+        wait_until(lambda: not self._left(), lambda: f"enrolled to be what is there: {self._left()}")
 
     def _left(self) -> str:
         """How links and `pods` differ from the client alone; a waypoint's own stand apart."""
@@ -257,9 +260,8 @@ class Stage:
 
     def _waits_for(self) -> dict[str, Any]:
         processes = self.node.status()["processes"]
-        return {
-            name: each.get("waits_for", each) for name, each in processes.items() if not each.get("ready")
-        }
+        known = {name: each or {"waits_for": ["no answer"]} for name, each in processes.items()}
+        return {name: each.get("waits_for", each) for name, each in known.items() if not each.get("ready")}
 
     # -- traffic
 
@@ -337,15 +339,19 @@ def stage(mesh: Mesh, chance: random.Random, rate: float) -> Iterator[Stage]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _wait(what: Callable[[], Any], because: Callable[[], str], deadline_s: float = SETTLE_DEADLINE_S) -> None:
+def wait_until(
+    what: Callable[[], Any], because: str | Callable[[], str], deadline_s: float = SETTLE_DEADLINE_S
+) -> Any:
+    """The first true value; who cannot be asked just now is asked again. HoldsNotError at the deadline."""
     end = time.monotonic() + deadline_s
     while True:
         with contextlib.suppress(AssertionError, OSError, KeyError, click.ClickException):
-            if what():
-                return
+            if found := what():
+                return found
         if time.monotonic() > end:
-            raise HoldsNotError(f"{because()} after {deadline_s:g} s")
-        time.sleep(0.05)
+            said = because if isinstance(because, str) else because()
+            raise HoldsNotError(f"waited {deadline_s:g} s for {said}")
+        time.sleep(0.02)
 
 
 def _pod(each: Pod, app: str) -> Object:
