@@ -129,7 +129,7 @@ class PodNetwork:
 
 
 _IFA_F_NODAD = 2
-_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
 
 
 def _create_netns(name: str) -> None:

@@ -7,6 +7,7 @@ It removes all that it made, also when it is interrupted.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -22,9 +23,11 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from pykmesh.cli import get_sources
 from pykmesh.demo import manifests
 from pykmesh.demo.counted import Counted, module
 from pykmesh.demo.pods import Pod, PodNetwork
+from pykmesh.kernel import pins
 from pykmesh.kernel.cgroups import find_root
 from pykmesh.node.ask import fetch, supervised
 from pykmesh.node.behind import Behind
@@ -40,6 +43,7 @@ PROCESSES: Final = (
     "control_plane",
     "nats",
 )
+ENDS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 REQUESTS: Final = 100
 INTERRUPT_AGAIN_S: Final = 0.5
 EFFECT_DEADLINE_S: Final = 30.0
@@ -84,6 +88,9 @@ class Demo:
         self._say = say
         self.instance = instance
         self._folder = self.instance.run_dir / "config"
+        self._mark = self.instance.run_dir / "demo"
+        """Says that what this instance has is a demo's, which locks it while it is at work."""
+        self._owns: int | None = None
         self._network = PodNetwork(f"pykmesh-{instance.name}", find_root(), "10.98.0", "fd98:")
         self.steps: list[Step] = []
         self._endpoints: dict[str, Counted] = {}
@@ -94,9 +101,11 @@ class Demo:
     # -- making and removing
 
     def prepare(self) -> None:
+        self._own()
         if running(self.instance.run_dir) is not None:
+            self._disown()
             raise DemoError(f"a demo runs already: {command(self.instance, 'demo --remove')} takes it away")
-        self.remove()
+        self._clear()
         self._say.line("Making pods: network namespaces on a bridge, a cgroup each")
         network = self._network.__enter__()
         self.client = network.add("client", 10)
@@ -128,7 +137,42 @@ class Demo:
         manifests.write(self._folder, "web", found)
 
     def remove(self) -> None:
-        """Everything of this demo and of one that was left."""
+        """Everything of this demo and of one that was left; DemoError for what is none's."""
+        if self._owns is None:
+            self._own()
+        self._clear()
+        self._mark.unlink()
+        with contextlib.suppress(OSError):
+            self.instance.run_dir.rmdir()
+        self._disown()
+
+    def _own(self) -> None:
+        """Before anything is touched: an instance that has no mark is somebody's mesh."""
+        found = self.instance
+        if not self._mark.exists() and (running(found.run_dir) is not None or pins.are_there(found.pin_dir)):
+            raise DemoError(
+                f"instance {found.name} is no demo's, and stays: choose another --instance, or "
+                f"{command(found, 'uninstall')} takes it away"
+            )
+        found.run_dir.mkdir(parents=True, exist_ok=True)
+        self._owns = os.open(self._mark, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._owns, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._disown()
+            raise DemoError(f"a demo of instance {found.name} is at work") from error
+
+    def _disown(self) -> None:
+        if self._owns is not None:
+            os.close(self._owns)
+            self._owns = None
+
+    @property
+    def is_owner(self) -> bool:
+        """What is there is this demo's, to be removed."""
+        return self._owns is not None
+
+    def _clear(self) -> None:
         self._network.remove()
         if self._behind is not None:
             self._behind.end()
@@ -180,7 +224,7 @@ class Demo:
     def _in_kernel(self) -> set[str]:
         """Names of the pods that the kernel's maps hold as endpoints of the web service."""
         by_address = {address: pod.name for pod in self._web for address in (pod.address4, pod.address6)}
-        entries = fetch(self._live().ports.map_writer, "/endpoints")
+        entries = get_sources.read(self.instance, "endpoints", "bpf")
         return {by_address[e["endpoint"]] for e in entries if e["service"].startswith("shop/web.")}
 
     # -- trying
@@ -388,7 +432,7 @@ def _until(what: Callable[[], bool]) -> bool:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM ends the demo as Ctrl-C does; cleaning up is not interrupted again.
+    """SIGTERM, or a terminal that goes, ends the demo as Ctrl-C does; cleaning up is not interrupted again.
 
     Python ignores what is raised in some places, such as the callbacks of a fork: then it comes again.
     """
@@ -397,7 +441,7 @@ def _interruptible() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, INTERRUPT_AGAIN_S)
         raise KeyboardInterrupt
 
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    signals = (*ENDS, signal.SIGALRM)
     before = [signal.signal(number, stop) for number in signals]
     try:
         yield
@@ -430,9 +474,10 @@ def run(instance: Instance, *, keep: bool, as_json: bool) -> int:
         return 130
     finally:
         if not kept:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in ENDS:
                 signal.signal(number, signal.SIG_IGN)
-            demo.remove()
+            if demo.is_owner:
+                demo.remove()
 
 
 def _tell(say: Callable[[str], None], summary: dict[str, Any]) -> None:

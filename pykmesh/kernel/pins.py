@@ -71,12 +71,27 @@ def staging_dir(pin_dir: Path) -> Path:
     return pin_dir / "next"
 
 
+def are_there(pin_dir: Path) -> bool:
+    """An instance's programs or maps are pinned."""
+    return any(True for part in _parts(pin_dir) for _ in part.glob("*"))
+
+
 def is_bpffs(path: Path) -> bool:
     """True when the nearest directory that exists lies on a bpffs."""
+    where = str(_nearest(path))
+    result = subprocess.run(["stat", "-f", "-c", "%t", where], capture_output=True, text=True, check=True)
+    return int(result.stdout, 16) == BPFFS_MAGIC
+
+
+def is_read_only(path: Path) -> bool:
+    """True when the nearest directory that exists lies on a file system that takes no change."""
+    return bool(os.statvfs(_nearest(path)).f_flag & os.ST_RDONLY)
+
+
+def _nearest(path: Path) -> Path:
     while not path.exists():
         path = path.parent
-    result = subprocess.run(["stat", "-f", "-c", "%t", str(path)], capture_output=True, text=True, check=True)
-    return int(result.stdout, 16) == BPFFS_MAGIC
+    return path
 
 
 def cgroup_links(links: Path, cgroup_id: int, netns_cookie: int | None) -> CgroupLinks:
@@ -117,7 +132,7 @@ def prepare(pin_dir: Path) -> bool:
             undo.callback(_unmount, _mount_for(pin_dir))
         for directory in reversed(parts):
             directory.mkdir(parents=True, exist_ok=True)
-            directory.chmod(0o755)
+            directory.chmod(0o700)  # who may open one may lock it, too
         undo.pop_all()
     return mounted
 

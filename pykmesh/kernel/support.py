@@ -95,6 +95,8 @@ def _cgroup() -> Finding:
 
 def _bpffs(pin_dir: Path) -> Finding:
     if pins.is_bpffs(pin_dir):
+        if pins.is_read_only(pin_dir):
+            return Finding("bpffs", "fail", f"the bpffs at {pin_dir} is read-only", "remount it read-write")
         return Finding("bpffs", "ok", f"bpffs at {pin_dir}")
     return Finding("bpffs", "warn", f"no bpffs at {pin_dir}", "bpf_loader mounts one when it starts")
 

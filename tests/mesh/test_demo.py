@@ -56,7 +56,7 @@ def test_its_summary_holds_and_nothing_is_left(place: Place) -> None:
 
 
 @pytest.mark.parametrize("stage", ["pods", "processes", "traffic"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_it_leaves_nothing(place: Place, stage: str, number: signal.Signals) -> None:
     process = subprocess.Popen(place.command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     awaited = {
@@ -70,6 +70,42 @@ def test_interrupted_it_leaves_nothing(place: Place, stage: str, number: signal.
     assert process.returncode == 130, said
     assert "interrupted; cleaning up" in said
     assert place.left() == []
+
+
+def test_a_mesh_that_is_no_demos_is_left_alone(place: Place, tmp_path: Path) -> None:
+    """Whether its processes run or its kernel side alone is there."""
+    (tmp_path / "empty.yaml").write_text("# nothing yet\n")
+    mesh = place.command()[:-1]
+    subprocess.run(
+        [*mesh, "up", "-d", "--free-ports", "--config-dir", str(tmp_path)], check=True, capture_output=True
+    )
+    try:
+        for state in ("running", "down"):
+            before = sorted(place.pin_dir.rglob("*"))
+            for words in ([], ["--remove"]):
+                refused = subprocess.run(place.command(*words), capture_output=True, text=True, check=False)
+                assert refused.returncode == 1, state
+                assert f"instance {place.name} is no demo's" in refused.stderr
+            assert sorted(place.pin_dir.rglob("*")) == before
+            subprocess.run([*mesh, "down"], check=state == "running", capture_output=True)
+    finally:
+        subprocess.run([*mesh, "down"], check=False, capture_output=True)
+        subprocess.run([*mesh, "uninstall"], check=True, capture_output=True)
+
+
+def test_a_demo_beside_another_is_refused_and_leaves_it(place: Place) -> None:
+    first = subprocess.Popen(place.command("--keep"), stdout=subprocess.PIPE, text=True)
+    until((place.run_dir / "logs" / "supervisor.log").exists, "the first to begin")
+    beside = subprocess.run(place.command(), capture_output=True, text=True, check=False)
+    assert beside.returncode == 1
+    assert "is at work" in beside.stderr
+    first.communicate(timeout=90)
+    assert first.returncode == 0
+    again = subprocess.run(place.command(), capture_output=True, text=True, check=False)
+    assert again.returncode == 1
+    assert "a demo runs already" in again.stderr
+    status = [*place.command()[:-1], "status"]
+    assert subprocess.run(status, capture_output=True, check=False).returncode == 0
 
 
 def test_kept_it_runs_on_until_it_is_removed(place: Place) -> None:
