@@ -15,6 +15,8 @@ from pykmesh.contracts.requests import RequestSums
 from pykmesh.contracts.waypoints import WaypointsReply, WaypointsRequest
 
 VERSION: Final = 1
+REFUSED_NAMED: Final = 20_000
+"""Names in a report, a request or a reply: about 3 MB at most."""
 BATCH_BYTES: Final = 256 * 1024
 """About how much a batch or a snapshot page carries: large ones move ten times the bytes a second."""
 
@@ -25,6 +27,7 @@ class Subject(StrEnum):
     CONFIG_LOG = "pykmesh.v1.config.log"  # xds_client publishes ConfigBatch
     CONFIG_SNAPSHOT = "pykmesh.v1.config.snapshot"  # xds_client answers SnapshotRequest with SnapshotPage
     MAP_REPORT = "pykmesh.v1.map.report"  # map_writer publishes MapReport
+    MAP_REFUSED = "pykmesh.v1.map.refused"  # map_writer answers RefusedRequest with RefusedReply
     MAP_RESOLVE = "pykmesh.v1.map.resolve"  # map_writer answers ResolveRequest with ResolveReply
     DNS_RESOLVE = "pykmesh.v1.dns.resolve"  # map_writer answers DnsRequest with DnsReply
     WAYPOINTS = "pykmesh.v1.map.waypoints"  # map_writer answers WaypointsRequest with WaypointsReply
@@ -102,13 +105,29 @@ class SnapshotPage(_Message, frozen=True):
 class MapReport(_Message, frozen=True):
     """How far map_writer follows; sent at each step and each second.
 
-    `refused` names the resources that do not fit (the first 20,000), with the limit that was met.
+    `refused` names the resources that do not fit, with the limit that was met: the first `REFUSED_NAMED` of
+    `refused_count`. Of others RefusedRequest tells.
     """
 
     version: int
     epoch: str
     received_seq: int
     applied_seq: int
+    refused: dict[str, str]
+    refused_count: int = 0
+
+
+class RefusedRequest(_Message, frozen=True):
+    """Names of resources, `REFUSED_NAMED` at most."""
+
+    version: int
+    names: list[str]
+
+
+class RefusedReply(_Message, frozen=True):
+    """Those of them that do not fit, with the limit that was met."""
+
+    version: int
     refused: dict[str, str]
 
 
@@ -207,6 +226,8 @@ Message = (
     | SnapshotRequest
     | SnapshotPage
     | MapReport
+    | RefusedRequest
+    | RefusedReply
     | ResolveRequest
     | ResolveReply
     | DnsRequest

@@ -14,10 +14,19 @@ MAX_PAYLOAD_BYTES: Final = 8 * 1024 * 1024
 MAX_PENDING_BYTES: Final = 256 * 1024 * 1024
 # What each process may publish, and what it may hear; answers to requests are allowed besides.
 PERMISSIONS: Final[dict[str, tuple[list[Subject], list[Subject]]]] = {
-    "xds_client": ([Subject.CONFIG_LOG], [Subject.MAP_REPORT, Subject.CONFIG_SNAPSHOT]),
+    "xds_client": (
+        [Subject.CONFIG_LOG, Subject.MAP_REFUSED],
+        [Subject.MAP_REPORT, Subject.CONFIG_SNAPSHOT],
+    ),
     "map_writer": (
         [Subject.CONFIG_SNAPSHOT, Subject.MAP_REPORT],
-        [Subject.CONFIG_LOG, Subject.MAP_RESOLVE, Subject.DNS_RESOLVE, Subject.WAYPOINTS],
+        [
+            Subject.CONFIG_LOG,
+            Subject.MAP_REFUSED,
+            Subject.MAP_RESOLVE,
+            Subject.DNS_RESOLVE,
+            Subject.WAYPOINTS,
+        ],
     ),
     "telemetry": ([Subject.MAP_RESOLVE], [Subject.REQUESTS]),
     "dns_proxy": ([Subject.DNS_RESOLVE], []),

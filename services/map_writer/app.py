@@ -28,9 +28,12 @@ from pykmesh.contracts import messages
 from pykmesh.contracts.address import Selection
 from pykmesh.contracts.handoff import read_mesh_key
 from pykmesh.contracts.messages import (
+    REFUSED_NAMED,
     ConfigBatch,
     ContractError,
     MapReport,
+    RefusedReply,
+    RefusedRequest,
     SnapshotPage,
     SnapshotRequest,
     Subject,
@@ -63,8 +66,6 @@ REPORT_INTERVAL_S = 1.0
 REPORT_EVERY_BATCHES = 16
 MANY_ENTRIES = 10_000
 RETRY_S = 0.2
-REFUSED_NAMED = 20_000
-"""Names in a report, at most: about 3 MB. More do not fit only where the maps are far too small."""
 
 
 class Item(NamedTuple):
@@ -271,12 +272,21 @@ class MapWriter:
     async def report(self) -> None:
         """A report that is lost is made up for by the next one."""
         follower = self.follower
-        refused = dict(islice(self.planner.refused.items(), REFUSED_NAMED))
-        report = MapReport(messages.VERSION, follower.epoch, follower.received_seq, self.applied_seq, refused)
+        refused = self.planner.refused
+        named = dict(islice(refused.items(), REFUSED_NAMED))
+        report = MapReport(
+            messages.VERSION, follower.epoch, follower.received_seq, self.applied_seq, named, len(refused)
+        )
         try:
             await self._bus.publish(Subject.MAP_REPORT, messages.encode(report))
         except BusUnavailableError:
             log.debug("report_dropped", applied_seq=self.applied_seq)
+
+    async def tell_refused(self, data: bytes) -> bytes:
+        """Raises ContractError."""
+        asked, refused = messages.decode(RefusedRequest, data), self.planner.refused
+        found = {name: refused[name] for name in asked.names if name in refused}
+        return messages.encode(RefusedReply(messages.VERSION, found))
 
     def status(self) -> dict[str, Any]:
         mesh, held = self.follower.mesh, self.planner.held
@@ -365,6 +375,7 @@ async def run(runtime: Runtime[MapWriterSettings]) -> None:
     async with anyio.create_task_group() as tasks:
         await bus.subscribe(Subject.CONFIG_LOG, writer.receive)
         await writer.open()
+        await bus.serve(Subject.MAP_REFUSED, writer.tell_refused)
         await bus.serve(Subject.MAP_RESOLVE, Names(writer.follower, lambda: writer.planner).answer)
         dns = Dns(writer.follower, maps, writer.directory, runtime.settings.cluster_domain)
         await bus.serve(Subject.DNS_RESOLVE, dns.answer)

@@ -211,7 +211,8 @@ class XdsClient:
             applied = await self._publisher.until_applied(taken.seq, self._settings.report_deadline_s)
             if stream.done():
                 return  # the reader, which may be busy with a response still, is told why
-            rejected = taken.rejected | self._refused_by_node(taken.reading)
+            refused = await self._refused_by_node(taken.reading)
+            rejected = taken.rejected | (refused or {})
             request = protocol.answer(taken.type_url, taken.nonce, rejected)
             if rejected:
                 self.counts["nacks"] += 1
@@ -220,7 +221,7 @@ class XdsClient:
                     "resources_rejected", count=len(rejected), detail=self.last_nack[:500]
                 )
             else:
-                self._count_ack(confirmed=applied)
+                self._count_ack(confirmed=applied and refused is not None)
             await stream.write(request)
 
     def _count_ack(self, *, confirmed: bool) -> None:
@@ -232,13 +233,15 @@ class XdsClient:
                 log.info("acks_unconfirmed", not_in_kernel=self._publisher.not_in_kernel)
         self._confirmed = confirmed
 
-    def _refused_by_node(self, reading: protocol.Reading | None) -> dict[str, str]:
-        """What of a response does not fit the maps; its versions are forgotten, so that it comes again."""
-        refused = self._publisher.refused
-        if reading is None or not refused:
+    async def _refused_by_node(self, reading: protocol.Reading | None) -> dict[str, str] | None:
+        """What of a response does not fit the maps; its versions are forgotten, so that it comes again.
+
+        None when that cannot be told.
+        """
+        if reading is None:
             return {}
-        found = {name: refused[name] for name in reading.names if name in refused}
-        for name in found:
+        found = await self._publisher.refused_of(reading.names)
+        for name in found or ():
             self._store.forget_version(reading.type, name)
         return found
 
@@ -273,6 +276,7 @@ class XdsClient:
             "map_writer": "there" if self._publisher.map_writer_is_there else "away",
             "not_in_kernel": self._publisher.not_in_kernel,
             "refused_by_node": self._publisher.refused,
+            "refused_by_node_count": self._publisher.refused_count,
         }
 
 

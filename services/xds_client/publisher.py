@@ -7,7 +7,8 @@ when nobody follows, they are published as they are and the reader takes a snaps
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator
+from itertools import islice
 
 import anyio
 import anyio.to_thread
@@ -18,9 +19,12 @@ from pykmesh.bus import Bus, BusUnavailableError, Headers
 from pykmesh.contracts import messages
 from pykmesh.contracts.messages import (
     BATCH_BYTES,
+    REFUSED_NAMED,
     ConfigBatch,
     ContractError,
     MapReport,
+    RefusedReply,
+    RefusedRequest,
     Resource,
     ResourceType,
     SnapshotRequest,
@@ -84,9 +88,35 @@ class Publisher:
 
     @property
     def refused(self) -> dict[str, str]:
+        """What does not fit, as far as a report names it."""
         if self.report is None or self.report.epoch != self._store.epoch:
             return {}
         return self.report.refused
+
+    @property
+    def refused_count(self) -> int:
+        return max(len(self.refused), self.report.refused_count if self.refused and self.report else 0)
+
+    async def refused_of(self, names: Collection[str]) -> dict[str, str] | None:
+        """Of these, what does not fit and which limit was met; None when map_writer does not say.
+
+        Where more do not fit than a report names, it is asked.
+        """
+        known = self.refused
+        if self.refused_count == len(known):
+            return {name: known[name] for name in names if name in known}
+        if not self.map_writer_is_there:
+            return None
+        found: dict[str, str] = {}
+        for page in batched(names, REFUSED_NAMED):
+            request = messages.encode(RefusedRequest(messages.VERSION, page))
+            try:
+                reply = messages.decode(RefusedReply, await self._bus.request(Subject.MAP_REFUSED, request))
+            except (BusUnavailableError, ContractError) as error:
+                log.warning("refusals_not_told", error=str(error))
+                return None
+            found |= reply.refused
+        return found
 
     @property
     def not_in_kernel(self) -> int:
@@ -179,6 +209,12 @@ class Publisher:
         while True:
             await self._send(self._store.heartbeat(), {})
             await anyio.sleep(HEARTBEAT_S)
+
+
+def batched(names: Iterable[str], size: int) -> Iterator[list[str]]:
+    rest = iter(names)
+    while page := list(islice(rest, size)):
+        yield page
 
 
 async def _parts(reading: Reading) -> AsyncIterator[list[tuple[str, Held]]]:

@@ -13,6 +13,7 @@ import anyio.to_thread
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from pykmesh.contracts.messages import REFUSED_NAMED
 from pykmesh.node.mesh import Options
 from tests.control import kernel_view
 from tests.control.conftest import Whole
@@ -84,6 +85,25 @@ async def test_what_does_not_fit_is_refused_by_name_and_limit_and_written_once_t
             assert replaced.accepted, "it fits in the place of what goes with the same response"
             assert set(kernel_view.read(node.maps_dir).services) == {"10.96.0.1 80", "10.96.0.4 80"}
             assert (await node.page("map_writer"))["errors"] == [], "no write met a map that was full"
+
+
+async def test_of_more_refusals_than_a_report_names_each_answer_names_its_own(
+    tmp_path: Path, tiny: dict[str, str]
+) -> None:
+    async with serving() as plane:
+        options = Options(xds_address=f"127.0.0.1:{plane.port}", settings=tiny)
+        async with running(tmp_path, options) as node:
+            count = REFUSED_NAMED + 100
+            pods = [pod(f"p-{n}", f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}") for n in range(count)]
+            assert not (await plane.push(*pods)).accepted
+            for name in ("a", "z"):
+                answer = await plane.push(pod(name, "10.9.9.9"))
+                assert answer.reasons == {uid(name): FULL.format("addresses", 5)}
+            status = await node.page("xds_client")
+            assert status["unconfirmed_acks"] == 0
+            assert len(status["refused_by_node"]) == REFUSED_NAMED
+            assert status["refused_by_node_count"] == count - 5 + 2
+            assert (await plane.push(removed=[uid("a")])).accepted
 
 
 async def test_what_was_refused_is_named_without_a_version_when_the_client_comes_back(

@@ -47,6 +47,8 @@ BUS: Final[tuple[type[Message], ...]] = (
     SnapshotPage,
     messages.SnapshotRequest,
     messages.MapReport,
+    messages.RefusedRequest,
+    messages.RefusedReply,
     messages.ResolveRequest,
     messages.ResolveReply,
     messages.DnsRequest,
