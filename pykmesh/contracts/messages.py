@@ -29,6 +29,7 @@ class Subject(StrEnum):
     MAP_REPORT = "pykmesh.v1.map.report"  # map_writer publishes MapReport
     MAP_REFUSED = "pykmesh.v1.map.refused"  # map_writer answers RefusedRequest with RefusedReply
     MAP_RESOLVE = "pykmesh.v1.map.resolve"  # map_writer answers ResolveRequest with ResolveReply
+    MAP_NAMES = "pykmesh.v1.map.names"  # map_writer publishes NamesChanged
     DNS_RESOLVE = "pykmesh.v1.dns.resolve"  # map_writer answers DnsRequest with DnsReply
     WAYPOINTS = "pykmesh.v1.map.waypoints"  # map_writer answers WaypointsRequest with WaypointsReply
     REQUESTS = "pykmesh.v1.waypoint.requests"  # waypoint_mgr publishes RequestSums
@@ -203,6 +204,14 @@ class DnsRequest(_Message, frozen=True):
     """For IPv6 addresses (AAAA), not IPv4 (A)."""
 
 
+class NamesChanged(_Message, frozen=True):
+    """Addresses that were asked for (`ResolveRequest`) and are somebody else's now; None: nobody's."""
+
+    version: int
+    addresses: list[tuple[str, bytes]]
+    names: list[WorkloadName | None]
+
+
 class DnsOutcome(IntEnum):
     NOT_READY = 0  # the mesh is not whole yet
     FORWARD = 1  # the server that was asked knows
@@ -230,6 +239,7 @@ Message = (
     | RefusedReply
     | ResolveRequest
     | ResolveReply
+    | NamesChanged
     | DnsRequest
     | DnsReply
     | WaypointsRequest

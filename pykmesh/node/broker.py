@@ -19,7 +19,7 @@ PERMISSIONS: Final[dict[str, tuple[list[Subject], list[Subject]]]] = {
         [Subject.MAP_REPORT, Subject.CONFIG_SNAPSHOT],
     ),
     "map_writer": (
-        [Subject.CONFIG_SNAPSHOT, Subject.MAP_REPORT],
+        [Subject.CONFIG_SNAPSHOT, Subject.MAP_REPORT, Subject.MAP_NAMES],
         [
             Subject.CONFIG_LOG,
             Subject.MAP_REFUSED,
@@ -28,7 +28,7 @@ PERMISSIONS: Final[dict[str, tuple[list[Subject], list[Subject]]]] = {
             Subject.WAYPOINTS,
         ],
     ),
-    "telemetry": ([Subject.MAP_RESOLVE], [Subject.REQUESTS]),
+    "telemetry": ([Subject.MAP_RESOLVE], [Subject.MAP_NAMES, Subject.REQUESTS]),
     "dns_proxy": ([Subject.DNS_RESOLVE], []),
     "waypoint_mgr": ([Subject.WAYPOINTS, Subject.REQUESTS], [Subject.MAP_REPORT]),
 }

@@ -32,6 +32,7 @@ from pykmesh.contracts.messages import (
     ConfigBatch,
     ContractError,
     MapReport,
+    NamesChanged,
     RefusedReply,
     RefusedRequest,
     SnapshotPage,
@@ -96,6 +97,7 @@ class MapWriter:
         self.identities = identities
         self.follower = Follower(_here(settings))
         self.directory = Directory()
+        self.names = Names(self.follower, lambda: self.planner)
         self.rules = Rules(
             settings.network,
             settings.refuse_unenforced_policy,
@@ -235,6 +237,8 @@ class MapWriter:
         elif written.total() > MANY_ENTRIES:
             log.info("maps_written", **self.last_write)
         await self.report()
+        if (news := self.names.changed(change)) is not None:
+            await self._publish(Subject.MAP_NAMES, news)
 
     async def _apply(self, change: Change) -> Counter[str]:
         """Returns how many entries of each map were written or removed.
@@ -277,10 +281,13 @@ class MapWriter:
         report = MapReport(
             messages.VERSION, follower.epoch, follower.received_seq, self.applied_seq, named, len(refused)
         )
+        await self._publish(Subject.MAP_REPORT, report)
+
+    async def _publish(self, subject: Subject, message: MapReport | NamesChanged) -> None:
         try:
-            await self._bus.publish(Subject.MAP_REPORT, messages.encode(report))
+            await self._bus.publish(subject, messages.encode(message))
         except BusUnavailableError:
-            log.debug("report_dropped", applied_seq=self.applied_seq)
+            log.debug("message_dropped", subject=subject)
 
     async def tell_refused(self, data: bytes) -> bytes:
         """Raises ContractError."""
@@ -376,7 +383,7 @@ async def run(runtime: Runtime[MapWriterSettings]) -> None:
         await bus.subscribe(Subject.CONFIG_LOG, writer.receive)
         await writer.open()
         await bus.serve(Subject.MAP_REFUSED, writer.tell_refused)
-        await bus.serve(Subject.MAP_RESOLVE, Names(writer.follower, lambda: writer.planner).answer)
+        await bus.serve(Subject.MAP_RESOLVE, writer.names.answer)
         dns = Dns(writer.follower, maps, writer.directory, runtime.settings.cluster_domain)
         await bus.serve(Subject.DNS_RESOLVE, dns.answer)
         await bus.serve(Subject.WAYPOINTS, Waypoints(writer.follower, writer.rules, identities).answer)
@@ -384,10 +391,10 @@ async def run(runtime: Runtime[MapWriterSettings]) -> None:
         Inspection(writer.follower, lambda: writer.planner, maps, writer.rules, writer.is_settled).add_pages(
             runtime.admin
         )
-        names = HostNames(writer.follower, runtime.settings.hostname_refresh_s)
-        metrics.add_page(runtime.admin, lambda: chain(writer.health(), names.health()))
+        hosts = HostNames(writer.follower, runtime.settings.hostname_refresh_s)
+        metrics.add_page(runtime.admin, lambda: chain(writer.health(), hosts.health()))
         tasks.start_soon(_report_each_second, writer)
-        tasks.start_soon(names.run, writer.resolved)
+        tasks.start_soon(hosts.run, writer.resolved)
         tasks.start_soon(identities.run)
         await writer.run()
 

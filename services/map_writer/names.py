@@ -1,23 +1,41 @@
-"""Answers who an id or an address is, for telemetry: names are read from the messages when asked for."""
+"""Answers who an id or an address is, for telemetry: names are read from the messages when asked for.
+
+Who has asked for an address is told when it becomes somebody else's.
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
 from pykmesh.contracts import messages
 from pykmesh.contracts.address import workload_message
-from pykmesh.contracts.messages import ResolveReply, ResolveRequest, ServiceName, WorkloadName
+from pykmesh.contracts.messages import (
+    NamesChanged,
+    ResolveReply,
+    ResolveRequest,
+    ServiceName,
+    WorkloadName,
+)
 from pykmesh.contracts.waypoints import is_workload
 from pykmesh.kernel.records import Ip
 from services.map_writer.desired import other_way
-from services.map_writer.follower import Follower
-from services.map_writer.mesh import place_of
+from services.map_writer.follower import Change, Follower
+from services.map_writer.mesh import Place, place_of
 from services.map_writer.planner import Planner
 
 _NO_WORKLOAD: Final = WorkloadName(*[""] * 11)
+TOLD_MAX: Final = 65_536
+"""Addresses of which it is known what was answered: as many as telemetry keeps."""
+
+
+class Told(NamedTuple):
+    network: str
+    ip: Ip
+    name: WorkloadName | None
 
 
 class Names:
@@ -26,13 +44,35 @@ class Names:
     def __init__(self, follower: Follower, planner: Callable[[], Planner]) -> None:
         self._follower = follower
         self._planner = planner
+        self._told: OrderedDict[Place, Told] = OrderedDict()
 
     async def answer(self, data: bytes) -> bytes:
-        """Raises ContractError."""
+        """No byte while the mesh is not whole: who is not known yet is not nobody. Raises ContractError."""
         request = messages.decode(ResolveRequest, data)
+        if not self._follower.synced:
+            return b""
         services = [self._service(number) for number in request.services]
-        addresses = [self._workload(network, Ip(ip)) for network, ip in request.addresses]
+        addresses = [self._told_of(network, Ip(ip)) for network, ip in request.addresses]
         return messages.encode(ResolveReply(messages.VERSION, services, addresses))
+
+    def changed(self, change: Change) -> NamesChanged | None:
+        """What of it has another name than was told; None: nothing."""
+        places = list(self._told) if change.sweep else [p for p in change.touched.places if p in self._told]
+        before = [self._told[place] for place in places]
+        now = [told._replace(name=self._workload(told.network, told.ip)) for told in before]
+        self._told.update(zip(places, now, strict=True))
+        news = [told for told, was in zip(now, before, strict=True) if told != was]
+        if not news:
+            return None
+        return NamesChanged(messages.VERSION, [(t.network, t.ip) for t in news], [t.name for t in news])
+
+    def _told_of(self, network: str, ip: Ip) -> WorkloadName | None:
+        place, name = place_of(network, ip), self._workload(network, ip)
+        self._told[place] = Told(network, ip, name)
+        self._told.move_to_end(place)
+        if len(self._told) > TOLD_MAX:
+            self._told.popitem(last=False)
+        return name
 
     def _service(self, number: int) -> ServiceName | None:
         owners = self._planner().owner_of_list

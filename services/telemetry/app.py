@@ -85,6 +85,7 @@ class Telemetry:
         self._fill: dict[str, MapFill] = {}
         self._rates: dict[str, float] = {}
         self.names.on_answer = self._settle
+        self.names.on_change = self._unbind
 
     async def run(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         """Runs until cancelled; started once the counters' state is known."""
@@ -119,6 +120,10 @@ class Telemetry:
     def _settle(self) -> None:
         self.ledger.settle()
         self.requests.ledger.settle()
+
+    def _unbind(self) -> None:
+        self.ledger.unbind()
+        self.requests.ledger.unbind()
 
     async def served(self, data: bytes, _: Headers) -> None:
         """From waypoint_mgr."""
@@ -215,6 +220,7 @@ async def run(runtime: Runtime[TelemetrySettings]) -> None:
             runtime.admin.route("/flows", telemetry.live.page)
             runtime.details = lambda: {"metrics_port": port, **telemetry.status()}
             bus = telemetry.names.bus = await runtime.connect_bus()
+            await bus.subscribe(Subject.MAP_NAMES, telemetry.names.changed)
             await bus.subscribe(Subject.REQUESTS, telemetry.served)
             await anyio.sleep_forever()
 

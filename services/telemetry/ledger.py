@@ -115,6 +115,10 @@ class Ledger(Generic[E, A]):
         elif not self._bind(edge, amounts, now, patient=len(self._waiting) < WAITING_MAX):
             self._waiting[edge] = _Waiting(amounts, now)
 
+    def unbind(self) -> None:
+        """Names have changed: what is counted from now on is described anew."""
+        self._bound.clear()
+
     def settle(self) -> None:
         """Adds what waited to its series: names have come, or will not come in time."""
         now = self._clock()

@@ -222,10 +222,5 @@ class FlowStream:
         addresses = {Ip(ip) for field in ("local", "remote") for ip in rows[field].tolist()}
         await self._names.settle(set(rows["service"].tolist()), addresses, NAMES_WAIT_S)
         offset = time.time_ns() - time.monotonic_ns()
-        found = flows(
-            rows,
-            lambda number: self._names.service(number).value,
-            lambda ip: self._names.workload(ip).value,
-            offset,
-        )
-        return _encode.encode_lines(found)
+        names = self._names
+        return _encode.encode_lines(flows(rows, names.service_at, names.workload_at, offset))

@@ -2,23 +2,25 @@
 
 Owns the cache and the questions that are open. Never waits for an answer: a name is there or it is
 not, and who needs it says so and comes again. An answer that has grown old is asked anew, and given
-meanwhile as the best there is, so names outlive map_writer and the bus being away.
+meanwhile as the best there is, so names outlive map_writer and the bus being away. An address that becomes
+somebody else's is told by map_writer; whose it was before is known for what was recorded then.
 """
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import anyio
 import structlog
 
-from pykmesh.bus import Bus, BusUnavailableError
+from pykmesh.bus import Bus, BusUnavailableError, Headers
 from pykmesh.contracts import messages
 from pykmesh.contracts.messages import (
     ContractError,
+    NamesChanged,
     ResolveReply,
     ResolveRequest,
     ServiceName,
@@ -37,6 +39,8 @@ WANTED_MAX: Final = 65_536
 BATCH: Final = 512
 """Ids, and addresses, in one request."""
 RETRY_S: Final = 0.5
+BEFORE_MAX: Final = 4
+"""Names that a key had before, at most."""
 
 _K = TypeVar("_K", bound=Hashable)
 _V = TypeVar("_V")
@@ -60,6 +64,8 @@ class Cache(Generic[_K, _V]):
         self._limit = limit
         self._on_question = on_question
         self._known: OrderedDict[_K, Found[_V]] = OrderedDict()
+        self._before: dict[_K, deque[tuple[float, _V]]] = {}
+        """Other names that a key had, and until when, the oldest first."""
         self._wanted: dict[_K, None] = {}
         self._asked: set[_K] = set()
         self.unasked = 0
@@ -85,6 +91,11 @@ class Cache(Generic[_K, _V]):
         self._want(key)
         return found or Found(None, 0.0)
 
+    def at(self, key: _K, when: float) -> _V | None:
+        """Whose it was, as far as that is known."""
+        earlier = (value for until, value in self._before.get(key, ()) if when < until)
+        return next(earlier, None) or self.find(key).value
+
     def _want(self, key: _K) -> None:
         if key in self._wanted or key in self._asked:
             return
@@ -106,10 +117,24 @@ class Cache(Generic[_K, _V]):
         now = self._clock()
         for key, value in zip(keys, values, strict=True):
             self._asked.discard(key)
-            self._known[key] = Found(value, now + (UNKNOWN_FRESH_S if value is None else FRESH_S))
-            self._known.move_to_end(key)
+            self._take(key, value, now)
         while len(self._known) > self._limit:
-            self._known.popitem(last=False)
+            gone, _ = self._known.popitem(last=False)
+            self._before.pop(gone, None)
+
+    def change(self, keys: Iterable[_K], values: Iterable[_V | None]) -> None:
+        """Of those that are known."""
+        now = self._clock()
+        for key, value in zip(keys, values, strict=True):
+            if key in self._known:
+                self._take(key, value, now)
+
+    def _take(self, key: _K, value: _V | None, now: float) -> None:
+        was = self._known.get(key)
+        if was is not None and was.value is not None and was.value != value:
+            self._before.setdefault(key, deque(maxlen=BEFORE_MAX)).append((now, was.value))
+        self._known[key] = Found(value, now + (UNKNOWN_FRESH_S if value is None else FRESH_S))
+        self._known.move_to_end(key)
 
     def give_back(self, keys: Iterable[_K]) -> None:
         for key in keys:
@@ -127,6 +152,7 @@ class Names:
         self.workloads: Cache[Ip, WorkloadName] = Cache(clock, on_question=self._note_question)
         self.bus: Bus | None = None
         self.on_answer: Callable[[], None] = lambda: None
+        self.on_change: Callable[[], None] = lambda: None
         self.requests = 0
         self.failures = 0
         self._error = ""
@@ -137,6 +163,24 @@ class Names:
 
     def workload(self, ip: Ip) -> Found[WorkloadName]:
         return self.workloads.find(ip) if ip != NO_IP else Found(None, float("inf"))
+
+    def service_at(self, number: int, when: float) -> ServiceName | None:
+        return self.services.at(number, when) if number else None
+
+    def workload_at(self, ip: Ip, when: float) -> WorkloadName | None:
+        return self.workloads.at(ip, when) if ip != NO_IP else None
+
+    async def changed(self, data: bytes, _: Headers) -> None:
+        """From map_writer."""
+        try:
+            news = messages.decode(NamesChanged, data)
+        except ContractError as error:
+            log.error("names_not_understood", error=str(error))
+            return
+        found = zip(news.addresses, news.names, strict=False)
+        own = {Ip(ip): name for (network, ip), name in found if network == self._network}
+        self.workloads.change(own.keys(), own.values())
+        self.on_change()
 
     def _note_question(self) -> None:
         self._questions.set()
@@ -178,6 +222,8 @@ class Names:
         if self.bus is None:
             raise BusUnavailableError("no broker yet")
         data = await self.bus.request(Subject.MAP_RESOLVE, messages.encode(request))
+        if not data:
+            raise BusUnavailableError("map_writer does not know the whole mesh yet")
         reply = messages.decode(ResolveReply, data)
         if (len(reply.services), len(reply.addresses)) != (len(request.services), len(request.addresses)):
             raise ContractError("an answer to another question")

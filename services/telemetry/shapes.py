@@ -19,8 +19,9 @@ from pykmesh.kernel.records import NO_IP, Ip, ip_to_text
 PROTOCOLS: Final = {6: "TCP", 17: "UDP"}
 VERDICTS: Final = ("closed", "failed", "refused")
 
-ServiceNames = Callable[[int], ServiceName | None]
-WorkloadNames = Callable[[Ip], WorkloadName | None]
+ServiceNames = Callable[[int, float], ServiceName | None]
+WorkloadNames = Callable[[Ip, float], WorkloadName | None]
+"""Whose it was then, in seconds of CLOCK_MONOTONIC."""
 
 
 Mask = npt.NDArray[np.bool_]
@@ -58,8 +59,9 @@ def flows(
 
 def _flow(row: Any, service: ServiceNames, workload: WorkloadNames, wall_offset_ns: int) -> Flow:
     is_outbound = row.direction == Direction.OUTBOUND
-    own = _peer(row.local, row.local_port, workload)
-    other = _peer(row.remote, row.remote_port, workload)
+    then = row.closed_ns / 1e9
+    own = _peer(row.local, row.local_port, then, workload)
+    other = _peer(row.remote, row.remote_port, then, workload)
     counted = row.protocol != 17
     sent, received = (row.sent_bytes, row.received_bytes) if counted else (None, None)
     return Flow(
@@ -69,7 +71,7 @@ def _flow(row: Any, service: ServiceNames, workload: WorkloadNames, wall_offset_
         direction="outbound" if is_outbound else "inbound",
         protocol=PROTOCOLS.get(row.protocol, str(row.protocol)),
         source=own if is_outbound else other,
-        service=_service(row, service) if row.service else _service_at(row, workload),
+        service=_service(row, then, service) if row.service else _service_at(row, then, workload),
         destination=other if is_outbound else own,
         sent_bytes=sent if is_outbound else received,
         received_bytes=received if is_outbound else sent,
@@ -94,10 +96,10 @@ def _reason(row: Any) -> str:
         return str(row.reason)
 
 
-def _peer(ip: Ip, port: int, workload: WorkloadNames) -> Peer:
+def _peer(ip: Ip, port: int, then: float, workload: WorkloadNames) -> Peer:
     if ip == NO_IP:
         return Peer(address="", port=port or None, workload="", namespace="")
-    name = workload(ip)
+    name = workload(ip, then)
     return Peer(
         address=ip_to_text(ip),
         port=port or None,
@@ -106,16 +108,16 @@ def _peer(ip: Ip, port: int, workload: WorkloadNames) -> Peer:
     )
 
 
-def _service(row: Any, service: ServiceNames) -> FlowService:
-    name = service(row.service)
+def _service(row: Any, then: float, service: ServiceNames) -> FlowService:
+    name = service(row.service, then)
     if name is None:
         return FlowService(name=ip_to_text(row.vip), namespace="", port=row.vip_port)
     return FlowService(name=name.name, namespace=name.namespace, port=name.port)
 
 
-def _service_at(row: Any, workload: WorkloadNames) -> FlowService | None:
+def _service_at(row: Any, then: float, workload: WorkloadNames) -> FlowService | None:
     """The service whose own address was asked for, at a port that it does not serve."""
-    asked = workload(row.remote) if row.direction == Direction.OUTBOUND else None
+    asked = workload(row.remote, then) if row.direction == Direction.OUTBOUND else None
     if asked is None or not asked.is_service:
         return None
     name = service_name(asked.service, row.remote_port)

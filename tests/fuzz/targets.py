@@ -49,6 +49,7 @@ BUS: Final[tuple[type[Message], ...]] = (
     messages.MapReport,
     messages.RefusedRequest,
     messages.RefusedReply,
+    messages.NamesChanged,
     messages.ResolveRequest,
     messages.ResolveReply,
     messages.DnsRequest,

@@ -27,6 +27,7 @@ from pykmesh.kernel.records import (
     ip_to_text,
     port_number,
 )
+from pykmesh.node.behind import ready_deadline_s
 from pykmesh.node.instance import Instance, running
 from services.map_writer.desired import PortId
 
@@ -84,7 +85,8 @@ class Node:
         """A node whose folder is empty starts with an empty mesh."""
         if not list(self.config.iterdir()):
             self.write("empty", "# nothing yet\n")
-        self.cli("up", "-d", "--free-ports", *self.options, *extra)
+        timeout_s = ready_deadline_s() + 30
+        self.cli("up", "-d", "--free-ports", *self.options, *extra, timeout_s=timeout_s)
 
     @property
     def instance(self) -> Instance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -11,8 +12,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from tests.mesh.conftest import VIP4, Mesh
-from tests.mesh.node import python, until
+from tests.mesh.conftest import VIP4, Mesh, web_manifests
+from tests.mesh.manifests import pod, text
+from tests.mesh.node import Node, python, until
 
 REST_S = 2.5
 """More than the second between two drains."""
@@ -123,3 +125,40 @@ def test_what_closes_after_telemetry_was_killed_is_opened_too(both_ends: Mesh) -
     both_ends.client.run("curl", "-sS", "--max-time", "5", f"http://{VIP4}/")
     for what in ("closed", "opened"):
         until(lambda w=what: count(both_ends, w, "source") == held + 1, f"one more {what}")
+
+
+def test_an_address_that_passes_to_another_pod_keeps_the_name_that_it_had_then(mesh: Mesh) -> None:
+    node, first = mesh.node, mesh.web[0]
+    answered = {"reporter": "source", "source_workload": "client", "destination_workload": "web-1"}
+    known = pod("after", str(first.address4), str(first.address6), app="web")
+
+    def asked(address: str | None, times: int) -> None:
+        for _ in range(times):
+            mesh.client.run("curl", "-sS", "--max-time", "5", f"http://{address}:8080/")
+
+    def shown() -> list[str]:
+        lines = node.cli("observe", "--last", "20", "-o", "json").stdout.splitlines()
+        flows = [flow for flow in map(json.loads, lines) if flow["direction"] == "outbound"]
+        return [flow["destination"]["workload"] for flow in flows]
+
+    asked(first.address4, 3)
+    until(lambda: shown()[-3:] == ["web-1"] * 3, "the first shown")
+    until(lambda: at_rest(mesh, "source"), "the first counted")
+    before = sum(s.value for s in samples(mesh, "istio_tcp_connections_closed_total", **answered))
+    try:
+        node.write("web", web_manifests(mesh.web[1]) + "---\n" + text(known))
+        until(lambda: _is_known(node, "after"), "the other pod")
+        asked(first.address4, 3)
+        until(lambda: shown()[-6:] == ["web-1"] * 3 + ["after"] * 3, "each by the name of its time")
+        after = {**answered, "destination_workload": "after"}
+        until(
+            lambda: sum(s.value for s in samples(mesh, "istio_tcp_connections_closed_total", **after)) == 3,
+            "the others counted",
+        )
+        assert sum(s.value for s in samples(mesh, "istio_tcp_connections_closed_total", **answered)) == before
+    finally:
+        node.write("web", web_manifests(*mesh.web))
+
+
+def _is_known(node: Node, name: str) -> bool:
+    return any(name in entry["uid"] for entry in node.json("get", "workloads")["workloads"])

@@ -7,7 +7,7 @@ import pytest
 
 from pykmesh.bus import BusUnavailableError
 from pykmesh.contracts import messages
-from pykmesh.contracts.messages import ResolveReply, ResolveRequest, Subject
+from pykmesh.contracts.messages import NamesChanged, ResolveReply, ResolveRequest, Subject
 from services.telemetry import names as module
 from services.telemetry.names import BATCH, Cache, Names
 from tests.telemetry.rows import CLIENT, SERVER, WEB, Clock, ip, workload
@@ -75,6 +75,37 @@ async def test_the_cache_drops_what_was_used_longest_ago(clock: Clock):
     cache.answer([4], [4])
     assert len(cache) == 3
     assert [cache.find(n).value for n in (1, 2, 3, 4)] == [1, None, 3, 4]
+
+
+async def test_whose_a_key_was_before_is_known_for_that_time(clock: Clock):
+    cache: Cache[int, str] = Cache(clock)
+    cache.change([1], ["nobody has asked for it"])
+    assert len(cache) == 0
+    cache.answer([1], ["one"])
+    for name in ("two", None, "three"):
+        clock.now += 10
+        cache.change([1], [name])
+    first = clock.now - 30
+    assert [cache.at(1, first + after) for after in (1, 11, 31)] == ["one", "two", "three"]
+    clock.now += 10
+    cache.answer([1], [None])
+    assert cache.at(1, clock.now - 1) == "three"
+    assert cache.at(1, clock.now + 1) is None
+
+
+async def test_an_address_that_becomes_somebody_elses_is_told_at_once(clock: Clock):
+    found, told = Names("net1", clock), []
+    found.on_change = lambda: told.append(found.workload(ip(CLIENT)).value)
+    found.workloads.answer([ip(CLIENT)], [workload("client")])
+    news = NamesChanged(
+        messages.VERSION,
+        [("net1", ip(CLIENT)), ("net2", ip(CLIENT))],
+        [workload("other"), workload("of another network")],
+    )
+    await found.changed(messages.encode(news), {})
+    assert told == [workload("other")]
+    await found.changed(b"garbage", {})
+    assert found.workload(ip(CLIENT)).value == workload("other")
 
 
 async def test_open_questions_are_bounded_and_asked_in_batches(clock: Clock, monkeypatch: pytest.MonkeyPatch):

@@ -7,10 +7,16 @@ import pytest
 
 from pykmesh.contracts import messages
 from pykmesh.contracts.address import Service, Waypoint, decode_address
-from pykmesh.contracts.messages import VERSION, ResolveReply, ResolveRequest, WorkloadName
+from pykmesh.contracts.messages import (
+    VERSION,
+    NamesChanged,
+    ResolveReply,
+    ResolveRequest,
+    WorkloadName,
+)
 from pykmesh.kernel.records import ip_from_text
 from services.map_writer.desired import PortId, Rules
-from services.map_writer.follower import Follower
+from services.map_writer.follower import Change, Follower
 from services.map_writer.mesh import Touched
 from services.map_writer.names import Names
 from services.map_writer.planner import Held, Limits, Planner
@@ -22,6 +28,7 @@ pytestmark = pytest.mark.anyio
 async def named(address: str, *resources: Resource) -> WorkloadName | None:
     """What is said of an address in a mesh of these."""
     follower = Follower()
+    follower.synced = True
     for found in resources:
         follower.mesh.put(found.name, decode_address(found.resource.value), Touched())
     planner = Planner(Held(), Limits(10, 10, 10), Rules())
@@ -63,6 +70,7 @@ async def test_a_workload_of_which_not_all_can_be_read_still_has_its_uid() -> No
 
 async def test_a_connection_from_before_a_service_gained_its_waypoint_is_still_its() -> None:
     follower, planner, shop = Follower(), Planner(Held(), Limits(10, 10, 10), Rules()), host("shop")
+    follower.synced = True
     lists = {way: PortId(shop, 80, 4, way).id for way in (False, True)}
     for waypoint in ("", host("wp"), ""):
         touched, found = Touched(), decode_address(service("shop", "10.96.0.1").resource.value)
@@ -73,3 +81,32 @@ async def test_a_connection_from_before_a_service_gained_its_waypoint_is_still_i
         request = messages.encode(ResolveRequest(VERSION, [*lists.values()], []))
         answer = messages.decode(ResolveReply, await Names(follower, lambda: planner).answer(request))
         assert [name and name.name for name in answer.services] == ["shop", "shop"]
+
+
+async def test_while_the_mesh_is_not_whole_nobody_is_said_to_be_nobody() -> None:
+    names = Names(Follower(), lambda: Planner(Held(), Limits(10, 10, 10), Rules()))
+    assert await names.answer(messages.encode(ResolveRequest(VERSION, [1], []))) == b""
+
+
+@pytest.mark.parametrize("sweep", [False, True])
+async def test_who_asked_for_an_address_is_told_when_it_is_somebody_elses(sweep: bool) -> None:
+    follower, asked = Follower(), [("", ip_from_text(f"10.1.0.{n}")) for n in (1, 2)]
+    follower.synced = True
+    names = Names(follower, lambda: Planner(Held(), Limits(10, 10, 10), Rules()))
+
+    def put(*resources: Resource) -> Change:
+        touched = Touched()
+        for found in resources:
+            follower.mesh.put(found.name, decode_address(found.resource.value), touched)
+        return Change(sweep, Touched() if sweep else touched)
+
+    put(pod("a", "10.1.0.1"), pod("b", "10.1.0.2"))
+    await names.answer(messages.encode(ResolveRequest(VERSION, [], asked)))
+    assert names.changed(put(pod("b", "10.1.0.2", healthy=False), pod("c", "10.1.0.3"))) is None
+    gone = Touched()
+    follower.mesh.remove(uid("a"), gone)
+    news = names.changed(Change(sweep, gone))
+    assert news == NamesChanged(VERSION, asked[:1], [None])
+    news = names.changed(put(pod("d", "10.1.0.1")))
+    assert news is not None
+    assert [name and name.name for name in news.names] == ["d"]
