@@ -24,7 +24,7 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from pykmesh import __version__, bus, logs, tracing
 from pykmesh.admin import Admin, Page, Query, as_json
-from pykmesh.contracts.settings import EXIT_SETTINGS, CommonSettings, SettingsError, load
+from pykmesh.contracts.settings import EXIT_SETTINGS, CommonSettings, SettingsError, load, misspelt
 from pykmesh.readiness import Readiness
 
 log = structlog.get_logger(__name__)
@@ -146,6 +146,8 @@ async def _run(runtime: Runtime[_S], app: App[_S]) -> int:
             tasks.start_soon(_end_on_signal, tasks.cancel_scope)
             await _start_admin(runtime, tasks)
             log.info("process_started", version=__version__, pid=os.getpid())
+            if unknown := misspelt():
+                runtime.note_error("settings_unknown", names=", ".join(unknown))
             tasks.start_soon(_report_readiness, runtime)
             await app(runtime)
             tasks.cancel_scope.cancel()

@@ -55,10 +55,14 @@ def read(instance: Instance, what: str, source: str) -> list[Entry]:
     found = find(instance)
     if found is None:
         raise SourceError(f"instance {instance.name} is not running; --from bpf reads the kernel without it")
+    process = "bpf_loader" if what == "pods" else "xds_client" if source == "xds" else "map_writer"
+    port: int = getattr(found.ports, process)
+    if waits_for := fetch(port, "/readyz")["waits_for"]:
+        elsewhere = "" if (what, "bpf") in _NOWHERE else "; --from bpf reads the kernel without it"
+        raise SourceError(f"{process} waits for {', '.join(waits_for)}{elsewhere}")
     if what == "pods":
-        enrolled: list[Entry] = fetch(found.ports.bpf_loader, "/status", TIMEOUT_S)["enrolled"]
+        enrolled: list[Entry] = fetch(port, "/status")["enrolled"]
         return enrolled
-    port = found.ports.xds_client if source == "xds" else found.ports.map_writer
     entries: list[Entry] = fetch(port, f"/{what}", TIMEOUT_S)
     return entries if source == "state" else _with_errors(what, entries, fetch(port, "/rejected", TIMEOUT_S))
 
@@ -223,7 +227,8 @@ def _service_row(entry: Entry) -> Sequence[Any]:
 
 
 def _workload_row(entry: Entry) -> Sequence[Any]:
-    healthy = entry.get("healthy", entry.get("status", "HEALTHY") == "HEALTHY") if "name" in entry else "-"
+    is_healthy = entry.get("healthy", entry.get("status", "HEALTHY") == "HEALTHY")
+    healthy = ("yes" if is_healthy else "no") if "name" in entry else "-"
     name, addresses = entry.get("name") or entry.get("resource"), ",".join(entry.get("addresses", []))
     services = ",".join(sorted(name.partition("/")[2] for name in entry.get("services", {})))
     return (entry.get("namespace"), name, addresses, entry.get("node"), healthy, services)

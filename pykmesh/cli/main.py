@@ -20,11 +20,22 @@ from pykmesh.cli import (
     upgrade,
     waypoint_commands,
 )
+from pykmesh.node.instance import InstanceError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-@click.group(context_settings=CONTEXT)
+class Commands(click.Group):
+    """What makes an instance unusable, or may not be looked at, is told in a line by every command."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InstanceError as error:
+            raise node_commands.Failure(str(error)) from error
+
+
+@click.group(cls=Commands, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="pykmesh")
 def main() -> None:
     """A service mesh data plane without sidecars: istiod configures it, the kernel carries the traffic."""

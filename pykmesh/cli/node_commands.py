@@ -299,15 +299,12 @@ def _detach(instance: Instance) -> None:
     arguments = [word for word in sys.argv[1:] if word not in ("-d", "--detach", "--free-ports")]
     for name in PORT_NAMES:
         arguments += ["--port", f"{name}={getattr(instance.ports, name)}"]
+    behind = Behind(instance, arguments)
     try:
-        behind = Behind(instance, arguments)
-        try:
-            behind.until_ready()
-        except KeyboardInterrupt:
-            behind.end()
-            raise
-    except InstanceError as error:
-        raise Failure(str(error)) from error
+        behind.until_ready()
+    except KeyboardInterrupt:
+        behind.end()
+        raise
     click.echo(f"instance {instance.name} is ready (pid {behind.pid}, logs in {instance.run_dir / 'logs'})")
 
 
@@ -321,10 +318,7 @@ def down(instance: Instance) -> None:
     if found is None:
         raise Failure(f"instance {instance.name} is not running")
     found.journal.unlink(missing_ok=True)
-    try:
-        end_supervisor(found.pid)
-    except InstanceError as error:
-        raise Failure(str(error)) from error
+    end_supervisor(found.pid)
     click.echo(
         f"instance {instance.name} is down; traffic goes on "
         f"({command(instance, 'uninstall')} removes programs and maps)"

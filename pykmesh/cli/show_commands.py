@@ -17,6 +17,7 @@ from pykmesh.node.instance import Instance, how_to_start
 
 STATUS_VERSION = 1
 POLICIES_NAMED = 3
+KINDS_NAMED = 3
 """In a line of `status`; `-o json` has all."""
 _STATUS_COLUMNS = ("PROCESS", "VERSION", "READY", "RESTARTS", "WAITS FOR", "LAST SYNC", "ERRORS", "DETAIL")
 
@@ -62,8 +63,11 @@ def status(instance: Instance, wait_s: float, output: str) -> None:
     deadline = time.monotonic() + wait_s
     while not (value := status_of(found))["ready"] and time.monotonic() < deadline:
         time.sleep(0.1)
-    restarts = value["restarts"]
-    rows = [_status_row(name, process, restarts[name]) for name, process in value["processes"].items()]
+    restarts, ended = value["restarts"], value["ended"]
+    rows = [
+        _status_row(name, process, restarts[name], ended.get(name, ""))
+        for name, process in value["processes"].items()
+    ]
     show(output, value, _STATUS_COLUMNS, rows)
     if not value["ready"]:
         sys.exit(1)
@@ -84,6 +88,7 @@ def status_of(instance: Instance) -> dict[str, Any]:
         "restarts": {
             name: supervisor[name]["restarts"] if name in supervisor else None for name in processes
         },
+        "ended": {name: each["ended"] for name, each in supervisor.items() if each.get("ended")},
         "processes": processes,
     }
 
@@ -113,9 +118,13 @@ def _names(instance: Instance, supervised: Container[str]) -> list[str]:
     return [*there("control_plane"), *always, *there("dns_proxy", "waypoint_mgr")]
 
 
-def _status_row(name: str, process: dict[str, Any] | None, restarts: int | None) -> tuple[Any, ...]:
+def _status_row(
+    name: str, process: dict[str, Any] | None, restarts: int | None, ended: str
+) -> tuple[Any, ...]:
+    """`ended`: how it ended last."""
     if process is None:
-        return (name, "-", "no", restarts, "-", "-", "-", "does not answer")
+        detail = f"does not answer; it ended with {ended}" if ended else "does not answer"
+        return (name, "-", "no", restarts, "-", "-", "-", detail)
     waits = ", ".join(process["waits_for"])
     errors = process["errors"]
     last = f"{len(errors)}: {errors[-1]['event']}" if errors else "0"
@@ -145,7 +154,9 @@ def _detail(name: str, process: dict[str, Any]) -> str:
         named = [*islice(missing, POLICIES_NAMED), *(["…"] if len(missing) > POLICIES_NAMED else [])]
         note += f", POLICY NOT SENT: {', '.join(named)}" if missing else ""
         refused = f", {len(process['refused'])} refused" if process["refused"] else ""
-        return f"{process['services']} services, {process['workloads']} workloads{refused}{note}"
+        covered = [*process["services_covered"].values()]
+        hidden = f", {covered[0]}{' …' if len(covered) > 1 else ''}" if covered else ""
+        return f"{process['services']} services, {process['workloads']} workloads{refused}{hidden}{note}"
     if name == "bpf_loader" and "enrolled" in process:
         return f"{len(process['enrolled'])} enrolled"
     if name == "dns_proxy" and "pods" in process:
@@ -158,12 +169,11 @@ def _detail(name: str, process: dict[str, Any]) -> str:
     if name == "nats" and process["pid"]:
         return f"pid {process['pid']}"
     if name == "control_plane" and "manifest_errors" in process:
-        errors = process["manifest_errors"]
-        return (
-            f"{process['resources']} resources, {len(errors)} errors in the folder"
-            if errors
-            else f"{process['resources']} resources"
-        )
+        errors, kinds = process["manifest_errors"], process["kinds_ignored"]
+        wrong = f", {len(errors)} errors in the folder" if errors else ""
+        more = ", …" if len(kinds) > KINDS_NAMED else ""
+        unread = f", not read: {', '.join(kinds[:KINDS_NAMED])}{more}" if kinds else ""
+        return f"{process['resources']} resources{wrong}{unread}"
     return ""
 
 

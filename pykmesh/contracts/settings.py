@@ -7,7 +7,7 @@ import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 
@@ -18,6 +18,14 @@ AFFINITY_S_MAX: Final = 86_400
 EXIT_SETTINGS: Final = os.EX_CONFIG
 """Of a process whose settings are wrong: to start it again would change nothing. Not 2: so a Go program ends
 that has run out of memory."""
+
+
+_Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
+_Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+_Milliseconds = Annotated[int, msgspec.Meta(ge=0, le=3_600_000)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+_Interval = Annotated[float, msgspec.Meta(ge=1e-4, le=1e6)]
+_HostPort = Annotated[str, msgspec.Meta(pattern=r"^\S+:[0-9]{1,5}$")]
 
 
 class SettingsError(Exception):
@@ -32,7 +40,7 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True):
     nats_url: str = "nats://127.0.0.1:15222"
     nats_password_file: Path | None = None
     admin_host: str = "127.0.0.1"
-    admin_port: int = 0
+    admin_port: _Port = 0
     log_level: str = "info"
     log_format: str = "auto"
     """auto: coloured on a terminal, JSON elsewhere; console; json."""
@@ -43,8 +51,8 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class XdsClientSettings(CommonSettings, frozen=True, kw_only=True):
-    admin_port: int = 15210
-    xds_address: str = "127.0.0.1:15010"
+    admin_port: _Port = 15210
+    xds_address: _HostPort = "127.0.0.1:15010"
     xds_root_cert: Path | None = None
     """Root certificate: the connection is TLS. None: plaintext."""
     xds_token_file: Path | None = None
@@ -58,19 +66,19 @@ class XdsClientSettings(CommonSettings, frozen=True, kw_only=True):
     pod_name: str = ""
     service_account: str = ""
     cluster_id: str = "Kubernetes"
-    max_message_bytes: int = 1 << 30
-    max_request_bytes: int = 7 << 19
+    max_message_bytes: _Count = 1 << 30
+    max_request_bytes: _Count = 7 << 19
     """A request that would be larger does not name what is held: istiod takes 4 MiB."""
-    report_deadline_s: float = 5.0
+    report_deadline_s: _Seconds = 5.0
     """How long the answer to the control plane waits for map_writer's report."""
-    map_writer_grace_s: float = 3.0
+    map_writer_grace_s: _Seconds = 3.0
     """How long after its own start it takes map_writer, not heard yet, to be starting too."""
-    in_flight_batches: int = 64
+    in_flight_batches: _Count = 64
     """Batches published and not yet reported on, at most, while map_writer reports."""
 
 
 class MapWriterSettings(CommonSettings, frozen=True, kw_only=True):
-    admin_port: int = 15211
+    admin_port: _Port = 15211
     node_name: str = ""
     """The Kubernetes node; empty: the host's name."""
     cluster_id: str = "Kubernetes"
@@ -86,48 +94,48 @@ class MapWriterSettings(CommonSettings, frozen=True, kw_only=True):
     """The domain of Kubernetes services' names, which answers to questions about names go by."""
     mesh_key_file: Path | None = None
     """The mesh's key, the same on all its nodes, for waypoints that serve pods of other nodes."""
-    hostname_refresh_s: float = 30.0
+    hostname_refresh_s: _Interval = 30.0
     """How often the host names of workloads are looked up again."""
 
 
 class LoaderSettings(CommonSettings, frozen=True, kw_only=True):
-    admin_port: int = 15212
+    admin_port: _Port = 15212
     enroll_socket: Path = Path("/run/pykmesh/default/enroll.sock")
     cgroup_root: Path | None = None
     """Where cgroup v2 is mounted; None: found in /proc/mounts."""
-    services_max: int = 131_072
-    endpoints_max: int = 524_288
-    addresses_max: int = 524_288
-    ranges_max: int = 16_384
-    pods_max: int = 4_096
-    opens_max: int = 131_072
-    datagrams_max: int = 65_536
-    affinities_max: int = 65_536
-    loads_max: int = 16_384
-    shunned_max: int = 4_096
-    handoffs_max: int = 65_536
-    flows_bytes: int = 16 * 1024 * 1024
+    services_max: _Count = 131_072
+    endpoints_max: _Count = 524_288
+    addresses_max: _Count = 524_288
+    ranges_max: _Count = 16_384
+    pods_max: _Count = 4_096
+    opens_max: _Count = 131_072
+    datagrams_max: _Count = 65_536
+    affinities_max: _Count = 65_536
+    loads_max: _Count = 16_384
+    shunned_max: _Count = 4_096
+    handoffs_max: _Count = 65_536
+    flows_bytes: _Count = 16 * 1024 * 1024
     telemetry: bool = True
-    passive_health_s: float = 0.0
+    passive_health_s: _Seconds = 0.0
     """How long an endpoint that refused a connection is not drawn, where there are others; 0: it is."""
 
 
 class TelemetrySettings(CommonSettings, frozen=True, kw_only=True):
-    admin_port: int = 15213
+    admin_port: _Port = 15213
     metrics_host: str = "127.0.0.1"
-    metrics_port: int = 15020
-    drain_interval_s: float = 0.01
-    observe_buffer: int = 4096
+    metrics_port: _Port = 15020
+    drain_interval_s: _Interval = 0.01
+    observe_buffer: _Count = 4096
 
 
 class DnsProxySettings(CommonSettings, frozen=True, kw_only=True):
-    admin_port: int = 15214
+    admin_port: _Port = 15214
     enroll_socket: Path = Path("/run/pykmesh/default/enroll.sock")
-    answer_deadline_s: float = 0.25
+    answer_deadline_s: _Interval = 0.25
     """How long map_writer is waited for; then the server that the pod asked is asked."""
-    upstream_timeout_s: float = 5.0
+    upstream_timeout_s: _Interval = 5.0
     """How long a server's answer is waited for."""
-    slot_rest_s: float = 60.0
+    slot_rest_s: _Interval = 60.0
     """Where a pod asks more servers than there is room for, one that was not asked for so long gives way."""
 
 
@@ -135,7 +143,7 @@ IN_CLUSTER: Final = "in-cluster"
 
 
 class WaypointMgrSettings(CommonSettings, frozen=True, kw_only=True):
-    admin_port: int = 15216
+    admin_port: _Port = 15216
     enroll_socket: Path = Path("/run/pykmesh/default/enroll.sock")
     config_dir: Path = Path("config")
     """Gateways, routes, policies and services, as YAML."""
@@ -153,21 +161,21 @@ class WaypointMgrSettings(CommonSettings, frozen=True, kw_only=True):
     """Where instances listen, for pods of this node; empty: the address of the host's default route."""
     waypoint_netns: Path | None = None
     """The network namespace in which instances run; None: this process's own."""
-    waypoint_port: int = 15400
+    waypoint_port: _Count = 15400
     """Instances listen on this port and those after it."""
     cluster_domain: str = "cluster.local"
-    poll_ms: int = 100
+    poll_ms: _Count = 100
 
 
 class ControlPlaneSettings(CommonSettings, frozen=True, kw_only=True):
     """Of the embedded one. `listen_port` 0 takes any free port."""
 
-    admin_port: int = 15215
+    admin_port: _Port = 15215
     config_dir: Path = Path("config")
     waypoints_dir: Path | None = None
     """Where waypoint_mgr says which instances waypoints have."""
     listen_host: str = "127.0.0.1"
-    listen_port: int = 15010
+    listen_port: _Port = 15010
     cluster_id: str = "Kubernetes"
     trust_domain: str = "cluster.local"
     domain: str = "cluster.local"
@@ -175,9 +183,9 @@ class ControlPlaneSettings(CommonSettings, frozen=True, kw_only=True):
     service_cidr_v6: str = "fd96::/112"
     pod_cidr_v4: str = "10.244.0.0/16"
     pod_cidr_v6: str = "fd44::/112"
-    poll_ms: int = 100
+    poll_ms: _Count = 100
     """How often the folder is looked at."""
-    debounce_ms: int = 20
+    debounce_ms: _Milliseconds = 20
     """How long the folder must have been quiet before a change is read."""
     dialect: str = "1.31"
     """The release of istiod to speak like: 1.25 or 1.31."""
@@ -192,6 +200,7 @@ PROCESSES: Final = (
     WaypointMgrSettings,
     ControlPlaneSettings,
 )
+_OF_THE_COMMAND_LINE: Final = frozenset({"settings", "ready_deadline_s"})
 NAMES: Final = frozenset(name for kind in PROCESSES for name in kind.__struct_fields__)
 
 _S = TypeVar("_S", bound=CommonSettings)
@@ -221,7 +230,8 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     try:
         return msgspec.convert(value, kind, strict=False, dec_hook=_to_path)
     except msgspec.ValidationError as error:
-        raise SettingsError(f"{where} is {value!r}: {error}") from error
+        why = "not HOST:PORT" if "matching regex" in str(error) else error
+        raise SettingsError(f"{where} is {value!r}: {why}") from error
 
 
 def to_environment(settings: CommonSettings) -> dict[str, str]:
@@ -241,6 +251,22 @@ def _check_names(found: Iterable[str], where: str) -> None:
     unknown = [f"{name}{_nearest(name)}" for name in found if name not in NAMES]
     if unknown:
         raise SettingsError(f"{where}: there is no setting {', '.join(unknown)}")
+
+
+def misspelt(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Variables much like a setting's that are none's: told, and no more, for others make some too."""
+    names = (
+        variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        for variable in environment
+        if variable.startswith(ENVIRONMENT_PREFIX)
+    )
+    return [
+        f"{ENVIRONMENT_PREFIX}{name.upper()} (perhaps {ENVIRONMENT_PREFIX}{near[0].upper()})"
+        for name in sorted(names)
+        if name not in NAMES
+        and name not in _OF_THE_COMMAND_LINE
+        and (near := difflib.get_close_matches(name, sorted(NAMES), n=1, cutoff=0.8))
+    ]
 
 
 def _nearest(name: str) -> str:

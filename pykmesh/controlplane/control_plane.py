@@ -79,6 +79,11 @@ class ControlPlane:
         return self._translation.errors
 
     @property
+    def kinds_ignored(self) -> tuple[str, ...]:
+        """Kinds that are in the folder and are nothing to a mesh, or are misspelt."""
+        return tuple(sorted(self._content.ignored)) if self._content else ()
+
+    @property
     def last_nacks(self) -> tuple[Nack, ...]:
         """What clients refused, the latest last."""
         return self._server.last_nacks

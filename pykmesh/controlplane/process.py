@@ -48,6 +48,7 @@ class ManifestsTask:
 def _details(plane: ControlPlane) -> dict[str, Any]:
     return {
         "clients": msgspec.to_builtins(plane.clients, enc_hook=str),
+        "kinds_ignored": list(plane.kinds_ignored),
         "manifest_errors": msgspec.to_builtins(plane.errors, enc_hook=str),
         "last_nacks": msgspec.to_builtins(plane.last_nacks, enc_hook=str),
         "resources": len(plane.resources),

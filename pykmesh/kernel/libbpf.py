@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import struct
 from collections.abc import Iterator
@@ -129,6 +130,8 @@ class BpfObject:
         if result < 0:
             log = self._log.value.decode(errors="replace").strip().splitlines()
             detail = f"; the verifier's last words: {' | '.join(log[-3:])}" if log else ""
+            if not log and -result in (errno.E2BIG, errno.ENOMEM):
+                detail = "; a map is larger than can be made here: see the settings that end in _max"
             raise KernelError(-result, f"load {self.path}: {os.strerror(-result)}{detail}")
 
     def program_fd(self, name: str) -> int:

@@ -25,6 +25,8 @@ def fetch(port: int, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> Any:
         found = json.loads(response.read())
     except (http.client.HTTPException, json.JSONDecodeError) as error:
         raise OSError(f"127.0.0.1:{port}{path}: {error!r}") from error
+    except TimeoutError as error:
+        raise OSError(f"127.0.0.1:{port}{path}: no answer in {timeout_s:g} s") from error
     finally:
         connection.close()
     not_ready = path == "/readyz" and response.status == http.HTTPStatus.SERVICE_UNAVAILABLE
@@ -34,15 +36,13 @@ def fetch(port: int, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> Any:
     return found
 
 
-def supervised(instance: Instance) -> dict[str, dict[str, int | None]]:
+def supervised(instance: Instance) -> dict[str, dict[str, Any]]:
     """What the supervisor says of each process (`Supervisor.state`); nothing where there is none."""
     try:
         with socket.socket(socket.AF_UNIX) as asker:
             asker.settimeout(PROBE_TIMEOUT_S)
             asker.connect(str(instance.supervisor_socket))
-            found: dict[str, dict[str, int | None]] = json.loads(
-                b"".join(iter(lambda: asker.recv(4096), b""))
-            )
+            found: dict[str, dict[str, Any]] = json.loads(b"".join(iter(lambda: asker.recv(4096), b"")))
     except (OSError, json.JSONDecodeError):
         return {}
     return found

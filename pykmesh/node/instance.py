@@ -280,7 +280,10 @@ def remove_files(instance: Instance, processes: Iterable[str]) -> None:
 
 
 def running(run_dir: Path) -> Instance | None:
-    """The instance whose supervisor lives, which holds the lock; None when there is none."""
+    """The instance whose supervisor lives, which holds the lock; None when there is none.
+
+    InstanceError for who may not look.
+    """
     if not _is_locked(run_dir / "lock"):
         return None
     try:
@@ -295,6 +298,8 @@ def running(run_dir: Path) -> Instance | None:
 def _is_locked(path: Path) -> bool:
     try:
         fd = os.open(path, os.O_RDONLY)
+    except PermissionError as error:
+        raise InstanceError(f"{path}: {error.strerror}: run as root") from error
     except OSError:
         return False
     try:

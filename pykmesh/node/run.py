@@ -15,7 +15,7 @@ import structlog
 from pykmesh.kernel import pins
 from pykmesh.node import broker, mesh
 from pykmesh.node import instance as instances
-from pykmesh.node.ask import fetch
+from pykmesh.node.ask import fetch, supervised
 from pykmesh.node.instance import Instance, InstanceError
 from pykmesh.node.mesh import Options
 from pykmesh.node.supervisor import Supervisor
@@ -57,8 +57,9 @@ async def until_ready(
 
 
 def _last_errors(instance: Instance, names: list[str]) -> dict[str, str]:
-    """Of each process, what its status says went wrong last; "" for nothing."""
-    found = dict.fromkeys(names, "")
+    """Of each process, what its status says went wrong last, or how it ended; "" for nothing."""
+    known = supervised(instance)
+    found = {name: str(known.get(name, {}).get("ended", "")) for name in names}
     for name in names:
         with contextlib.suppress(OSError):
             if errors := fetch(getattr(instance.ports, name), "/status")["errors"]:

@@ -6,11 +6,13 @@ and so all traffic as it is.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import anyio
 import structlog
@@ -50,11 +52,17 @@ class Supervisor:
         self.pids: dict[str, int] = {}
         self.restarts: dict[str, int] = {spec.name: 0 for spec in specs}
         self.last_words: dict[str, str] = {}
+        """The last line that each process wrote which is an error, or none of its log."""
+        self.ended: dict[str, str] = {}
+        """How each process ended that was started again last."""
         self._fork_server = ForkServer()
 
-    def state(self) -> dict[str, dict[str, int | None]]:
-        """Of each process its id, None while it does not run, and how often it was started again."""
-        return {name: {"pid": self.pids.get(name), "restarts": n} for name, n in self.restarts.items()}
+    def state(self) -> dict[str, dict[str, Any]]:
+        """Of each process its id, None while it does not run, how often it was started again, and why."""
+        return {
+            name: {"pid": self.pids.get(name), "restarts": n, "ended": self.ended.get(name, "")}
+            for name, n in self.restarts.items()
+        }
 
     async def run(self) -> None:
         try:
@@ -74,6 +82,7 @@ class Supervisor:
             if time.monotonic() - started > STEADY_AFTER_S:
                 backoff = BACKOFF_FIRST_S
             self.restarts[spec.name] += 1
+            self.ended[spec.name] = _how(code, self.last_words.get(spec.name, ""))
             log.warning("process_restarting", process=spec.name, code=code, after_s=backoff)
             await anyio.sleep(backoff)
             backoff = min(backoff * 2, BACKOFF_MAX_S)
@@ -85,6 +94,7 @@ class Supervisor:
             log.error("process_not_started", process=spec.name, error=str(error))
             return None
         self.pids[spec.name] = process.pid
+        self.last_words.pop(spec.name, None)
         code = None
         try:
             async with anyio.create_task_group() as tasks:
@@ -111,7 +121,18 @@ class Supervisor:
                 self._take_line(spec, file, rest)
 
     def _take_line(self, spec: Spec, file: LogFile, line: bytes) -> None:
-        text = self.last_words[spec.name] = line.decode(errors="replace")
+        text = line.decode(errors="replace")
+        if not text.startswith("{") or '"level": "error"' in text:
+            self.last_words[spec.name] = text
         file.write(line)
         if self._echo:
             self._echo(spec.name, text)
+
+
+def _how(code: int | None, last_words: str) -> str:
+    """By which status or signal, and with which error."""
+    how = "not started" if code is None else f"signal {-code}" if code < 0 else f"exit status {code}"
+    with contextlib.suppress(json.JSONDecodeError, AttributeError):
+        said = json.loads(last_words)
+        last_words = str(said.get("error", ""))
+    return f"{how}: {last_words}" if last_words else how

@@ -157,6 +157,12 @@ class Enrollment:
         except OSError as error:
             self._take_back(links)
             raise EnrollmentError(f"cgroup {path}: {error.strerror or error}") from error
+        if before is None:
+            try:
+                self._check_free(path, but=cgroups.Standing(path, self._instance))
+            except EnrollmentError:  # another instance's loader looked at the same moment
+                self._take_back(links)
+                raise
         log.info("cgroup_enrolled", cgroup=str(path), cgroup_id=cgroup_id)
         self._paths[cgroup_id] = path
         self._settle()
@@ -171,10 +177,12 @@ class Enrollment:
             path = found
         return path
 
-    def _check_free(self, path: Path) -> None:
+    def _check_free(self, path: Path, *, but: cgroups.Standing | None = None) -> None:
         if cgroups.contains(path, cgroups.of_process(self._root)):
             raise EnrollmentError(f"cgroup {path} holds the mesh's own processes; it cannot be enrolled")
         for standing in cgroups.standing_around(self._root, path):
+            if standing == but:
+                continue
             if standing.instance == self._instance:
                 raise EnrollmentError(
                     f"cgroup {path}: {standing.path} is enrolled already; they would act twice"

@@ -67,6 +67,8 @@ REPORT_INTERVAL_S = 1.0
 REPORT_EVERY_BATCHES = 16
 MANY_ENTRIES = 10_000
 RETRY_S = 0.2
+COVERED_NAMED = 1000
+"""Services in the status, at most."""
 
 
 class Item(NamedTuple):
@@ -314,6 +316,7 @@ class MapWriter:
             },
             "map_memory_bytes": self.maps.memory_bytes(),
             "refused": self.planner.refused,
+            "services_covered": dict(islice(mesh.covered(), COVERED_NAMED)),
             "last_write": self.last_write,
         }
 
@@ -325,6 +328,11 @@ class MapWriter:
         yield metrics.by_label("mesh_map_max_entries", "Room in a map.", "map", limits._asdict())
         yield metrics.gauge(
             "mesh_map_refused_resources", "Resources that do not fit.", len(self.planner.refused)
+        )
+        yield metrics.gauge(
+            "mesh_services_covered",
+            "Services that nobody reaches at an address of theirs: it is another's.",
+            sum(1 for _ in mesh.covered()),
         )
         yield metrics.counter("mesh_bus_resyncs", "Snapshots taken.", self.follower.resyncs)
         yield metrics.gauge(

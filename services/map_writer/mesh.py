@@ -23,6 +23,7 @@ from pykmesh.kernel.records import (
     RANGE_KEY,
     RANGE_NETWORK_BITS,
     Ip,
+    ip_to_text,
     network_id,
     view_network,
 )
@@ -449,6 +450,19 @@ class Mesh:
         seen = [service for service in found if not service.hidden or service.namespace == namespace]
         best = min(seen, key=lambda s: (s.namespace != namespace, not s.canonical, s.name), default=None)
         return None if best is None else best.name
+
+    def covered(self) -> Iterator[tuple[str, str]]:
+        """Services that nobody reaches at an address of theirs, and whose that is."""
+        for place, owners in self.vip_owners.items():
+            if isinstance(owners, str) or len(owners) < 2:
+                continue
+            reached = {self.vip_owner(place)} | {
+                self._seen(place, self.services[name].namespace) for name in owners
+            }
+            for name in owners:
+                if name not in reached:
+                    ip, owner = ip_to_text(ADDRESS_KEY.unpack(place)[0]), self.vip_owner(place)
+                    yield name, f"{name}: {ip} is that of {owner}"
 
     def view_of(self, workload: Workload) -> int:
         """The id of the network in which a workload's namespace sees services of its own; 0: none."""

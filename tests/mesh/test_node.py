@@ -398,6 +398,30 @@ def test_hints_are_commands_that_work(node: Node) -> None:
     assert f"{hint}up -d --config-dir FOLDER" in node.cli("status", check=False).stderr
 
 
+def test_how_a_process_ends_again_and_again_is_told(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYKMESH_READY_DEADLINE_S", "5")
+    node.write("empty", "# nothing yet\n")
+    words = ("--config-dir", str(node.config), "--set", f"pods_max={2**31 - 1}")
+    gave_up = node.cli("up", "-d", "--free-ports", *words, check=False)
+    assert gave_up.returncode == 1
+    said = r"exit status 1: KernelError: .* a map is larger than can be made here: see the settings"
+    assert re.search(rf"bpf_loader waits for: [a-z ]+ \(last error: {said}", gave_up.stderr)
+    until(
+        lambda: re.search(
+            rf"^bpf_loader .*does not answer; it ended with {said}",
+            node.cli("status", check=False).stdout,
+            re.MULTILINE,
+        ),
+        "the status to tell it",
+    )
+
+
+def test_a_setting_out_of_its_range_ends_up_at_once(node: Node) -> None:
+    refused = node.cli("up", "-d", "--free-ports", *node.options, "--set", "pods_max=0", check=False)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("Error: bpf_loader: PYKMESH_PODS_MAX in the environment is '0': ")
+
+
 def test_status_counts_restarts_and_has_the_broker(node: Node) -> None:
     node.start()
     before = node.status()

@@ -22,6 +22,7 @@ from pykmesh.contracts.settings import (
     WaypointMgrSettings,
     XdsClientSettings,
     load,
+    misspelt,
     to_environment,
 )
 
@@ -51,7 +52,7 @@ def test_what_is_written_for_a_process_is_what_it_reads(kind: type[CommonSetting
 def test_the_environment_is_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     file.write_text(
-        'services_max = 10\nendpoints_max = 20\ncgroup_root = "/cg"\ntelemetry = false\nxds_address = "x"\n'
+        'services_max = 10\nendpoints_max = 20\ncgroup_root = "/cg"\ntelemetry = false\nxds_address = "x:1"\n'
     )
     found = load(
         LoaderSettings,
@@ -79,7 +80,18 @@ def test_yes_has_several_spellings(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("admin_port", "many"), ("admin_port", ""), ("report_deadline_s", "soon"), ("in_flight_batches", "1.5")],
+    [
+        ("admin_port", "many"),
+        ("admin_port", ""),
+        ("admin_port", "99999"),
+        ("report_deadline_s", "soon"),
+        ("report_deadline_s", "-1"),
+        ("report_deadline_s", "nan"),
+        ("in_flight_batches", "1.5"),
+        ("in_flight_batches", "0"),
+        ("max_message_bytes", str(1 << 31)),
+        ("xds_address", "istiod:xds"),
+    ],
 )
 def test_a_wrong_value_in_the_environment_is_named(name: str, value: str) -> None:
     with pytest.raises(SettingsError) as error:
@@ -136,8 +148,11 @@ def test_a_key_that_no_process_has_is_named_with_the_file_and_the_nearest_that_t
     assert str(error.value) == f"settings file {file}: {said}"
 
 
-def test_a_variable_that_no_process_has_is_passed_over() -> None:
+def test_a_variable_that_no_process_has_is_passed_over_and_told_where_it_looks_like_one() -> None:
+    environment = {"PYKMESH_ENDPOINT_MAX": "5", "PYKMESH_SETTINGS": "", "PYKMESH_READY_DEADLINE_S": "9"}
+    environment |= {"PYKMESH_INSTANCE": "a", "PYKMESH_PORT_15010_TCP_ADDR": "10.96.0.1", "ENDPOINT_MAX": "5"}
     assert load(LoaderSettings, {"PYKMESH_ENDPOINT_MAX": "5"}) == LoaderSettings()
+    assert misspelt(environment) == ["PYKMESH_ENDPOINT_MAX (perhaps PYKMESH_ENDPOINTS_MAX)"]
 
 
 def test_one_file_may_be_for_all_processes(tmp_path: Path) -> None:
