@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import shutil
 import subprocess
@@ -37,7 +38,7 @@ ADDRESSES: Final = {
     "empty": (EMPTY4, EMPTY6),
     "shop": (SHOP4, SHOP6),
 }
-SETTLE_DEADLINE_S: Final = 60.0
+SETTLE_DEADLINE_S: Final = float(os.environ.get("CHAOS_SETTLE_S", "60"))
 UNDER_WAY_S: Final = 0.1
 """What was begun before a change was in the kernel has its answer by then."""
 SUBNET: Final = 40

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import signal
@@ -31,8 +32,12 @@ class Place:
         """What is still there of it."""
         paths = [self.run_dir, self.pin_dir, find_root() / f"pykmesh-{self.name}"]
         names = [p.name for p in Path("/run/netns").glob(f"pykmesh-{self.name}-*")]
-        found = subprocess.run(["pgrep", "-f", self.name], capture_output=True, text=True, check=False)
-        return [*(str(path) for path in paths if path.exists()), *names, *found.stdout.split()]
+        commands = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                commands.append(path.read_bytes().replace(b"\0", b" ").decode())
+        running = [command for command in commands if self.name in command]
+        return [*(str(path) for path in paths if path.exists()), *names, *running]
 
 
 @pytest.fixture

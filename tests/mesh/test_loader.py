@@ -27,7 +27,7 @@ from pykmesh.kernel.hooks import FRONT_HOOK, HOOKS, WAYPOINT_HOOKS, Programs, Pr
 from pykmesh.kernel.layout import map_names
 from pykmesh.kernel.pins import PinDirectoryError
 from pykmesh.kernel.upgrade import pin_again
-from services.bpf_loader import app, enrollment
+from services.bpf_loader import app, enrollment, pinned
 from services.bpf_loader.door import Door
 from services.bpf_loader.enrollment import Enrollment
 from services.bpf_loader.waypoints import Waypoints
@@ -458,6 +458,43 @@ def test_where_the_kernel_tells_no_cookies_a_program_does(
     monkeypatch.setattr("pykmesh.kernel.netns.SO_NETNS_COOKIE", 9999)  # the kernel's own ENOPROTOOPT
     assert loader.enroll(pod.cgroup, pod.netns) == known
     assert [each for each in support.findings(loader.pin_dir) if each.level == "fail"] == []
+
+
+def test_another_instance_that_enrols_at_the_same_moment_is_seen(
+    loader: Loader, pod: Pod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each looks before the other has attached anything: who looks again and finds the other gives way."""
+    pin_dir = tmp_path / "pins"
+    pins.prepare(pin_dir)
+    try:
+        settings = ProgramSettings("loader-other", 0, can_set_retval(), has_telemetry=False)
+        other = Programs(pins.maps_dir(pin_dir), {"flows": 65536}, settings)
+        attach = pinned.attach_missing
+
+        def other_first(directory: Path, hooks: Any, programs: Programs, fd: int) -> list[str]:
+            if programs is not other and not list(pins.links_dir(pin_dir).iterdir()):
+                Enrollment(pin_dir, ROOT, "loader-other", "", other).enroll(fd, None)
+            return attach(directory, hooks, programs, fd)
+
+        monkeypatch.setattr(pinned, "attach_missing", other_first)
+        with pytest.raises(EnrollmentError, match="programs of instance 'loader-other' stand on"):
+            loader.enroll(pod.cgroup, pod.netns)
+        assert (loader.names(), loader.pods()) == ([], {})
+        assert attached(pod.cgroup) == len(HOOKS)
+        other.close()
+    finally:
+        pins.uninstall(pin_dir)
+
+
+def test_a_bpffs_that_takes_no_pin_is_told(tmp_path: Path) -> None:
+    pin_dir = tmp_path / "pins"
+    pins.prepare(pin_dir)
+    try:
+        subprocess.run(["mount", "-o", "remount,ro", str(pin_dir)], check=True)
+        assert support.obstacle(pin_dir) == f"the bpffs at {pin_dir} is read-only: remount it read-write"
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", str(pin_dir)], check=True)
+        pins.uninstall(pin_dir)
 
 
 def test_a_kernel_of_which_cookies_cannot_be_known_is_told(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import pytest
 from pykmesh.kernel import libbpf
 from pykmesh.kernel.cgroups import find_root, of_process
 from pykmesh.kernel.hooks import HOOKS
-from pykmesh.node.instance import running
+from pykmesh.node.instance import InstanceError, running
 from tests.mesh.conftest import VIP4
 from tests.mesh.manifests import host, pod, service, text
 from tests.mesh.node import Node, finish, probe, serve, until
@@ -510,6 +511,50 @@ def test_a_control_plane_that_comes_back_to_an_empty_folder_takes_nothing_from_t
     finally:
         process.terminate()
         process.wait(20)
+
+
+def test_who_may_not_look_is_told_so(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.start()
+
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", refuse)
+        with pytest.raises(InstanceError, match="lock: Permission denied: run as root"):
+            running(node.run_dir)
+
+
+def test_what_is_not_known_yet_is_not_shown_as_nothing(node: Node) -> None:
+    """A map_writer that has started again without a control plane."""
+    found = service("web", VIP4, app="web", ports={80: 8080}), pod("web-1", "10.101.0.20", app="web")
+    node.write("web", text(*found))
+    node.start()
+    node.until_endpoints(host("web"), {"10.101.0.20:8080"})
+    control_plane = node.pid_of("control_plane")
+    os.kill(control_plane, signal.SIGSTOP)
+    try:
+        for process in ("xds_client", "map_writer"):
+            node.kill(process)
+        until(lambda: node.status()["processes"]["map_writer"], "map_writer to answer")
+        said = r"Error: map_writer waits for [a-z, ]+; --from bpf reads the kernel without it\n"
+        for what in ("services", "endpoints"):
+            refused = node.cli("get", what, check=False)
+            assert refused.returncode == 1
+            assert re.fullmatch(said, refused.stderr)
+        assert node.raw_endpoints() == {"10.101.0.20:8080"}
+    finally:
+        os.kill(control_plane, signal.SIGCONT)
+    until(lambda: "web.shop" in node.cli("get", "services", check=False).stdout, "all known again")
+
+
+def test_a_service_whose_address_is_anothers_stands_in_the_status(node: Node) -> None:
+    node.write("a", text(service("a", VIP4, app="a", ports={80: 8080})))
+    node.write("b", text(service("b", VIP4, app="a", ports={80: 8080})))
+    node.start()
+    (told,) = node.status()["processes"]["map_writer"]["services_covered"].values()
+    assert told == f"{host('b')}: {VIP4} is that of {host('a')}"
+    assert told in node.cli("status").stdout
 
 
 def test_a_control_plane_that_comes_back_to_a_broken_file_takes_nothing_from_the_kernel(node: Node) -> None:
