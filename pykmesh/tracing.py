@@ -5,7 +5,7 @@ Without an endpoint nothing is exported and spans cost next to nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from opentelemetry import context, propagate, trace
 from opentelemetry.context import Context
@@ -50,3 +50,9 @@ def parent(message_headers: Mapping[str, str]) -> Context:
     if not message_headers:
         return context.get_current()
     return propagate.extract(dict(message_headers))
+
+
+def links(messages: Iterable[Mapping[str, str]]) -> list[trace.Link]:
+    """To the spans whose contexts messages carry: further causes of one."""
+    found = (trace.get_current_span(parent(headers)).get_span_context() for headers in messages if headers)
+    return [trace.Link(context) for context in found]

@@ -10,7 +10,7 @@ import asyncio
 import gc
 import socket
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
@@ -67,6 +67,7 @@ REPORT_INTERVAL_S = 1.0
 REPORT_EVERY_BATCHES = 16
 MANY_ENTRIES = 10_000
 RETRY_S = 0.2
+ORIGINS_MAX = 16
 COVERED_NAMED = 1000
 """Services in the status, at most."""
 
@@ -111,6 +112,8 @@ class MapWriter:
         self.last_write: dict[str, Any] = {}
         self.last_sync = 0.0
         self._writer = ThreadPoolExecutor(1, "maps")
+        self._origins: deque[Headers] = deque(maxlen=ORIGINS_MAX)
+        """Of the responses that are written next: the first full state is of several."""
         self._lost = True
         """The log cannot be followed: a snapshot is needed."""
         self._inbox_bytes = 0
@@ -169,10 +172,12 @@ class MapWriter:
                 log.info("gap_found", gap=str(gap))
                 self._lost = True
                 continue
+            if batch.complete:
+                self._origins.append(headers)
             if change is not None:
                 if not gc.isenabled():  # the end of a large response: taking it in took long
                     await give_way()
-                await self._write(change, headers)
+                await self._write(change)
             elif batch.seq % REPORT_EVERY_BATCHES == 0:
                 await self.report()
 
@@ -184,7 +189,7 @@ class MapWriter:
         """Writes what it changes at once, or with the response that is being taken."""
         change = self.follower.resolve(found.hostname, found.addresses)
         if change is not None:
-            await self._write(change, {})
+            await self._write(change)
 
     async def _read_maps(self) -> None:
         held = await anyio.to_thread.run_sync(self.maps.read)
@@ -206,8 +211,9 @@ class MapWriter:
             finally:
                 gc.enable()
         self._runtime.readiness.done("snapshot")
+        self._origins.clear()
         if change is not None:
-            await self._write(change, {})
+            await self._write(change)
         else:
             self._runtime.readiness.wait_for("control plane")
             await self.report()
@@ -217,10 +223,12 @@ class MapWriter:
         data = await self._bus.request(Subject.CONFIG_SNAPSHOT, messages.encode(request))
         return messages.decode(SnapshotPage, data)
 
-    async def _write(self, change: Change, headers: Headers) -> None:
+    async def _write(self, change: Change) -> None:
         self.directory.follow(self.follower.mesh, change.touched.services)
+        first, *others = self._origins or [{}]
+        self._origins.clear()
         with tracing.tracer.start_as_current_span(
-            "map_writer apply", context=tracing.parent(headers)
+            "map_writer apply", context=tracing.parent(first), links=tracing.links(others)
         ) as span:
             started = time.perf_counter()
             written = await self._apply(change)
