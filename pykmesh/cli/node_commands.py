@@ -304,7 +304,8 @@ def _detach(instance: Instance) -> None:
         behind.until_ready()
     except KeyboardInterrupt:
         behind.end()
-        raise
+        click.echo("interrupted; nothing is left running", err=True)
+        sys.exit(128 + signal.SIGINT)
     click.echo(f"instance {instance.name} is ready (pid {behind.pid}, logs in {instance.run_dir / 'logs'})")
 
 

@@ -48,6 +48,8 @@ REQUESTS: Final = 100
 INTERRUPT_AGAIN_S: Final = 0.5
 EFFECT_DEADLINE_S: Final = 30.0
 FLOWS_SHOWN: Final = 6
+FLOWS_COME_S: Final = 0.3
+"""So long after its end a flow has been shown."""
 STEADY_S: Final = 0.6
 
 
@@ -218,6 +220,12 @@ class Demo:
                 self._flows_to_show -= 1
                 self._say.line(f"      {line.rstrip()}")
 
+    def _section(self, title: str, flows: int) -> None:
+        """What comes next, of which so many flows are shown; those of before are shown by then."""
+        time.sleep(FLOWS_COME_S)
+        self._flows_to_show = flows
+        self._say.line(f"\n{title}")
+
     def _connections(self) -> dict[str, int]:
         return {pod.name: int(self._endpoints[pod.name].counts()["connections"]) for pod in self._web}
 
@@ -226,6 +234,12 @@ class Demo:
         by_address = {address: pod.name for pod in self._web for address in (pod.address4, pod.address6)}
         entries = get_sources.read(self.instance, "endpoints", "bpf")
         return {by_address[e["endpoint"]] for e in entries if e["service"].startswith("shop/web.")}
+
+    def _is_known(self, vip: str) -> bool:
+        """The kernel knows where what is for this address goes: until then it is left alone, or refused."""
+        return any(
+            vip in e["vips"] and e["endpoints"] for e in get_sources.read(self.instance, "services", "bpf")
+        )
 
     # -- trying
 
@@ -242,8 +256,7 @@ class Demo:
         """All steps. Returns the summary."""
         begun = time.monotonic()
         self.show_flows()
-        self._say.line("\nTraffic to service addresses, from an ordinary client")
-        self._flows_to_show = 2 * FLOWS_SHOWN
+        self._section("Traffic to service addresses, from an ordinary client", 2 * FLOWS_SHOWN)
         self._try(
             "curl over IPv4", "an answer of a web endpoint", lambda: self._curl(f"http://{manifests.WEB4}/")
         )
@@ -261,21 +274,19 @@ class Demo:
             "connection refused at once",
             lambda: self._refused(manifests.WEB4, 81),
         )
-        self._say.line("\nA waypoint (Envoy) for one service, by a Gateway and an HTTPRoute")
-        self._flows_to_show = FLOWS_SHOWN
+        self._section("A waypoint (Envoy) for one service, by a Gateway and an HTTPRoute", FLOWS_SHOWN)
         manifests.write(self._folder, "waypoint", manifests.by_waypoint())
+        _until(lambda: self._is_known(manifests.SHOP4))
         self._try("a request with a header", "always an answer of v2", self._canary)
         self._try("requests without it", "answers of v1 and v2 by weight", self._split)
+        self._section("A client connects every 10 ms from here on", FLOWS_SHOWN)
         prober = Counted(self.client, *module("prober"), manifests.WEB4, "80")
-        self._say.line("\nA client connects every 10 ms from here on")
-        self._flows_to_show = FLOWS_SHOWN
         self._try("every endpoint gets its share", "connections at all three endpoints", self._shares)
-        self._say.line("\nScaling web-v2-a away by editing the YAML file")
-        self._flows_to_show = FLOWS_SHOWN
+        self._section("Scaling web-v2-a away by editing the YAML file", FLOWS_SHOWN)
         self._try(
             "the traffic moves", "no new connection at web-v2-a, none failed", lambda: self._scale(prober)
         )
-        self._say.line("\nKilling each process in turn (kill -9)")
+        self._section("Killing each process in turn (kill -9)", 0)
         for process in PROCESSES:
             self._try(
                 f"{process} killed",

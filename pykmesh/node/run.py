@@ -107,11 +107,11 @@ class Running:
 
     async def _begin(self) -> None:
         """InstanceError when something is in the way. What is outside the run-time directory comes last."""
-        log.info("supervisor_started", pid=os.getpid(), run_dir=str(self.instance.run_dir))
         instances.reserve_ports(self.instance.ports, mesh.port_names(self.options))
         instances.write(self.instance, list(broker.PERMISSIONS))
         self.supervisor = Supervisor(mesh.specs(self.instance, self.options), self._echo)
         await anyio.to_thread.run_sync(_prepare_pins, self.instance)
+        log.info("supervisor_started", pid=os.getpid(), run_dir=str(self.instance.run_dir))
 
     async def _tell(self) -> None:
         """The supervisor's state, to each who connects. Without the socket the mesh runs all the same."""
