@@ -154,7 +154,7 @@ def _detail(name: str, process: dict[str, Any]) -> str:
         named = [*islice(missing, POLICIES_NAMED), *(["…"] if len(missing) > POLICIES_NAMED else [])]
         note += f", POLICY NOT SENT: {', '.join(named)}" if missing else ""
         refused = f", {len(process['refused'])} refused" if process["refused"] else ""
-        covered = [*process["services_covered"].values()]
+        covered = [*process.get("services_covered", {}).values()]
         hidden = f", {covered[0]}{' …' if len(covered) > 1 else ''}" if covered else ""
         return f"{process['services']} services, {process['workloads']} workloads{refused}{hidden}{note}"
     if name == "bpf_loader" and "enrolled" in process:
@@ -169,7 +169,7 @@ def _detail(name: str, process: dict[str, Any]) -> str:
     if name == "nats" and process["pid"]:
         return f"pid {process['pid']}"
     if name == "control_plane" and "manifest_errors" in process:
-        errors, kinds = process["manifest_errors"], process["kinds_ignored"]
+        errors, kinds = process["manifest_errors"], process.get("kinds_ignored", [])
         wrong = f", {len(errors)} errors in the folder" if errors else ""
         more = ", …" if len(kinds) > KINDS_NAMED else ""
         unread = f", not read: {', '.join(kinds[:KINDS_NAMED])}{more}" if kinds else ""
