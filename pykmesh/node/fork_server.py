@@ -162,6 +162,10 @@ class Process:
             finally:
                 os.close(parent)
         await anyio.sleep(deadline_s)
+        self.kill()
+
+    def kill(self) -> None:
+        """It may have ended."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 

@@ -93,7 +93,7 @@ def specs(instance: Instance, options: Options) -> list[Spec]:
 
 def _spec(instance: Instance, options: Options, name: str, module: str, settings: CommonSettings) -> Spec:
     environment = {**to_environment(settings), **options.settings}
-    return Spec(name, python(module), environment, instance.log(name))
+    return Spec(name, python(module), environment, instance.log(name), settings.admin_port)
 
 
 def _common(instance: Instance, options: Options, name: str) -> dict[str, object]:

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import anyio
+import anyio.to_thread
 import structlog
 
 from pykmesh.contracts.settings import EXIT_SETTINGS
 from pykmesh.logs import LogFile
+from pykmesh.node.ask import fetch
 from pykmesh.node.fork_server import ForkServer, Process
 from pykmesh.node.instance import InstanceError
 
@@ -28,6 +30,9 @@ BACKOFF_FIRST_S: Final = 0.1
 BACKOFF_MAX_S: Final = 5.0
 STEADY_AFTER_S: Final = 10.0
 END_DEADLINE_S: Final = 5.0
+LIVE_EVERY_S: Final = 5.0
+LIVE_MISSES: Final = 6
+"""So many times in a row, each after five seconds and five more, a process says nothing: then it hangs."""
 LINE_BYTES_MAX: Final = 64 * 1024
 
 
@@ -38,6 +43,8 @@ class Spec(NamedTuple):
     command: list[str]
     environment: Mapping[str, str]
     log: Path
+    admin_port: int = 0
+    """Where it says that it is alive; 0: nowhere."""
 
 
 class Supervisor:
@@ -99,6 +106,7 @@ class Supervisor:
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(process.end_with_server, END_DEADLINE_S)
+                tasks.start_soon(self._watch, spec, process)
                 await self._copy(spec, process)
                 code = await process.wait()
                 tasks.cancel_scope.cancel()
@@ -106,6 +114,22 @@ class Supervisor:
         finally:
             self.pids.pop(spec.name, None)
             await process.end(END_DEADLINE_S)
+
+    async def _watch(self, spec: Spec, process: Process) -> None:
+        """Kills one that was alive and does not say so any more: it is started again."""
+        was_alive, silent = False, 0
+        while spec.admin_port and silent < LIVE_MISSES:
+            await anyio.sleep(LIVE_EVERY_S)
+            try:
+                await anyio.to_thread.run_sync(
+                    fetch, spec.admin_port, "/livez", LIVE_EVERY_S, abandon_on_cancel=True
+                )
+                was_alive, silent = True, 0
+            except OSError:
+                silent += was_alive
+        if silent:
+            log.error("process_hangs", process=spec.name, pid=process.pid, effect="it is killed")
+            process.kill()
 
     async def _copy(self, spec: Spec, process: Process) -> None:
         rest = b""

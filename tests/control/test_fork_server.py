@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import anyio
 import pytest
 
 from pykmesh.contracts.settings import EXIT_SETTINGS
+from pykmesh.node import supervisor as module
 from pykmesh.node.fork_server import ForkServer, Process, python
-from pykmesh.node.instance import InstanceError
+from pykmesh.node.instance import InstanceError, ports_of_no_client
 from pykmesh.node.supervisor import Spec, Supervisor
 from tests.control.mesh_node import until
 
@@ -57,6 +59,39 @@ async def test_a_command_runs_with_its_environment_and_its_end_is_told(
     found = await outcome(await server.start(command, environment))
     assert said in found[0], found
     assert found[1] == code
+
+
+HANGS = """
+import http.server, os, sys
+class Once(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.asked = getattr(self.server, "asked", 0) + 1
+        if self.server.asked > 2:
+            while True:
+                __import__("time").sleep(60)
+        self.send_response(200); self.end_headers(); self.wfile.write(b"{}")
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Once).serve_forever()
+"""
+
+
+async def test_one_that_is_alive_no_more_is_killed_and_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one that never was: it may be starting."""
+    monkeypatch.setattr(module, "LIVE_EVERY_S", 0.1)
+    ports = ports_of_no_client(2)
+    commands = ([sys.executable, "-c", HANGS, str(ports[0])], ["sleep", "60"])
+    specs = [
+        Spec(name, command, {}, tmp_path / name, port)
+        for name, command, port in zip(("hangs", "starts"), commands, ports, strict=True)
+    ]
+    supervisor = Supervisor(specs)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(supervisor.run)
+        await until("it to be started again", lambda: supervisor.restarts["hangs"] > 0)
+        assert supervisor.ended["hangs"].startswith(f"signal {signal.SIGKILL:d}")
+        assert supervisor.restarts["starts"] == 0
+        tasks.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, EXIT_SETTINGS])
