@@ -31,7 +31,7 @@ from pykmesh.contracts.waypoints import (
 )
 from pykmesh.manifests.objects import Gateway, ObjectRef, ref_of
 from pykmesh.process import Runtime
-from services.waypoint_mgr import announce, fleet, principals
+from services.waypoint_mgr import announce, fleet, principals, tls
 from services.waypoint_mgr.ads import AdsServer
 from services.waypoint_mgr.announce import Announced, Announcements, Announcer, Said
 from services.waypoint_mgr.attachments import Condition
@@ -41,6 +41,7 @@ from services.waypoint_mgr.instances import InstanceError, refusal
 from services.waypoint_mgr.keys import Keys, KeysError
 from services.waypoint_mgr.policies import Clients, names_in, unenforced
 from services.waypoint_mgr.requests import Reporter
+from services.waypoint_mgr.root_files import RootFiles
 from services.waypoint_mgr.routes import Configuration, Wanted, translate
 from services.waypoint_mgr.scaling import policy_of
 from services.waypoint_mgr.source import Objects, Route, Virtual, mesh_name, watch
@@ -68,6 +69,7 @@ class WaypointMgr:
         self._ads = ads
         self.members: Fleet
         self.keys = Keys(self.wake, check=self._check_keys)
+        self.root_files = RootFiles(self.wake)
         self.announcer: Announcer = Announcements(runtime.settings.waypoints_dir)
         self._objects: Objects | None = None
         self._errors: tuple[str, ...] = ()
@@ -82,7 +84,7 @@ class WaypointMgr:
         """Waypoints whose Envoys refuse what was made of these objects, and why."""
         self._reduced_of: tuple[object, ...] = ()
         self._published_of: tuple[object, ...] = ()
-        """What was last made and published: objects and keys."""
+        """What was last made and published: objects, keys and roots."""
         self._report = ("", -1)
         self._mesh_is_due = True
         """What map_writer says of the mesh is to be asked for anew."""
@@ -115,6 +117,7 @@ class WaypointMgr:
             return
         self._objects = objects
         self.keys.want(rule for each in objects.authentications for rule in each.spec.jwt_rules)
+        self.root_files.want(path for each in objects.destinations for path in tls.files(each.spec))
         self._mesh_is_due = True
         self._runtime.readiness.done("configuration")
         self.wake()
@@ -151,18 +154,18 @@ class WaypointMgr:
             self._mesh_is_due = False  # a report that comes meanwhile makes it so again
             self._mesh_is_due |= not await self._ask(objects)
         self._look_for_refusals(objects)
-        keys = self.keys.found, dict(self.keys.errors)
-        made_of = (objects, self._mesh, sorted(self.members.members), dict(self._reduced), keys)
+        keys, roots = (self.keys.found, dict(self.keys.errors)), self.root_files.roots
+        made_of = (objects, self._mesh, sorted(self.members.members), dict(self._reduced), keys, roots)
         if self._mesh is not None and made_of != self._made_of:
             for name, waypoint in objects.waypoints.items():
                 await self._configure(name, waypoint, objects, self._mesh)
             self._forget(objects)
-            self._made_of, self._published_of = made_of, (objects, keys[0])
+            self._made_of, self._published_of = made_of, (objects, keys[0], roots)
         self._announce(objects)
 
     def _look_for_refusals(self, objects: Objects) -> None:
-        """What an Envoy refuses holds up all that comes after: until objects or keys change it gets less."""
-        made_of = objects, self.keys.found
+        """What an Envoy refuses holds up all that comes after: until what it is of changes it gets less."""
+        made_of = objects, self.keys.found, self.root_files.roots
         if self._reduced_of != made_of:
             self._reduced, self._reduced_of = {}, made_of
         if self._published_of != made_of:
@@ -300,6 +303,7 @@ class WaypointMgr:
             [each.with_keys(self.keys.found) for each in objects.authentications],
             self.keys.errors,
             objects.backend_tls,
+            self.root_files.roots,
         )
         names = self._names if principals.is_forwarded(waypoint.metadata.annotations) else None
         if name in self._reduced:
@@ -462,6 +466,7 @@ async def run(runtime: Runtime[WaypointMgrSettings]) -> None:
             tasks.start_soon(watch, settings.config_dir, settings.cluster_domain, poll_s, manager.configured)
         tasks.start_soon(manager.run)
         tasks.start_soon(manager.keys.run)
+        tasks.start_soon(manager.root_files.run)
         tasks.start_soon(reporter.run, members.served)
         bus = await runtime.connect_bus()
         reporter.bus = bus

@@ -3,8 +3,8 @@
 Which rule is a service's: one of the waypoint's namespace, else of the service's, else of the root namespace;
 of several the one whose host says the most; of several for one host all, the oldest first.
 
-What a rule wants encrypted is not sent as it is: there is no TLS to endpoints, so such a port has none. Nor
-what a BackendTLSPolicy does, whatever a rule says.
+What a rule wants encrypted is not sent as it is: where a waypoint cannot do it (`tls.py`), such a port has no
+endpoints. Nor has what a BackendTLSPolicy is for, whatever a rule says.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from pykmesh.manifests.destination_rule import (
     TrafficPolicy,
 )
 from pykmesh.manifests.objects import Gateway, ObjectRef, ref_of
+from services.waypoint_mgr import tls
 from services.waypoint_mgr.attachments import ACCEPTED, PARTIALLY_INVALID, UNSUPPORTED_VALUE, Condition
 from services.waypoint_mgr.envoy import UNLIMITED, Json, Port
+from services.waypoint_mgr.protocols import AppProtocol
 from services.waypoint_mgr.source import ROOT_NAMESPACE, BackendTLS, Destination
 
 _BALANCERS: Final = {
@@ -57,11 +59,15 @@ class Destinations:
         destinations: Sequence[Destination],
         backend_tls: Sequence[BackendTLS] = (),
         *,
+        roots: tls.Roots = tls.NO_ROOTS,
         only_tls: bool = False,
     ) -> None:
-        """`only_tls`: nothing of rules counts but what they close."""
+        """`only_tls`: nothing of rules counts but what they close, and all that is to be encrypted is."""
         self._waypoint = waypoint
         self._only_tls = only_tls
+        self._roots = roots
+        self._nameless: dict[ObjectRef, dict[int, str]] = {}
+        """Ports that a rule closes for want of a name, and why."""
         self._backend_tls: dict[str, list[BackendTLS]] = {}
         for each in backend_tls:
             self._backend_tls.setdefault(each.service, []).append(each)
@@ -86,15 +92,34 @@ class Destinations:
         changed = {name: said for name in _PARTS if (said := getattr(own, name))}
         return msgspec.structs.replace(found, **changed)
 
-    def is_closed(self, at: Port, port_name: str = "") -> bool:
-        """Its endpoints are to be spoken to in TLS. Of a port that has no name any policy counts."""
+    def socket(self, at: Port, protocol: AppProtocol) -> tuple[Json, Json]:
+        """What TLS adds to its cluster, and to the options of that's HTTP; nothing where there is none."""
+        wanted = tls.wanted(self.policy(at))
+        if wanted is None or self._is_out_of_reach(at, protocol):
+            return {}, {}
+        options = {} if protocol is AppProtocol.TCP else tls.http_options(wanted)
+        return {"transportSocket": tls.socket(wanted, protocol, self._roots)}, options
+
+    def is_closed(self, at: Port, protocol: AppProtocol, port_name: str = "") -> bool:
+        """Its endpoints are to be spoken to in TLS, and cannot be. Of a nameless port any policy counts."""
         found = [
             each.by
             for each in self._backend_tls.get(at.service, ())
             if not port_name or each.port in ("", port_name)
         ]
         self._closed.update(found)
-        return bool(found) or _wants_tls(self.policy(at))
+        return bool(found) or self._is_out_of_reach(at, protocol)
+
+    def _is_out_of_reach(self, at: Port, protocol: AppProtocol) -> bool:
+        wanted = tls.wanted(self.policy(at))
+        if wanted is None:
+            return False
+        if self._only_tls or tls.obstacle(wanted, self._roots):
+            return True
+        best, why = self._best(at), tls.obstacle_for(wanted, protocol)
+        if best is not None and why:
+            self._nameless.setdefault(best.ref, {})[at.port] = why
+        return bool(why)
 
     def revision(self, at: Port) -> str | None:
         """By which its endpoints are chosen; None: all."""
@@ -160,7 +185,11 @@ class Destinations:
             yield Condition(ref, parent, ACCEPTED, True, ACCEPTED)
             spec, lost = self._used[ref]
             left_out = [f"{what} (an older rule for this host goes before)" for what in lost]
-            left_out += _not_honoured(spec)
+            left_out += _not_honoured(spec, self._roots)
+            left_out += [
+                f"tls of TCP port {port} ({why}: its endpoints get nothing)"
+                for port, why in sorted(self._nameless.get(ref, {}).items())
+            ]
             if left_out:
                 message = f"not honoured: {', '.join(left_out)}"
                 yield Condition(ref, parent, PARTIALLY_INVALID, True, UNSUPPORTED_VALUE, message)
@@ -178,19 +207,20 @@ def _revision(subset: Subset) -> str | None:
     return value if label in VERSION_LABELS else None
 
 
-def _not_honoured(spec: DestinationRuleSpec) -> Iterator[str]:
+def _not_honoured(spec: DestinationRuleSpec, roots: tls.Roots) -> Iterator[str]:
     """Fields that change nothing here."""
     for subset in spec.subsets:
         if _revision(subset) is None:
             yield f"subset {subset.name} (by other labels than one of a version)"
-    yield from _left_out_of_all(spec.traffic_policy)
+    yield from _left_out_of_all(spec.traffic_policy, roots)
     for subset in spec.subsets:
         if subset.traffic_policy is not None:
-            yield from (f"subset {subset.name} {text}" for text in _left_out_of_all(subset.traffic_policy))
+            left_out = _left_out_of_all(subset.traffic_policy, roots)
+            yield from (f"subset {subset.name} {text}" for text in left_out)
 
 
-def _left_out_of_all(policy: TrafficPolicy) -> Iterator[str]:
-    yield from (f"trafficPolicy.{name}" for name in _left_out(policy))
+def _left_out_of_all(policy: TrafficPolicy, roots: tls.Roots) -> Iterator[str]:
+    yield from (f"trafficPolicy.{name}" for name in _left_out(policy, roots))
     for name, found in (
         ("tunnel", policy.tunnel),
         ("proxyProtocol", policy.proxy_protocol),
@@ -199,12 +229,13 @@ def _left_out_of_all(policy: TrafficPolicy) -> Iterator[str]:
         if found:
             yield f"trafficPolicy.{name}"
     for own in policy.port_level_settings:
-        yield from (f"portLevelSettings[{own.port.number}].{name}" for name in _left_out(own))
+        yield from (f"portLevelSettings[{own.port.number}].{name}" for name in _left_out(own, roots))
 
 
-def _left_out(policy: PortPolicy | TrafficPolicy) -> Iterator[str]:
-    if _wants_tls(policy):
-        yield "tls (its endpoints get nothing)"
+def _left_out(policy: PortPolicy | TrafficPolicy, roots: tls.Roots) -> Iterator[str]:
+    if (wanted := tls.wanted(policy)) is not None:
+        if why := tls.obstacle(wanted, roots):
+            yield f"tls ({why}: its endpoints get nothing)"
     elif policy.tls and policy.tls.mode is not TLSMode.DISABLE:
         yield "tls"
     balancer = policy.load_balancer or LoadBalancer()
@@ -232,11 +263,6 @@ def _left_out(policy: PortPolicy | TrafficPolicy) -> Iterator[str]:
         yield "connectionPool.http.useClientProtocol"
     if pool.http.max_concurrent_streams:
         yield "connectionPool.http.maxConcurrentStreams"
-
-
-def _wants_tls(policy: PortPolicy | TrafficPolicy) -> bool:
-    """ISTIO_MUTUAL is the mesh's own, of which there is none: ambient's is on the way, not at endpoints."""
-    return policy.tls is not None and policy.tls.mode in (TLSMode.SIMPLE, TLSMode.MUTUAL)
 
 
 def _tls_alone(found: Destination) -> Destination:

@@ -240,12 +240,22 @@ def _request_log(at: Port) -> Json:
     return named("envoy.access_loggers.stats", config)
 
 
-def cluster(at: Port, protocol: AppProtocol, fields: Json | None = None, http: Json | None = None) -> Json:
-    """Endpoints as they are said, never by panic. `fields`, `http`: what is said beside."""
+def cluster(
+    at: Port,
+    protocol: AppProtocol,
+    fields: Json | None = None,
+    http: Json | None = None,
+    options: Json | None = None,
+) -> Json:
+    """Endpoints as they are said, never by panic.
+
+    `fields`, `http`, `options`: what is said beside, of it, of its HTTP connections, of its protocols.
+    """
     version = "http2ProtocolOptions" if protocol is AppProtocol.HTTP2 else "httpProtocolOptions"
-    options = typed("upstreams.http.v3.HttpProtocolOptions") | {
+    protocols = typed("upstreams.http.v3.HttpProtocolOptions") | {
         "explicitHttpConfig": {version: {}},
         "commonHttpProtocolOptions": http or {},
+        **(options or {}),
     }
     return {
         "name": at.cluster,
@@ -256,7 +266,9 @@ def cluster(at: Port, protocol: AppProtocol, fields: Json | None = None, http: J
         "lbPolicy": "LEAST_REQUEST",
         "commonLbConfig": {"healthyPanicThreshold": {"value": 0}},
         "ignoreHealthOnHostRemoval": True,
-        "typedExtensionProtocolOptions": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": options},
+        "typedExtensionProtocolOptions": {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": protocols
+        },
         **(fields or {}),
     }
 

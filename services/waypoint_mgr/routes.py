@@ -41,6 +41,7 @@ from services.waypoint_mgr.protocols import AppProtocol
 from services.waypoint_mgr.rules import Target, action_of, match_fields, rank, straight_to, tcp_target
 from services.waypoint_mgr.source import Authentication, BackendTLS, Destination, Policy, Route, Virtual
 from services.waypoint_mgr.spans import CLUSTER, Spans
+from services.waypoint_mgr.tls import NO_ROOTS, Roots
 from services.waypoint_mgr.tokens import NO_KEYS, Tokens
 from services.waypoint_mgr.virtual import VirtualServices
 
@@ -97,6 +98,7 @@ class Wanted(msgspec.Struct, frozen=True):
     key_errors: Mapping[str, str] = {}
     """Of places whose keys have not come, why."""
     backend_tls: Sequence[BackendTLS] = ()
+    roots: Roots = NO_ROOTS
     only_tls: bool = False
     """Nothing of DestinationRules counts but what they close."""
 
@@ -125,7 +127,9 @@ def translate(
     mesh = Mesh(users, known, services, domain)
     attached = attach(waypoint, mesh, wanted.routes)
     guard = Guard(waypoint, mesh, wanted.policies, clients or Clients())
-    destinations = Destinations(waypoint, wanted.destinations, wanted.backend_tls, only_tls=wanted.only_tls)
+    destinations = Destinations(
+        waypoint, wanted.destinations, wanted.backend_tls, roots=wanted.roots, only_tls=wanted.only_tls
+    )
     tokens = Tokens(waypoint, mesh, wanted.authentications, wanted.key_errors)
     virtuals = VirtualServices(waypoint, mesh, wanted.virtuals, destinations)
     logs = waypoint.metadata.annotations.get(ACCESS_LOG) == "true"
@@ -175,7 +179,7 @@ def translate(
         | ({CLUSTER: spans.cluster} if spans else {})
         | ({envoy.PASSING: envoy.passing_cluster()} if passing else {}),
         assignments={
-            at.cluster: envoy.load_assignment(at, _endpoints(at, mesh, destinations))
+            at.cluster: envoy.load_assignment(at, _endpoints(at, protocols[at], mesh, destinations))
             for at in sorted(backends)
         },
         protocols=protocols,
@@ -210,14 +214,14 @@ def _passing(
                     yield from guard.tcp_chains(at, [vip], logs, envoy.PASSING, [envoy.passed_to(vip)])
 
 
-def _endpoints(at: Port, mesh: Mesh, destinations: Destinations) -> Sequence[Endpoint]:
-    is_closed = destinations.is_closed(at, mesh.port_name(at))
+def _endpoints(at: Port, protocol: AppProtocol, mesh: Mesh, destinations: Destinations) -> Sequence[Endpoint]:
+    is_closed = destinations.is_closed(at, protocol, mesh.port_name(at))
     return [] if is_closed else mesh.endpoints(at, destinations.revision(at))
 
 
 def _cluster(at: Port, protocol: AppProtocol, destinations: Destinations) -> Json:
-    policy = destinations.policy(at)
-    return envoy.cluster(at, protocol, cluster_fields(policy), connection_fields(policy))
+    policy, (socket, options) = destinations.policy(at), destinations.socket(at, protocol)
+    return envoy.cluster(at, protocol, cluster_fields(policy) | socket, connection_fields(policy), options)
 
 
 def _tcp_target(at: Port, routes: Sequence[Route], mesh: Mesh) -> Target:

@@ -45,6 +45,7 @@ _ROOTS: Final = (
     "extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate",
     "extensions.tracers.opentelemetry.samplers.v3.ParentBasedSamplerConfig",
     "extensions.tracers.opentelemetry.samplers.v3.TraceIdRatioBasedSamplerConfig",
+    "extensions.transport_sockets.tls.v3.UpstreamTlsContext",
     "extensions.upstreams.http.v3.HttpProtocolOptions",
 )
 """What waypoints are configured with, and all that is in them."""

@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import trustme
 from prometheus_client.parser import text_string_to_metric_families
 
 from pykmesh.kernel.cgroups import find_root
@@ -32,6 +35,7 @@ from tests.mesh.waypoints import (
     shop,
     status,
     until_handed_over,
+    version,
     waypoint_mesh,
 )
 from tests.waypoint.test_tokens import ISSUER, jwks, token
@@ -388,3 +392,56 @@ def test_uninstall_ends_the_envoys(tmp_path: Path) -> None:
             assert not list(node.run_dir.glob("*"))
     finally:
         node.end()
+
+
+ENCRYPTED = """
+import http.server, ssl, sys
+class Say(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.send_header("content-length", "9"); self.end_headers()
+        self.wfile.write(b"encrypted")
+    def log_message(self, *_):
+        pass
+server = http.server.HTTPServer(("0.0.0.0", 8443), Say)
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER); context.load_cert_chain(sys.argv[1])
+server.socket = context.wrap_socket(server.socket, server_side=True)
+print("ready", flush=True); server.serve_forever()
+"""
+
+
+def test_endpoints_are_spoken_to_in_tls_as_a_destination_rule_says(routed: Mesh, tmp_path: Path) -> None:
+    """Whoever answers has the certificate; while the file of roots is not there nobody is asked."""
+    node, authority = routed.node, trustme.CA()
+    roots, own = tmp_path / "roots.pem", tmp_path / "own.pem"
+    authority.issue_cert("secure.example").private_key_and_cert_chain_pem.write_to_path(own)
+    server = node.network.pods["v1"].spawn(
+        sys.executable, "-c", ENCRYPTED, str(own), stdout=subprocess.PIPE, text=True
+    )
+    assert server.stdout is not None
+    assert server.stdout.readline() == "ready\n"
+    secure = version("v1", "10.96.0.43")
+    secure["metadata"]["name"] = "secure"
+    secure["spec"]["ports"][0]["targetPort"] = 8443
+    rule = {
+        "apiVersion": "networking.istio.io/v1",
+        "kind": "DestinationRule",
+        "metadata": {"name": "secure", "namespace": "shop"},
+        "spec": {
+            "host": "secure",
+            "trafficPolicy": {
+                "tls": {"mode": "SIMPLE", "caCertificates": str(roots), "sni": "secure.example"}
+            },
+        },
+    }
+    try:
+        node.write("secure", text(secure, rule))
+        node.write("route", text(route({"backendRefs": [{"name": "secure", "port": 80}]})))
+        until(lambda: str(roots) in json.dumps(status(routed)["destinations"]), "the missing file told")
+        until(lambda: {code for code, _ in ask(routed)} == {503}, "nobody asked")
+        authority.cert_pem.write_to_path(roots)
+        until(lambda: ask(routed, 5) == {(200, "encrypted"): 5}, "answers in TLS")
+        trustme.CA().cert_pem.write_to_path(roots)
+        until(lambda: {code for code, _ in ask(routed)} == {503}, "another root, which it is not of")
+    finally:
+        server.kill()
+        (node.config / "secure.yaml").unlink()

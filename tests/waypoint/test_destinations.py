@@ -19,6 +19,7 @@ from pykmesh.manifests.objects import DestinationRule, VirtualService, from_plai
 from pykmesh.manifests.parse import parse
 from services.waypoint_mgr.destinations import Destinations
 from services.waypoint_mgr.envoy import Port
+from services.waypoint_mgr.protocols import AppProtocol
 from services.waypoint_mgr.routes import Wanted, translate
 from services.waypoint_mgr.source import Destination, Objects, Virtual
 
@@ -42,6 +43,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60), pytest.mark.usefixture
 ADDRESS = "127.0.9.1"
 WEB = f"web.shop.svc.{DOMAIN}"
 EJECTS = {"consecutive5xxErrors": 2, "baseEjectionTime": "60s", "maxEjectionPercent": 100}
+MUTUAL = "tls (there are no certificates of clients here: its endpoints get nothing)"
 ONE_AT_A_TIME = {"connectionPool": {"tcp": {"maxConnections": 1}, "http": {"http1MaxPendingRequests": 1}}}
 
 
@@ -281,12 +283,12 @@ async def test_what_is_to_be_encrypted_is_not_sent_as_it_is(
 @pytest.mark.parametrize(
     ("all_ports", "own", "closed"),
     [
-        ({}, {"tls": {"mode": "SIMPLE"}}, True),
-        ({"portLevelSettings": [{"port": {"number": 80}}]}, {"tls": {"mode": "SIMPLE"}}, True),
-        ({"tls": {"mode": "SIMPLE"}}, {"tls": {"mode": "DISABLE"}}, False),
-        ({"tls": {"mode": "SIMPLE"}}, {"loadBalancer": {"simple": "RANDOM"}}, True),
-        ({"tls": {"mode": "SIMPLE"}}, {"portLevelSettings": [{"port": {"number": 80}}]}, False),
-        ({}, {"portLevelSettings": [{"port": {"number": 81}, "tls": {"mode": "SIMPLE"}}]}, False),
+        ({}, {"tls": {"mode": "MUTUAL"}}, True),
+        ({"portLevelSettings": [{"port": {"number": 80}}]}, {"tls": {"mode": "MUTUAL"}}, True),
+        ({"tls": {"mode": "MUTUAL"}}, {"tls": {"mode": "DISABLE"}}, False),
+        ({"tls": {"mode": "MUTUAL"}}, {"loadBalancer": {"simple": "RANDOM"}}, True),
+        ({"tls": {"mode": "MUTUAL"}}, {"portLevelSettings": [{"port": {"number": 80}}]}, False),
+        ({}, {"portLevelSettings": [{"port": {"number": 81}, "tls": {"mode": "MUTUAL"}}]}, False),
     ],
 )
 def test_a_subset_has_what_is_said_of_the_port_and_of_itself(
@@ -294,10 +296,10 @@ def test_a_subset_has_what_is_said_of_the_port_and_of_itself(
 ) -> None:
     subset = {"name": "v1", "labels": {"version": "v1"}, "trafficPolicy": own}
     rules = Destinations(gateway(), [destination(all_ports, subsets=[subset])])
-    assert rules.is_closed(Port(named("shop", "web"), 80, "v1")) is closed
+    assert rules.is_closed(Port(named("shop", "web"), 80, "v1"), AppProtocol.HTTP) is closed
     (*_, last) = rules.conditions()
     if "tls" in own and closed:
-        assert "subset v1 trafficPolicy.tls (its endpoints get nothing)" in last.message
+        assert f"subset v1 trafficPolicy.{MUTUAL}" in last.message
 
 
 def test_rules_for_one_host_are_taken_together_and_what_is_left_of_them_is_told() -> None:
@@ -326,10 +328,10 @@ def test_rules_for_one_host_are_taken_together_and_what_is_left_of_them_is_told(
 
 def test_what_does_not_count_of_a_rule_closes_nothing_and_says_nothing_else() -> None:
     first = limited(1, name="a", created="2026-01-01T00:00:00Z")
-    second = destination({"tls": {"mode": "SIMPLE"}}, name="b", created="2026-01-02T00:00:00Z")
+    second = destination({"tls": {"mode": "MUTUAL"}}, name="b", created="2026-01-02T00:00:00Z")
     for only_tls in (False, True):
         rules = Destinations(gateway(), [second, first], only_tls=only_tls)
-        assert not rules.is_closed(Port(named("shop", "web"), 80))
+        assert not rules.is_closed(Port(named("shop", "web"), 80), AppProtocol.HTTP)
         (told,) = (one.message for one in rules.conditions() if one.type == "PartiallyInvalid")
         assert told == "not honoured: trafficPolicy (an older rule for this host goes before)"
 
@@ -382,13 +384,14 @@ def test_nor_where_an_envoy_refused_something_else() -> None:
     wanted = Wanted(destinations=[destination({"tls": {"mode": "SIMPLE"}, **ONE_AT_A_TIME})])
     at_web = Port(named("shop", "web"), 80)
     rules = Destinations(gateway(), wanted.reduced.destinations, only_tls=wanted.reduced.only_tls)
-    assert rules.is_closed(at_web)
+    assert rules.is_closed(at_web, AppProtocol.HTTP)
+    assert rules.socket(at_web, AppProtocol.HTTP) == ({}, {})
     assert rules.policy(at_web).connection_pool is None
 
 
 def test_what_is_not_honoured_is_told() -> None:
     policy = {
-        "tls": {"mode": "SIMPLE"},
+        "tls": {"mode": "MUTUAL"},
         "tunnel": {"targetHost": "x"},
         "loadBalancer": {"simple": "PASSTHROUGH", "warmup": {"duration": "10s"}},
         "connectionPool": {"tcp": {"tcpKeepalive": {"time": "10s"}}, "http": {"useClientProtocol": True}},
@@ -401,7 +404,7 @@ def test_what_is_not_honoured_is_told() -> None:
     told = partly.message.removeprefix("not honoured: ").split(", ")
     assert told == [
         "subset v1 (by other labels than one of a version)",
-        "trafficPolicy.tls (its endpoints get nothing)",
+        f"trafficPolicy.{MUTUAL}",
         "trafficPolicy.loadBalancer.warmup",
         "trafficPolicy.loadBalancer.simple PASSTHROUGH",
         "trafficPolicy.connectionPool.tcp.tcpKeepalive",

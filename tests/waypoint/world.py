@@ -20,6 +20,7 @@ from services.waypoint_mgr.policies import Clients
 from services.waypoint_mgr.routes import Configuration, Wanted, translate
 from services.waypoint_mgr.source import Authentication, Destination, Policy, Route, Virtual
 from services.waypoint_mgr.spans import Spans
+from services.waypoint_mgr.tls import NO_ROOTS
 
 from .backends import free_port
 
@@ -114,6 +115,7 @@ class World:
         self.clients = Clients()
         self.spans: Spans | None = None
         self.names: Path | None = None
+        self.roots = NO_ROOTS
 
     def add_user(self, service: MeshService, kubernetes: Service) -> None:
         self.users.append(service)
@@ -123,7 +125,14 @@ class World:
         self.known[service.name] = service
 
     def configuration(self) -> Configuration:
-        wanted = Wanted(self.routes, self.policies, self.destinations, self.virtuals, self.authentications)
+        wanted = Wanted(
+            self.routes,
+            self.policies,
+            self.destinations,
+            self.virtuals,
+            self.authentications,
+            roots=self.roots,
+        )
         return translate(
             self.gateway,
             self.users,
