@@ -17,7 +17,7 @@ import msgspec
 from pykmesh.contracts.settings import AFFINITY_S_MAX
 from pykmesh.manifests.addresses import HEADLESS, IP, ClusterIP, IPFamily, IPRange, parse_text
 from pykmesh.manifests.authorization_policy import AuthorizationPolicySpec, PolicyTargetRef
-from pykmesh.manifests.destination_rule import DestinationRuleSpec
+from pykmesh.manifests.destination_rule import ClientTLS, DestinationRuleSpec, TLSMode
 from pykmesh.manifests.grpc_route import GRPCRouteSpec
 from pykmesh.manifests.http_route import HTTPRouteSpec
 from pykmesh.manifests.names import Name, PortNumber
@@ -475,12 +475,32 @@ class TLSTarget(_Manifest, frozen=True, kw_only=True):
     """Of a port; "" is all."""
 
 
-class BackendTLSPolicySpec(_Manifest, frozen=True, kw_only=True):
-    """How backends are to be spoken to is not read: nobody here does."""
+class TLSName(_Manifest, frozen=True, kw_only=True):
+    hostname: str = ""
+    uri: str = ""
 
+
+class TLSValidation(_Manifest, frozen=True, kw_only=True):
+    """Whose certificate it should be. Roots in ConfigMaps (`caCertificateRefs`) are not read."""
+
+    hostname: str = ""
+    well_known: str = msgspec.field(default="", name="wellKnownCACertificates")
+    subject_alt_names: tuple[TLSName, ...] = ()
+
+    @property
+    def client(self) -> ClientTLS | None:
+        """The same as a DestinationRule says it; None where nobody can be checked so."""
+        if self.well_known != "System" or not self.hostname:
+            return None
+        names = tuple(each.hostname or each.uri for each in self.subject_alt_names)
+        return ClientTLS(mode=TLSMode.SIMPLE, sni=self.hostname, subject_alt_names=names)
+
+
+class BackendTLSPolicySpec(_Manifest, frozen=True, kw_only=True):
     target_ref: TLSTarget | None = None
     """Of v1alpha2."""
     target_refs: tuple[TLSTarget, ...] = ()
+    validation: TLSValidation = TLSValidation()
 
     @property
     def targets(self) -> tuple[TLSTarget, ...]:

@@ -117,7 +117,8 @@ class WaypointMgr:
             return
         self._objects = objects
         self.keys.want(rule for each in objects.authentications for rule in each.spec.jwt_rules)
-        self.root_files.want(path for each in objects.destinations for path in tls.files(each.spec))
+        roots = {path for each in objects.destinations for path in tls.files(each.spec)}
+        self.root_files.want(roots | ({tls.SYSTEM_ROOTS} if objects.backend_tls else set()))
         self._mesh_is_due = True
         self._runtime.readiness.done("configuration")
         self.wake()

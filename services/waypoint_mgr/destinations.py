@@ -4,13 +4,13 @@ Which rule is a service's: one of the waypoint's namespace, else of the service'
 of several the one whose host says the most; of several for one host all, the oldest first.
 
 What a rule wants encrypted is not sent as it is: where a waypoint cannot do it (`tls.py`), such a port has no
-endpoints. Nor has what a BackendTLSPolicy is for, whatever a rule says.
+endpoints. A BackendTLSPolicy goes before what a rule says of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -50,6 +50,14 @@ VERSION_LABELS: Final = (
 """Of which a workload's canonical revision is made: all that the workload API says of labels."""
 
 
+class Encryption(NamedTuple):
+    """Of a port's endpoints: what TLS adds to its cluster, and to the options of that's HTTP; or no way."""
+
+    socket: Json = {}  # noqa: RUF012  (never changed)
+    options: Json = {}  # noqa: RUF012
+    is_closed: bool = False
+
+
 class Destinations:
     """The rules for what a waypoint reaches, and what is told of them."""
 
@@ -71,7 +79,8 @@ class Destinations:
         self._backend_tls: dict[str, list[BackendTLS]] = {}
         for each in backend_tls:
             self._backend_tls.setdefault(each.service, []).append(each)
-        self._closed: set[ObjectRef] = set()
+        self._by_policy: dict[ObjectRef, str] = {}
+        """Why a BackendTLSPolicy closes what it is for; "" where it does not."""
         self._destinations = [each for each in destinations if each.spec.workload_selector is None]
         self._rules: dict[str, Destination | None] = {}
         """Of services that were asked for."""
@@ -92,34 +101,31 @@ class Destinations:
         changed = {name: said for name in _PARTS if (said := getattr(own, name))}
         return msgspec.structs.replace(found, **changed)
 
-    def socket(self, at: Port, protocol: AppProtocol) -> tuple[Json, Json]:
-        """What TLS adds to its cluster, and to the options of that's HTTP; nothing where there is none."""
-        wanted = tls.wanted(self.policy(at))
-        if wanted is None or self._is_out_of_reach(at, protocol):
-            return {}, {}
+    def encryption(self, at: Port, protocol: AppProtocol, port_name: str = "") -> Encryption:
+        """How its endpoints are spoken to. Of a port whose name is not known any BackendTLSPolicy counts."""
+        wanted, why = tls.wanted(self.policy(at)), ""
+        if policies := self._policies_of(at, port_name):
+            said = {each.tls for each in policies}
+            wanted = said.pop() if len(said) == 1 else None
+            why = "" if wanted else "its roots, or those of others for this port, are not read"
+        if wanted is not None:
+            why = tls.obstacle(wanted, self._roots)
+        if wanted is not None and not why and (why := tls.obstacle_for(wanted, protocol)):
+            best = self._best(at)
+            if best is not None and not policies:
+                self._nameless.setdefault(best.ref, {})[at.port] = why
+        for each in policies:
+            self._by_policy[each.by] = self._by_policy.get(each.by) or why
+        if wanted is None or why or self._only_tls:
+            return Encryption(is_closed=bool(wanted or why))
         options = {} if protocol is AppProtocol.TCP else tls.http_options(wanted)
-        return {"transportSocket": tls.socket(wanted, protocol, self._roots)}, options
+        return Encryption({"transportSocket": tls.socket(wanted, protocol, self._roots)}, options)
 
-    def is_closed(self, at: Port, protocol: AppProtocol, port_name: str = "") -> bool:
-        """Its endpoints are to be spoken to in TLS, and cannot be. Of a nameless port any policy counts."""
-        found = [
-            each.by
-            for each in self._backend_tls.get(at.service, ())
-            if not port_name or each.port in ("", port_name)
-        ]
-        self._closed.update(found)
-        return bool(found) or self._is_out_of_reach(at, protocol)
-
-    def _is_out_of_reach(self, at: Port, protocol: AppProtocol) -> bool:
-        wanted = tls.wanted(self.policy(at))
-        if wanted is None:
-            return False
-        if self._only_tls or tls.obstacle(wanted, self._roots):
-            return True
-        best, why = self._best(at), tls.obstacle_for(wanted, protocol)
-        if best is not None and why:
-            self._nameless.setdefault(best.ref, {})[at.port] = why
-        return bool(why)
+    def _policies_of(self, at: Port, port_name: str) -> list[BackendTLS]:
+        """Those for the port alone go before those for all."""
+        found = self._backend_tls.get(at.service, [])
+        own = [each for each in found if each.port == port_name]
+        return found if not port_name else own or [each for each in found if not each.port]
 
     def revision(self, at: Port) -> str | None:
         """By which its endpoints are chosen; None: all."""
@@ -178,9 +184,11 @@ class Destinations:
     def conditions(self) -> Iterator[Condition]:
         """Of those that were used."""
         parent = ref_of(self._waypoint)
-        for ref in sorted(self._closed):
-            message = "not honoured: endpoints that are to be spoken to in TLS get nothing"
-            yield Condition(ref, parent, PARTIALLY_INVALID, True, UNSUPPORTED_VALUE, message)
+        for ref, why in sorted(self._by_policy.items()):
+            yield Condition(ref, parent, ACCEPTED, True, ACCEPTED)
+            if why:
+                message = f"not honoured: {why}: endpoints get nothing"
+                yield Condition(ref, parent, PARTIALLY_INVALID, True, UNSUPPORTED_VALUE, message)
         for ref in sorted(self._used):
             yield Condition(ref, parent, ACCEPTED, True, ACCEPTED)
             spec, lost = self._used[ref]

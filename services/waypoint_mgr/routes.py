@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from pykmesh.contracts.handoff import told_address
-from pykmesh.contracts.waypoints import Endpoint, MeshService, is_workload
+from pykmesh.contracts.waypoints import MeshService, is_workload
 from pykmesh.kernel.records import ip_from_text
 from pykmesh.manifests.http_route import RouteMatch
 from pykmesh.manifests.objects import Gateway, ObjectRef, Service
@@ -30,6 +30,7 @@ from services.waypoint_mgr.attachments import (
 )
 from services.waypoint_mgr.destinations import (
     Destinations,
+    Encryption,
     cluster_fields,
     connection_fields,
     hash_policies,
@@ -172,14 +173,17 @@ def translate(
     passing = list(_passing(mesh, guard, logs, taken, conflicts))
     for at in backends - protocols.keys():
         protocols[at] = mesh.protocol(at, as_backend[at])
+    ways = {at: destinations.encryption(at, protocols[at], mesh.port_name(at)) for at in sorted(backends)}
     return Configuration(
         chains=(*chains, *passing),
         routes=configurations,
-        clusters={at.cluster: _cluster(at, protocols[at], destinations) for at in sorted(backends)}
+        clusters={at.cluster: _cluster(at, protocols[at], destinations, ways[at]) for at in sorted(backends)}
         | ({CLUSTER: spans.cluster} if spans else {})
         | ({envoy.PASSING: envoy.passing_cluster()} if passing else {}),
         assignments={
-            at.cluster: envoy.load_assignment(at, _endpoints(at, protocols[at], mesh, destinations))
+            at.cluster: envoy.load_assignment(
+                at, [] if ways[at].is_closed else mesh.endpoints(at, destinations.revision(at))
+            )
             for at in sorted(backends)
         },
         protocols=protocols,
@@ -214,14 +218,10 @@ def _passing(
                     yield from guard.tcp_chains(at, [vip], logs, envoy.PASSING, [envoy.passed_to(vip)])
 
 
-def _endpoints(at: Port, protocol: AppProtocol, mesh: Mesh, destinations: Destinations) -> Sequence[Endpoint]:
-    is_closed = destinations.is_closed(at, protocol, mesh.port_name(at))
-    return [] if is_closed else mesh.endpoints(at, destinations.revision(at))
-
-
-def _cluster(at: Port, protocol: AppProtocol, destinations: Destinations) -> Json:
-    policy, (socket, options) = destinations.policy(at), destinations.socket(at, protocol)
-    return envoy.cluster(at, protocol, cluster_fields(policy) | socket, connection_fields(policy), options)
+def _cluster(at: Port, protocol: AppProtocol, destinations: Destinations, way: Encryption) -> Json:
+    policy = destinations.policy(at)
+    fields = cluster_fields(policy) | way.socket
+    return envoy.cluster(at, protocol, fields, connection_fields(policy), way.options)
 
 
 def _tcp_target(at: Port, routes: Sequence[Route], mesh: Mesh) -> Target:

@@ -14,7 +14,7 @@ import anyio.to_thread
 import msgspec
 
 from pykmesh.manifests.authorization_policy import Action, AuthorizationPolicySpec
-from pykmesh.manifests.destination_rule import DestinationRuleSpec
+from pykmesh.manifests.destination_rule import ClientTLS, DestinationRuleSpec
 from pykmesh.manifests.folder import Folder
 from pykmesh.manifests.http_route import HTTPRouteSpec
 from pykmesh.manifests.objects import (
@@ -255,11 +255,15 @@ def is_exported(export_to: Collection[str], own: str, namespace: str) -> bool:
 
 
 class BackendTLS(NamedTuple):
-    """What is to be spoken to in TLS: a service's port, by its name, or all of its ports."""
+    """What is to be spoken to in TLS: a service's port, by its name, or all of its ports.
+
+    `tls`: how; None: in a way that cannot be.
+    """
 
     service: str
     port: str
     by: ObjectRef
+    tls: ClientTLS | None
 
 
 def _backends_of(
@@ -270,7 +274,8 @@ def _backends_of(
         names = [f"{policy.namespace}/{host}" for host in hosts]
         if target.kind == "Service":
             names = [mesh_name(policy.namespace, target.name, domain)]
-        yield from (BackendTLS(name, target.section_name, ref_of(policy)) for name in names)
+        tls = policy.spec.validation.client
+        yield from (BackendTLS(name, target.section_name, ref_of(policy), tls) for name in names)
 
 
 class EntryHost(Service, frozen=True, kw_only=True):

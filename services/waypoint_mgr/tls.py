@@ -65,7 +65,7 @@ def obstacle_for(tls: ClientTLS, protocol: AppProtocol) -> str:
 
 
 def files(spec: DestinationRuleSpec) -> Iterator[str]:
-    """Those that a rule names, of roots."""
+    """Those of roots that a rule is in need of."""
     policies = [spec.traffic_policy, *(each.traffic_policy for each in spec.subsets if each.traffic_policy)]
     for policy in policies:
         for tls in (wanted(policy), *map(wanted, policy.port_level_settings)):

@@ -17,11 +17,12 @@ from pykmesh.contracts.waypoints import Endpoint
 from pykmesh.manifests.destination_rule import SimpleLB
 from pykmesh.manifests.objects import DestinationRule, VirtualService, from_plain
 from pykmesh.manifests.parse import parse
-from services.waypoint_mgr.destinations import Destinations
+from services.waypoint_mgr.destinations import Destinations, Encryption
 from services.waypoint_mgr.envoy import Port
 from services.waypoint_mgr.protocols import AppProtocol
 from services.waypoint_mgr.routes import Wanted, translate
 from services.waypoint_mgr.source import Destination, Objects, Virtual
+from services.waypoint_mgr.tls import NO_ROOTS, SYSTEM_ROOTS, Roots
 
 from .backends import Answer, Backend, ask
 from .world import (
@@ -296,7 +297,7 @@ def test_a_subset_has_what_is_said_of_the_port_and_of_itself(
 ) -> None:
     subset = {"name": "v1", "labels": {"version": "v1"}, "trafficPolicy": own}
     rules = Destinations(gateway(), [destination(all_ports, subsets=[subset])])
-    assert rules.is_closed(Port(named("shop", "web"), 80, "v1"), AppProtocol.HTTP) is closed
+    assert rules.encryption(Port(named("shop", "web"), 80, "v1"), AppProtocol.HTTP).is_closed is closed
     (*_, last) = rules.conditions()
     if "tls" in own and closed:
         assert f"subset v1 trafficPolicy.{MUTUAL}" in last.message
@@ -331,7 +332,7 @@ def test_what_does_not_count_of_a_rule_closes_nothing_and_says_nothing_else() ->
     second = destination({"tls": {"mode": "MUTUAL"}}, name="b", created="2026-01-02T00:00:00Z")
     for only_tls in (False, True):
         rules = Destinations(gateway(), [second, first], only_tls=only_tls)
-        assert not rules.is_closed(Port(named("shop", "web"), 80), AppProtocol.HTTP)
+        assert not rules.encryption(Port(named("shop", "web"), 80), AppProtocol.HTTP).is_closed
         (told,) = (one.message for one in rules.conditions() if one.type == "PartiallyInvalid")
         assert told == "not honoured: trafficPolicy (an older rule for this host goes before)"
 
@@ -351,16 +352,32 @@ def test_a_mode_that_is_none_is_refused(mode: Any) -> None:
         ('targetRefs: [{group: "", kind: Service, name: other}]', set()),
     ],
 )
-def test_nor_where_a_policy_for_backends_says_so(targets: str, closed: set[int]) -> None:
+@pytest.mark.parametrize(
+    ("validation", "roots", "why"),
+    [
+        ("{hostname: web.example, wellKnownCACertificates: System}", Roots({SYSTEM_ROOTS: "roots"}), ""),
+        (
+            "{hostname: web.example, wellKnownCACertificates: System}", NO_ROOTS,
+            f"{SYSTEM_ROOTS} is not read yet",
+        ),
+        (
+            '{hostname: web.example, caCertificateRefs: [{group: "", kind: ConfigMap, name: r}]}', NO_ROOTS,
+            "its roots, or those of others for this port, are not read",
+        ),
+    ],
+)  # fmt: skip
+def test_nor_where_a_policy_for_backends_says_so(
+    targets: str, closed: set[int], validation: str, roots: Roots, why: str
+) -> None:
     manifest = """
 apiVersion: gateway.networking.k8s.io/v1
 kind: BackendTLSPolicy
 metadata: {name: tls, namespace: shop}
 spec:
   TARGETS
-  validation: {hostname: web.example, wellKnownCACertificates: System}
+  validation: VALIDATION
 """
-    manifest = manifest.replace("TARGETS", targets)
+    manifest = manifest.replace("TARGETS", targets).replace("VALIDATION", validation)
     parsed = parse(manifest.encode(), "tls.yaml")
     assert not parsed.errors
     found = Objects.of((each.object for each in parsed.objects), DOMAIN)
@@ -369,23 +386,24 @@ spec:
         mesh_service("shop", "web", {n: [Endpoint("10.0.0.1", 8080)] for n in (80, 81)}, [ADDRESS]),
         kubernetes_service("shop", "web", {"port": 80, "name": "http"}, {"port": 81, "name": "http-2"}),
     )
-    wanted = Wanted(backend_tls=found.backend_tls)
+    wanted = Wanted(backend_tls=found.backend_tls, roots=roots)
     for each in (wanted, wanted.reduced):
         made = translate(world.gateway, world.users, {}, world.services, each, DOMAIN)
         for number in (80, 81):
             endpoints = made.assignments[Port(named("shop", "web"), number).cluster]["endpoints"]
-            assert bool(endpoints) is (number not in closed)
-        told = [(str(one.of), one.message) for one in made.destinations]
-        message = "not honoured: endpoints that are to be spoken to in TLS get nothing"
-        assert told == ([("BackendTLSPolicy shop/tls", message)] if closed else [])
+            is_encrypted = "transportSocket" in made.clusters[Port(named("shop", "web"), number).cluster]
+            assert is_encrypted is (number in closed and not why and each is wanted)
+            assert bool(endpoints) is (number not in closed or is_encrypted)
+        told = [(str(one.of), one.message) for one in made.destinations if one.message]
+        message = f"not honoured: {why}: endpoints get nothing"
+        assert told == ([("BackendTLSPolicy shop/tls", message)] if closed and why else [])
 
 
 def test_nor_where_an_envoy_refused_something_else() -> None:
     wanted = Wanted(destinations=[destination({"tls": {"mode": "SIMPLE"}, **ONE_AT_A_TIME})])
     at_web = Port(named("shop", "web"), 80)
     rules = Destinations(gateway(), wanted.reduced.destinations, only_tls=wanted.reduced.only_tls)
-    assert rules.is_closed(at_web, AppProtocol.HTTP)
-    assert rules.socket(at_web, AppProtocol.HTTP) == ({}, {})
+    assert rules.encryption(at_web, AppProtocol.HTTP) == Encryption(is_closed=True)
     assert rules.policy(at_web).connection_pool is None
 
 

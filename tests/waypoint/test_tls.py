@@ -14,7 +14,7 @@ import pytest
 import trustme
 
 from services.waypoint_mgr import root_files
-from services.waypoint_mgr.destinations import Destinations
+from services.waypoint_mgr.destinations import Destinations, Encryption
 from services.waypoint_mgr.envoy import Json, Port
 from services.waypoint_mgr.protocols import AppProtocol
 from services.waypoint_mgr.root_files import RootFiles
@@ -120,8 +120,7 @@ def test_what_cannot_be_checked_is_not_asked(tls: Json, why: str) -> None:
         roots=Roots({}, {"/bad.pem": "/bad.pem: bad"}),
     )
     found = Port(named("shop", "web"), 80)
-    assert rules.is_closed(found, AppProtocol.HTTP)
-    assert rules.socket(found, AppProtocol.HTTP) == ({}, {})
+    assert rules.encryption(found, AppProtocol.HTTP) == Encryption(is_closed=True)
     assert [why in one.message for one in rules.conditions()] == [False, True]
 
 
@@ -151,7 +150,7 @@ def test_names_are_of_three_kinds_and_http2_is_agreed_upon() -> None:
     names = ["web.example", "spiffe://cluster.local/ns/a/sa/b", "10.0.0.1", "fd00::1"]
     rule = destination({"tls": {"mode": "SIMPLE", "subjectAltNames": names}})
     rules = Destinations(gateway(), [rule], roots=Roots({SYSTEM_ROOTS: "roots"}))
-    socket, options = rules.socket(Port(named("shop", "web"), 80), AppProtocol.HTTP2)
+    socket, options, _ = rules.encryption(Port(named("shop", "web"), 80), AppProtocol.HTTP2)
     common: dict[str, Any] = socket["transportSocket"]["typedConfig"]["commonTlsContext"]
     kinds = [each["sanType"] for each in common["validationContext"]["matchTypedSubjectAltNames"]]
     assert kinds == ["DNS", "URI", "IP_ADDRESS", "IP_ADDRESS"]
