@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import signal
 import sys
 import time
@@ -114,6 +115,12 @@ class Runtime(Generic[_S]):
 
 
 App = Callable[[Runtime[_S]], Awaitable[None]]
+
+
+def raise_file_limit() -> None:
+    """For who has many descriptors: as many as may be."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def give_way() -> None:

@@ -19,7 +19,7 @@ from pykmesh.kernel.hooks import HOOKS, Programs, ProgramSettings, can_set_retva
 from pykmesh.kernel.layout import check_enums, check_object
 from pykmesh.kernel.records import DNS_SLOTS, network_id
 from pykmesh.kernel.upgrade import Copied, Staging, pin_again
-from pykmesh.process import Runtime
+from pykmesh.process import Runtime, raise_file_limit
 from services.bpf_loader.door import Door
 from services.bpf_loader.enrollment import Enrollment
 from services.bpf_loader.pods import HOW_TO_RESIZE
@@ -36,6 +36,7 @@ async def run(runtime: Runtime[LoaderSettings]) -> None:
     runtime.readiness.wait_for("programs")
     check_enums()
     check_object()
+    raise_file_limit()  # ten links a pod
     root = settings.cgroup_root or cgroups.find_root()
     if await anyio.to_thread.run_sync(pins.prepare, settings.pin_dir):
         log.info("bpffs_mounted", pin_dir=str(settings.pin_dir))

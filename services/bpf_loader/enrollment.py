@@ -42,6 +42,7 @@ class Enrollment:
         self._instance = instance
         self._programs = programs
         self._pods = Pods(pins.maps_dir(pin_dir), network_id(network))
+        self._held = pinned.Held()
         self._paths: dict[int, Path] = {}
         self._told: set[tuple[str, str]] = set()
         self.shown: list[Enrolled] = []
@@ -49,6 +50,7 @@ class Enrollment:
     def close(self) -> None:
         """What is attached stays."""
         self._pods.close()
+        self._held.close()
 
     def adopt(self) -> int:
         """Gives the links that are there the programs loaded now, after a sweep.
@@ -92,7 +94,10 @@ class Enrollment:
     def _sweep_one(self, links: CgroupLinks, path: Path | None) -> bool:
         """True when the cgroup is gone. Links decide where there are some: the root may hide their cgroup."""
         if path is not None:
+            if again := self._held.pin_again(links.cgroup_id, links.path, HOOKS):
+                log.warning("hooks_pinned_again", cgroup=str(path), hooks=again)
             self._mend(links, path)
+            self._held.hold(links.cgroup_id, links.path, HOOKS)
             self._learn(links, path)
             return False
         if any(pinned.is_attached(links.path / hook.program) for hook in HOOKS):
@@ -163,6 +168,7 @@ class Enrollment:
             except EnrollmentError:  # another instance's loader looked at the same moment
                 self._take_back(links)
                 raise
+        self._held.hold(cgroup_id, links.path, HOOKS)
         log.info("cgroup_enrolled", cgroup=str(path), cgroup_id=cgroup_id)
         self._paths[cgroup_id] = path
         self._settle()
@@ -230,6 +236,7 @@ class Enrollment:
             if each.netns_cookie is not None:
                 by_cookie[each.netns_cookie].add(each.cgroup_id)
         self._pods.settle(by_cookie)
+        self._held.keep({each.cgroup_id for each in self._all_links()})
         self.enrolled()
 
     def namespaces(self, cookies: Collection[int]) -> dict[int, int]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
+from collections.abc import Collection
 from pathlib import Path
 
 from pykmesh.kernel import libbpf
@@ -18,6 +21,41 @@ def attach_missing(directory: Path, hooks: tuple[Hook, ...], programs: Programs,
         with libbpf.closing(libbpf.link_create(programs.fds[hook], target_fd, hook.attach_type)) as link:
             libbpf.obj_pin(link, str(pin))
     return [hook.program for hook in missing]
+
+
+class Held:
+    """Descriptors of cgroups' links: what somebody unpins stays attached until it is pinned again."""
+
+    def __init__(self) -> None:
+        self._fds: dict[tuple[int, str], int] = {}
+
+    def hold(self, cgroup_id: int, directory: Path, hooks: tuple[Hook, ...]) -> None:
+        """Those that are pinned. Without a descriptor to spare it is as if none were held."""
+        for hook in hooks:
+            key = cgroup_id, hook.program
+            if key in self._fds and not libbpf.link_info(self._fds[key])[1]:  # somebody detached it
+                os.close(self._fds.pop(key))
+            if key not in self._fds:
+                with contextlib.suppress(libbpf.KernelError):
+                    self._fds[key] = libbpf.obj_get(str(directory / hook.program))
+
+    def pin_again(self, cgroup_id: int, directory: Path, hooks: tuple[Hook, ...]) -> list[str]:
+        """Those that are attached and whose pin is gone; returns their programs."""
+        found = []
+        for hook in hooks:
+            fd, pin = self._fds.get((cgroup_id, hook.program)), directory / hook.program
+            if fd is not None and not pin.exists() and libbpf.link_info(fd)[1]:
+                libbpf.obj_pin(fd, str(pin))
+                found.append(hook.program)
+        return found
+
+    def keep(self, cgroup_ids: Collection[int]) -> None:
+        """These alone: others were unenrolled, or somebody removed all that was pinned of them."""
+        for key in [key for key in self._fds if key[0] not in cgroup_ids]:
+            os.close(self._fds.pop(key))
+
+    def close(self) -> None:
+        self.keep(())
 
 
 def is_attached(pin: Path) -> bool:

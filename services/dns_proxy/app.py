@@ -7,7 +7,6 @@ without map_writer, it sends questions on: its absence is never worse than not h
 from __future__ import annotations
 
 import contextlib
-import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ from prometheus_client.core import Metric
 from pykmesh import metrics
 from pykmesh.contracts.settings import DnsProxySettings
 from pykmesh.kernel.maps import PinError
-from pykmesh.process import Runtime
+from pykmesh.process import Runtime, raise_file_limit
 from services.dns_proxy.answers import Answers
 from services.dns_proxy.health import Health
 from services.dns_proxy.pods import Pins, Pods
@@ -33,7 +32,7 @@ async def run(runtime: Runtime[DnsProxySettings]) -> None:
     for task in ("pins", "pods"):
         runtime.readiness.wait_for(task)
     settings = runtime.settings
-    _raise_file_limit()
+    raise_file_limit()  # sixteen sockets a pod, and one for each question that is sent on
     health, answers = Health(), Answers(settings.network, settings.answer_deadline_s)
     resolver = Resolver(answers, Upstream(settings.upstream_timeout_s, health), health)
     opened = await runtime.open_pins(Pins, PinError)
@@ -63,9 +62,3 @@ def _health(health: Health, pods: Pods, resolver: Resolver) -> Iterator[Metric]:
     yield metrics.gauge("mesh_dns_pods", "Pods whose questions are taken.", pods.status()["pods"])
     yield metrics.gauge("mesh_dns_open_requests", "Questions that are open.", resolver.open)
     yield from pods.fill()
-
-
-def _raise_file_limit() -> None:
-    """Sixteen sockets a pod, and one for each question that is sent on."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -158,9 +158,13 @@ def pod(loader: Loader) -> Pod:
     return loader.network.add("pod", 10)
 
 
-def attached(cgroup: Path) -> int:
+def programs_at(cgroup: Path, attach_type: int) -> list[int]:
     with libbpf.closing(os.open(cgroup, os.O_RDONLY)) as fd:
-        return sum(len(libbpf.query_programs(fd, hook.attach_type, effective=False)) for hook in HOOKS)
+        return list(libbpf.query_programs(fd, attach_type, effective=False))
+
+
+def attached(cgroup: Path) -> int:
+    return sum(len(programs_at(cgroup, hook.attach_type)) for hook in HOOKS)
 
 
 def container(pod: Pod, name: str) -> Path:
@@ -460,6 +464,28 @@ def test_where_the_kernel_tells_no_cookies_a_program_does(
     assert [each for each in support.findings(loader.pin_dir) if each.level == "fail"] == []
 
 
+def test_a_pin_that_is_removed_detaches_nothing_and_is_made_again(loader: Loader, pod: Pod) -> None:
+    """All pins of a cgroup: that is somebody who wants it detached."""
+    loader.enroll(pod.cgroup, pod.netns)
+    (links,) = loader.links.iterdir()
+    for _ in range(2):
+        before = {pin.name: pinned.target(pin) for pin in links.iterdir()}
+        ids = {i for hook in HOOKS for i in programs_at(pod.cgroup, hook.attach_type)}
+        for pin in [*links.iterdir()][:4]:
+            pin.unlink()
+        assert attached(pod.cgroup) == len(HOOKS)
+        loader.enrollment.sweep()
+        assert {pin.name: pinned.target(pin) for pin in links.iterdir()} == before
+        assert {i for hook in HOOKS for i in programs_at(pod.cgroup, hook.attach_type)} == ids
+        loader.enrollment.close()
+        loader.again().sweep()
+    for pin in links.iterdir():
+        pin.unlink()
+    links.rmdir()
+    loader.enrollment.sweep()
+    until(lambda: attached(pod.cgroup) == 0, "all detached")
+
+
 def test_another_instance_that_enrols_at_the_same_moment_is_seen(
     loader: Loader, pod: Pod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -518,11 +544,13 @@ def test_a_kernel_of_which_cookies_cannot_be_known_is_told(
 
 @pytest.mark.parametrize("missing", [1, len(HOOKS)])
 def test_pins_removed_by_hand_are_attached_again(loader: Loader, pod: Pod, missing: int) -> None:
+    """While no loader runs: the kernel takes what nothing holds off its cgroup a moment later."""
     before = loader.enroll(pod.cgroup, pod.netns)
+    loader.enrollment.close()
     for hook in HOOKS[-missing:]:
         (next(loader.links.iterdir()) / hook.program).unlink()
     until(lambda: attached(pod.cgroup) == len(HOOKS) - missing, "detached")
-    assert loader.enrollment.sweep() == 0
+    assert loader.again().sweep() == 0
     assert attached(pod.cgroup) == len(HOOKS)
     assert loader.enrollment.shown == [before]
 
@@ -585,9 +613,10 @@ def test_one_cgroup_that_cannot_be_mended_keeps_no_other_from_it(loader: Loader,
     other = loader.network.add("other", 20)
     broken, whole = (loader.enroll(each.cgroup, each.netns) for each in (pod, other))
     names = {each: loader.links / f"{each.cgroup_id}@{each.netns_cookie}" for each in (broken, whole)}
+    loader.enrollment.close()
+    loader.again()
     for each, directory in zip((pod, other), names.values(), strict=True):
         (directory / PIN).unlink()
-        # The kernel takes what nothing holds off its cgroup a moment later.
         until(lambda e=each: attached(e.cgroup) == len(HOOKS) - 1, "detached")
     (names[broken] / PIN).mkdir()
     try:
