@@ -30,6 +30,8 @@ BACKOFF_FIRST_S: Final = 0.1
 BACKOFF_MAX_S: Final = 5.0
 STEADY_AFTER_S: Final = 10.0
 END_DEADLINE_S: Final = 5.0
+LAST_WORDS_S: Final = 2.0
+"""What was said longer before the end is not why."""
 LIVE_EVERY_S: Final = 5.0
 LIVE_MISSES: Final = 6
 """So many times in a row, each after five seconds and five more, a process says nothing: then it hangs."""
@@ -60,6 +62,7 @@ class Supervisor:
         self.restarts: dict[str, int] = {spec.name: 0 for spec in specs}
         self.last_words: dict[str, str] = {}
         """The last line that each process wrote which is an error, or none of its log."""
+        self._said_at: dict[str, float] = {}
         self.ended: dict[str, str] = {}
         """How each process ended that was started again last."""
         self._fork_server = ForkServer()
@@ -89,7 +92,8 @@ class Supervisor:
             if time.monotonic() - started > STEADY_AFTER_S:
                 backoff = BACKOFF_FIRST_S
             self.restarts[spec.name] += 1
-            self.ended[spec.name] = _how(code, self.last_words.get(spec.name, ""))
+            is_why = time.monotonic() - self._said_at.get(spec.name, 0) < LAST_WORDS_S
+            self.ended[spec.name] = _how(code, self.last_words.get(spec.name, "") if is_why else "")
             log.warning("process_restarting", process=spec.name, code=code, after_s=backoff)
             await anyio.sleep(backoff)
             backoff = min(backoff * 2, BACKOFF_MAX_S)
@@ -147,7 +151,7 @@ class Supervisor:
     def _take_line(self, spec: Spec, file: LogFile, line: bytes) -> None:
         text = line.decode(errors="replace")
         if not text.startswith("{") or '"level": "error"' in text:
-            self.last_words[spec.name] = text
+            self.last_words[spec.name], self._said_at[spec.name] = text, time.monotonic()
         file.write(line)
         if self._echo:
             self._echo(spec.name, text)
@@ -155,7 +159,7 @@ class Supervisor:
 
 def _how(code: int | None, last_words: str) -> str:
     """By which status or signal, and with which error."""
-    how = "not started" if code is None else f"signal {-code}" if code < 0 else f"exit status {code}"
+    how = "no status" if code is None else f"signal {-code}" if code < 0 else f"exit status {code}"
     with contextlib.suppress(json.JSONDecodeError, AttributeError):
         said = json.loads(last_words)
         last_words = str(said.get("error", ""))

@@ -87,6 +87,7 @@ def supervised(instance: Instance) -> Supervised:
             f"with this release; traffic goes on meanwhile"
         )
     environment = dict(text.split("=", 1) for text in texts if "=" in text)
+    environment.pop(READY_DEADLINE, None)  # of the upgrade that it was started by, not of the next one
     arguments, release = words[3:-1], Release(words[0], environment.get("PYTHONPATH", directory))
     if begun is not None and begun.arguments == arguments:
         release = begun.release
@@ -104,7 +105,7 @@ def exchange(instance: Instance) -> Exchanged:
         if not Path(before.directory).is_dir():
             raise InstanceError(f"{before.directory} is gone, in which instance {instance.name} was started")
         environment = of_this_release(before.environment)
-        environment[READY_DEADLINE] = f"{ready_deadline_s({**before.environment, **os.environ}):g}"
+        environment[READY_DEADLINE] = f"{ready_deadline_s():g}"
         _write(instance.journal, before)
         try:
             _end(instance)
@@ -199,6 +200,9 @@ def _start_again(instance: Instance, before: Supervised, error: BaseException) -
         said = " ".join((done.stderr or done.stdout).split())
     if running(instance.run_dir) is None:
         raise InstanceError(f"{why}; and the release before does not start again: {said}") from error
+    now = supervised(instance).release
+    if now.python_path != before.release.python_path:
+        raise InstanceError(f"{why}; what runs now is the release at {now.python_path}") from error
     instance.journal.unlink(missing_ok=True)
     raise InstanceError(f"{why}; the release before runs again") from error
 

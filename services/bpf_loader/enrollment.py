@@ -168,6 +168,9 @@ class Enrollment:
             except EnrollmentError:  # another instance's loader looked at the same moment
                 self._take_back(links)
                 raise
+            except OSError as error:
+                self._take_back(links)
+                raise EnrollmentError(f"cgroup {path}: {error.strerror or error}") from error
         self._held.hold(cgroup_id, links.path, HOOKS)
         log.info("cgroup_enrolled", cgroup=str(path), cgroup_id=cgroup_id)
         self._paths[cgroup_id] = path

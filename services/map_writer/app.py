@@ -200,6 +200,7 @@ class MapWriter:
         """Fetches a snapshot, again and again until xds_client answers. The maps stay as they are."""
         self._runtime.readiness.wait_for("snapshot")
         while self._lost:
+            await self._drop_batches()
             gc.disable()
             try:
                 change = await self.follower.resync(self._fetch)
@@ -217,6 +218,18 @@ class MapWriter:
         else:
             self._runtime.readiness.wait_for("control plane")
             await self.report()
+
+    async def _drop_batches(self) -> None:
+        """What was received until now is in a snapshot that is asked for now."""
+        while True:
+            try:
+                item = self._inbox.receive_nowait()
+            except anyio.WouldBlock:
+                return
+            if isinstance(item, Resolved):
+                self.follower.resolve(item.hostname, item.addresses)
+            else:
+                self._inbox_bytes -= item.size
 
     async def _fetch(self, cursor: str) -> SnapshotPage:
         request = SnapshotRequest(messages.VERSION, cursor)
@@ -247,7 +260,7 @@ class MapWriter:
         elif written.total() > MANY_ENTRIES:
             log.info("maps_written", **self.last_write)
         await self.report()
-        if (news := self.names.changed(change)) is not None:
+        for news in self.names.changed(change):
             await self._publish(Subject.MAP_NAMES, news)
 
     async def _apply(self, change: Change) -> Counter[str]:

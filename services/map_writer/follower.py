@@ -52,12 +52,11 @@ class Follower:
     def offer(self, batch: ConfigBatch) -> Change | None:
         """Takes the next batch. Returns what to write when it completes a response.
 
-        Raises GapError when batches are missing: only `resync` helps.
+        Raises GapError when batches are missing, or are of another epoch: only `resync` helps. So nobody
+        makes the mesh another by what he publishes: who answers for the snapshot says what there is.
         """
         if batch.epoch != self.epoch:
-            if batch.seq != 1 or batch.is_heartbeat:
-                raise GapError(f"epoch {batch.epoch} at {batch.seq}, not {self.epoch or 'any'}")
-            self._begin(batch.epoch)
+            raise GapError(f"epoch {batch.epoch} at {batch.seq}, not {self.epoch or 'any'}")
         expected = self.received_seq if batch.is_heartbeat else self.received_seq + 1
         if batch.seq < expected:
             return None

@@ -6,7 +6,7 @@ Who has asked for an address is told when it becomes somebody else's.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
 import msgspec
@@ -32,6 +32,10 @@ TOLD_MAX: Final = 65_536
 """Addresses of which it is known what was answered: as many as telemetry keeps."""
 
 
+NEWS_MAX: Final = 4096
+"""Addresses in a message: about a megabyte."""
+
+
 class Told(NamedTuple):
     network: str
     ip: Ip
@@ -55,16 +59,16 @@ class Names:
         addresses = [self._told_of(network, Ip(ip)) for network, ip in request.addresses]
         return messages.encode(ResolveReply(messages.VERSION, services, addresses))
 
-    def changed(self, change: Change) -> NamesChanged | None:
-        """What of it has another name than was told; None: nothing."""
+    def changed(self, change: Change) -> Iterator[NamesChanged]:
+        """What of it has another name than was told, in messages that the bus takes."""
         places = list(self._told) if change.sweep else [p for p in change.touched.places if p in self._told]
         before = [self._told[place] for place in places]
         now = [told._replace(name=self._workload(told.network, told.ip)) for told in before]
         self._told.update(zip(places, now, strict=True))
         news = [told for told, was in zip(now, before, strict=True) if told != was]
-        if not news:
-            return None
-        return NamesChanged(messages.VERSION, [(t.network, t.ip) for t in news], [t.name for t in news])
+        for first in range(0, len(news), NEWS_MAX):
+            page = news[first : first + NEWS_MAX]
+            yield NamesChanged(messages.VERSION, [(t.network, t.ip) for t in page], [t.name for t in page])
 
     def _told_of(self, network: str, ip: Ip) -> WorkloadName | None:
         place, name = place_of(network, ip), self._workload(network, ip)

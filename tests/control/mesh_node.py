@@ -53,6 +53,11 @@ class MeshNode:
         """What a process's administrative page says."""
         return await anyio.to_thread.run_sync(run.fetch, getattr(self.instance.ports, process), path)
 
+    async def errors(self, process: str) -> list[dict[str, Any]]:
+        """Those of its status; not that the broker was not there yet when it began."""
+        found = (await self.page(process))["errors"]
+        return [error for error in found if error["event"] != "bus_error"]
+
     async def until_page(self, process: str, holds: Callable[[Any], bool], what: str) -> Any:
         """The status once it `holds`; a process that is away is waited for."""
         said: Any = None

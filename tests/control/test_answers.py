@@ -257,7 +257,7 @@ async def test_removed_names_that_were_never_sent_are_passed_over(client: Client
     assert (await client.plane.push(removed=[uid("never"), host("never")])).accepted
     assert (await client.plane.push(removed=["shop/never"], type_url=AUTHORIZATION)).accepted
     assert await client.node.held() == {uid("a")}
-    assert (await client.node.page("xds_client"))["errors"] == []
+    assert await client.node.errors("xds_client") == []
 
 
 async def test_a_name_removed_and_sent_in_one_response_is_there_afterwards(client: Client) -> None:

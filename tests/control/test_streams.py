@@ -53,7 +53,7 @@ async def test_after_an_ordinary_end_it_comes_back_at_once_with_all_versions(
         assert time.monotonic() - ended < SOON_S
         assert stream.first[ADDRESS].initial_resource_versions.keys() == {host("web"), uid("web-1")}
         assert stream.first[AUTHORIZATION].initial_resource_versions.keys() == {"shop/p"}
-    assert (await held.node.page("xds_client"))["errors"] == []
+    assert await held.node.errors("xds_client") == []
 
 
 async def test_a_control_plane_that_ends_a_stream_before_it_said_anything_is_told_with_its_words(
@@ -195,7 +195,7 @@ async def test_what_is_more_than_istiod_takes_in_a_request_does_not_keep_it_away
     await held.plane.next_stream(number)
     assert (await held.plane.push()).accepted
     assert await held.node.held() == set()
-    assert (await held.node.page("xds_client"))["errors"] == []
+    assert await held.node.errors("xds_client") == []
 
 
 async def test_a_server_that_finds_a_request_too_large_gets_it_without_versions(held: Client) -> None:

@@ -84,7 +84,7 @@ async def test_what_does_not_fit_is_refused_by_name_and_limit_and_written_once_t
             )
             assert replaced.accepted, "it fits in the place of what goes with the same response"
             assert set(kernel_view.read(node.maps_dir).services) == {"10.96.0.1 80", "10.96.0.4 80"}
-            assert (await node.page("map_writer"))["errors"] == [], "no write met a map that was full"
+            assert await node.errors("map_writer") == [], "no write met a map that was full"
 
 
 async def test_of_more_refusals_than_a_report_names_each_answer_names_its_own(
@@ -191,7 +191,7 @@ async def test_a_killed_map_writer_catches_up_and_the_maps_never_lose_anything(m
             )
             view = kernel_view.read(mesh.node.maps_dir)
             assert len(view.services["10.96.0.1 80"].endpoints) == number
-    assert (await mesh.node.page("xds_client"))["errors"] == []
+    assert await mesh.node.errors("xds_client") == []
 
 
 async def test_a_client_that_restarts_without_map_writer_says_that_nothing_is_in_the_kernel(
