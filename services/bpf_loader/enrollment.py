@@ -77,6 +77,7 @@ class Enrollment:
 
         Returns how many were cleared. What cannot be mended is told once and tried again next time.
         """
+        self._restore()
         names, told = pins.read_links(self._links), set[tuple[str, str]]()
         for stray in names.strays:
             self._tell(told, "links_stray_left", str(stray))
@@ -90,6 +91,15 @@ class Enrollment:
         self._told = told
         self._settle()
         return gone
+
+    def _restore(self) -> None:
+        """Directories of links that somebody removed: who is to be unenrolled is said to the loader."""
+        cookies = {pod.cgroup_id: cookie for cookie, pod in self._pods.all().items()}
+        for cgroup_id in self._held.without({each.cgroup_id for each in self._all_links()}):
+            again = pins.cgroup_links(self._links, cgroup_id, cookies.get(cgroup_id))
+            again.path.mkdir()
+            hooks = self._held.pin_again(cgroup_id, again.path, HOOKS)
+            log.warning("hooks_pinned_again", cgroup_id=cgroup_id, hooks=hooks)
 
     def _sweep_one(self, links: CgroupLinks, path: Path | None) -> bool:
         """True when the cgroup is gone. Links decide where there are some: the root may hide their cgroup."""

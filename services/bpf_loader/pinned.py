@@ -13,8 +13,11 @@ from pykmesh.kernel.hooks import Hook, Programs
 
 
 def attach_missing(directory: Path, hooks: tuple[Hook, ...], programs: Programs, target_fd: int) -> list[str]:
-    """Attaches the hooks that have no pin, or whose link was detached; returns their programs."""
-    missing = [hook for hook in hooks if not is_attached(directory / hook.program)]
+    """Attaches hooks that have no pin, or whose link is detached or of another type; returns their programs.
+
+    A link update does not check the type: such a program would be run for what it is not for.
+    """
+    missing = [hook for hook in hooks if not _stands(directory / hook.program, hook)]
     for hook in missing:
         pin = directory / hook.program
         pin.unlink(missing_ok=True)
@@ -49,8 +52,16 @@ class Held:
                 found.append(hook.program)
         return found
 
+    def without(self, cgroup_ids: Collection[int]) -> set[int]:
+        """Of other cgroups than these, those whose links still stand."""
+        return {
+            cgroup_id
+            for (cgroup_id, _), fd in self._fds.items()
+            if cgroup_id not in cgroup_ids and libbpf.link_info(fd)[1]
+        }
+
     def keep(self, cgroup_ids: Collection[int]) -> None:
-        """These alone: others were unenrolled, or somebody removed all that was pinned of them."""
+        """These alone."""
         for key in [key for key in self._fds if key[0] not in cgroup_ids]:
             os.close(self._fds.pop(key))
 
@@ -65,13 +76,22 @@ def is_attached(pin: Path) -> bool:
 
 def target(pin: Path) -> int:
     """The id of a link's cgroup, or its namespace's inode number; 0 when one of them is gone."""
+    return _target_and_type(pin)[0]
+
+
+def _stands(pin: Path, hook: Hook) -> bool:
+    at, attach_type = _target_and_type(pin)
+    return at != 0 and attach_type == hook.attach_type
+
+
+def _target_and_type(pin: Path) -> tuple[int, int]:
     try:
         with libbpf.closing(libbpf.obj_get(str(pin))) as fd:
-            return libbpf.link_info(fd)[1]
+            return libbpf.link_info(fd)[1:]
     except libbpf.KernelError as error:
         if error.errno != errno.ENOENT:
             raise
-        return 0
+        return 0, 0
 
 
 def adopt(pin: Path, hook: Hook, programs: Programs) -> int:

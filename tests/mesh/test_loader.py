@@ -465,7 +465,7 @@ def test_where_the_kernel_tells_no_cookies_a_program_does(
 
 
 def test_a_pin_that_is_removed_detaches_nothing_and_is_made_again(loader: Loader, pod: Pod) -> None:
-    """All pins of a cgroup: that is somebody who wants it detached."""
+    """Nor where the cgroup's directory is removed with all of them."""
     loader.enroll(pod.cgroup, pod.netns)
     (links,) = loader.links.iterdir()
     for _ in range(2):
@@ -482,8 +482,31 @@ def test_a_pin_that_is_removed_detaches_nothing_and_is_made_again(loader: Loader
     for pin in links.iterdir():
         pin.unlink()
     links.rmdir()
+    shown = loader.enrollment.shown
     loader.enrollment.sweep()
-    until(lambda: attached(pod.cgroup) == 0, "all detached")
+    assert {pin.name: pinned.target(pin) for pin in links.iterdir()} == before
+    assert loader.enrollment.shown == shown
+    loader.unenroll(pod.cgroup)
+    assert attached(pod.cgroup) == 0
+
+
+def test_a_link_of_another_type_is_put_right_before_it_gets_a_program(loader: Loader, pod: Pod) -> None:
+    """Two pins that somebody exchanged: a link update would take either program."""
+    loader.enroll(pod.cgroup, pod.netns)
+    loader.enrollment.close()
+    (links,) = loader.links.iterdir()
+    names = ("pykmesh_conn4", "pykmesh_conn6")
+    fds = [libbpf.obj_get(str(links / name)) for name in names]
+    for name in names:
+        (links / name).unlink()
+    for fd, name in zip(fds, reversed(names), strict=True):
+        libbpf.obj_pin(fd, str(links / name))
+        os.close(fd)
+    assert loader.again().adopt() == len(HOOKS)
+    for hook in HOOKS:
+        with libbpf.closing(libbpf.obj_get(str(links / hook.program))) as fd:
+            assert libbpf.link_info(fd)[2] == hook.attach_type
+        assert len(programs_at(pod.cgroup, hook.attach_type)) == 1
 
 
 def test_another_instance_that_enrols_at_the_same_moment_is_seen(
