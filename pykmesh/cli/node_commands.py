@@ -148,6 +148,7 @@ def _parse_settings(values: tuple[str, ...]) -> dict[str, str]:
 )
 @click.option("-d", "--detach", is_flag=True, help="Run behind; return when it is ready.")
 @click.option("--behind", is_flag=True, hidden=True)
+@click.option("--check", is_flag=True, hidden=True)
 @click.pass_obj
 def up(
     instance: Instance,
@@ -156,14 +157,16 @@ def up(
     settings: tuple[str, ...],
     detach: bool,
     behind: bool,
+    check: bool,
     free: bool,
     **values: Any,
 ) -> None:
     """Run the mesh on this node. Ending it (Ctrl-C, `pykmesh down`) leaves traffic as it is."""
     import msgspec
 
+    from pykmesh.contracts.settings import SettingsError
     from pykmesh.kernel.support import obstacle
-    from pykmesh.node.mesh import Options
+    from pykmesh.node.mesh import Options, check_settings
 
     options = Options(**values, settings=_parse_settings(settings))
     if (options.config_dir is None) == (not options.xds_address):
@@ -176,6 +179,12 @@ def up(
     if problem := obstacle(instance.pin_dir):
         raise Failure(problem)
     instance = msgspec.structs.replace(instance, ports=_parse_ports(ports, free=free))
+    try:
+        check_settings(instance, options)
+    except SettingsError as error:
+        raise Failure(str(error)) from error
+    if check:
+        return
     if detach:
         _detach(instance)
     else:

@@ -27,7 +27,7 @@ def upgrade(instance: Instance, output: str, *, dry_run: bool, roll_back: bool) 
 
     from pykmesh.kernel import hooks, upgrade
     from pykmesh.kernel.libbpf import KernelError
-    from pykmesh.node.upgrade import exchange
+    from pykmesh.node.upgrade import check, exchange
     from pykmesh.node.upgrade import roll_back as go_back
 
     try:
@@ -40,6 +40,11 @@ def upgrade(instance: Instance, output: str, *, dry_run: bool, roll_back: bool) 
             hooks.check_loads()
         except KernelError as error:
             problems.append(str(error))
+        if dry_run:
+            try:
+                check(instance)
+            except InstanceError as error:
+                problems.append(str(error))
         if problems and not dry_run:
             raise Failure(f"not begun: {'; '.join(problems)}")
         done: dict[str, Any] = {"maps": _moves(plan), "problems": problems}

@@ -28,6 +28,8 @@ NOT_READY: Final = "pykmesh: not ready"
 """How the line begins that it says instead at the deadline."""
 SAYING_S: Final = 10.0
 """So long after the deadline it has said either, also on a busy machine."""
+CHECK: Final = "--check"
+"""Tells `pykmesh up` to say what it would be refused for, and to do nothing."""
 FLAG: Final = "--behind"
 """Tells `pykmesh up` that it runs behind: its log is a file, and what it says is for who started it."""
 

@@ -12,9 +12,11 @@ from pykmesh.contracts.settings import (
     DnsProxySettings,
     LoaderSettings,
     MapWriterSettings,
+    SettingsError,
     TelemetrySettings,
     WaypointMgrSettings,
     XdsClientSettings,
+    load,
     to_environment,
 )
 from pykmesh.kernel.cgroups import find_root
@@ -89,6 +91,18 @@ def specs(instance: Instance, options: Options) -> list[Spec]:
     services = ((name, _service(instance, options, name)) for name in service_names(options))
     found += [_spec(instance, options, name, f"services.{name}", settings) for name, settings in services]
     return found
+
+
+def check_settings(instance: Instance, options: Options) -> None:
+    """SettingsError, naming the process, for what it would end by at once."""
+    found = {name: _service(instance, options, name) for name in service_names(options)}
+    if options.config_dir is not None:
+        found["control_plane"] = _control_plane(instance, options)
+    for name, settings in found.items():
+        try:
+            load(type(settings), {**to_environment(settings), **options.settings})
+        except SettingsError as error:
+            raise SettingsError(f"{name}: {error}") from error
 
 
 def _spec(instance: Instance, options: Options, name: str, module: str, settings: CommonSettings) -> Spec:

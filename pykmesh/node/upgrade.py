@@ -13,6 +13,7 @@ import fcntl
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import NoReturn, TypeVar
 import msgspec
 
 from pykmesh.node.behind import (
+    CHECK,
     FLAG,
     READY_DEADLINE,
     Behind,
@@ -102,10 +104,9 @@ def exchange(instance: Instance) -> Exchanged:
     began = time.monotonic()
     with _alone(instance), _undisturbed():
         before = supervised(instance)
-        if not Path(before.directory).is_dir():
-            raise InstanceError(f"{before.directory} is gone, in which instance {instance.name} was started")
         environment = of_this_release(before.environment)
         environment[READY_DEADLINE] = f"{ready_deadline_s():g}"
+        _check(before, environment)
         _write(instance.journal, before)
         try:
             _end(instance)
@@ -114,6 +115,30 @@ def exchange(instance: Instance) -> Exchanged:
             _start_again(instance, before, error)
     goes_back = before.release == _read(instance.previous, Release) and not _is_this(before.release)
     return Exchanged(behind.pid, round(time.monotonic() - began, 3), goes_back)
+
+
+def check(instance: Instance) -> None:
+    """InstanceError for what `exchange` would not begin for."""
+    before = supervised(instance)
+    _check(before, of_this_release(before.environment))
+
+
+def _check(before: Supervised, environment: dict[str, str]) -> None:
+    """Whether this release takes the words and settings that the one before was started with."""
+    if not Path(before.directory).is_dir():
+        raise InstanceError(f"{before.directory} is gone, in which the instance was started")
+    done = subprocess.run(
+        [sys.executable, "-m", "pykmesh", *before.arguments, CHECK],
+        cwd=before.directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["without a word"]
+        why = said[0].removeprefix("Error: ")
+        raise InstanceError(f"not begun: this release does not start as the one before: {why}")
 
 
 def settle(instance: Instance) -> None:

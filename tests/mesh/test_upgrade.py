@@ -181,6 +181,26 @@ def test_a_step_that_cannot_be_taken_is_refused_before_it_begins(upgrades: Upgra
         build(upgrades.other)
 
 
+def test_a_release_that_does_not_take_the_words_of_the_one_before_is_not_begun_with(
+    upgrades: Upgrades,
+) -> None:
+    pid, prober = upgrades.node.instance.pid, probe(upgrades.client, VIP, 80)
+    commands = upgrades.other / "pykmesh" / "cli" / "node_commands.py"
+    said = commands.read_text()
+    try:
+        commands.write_text(said.replace('"--config-dir",', '"--config-folder",'))
+        for words in ([], ["--dry-run"]):
+            refused = upgrades.upgrade(upgrades.other, *words, check=False)
+            assert refused.returncode == 1
+            told = "not begun: this release does not start as the one before: "
+            assert f"{told}No such option '--config-dir'" in refused.stdout + refused.stderr
+    finally:
+        commands.write_text(said)
+    assert upgrades.node.instance.pid == pid
+    counted = finish(prober)
+    assert counted["failed"] == 0, counted["errors"]
+
+
 def test_a_release_that_does_not_start_leaves_the_one_before(
     upgrades: Upgrades, monkeypatch: pytest.MonkeyPatch
 ) -> None:
