@@ -97,9 +97,13 @@ class Enrollment:
         cookies = {pod.cgroup_id: cookie for cookie, pod in self._pods.all().items()}
         for cgroup_id in self._held.without({each.cgroup_id for each in self._all_links()}):
             again = pins.cgroup_links(self._links, cgroup_id, cookies.get(cgroup_id))
-            again.path.mkdir()
-            hooks = self._held.pin_again(cgroup_id, again.path, HOOKS)
-            log.warning("hooks_pinned_again", cgroup_id=cgroup_id, hooks=hooks)
+            try:
+                again.path.mkdir()
+                hooks = self._held.pin_again(cgroup_id, again.path, HOOKS)
+            except OSError as error:  # it stays attached, and is tried again
+                log.warning("links_not_made_again", path=str(again.path), error=str(error))
+            else:
+                log.warning("hooks_pinned_again", cgroup_id=cgroup_id, hooks=hooks)
 
     def _sweep_one(self, links: CgroupLinks, path: Path | None) -> bool:
         """True when the cgroup is gone. Links decide where there are some: the root may hide their cgroup."""
@@ -154,6 +158,7 @@ class Enrollment:
 
         Raises EnrollmentError; then nothing has changed, or (a hook failed) the cgroup has no hooks.
         """
+        self._restore()
         cgroup_id, path = cgroups.id_of(cgroup_fd), self._path(cgroup_fd)
         before = self._links_of(cgroup_id)
         if before is None:
@@ -231,6 +236,7 @@ class Enrollment:
 
     def unenroll(self, cgroup_fd: int) -> None:
         """Raises EnrollmentError when it is not enrolled."""
+        self._restore()
         cgroup_id = cgroups.id_of(cgroup_fd)
         links = self._links_of(cgroup_id)
         if links is None:
@@ -249,7 +255,8 @@ class Enrollment:
             if each.netns_cookie is not None:
                 by_cookie[each.netns_cookie].add(each.cgroup_id)
         self._pods.settle(by_cookie)
-        self._held.keep({each.cgroup_id for each in self._all_links()})
+        there = {each.cgroup_id for each in self._all_links()}
+        self._held.keep(there | self._held.without(there))
         self.enrolled()
 
     def namespaces(self, cookies: Collection[int]) -> dict[int, int]:

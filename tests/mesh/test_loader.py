@@ -483,6 +483,9 @@ def test_a_pin_that_is_removed_detaches_nothing_and_is_made_again(loader: Loader
         pin.unlink()
     links.rmdir()
     shown = loader.enrollment.shown
+    other = container(pod, "other")
+    loader.enroll(other)  # which is no reason to let go
+    loader.unenroll(other)
     loader.enrollment.sweep()
     assert {pin.name: pinned.target(pin) for pin in links.iterdir()} == before
     assert loader.enrollment.shown == shown
