@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Container
+from collections.abc import Collection, Container
 from itertools import islice
 from typing import Any
 
@@ -16,8 +16,7 @@ from pykmesh.cli.output import age, output_option, show
 from pykmesh.node.instance import Instance, how_to_start
 
 STATUS_VERSION = 1
-POLICIES_NAMED = 3
-KINDS_NAMED = 3
+NAMED_MAX = 3
 """In a line of `status`; `-o json` has all."""
 _STATUS_COLUMNS = ("PROCESS", "VERSION", "READY", "RESTARTS", "WAITS FOR", "LAST SYNC", "ERRORS", "DETAIL")
 
@@ -141,6 +140,10 @@ def _status_row(
     )
 
 
+def _first(names: Collection[str]) -> str:
+    return ", ".join([*islice(names, NAMED_MAX), *(["…"] if len(names) > NAMED_MAX else [])])
+
+
 def _detail(name: str, process: dict[str, Any]) -> str:
     """Nothing of a process that has only just begun, and says nothing of its work yet."""
     if name == "xds_client" and "connected" in process:
@@ -151,8 +154,7 @@ def _detail(name: str, process: dict[str, Any]) -> str:
         policy = process["policy_not_enforced"]
         note = f", POLICY NOT ENFORCED for {policy} workloads" if policy else ""
         missing = process["policies_missing"]
-        named = [*islice(missing, POLICIES_NAMED), *(["…"] if len(missing) > POLICIES_NAMED else [])]
-        note += f", POLICY NOT SENT: {', '.join(named)}" if missing else ""
+        note += f", POLICY NOT SENT: {_first(missing)}" if missing else ""
         refused = f", {len(process['refused'])} refused" if process["refused"] else ""
         covered = [*process.get("services_covered", {}).values()]
         hidden = f", {covered[0]}{' …' if len(covered) > 1 else ''}" if covered else ""
@@ -171,8 +173,7 @@ def _detail(name: str, process: dict[str, Any]) -> str:
     if name == "control_plane" and "manifest_errors" in process:
         errors, kinds = process["manifest_errors"], process.get("kinds_ignored", [])
         wrong = f", {len(errors)} errors in the folder" if errors else ""
-        more = ", …" if len(kinds) > KINDS_NAMED else ""
-        unread = f", not read: {', '.join(kinds[:KINDS_NAMED])}{more}" if kinds else ""
+        unread = f", not read: {_first(kinds)}" if kinds else ""
         return f"{process['resources']} resources{wrong}{unread}"
     return ""
 

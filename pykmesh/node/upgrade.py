@@ -101,13 +101,13 @@ def exchange(instance: Instance) -> Exchanged:
 
     Or when nothing is there that it could take the place of, or another upgrade is under way.
     """
-    began = time.monotonic()
     with _alone(instance), _undisturbed():
         before = supervised(instance)
         environment = of_this_release(before.environment)
         environment[READY_DEADLINE] = f"{ready_deadline_s():g}"
         _check(before, environment)
         _write(instance.journal, before)
+        began = time.monotonic()
         try:
             _end(instance)
             behind = _start(instance, before, environment)

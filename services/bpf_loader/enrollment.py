@@ -94,8 +94,9 @@ class Enrollment:
 
     def _restore(self) -> None:
         """Directories of links that somebody removed: who is to be unenrolled is said to the loader."""
-        cookies = {pod.cgroup_id: cookie for cookie, pod in self._pods.all().items()}
-        for cgroup_id in self._held.without({each.cgroup_id for each in self._all_links()}):
+        gone = self._held.without({each.cgroup_id for each in self._all_links()})
+        cookies = {pod.cgroup_id: cookie for cookie, pod in self._pods.all().items()} if gone else {}
+        for cgroup_id in gone:
             again = pins.cgroup_links(self._links, cgroup_id, cookies.get(cgroup_id))
             try:
                 again.path.mkdir()
@@ -174,18 +175,14 @@ class Enrollment:
             log.warning("pod_without_namespace", cgroup=str(path), known=known, effect="flows have no source")
         try:
             self._attach_missing(cgroup_fd, links)
+            if before is None:  # another instance's loader may have looked at the same moment
+                self._check_free(path, but=cgroups.Standing(path, self._instance))
+        except EnrollmentError:
+            self._take_back(links)
+            raise
         except OSError as error:
             self._take_back(links)
             raise EnrollmentError(f"cgroup {path}: {error.strerror or error}") from error
-        if before is None:
-            try:
-                self._check_free(path, but=cgroups.Standing(path, self._instance))
-            except EnrollmentError:  # another instance's loader looked at the same moment
-                self._take_back(links)
-                raise
-            except OSError as error:
-                self._take_back(links)
-                raise EnrollmentError(f"cgroup {path}: {error.strerror or error}") from error
         self._held.hold(cgroup_id, links.path, HOOKS)
         log.info("cgroup_enrolled", cgroup=str(path), cgroup_id=cgroup_id)
         self._paths[cgroup_id] = path
@@ -250,13 +247,12 @@ class Enrollment:
 
     def _settle(self) -> None:
         """After any change: the pods' entries follow the names of the links, and so does what is shown."""
-        by_cookie = defaultdict(set)
-        for each in self._all_links():
+        by_cookie, found = defaultdict(set), self._all_links()
+        for each in found:
             if each.netns_cookie is not None:
                 by_cookie[each.netns_cookie].add(each.cgroup_id)
         self._pods.settle(by_cookie)
-        there = {each.cgroup_id for each in self._all_links()}
-        self._held.keep(there | self._held.without(there))
+        self._held.keep({each.cgroup_id for each in found})
         self.enrolled()
 
     def namespaces(self, cookies: Collection[int]) -> dict[int, int]:

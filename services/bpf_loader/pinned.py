@@ -61,12 +61,15 @@ class Held:
         }
 
     def keep(self, cgroup_ids: Collection[int]) -> None:
-        """These alone."""
-        for key in [key for key in self._fds if key[0] not in cgroup_ids]:
+        """These, and others whose links still stand: their pins are to be made again."""
+        kept = {*cgroup_ids, *self.without(cgroup_ids)}
+        for key in [key for key in self._fds if key[0] not in kept]:
             os.close(self._fds.pop(key))
 
     def close(self) -> None:
-        self.keep(())
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
 
 
 def is_attached(pin: Path) -> bool:

@@ -200,7 +200,7 @@ class MapWriter:
         """Fetches a snapshot, again and again until xds_client answers. The maps stay as they are."""
         self._runtime.readiness.wait_for("snapshot")
         while self._lost:
-            await self._drop_batches()
+            self._drop_batches()
             gc.disable()
             try:
                 change = await self.follower.resync(self._fetch)
@@ -219,7 +219,7 @@ class MapWriter:
             self._runtime.readiness.wait_for("control plane")
             await self.report()
 
-    async def _drop_batches(self) -> None:
+    def _drop_batches(self) -> None:
         """What was received until now is in a snapshot that is asked for now."""
         while True:
             try:

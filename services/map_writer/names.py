@@ -61,7 +61,7 @@ class Names:
 
     def changed(self, change: Change) -> Iterator[NamesChanged]:
         """What of it has another name than was told, in messages that the bus takes."""
-        places = list(self._told) if change.sweep else [p for p in change.touched.places if p in self._told]
+        places = [*(self._told if change.sweep else self._told.keys() & change.touched.places.keys())]
         before = [self._told[place] for place in places]
         now = [told._replace(name=self._workload(told.network, told.ip)) for told in before]
         self._told.update(zip(places, now, strict=True))

@@ -112,7 +112,7 @@ class Destinations:
             why = tls.obstacle(wanted, self._roots)
         if wanted is not None and not why and (why := tls.obstacle_for(wanted, protocol)):
             best = self._best(at)
-            if best is not None and not policies:
+            if best is not None:  # a policy says a name
                 self._nameless.setdefault(best.ref, {})[at.port] = why
         for each in policies:
             self._by_policy[each.by] = self._by_policy.get(each.by) or why

@@ -1,10 +1,11 @@
-"""Files of certificates that DestinationRules name (`caCertificates`), read again and again as they change.
+"""Files of certificates that DestinationRules name (`caCertificates`), and the system's: read as they change.
 
 What was good and cannot be read any more stays good; what never was is an error of that file alone.
 """
 
 from __future__ import annotations
 
+import math
 import ssl
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -39,7 +40,7 @@ class RootFiles:
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            with anyio.move_on_after(LOOK_S):
+            with anyio.move_on_after(LOOK_S if self._wanted else math.inf):
                 await self._asked.wait()
             self._asked = anyio.Event()
             before = self.roots
@@ -57,7 +58,7 @@ def _read(paths: frozenset[str], before: Roots) -> Roots:
     found, errors = dict[str, str](), dict[str, str]()
     for path in sorted(paths):
         try:
-            found[path] = _certificates(Path(path))
+            found[path] = _certificates(Path(path), before.found.get(path))
         except (OSError, ValueError) as error:
             errors[path] = f"{path}: {getattr(error, 'strerror', '') or error}"
             if path in before.found:
@@ -65,13 +66,15 @@ def _read(paths: frozenset[str], before: Roots) -> Roots:
     return Roots(found, errors)
 
 
-def _certificates(path: Path) -> str:
+def _certificates(path: Path, known: str | None) -> str:
     """ValueError for what is no PEM with certificates, OSError for what cannot be read."""
     with path.open("rb") as file:
         data = file.read(BYTES_MAX + 1)
     if len(data) > BYTES_MAX:
         raise ValueError(f"more than {BYTES_MAX} bytes")
     text = data.decode()
+    if text == known:
+        return known
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
     except ssl.SSLError as error:

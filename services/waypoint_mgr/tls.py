@@ -1,4 +1,4 @@
-"""TLS to endpoints, as a DestinationRule wants it (mode SIMPLE). Pure.
+"""TLS to endpoints, as a DestinationRule (mode SIMPLE) or a BackendTLSPolicy wants it. Pure.
 
 Who answers is checked, but where `insecureSkipVerify` says not to: by the roots that are named, else the
 system's, and by the names in `subjectAltNames`, else `sni`, else the host that a request is for. (Where `sni`

@@ -95,7 +95,9 @@ class Publisher:
 
     @property
     def refused_count(self) -> int:
-        return max(len(self.refused), self.report.refused_count if self.refused and self.report else 0)
+        """How many there are, named or not."""
+        refused = self.refused
+        return max(len(refused), self.report.refused_count) if refused and self.report else 0
 
     async def refused_of(self, names: Collection[str]) -> dict[str, str] | None:
         """Of these, what does not fit and which limit was met; None when map_writer does not say.
@@ -103,6 +105,8 @@ class Publisher:
         Where more do not fit than a report names, it is asked.
         """
         known = self.refused
+        if not known:
+            return {}
         if self.refused_count == len(known):
             return {name: known[name] for name in names if name in known}
         if not self.map_writer_is_there:

@@ -119,12 +119,22 @@ def test_where_the_object_does_not_load_the_one_for_old_kernels_does(
         pins.uninstall(pin_dir)
 
 
-def test_a_front_for_which_there_is_no_room_is_told_and_the_others_stay(tmp_path: Path) -> None:
-    pin_dir = tmp_path / "pins"
+@contextlib.contextmanager
+def programs_of(instance: str, pin_dir: Path, **sizes: int) -> Iterator[Programs]:
+    """Another instance's, with pins of their own."""
     pins.prepare(pin_dir)
     try:
-        settings = ProgramSettings("loader-full", 0, can_set_retval(), has_telemetry=False)
-        loaded = Programs(pins.maps_dir(pin_dir), {"flows": 65536, "fronts": 1, "listeners": 2}, settings)
+        settings = ProgramSettings(instance, 0, can_set_retval(), has_telemetry=False)
+        loaded = Programs(pins.maps_dir(pin_dir), {"flows": 65536, **sizes}, settings)
+        yield loaded
+        loaded.close()
+    finally:
+        pins.uninstall(pin_dir)
+
+
+def test_a_front_for_which_there_is_no_room_is_told_and_the_others_stay(tmp_path: Path) -> None:
+    pin_dir = tmp_path / "pins"
+    with programs_of("loader-full", pin_dir, fronts=1, listeners=2) as loaded:
         waypoints = Waypoints(pin_dir, loaded)
         with contextlib.ExitStack() as stack:
             sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
@@ -138,9 +148,6 @@ def test_a_front_for_which_there_is_no_room_is_told_and_the_others_stay(tmp_path
             assert waypoints.put_front(Front("10.0.0.1", 80, ports[:1]), []) == []
             waypoints.put_front(Front("10.0.0.1", 80), [])
             assert waypoints.put_front(Front("10.0.0.2", 80, ports[1:2]), []) == []
-        loaded.close()
-    finally:
-        pins.uninstall(pin_dir)
 
 
 @pytest.fixture
@@ -517,10 +524,7 @@ def test_another_instance_that_enrols_at_the_same_moment_is_seen(
 ) -> None:
     """Each looks before the other has attached anything: who looks again and finds the other gives way."""
     pin_dir = tmp_path / "pins"
-    pins.prepare(pin_dir)
-    try:
-        settings = ProgramSettings("loader-other", 0, can_set_retval(), has_telemetry=False)
-        other = Programs(pins.maps_dir(pin_dir), {"flows": 65536}, settings)
+    with programs_of("loader-other", pin_dir) as other:
         attach = pinned.attach_missing
 
         def other_first(directory: Path, hooks: Any, programs: Programs, fd: int) -> list[str]:
@@ -533,9 +537,6 @@ def test_another_instance_that_enrols_at_the_same_moment_is_seen(
             loader.enroll(pod.cgroup, pod.netns)
         assert (loader.names(), loader.pods()) == ([], {})
         assert attached(pod.cgroup) == len(HOOKS)
-        other.close()
-    finally:
-        pins.uninstall(pin_dir)
 
 
 def test_a_bpffs_that_takes_no_pin_is_told(tmp_path: Path) -> None:
