@@ -126,6 +126,8 @@ class Service(msgspec.Struct, frozen=True, gc=False):
     @property
     def places(self) -> tuple[tuple[str, Ip], ...]:
         """Where the maps hold it: its addresses, and its ranges as one address each."""
+        if not self.ranges:
+            return self.vips
         return self.vips + tuple([(found.own_network, found.ip) for found in self.ranges])
 
 
@@ -218,7 +220,7 @@ def _service(message: workload_pb2.ServiceOutline) -> Service:
         raise FieldError("service.namespace" if not namespace else "service.hostname", "empty")
     if families > Families.DUAL:
         raise FieldError("service.ip_families", f"{families} is not a valid Families")
-    mode, scopes, allows_unhealthy = _load_balancing[message.load_balancing]
+    mode, scopes, allows_unhealthy = load_balancing[message.load_balancing]
     vips = tuple(map(_vip, message.addresses))
     ranges: tuple[Range, ...] = ()
     if Range in map(type, vips):
@@ -229,8 +231,8 @@ def _service(message: workload_pb2.ServiceOutline) -> Service:
         hostname,
         cast("tuple[tuple[str, Ip], ...]", vips),
         ranges,
-        tuple(dict(map(_port.__getitem__, message.ports)).items()),
-        _FAMILIES[families],
+        tuple(dict(map(service_port.__getitem__, message.ports)).items()),
+        FAMILIES[families],
         mode,
         scopes,
         allows_unhealthy,
@@ -322,11 +324,11 @@ def _decode_port(data: bytes) -> tuple[int, int]:
 
 
 _ANY: Final = Selection()
-_FAMILIES: Final = tuple(Families)
+FAMILIES: Final = tuple(Families)
 _SCOPES: Final = range(1, 7)
 """istio.workload.LoadBalancing.Scope, without the unspecified one: it cannot be compared."""
-_load_balancing: Final = Remembered(_decode_load_balancing)
-_port: Final = Remembered(_decode_port)
+load_balancing: Final = Remembered(_decode_load_balancing)
+service_port: Final = Remembered(_decode_port)
 
 
 def _vip(message: workload_pb2.NetworkAddress) -> tuple[str, Ip] | Range:

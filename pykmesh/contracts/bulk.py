@@ -1,33 +1,39 @@
 """Many addresses decoded together: what `decode_address` says of each, several times as fast.
 
-Usual workloads are read from columns (`pykmesh.contracts.wire`); services, and whatever is rare or
-wrong, go through `decode_address` one by one, which knows what to say of them. Ordinary workloads, of
-which a large mesh is full, need no object each: they come in groups that differ in names and addresses.
+Usual workloads and services are read from columns (`pykmesh.contracts.wire`); whatever is rare or wrong
+goes through `decode_address` one by one, which knows what to say of it. Ordinary workloads, of which a
+large mesh is full, need no object each: they come in groups that differ in names and addresses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import compress, repeat
 from sys import intern
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from pykmesh.contracts.address import (
+    FAMILIES,
+    Families,
     FieldError,
     Remembered,
     Service,
     Workload,
     decode_address,
+    load_balancing,
     network_name,
+    service_port,
     service_ports,
     workload_waypoint,
 )
 from pykmesh.contracts.wire import Bools, Buffer, Fields, Spans, grouped, rows
-from pykmesh.kernel.records import IP_BYTES, V4_PREFIX
-from pykmesh.proto.workload_pb2 import AddressOutline
+from pykmesh.kernel.records import IP_BYTES, V4_PREFIX, Ip
+from pykmesh.proto.workload_pb2 import AddressOutline, NetworkAddress
+from pykmesh.proto.workload_pb2 import ServiceOutline as Its
 from pykmesh.proto.workload_pb2 import WorkloadOutline as Of
 
 FEWEST: Final = 16
@@ -43,16 +49,16 @@ _names: Final[Remembered[Any]] = Remembered(lambda data: intern(data.decode()))
 
 def decode_addresses(values: Sequence[bytes]) -> list[Service | Workload | FieldError]:
     """In the order of `values`; one that cannot be used is there as the error that says why."""
-    found: list[Service | Workload | FieldError] = _mixed(values, _workloads, decode_address)
+    found: list[Service | Workload | FieldError] = _mixed(values, _workloads, _services, decode_address)
     return found
 
 
 def names_of(values: Sequence[bytes]) -> list[str | FieldError]:
     """The name that each must have as a resource; for one that cannot be used the error that says why."""
-    return _mixed(values, _uids, _name)
+    return _mixed(values, _uids, _service_names, _name)
 
 
-class Group(NamedTuple):
+class Group(msgspec.Struct, frozen=True, gc=False):
     """Ordinary workloads, with all that they have in common."""
 
     service: str
@@ -89,6 +95,7 @@ class Ordinary:
         ordinary = _ordinary(fields)
         taken = np.zeros(len(values), np.bool_)
         taken[plain] = ordinary
+        which = taken.tolist()
         uid, address, entry, network, namespace = (
             fields.spans(number).where(ordinary)
             for number in (
@@ -106,9 +113,9 @@ class Ordinary:
         texts = map(buffer.parts, (entry, network, namespace))
         self._kinds += zip(*texts, (address.end - address.start).tolist(), strict=True)
         self.uids += uids
-        self.raws += compress(values, taken)
+        self.raws += compress(values, which)
         self._addresses.append(buffer.padded(address, V4_PREFIX + bytes(4)))
-        return taken.tolist()
+        return which
 
     def groups(self) -> Iterator[Group]:
         """Raises FieldError or ValueError when what a group has in common cannot be used."""
@@ -142,27 +149,36 @@ def _ordinary(fields: Fields) -> Bools:
     return found
 
 
+_Many = Callable[[Buffer, Fields, Sequence[bytes]], tuple[Bools, Sequence[_T]]]
+"""From messages of one kind: which are usual, and what is said of each; of others that does not count."""
+
+
 def _mixed(
     values: Sequence[bytes],
-    many: Callable[[Buffer, Fields, Iterable[bytes]], Sequence[_T]],
+    workloads: _Many[_T],
+    services: _Many[_T],
     one: Callable[[bytes], _T],
 ) -> list[_T | FieldError]:
-    """Usual workloads by `many`, everything else by `one`."""
-    if len(values) < FEWEST:
-        return [_or_error(one, value) for value in values]
-    buffer = Buffer(values)
-    outer = buffer.fields(buffer.spans)
-    plain = outer.only(AddressOutline.WORKLOAD_FIELD_NUMBER)
-    fields = buffer.fields(outer.spans(AddressOutline.WORKLOAD_FIELD_NUMBER).where(plain))
-    try:
-        found = many(buffer, fields, compress(values, plain))
-    except (ValueError, FieldError):
-        return [_or_error(one, value) for value in values]
-    plain[plain] = usual = _usual(fields)
-    usual_ones = compress(found, usual)
+    """Usual ones many at a time, everything else by `one`."""
+    found: list[_T | FieldError | None] = [None] * len(values)
+    if len(values) >= FEWEST:
+        buffer = Buffer(values)
+        outer = buffer.fields(buffer.spans)
+        kinds = (
+            (AddressOutline.WORKLOAD_FIELD_NUMBER, workloads),
+            (AddressOutline.SERVICE_FIELD_NUMBER, services),
+        )
+        for kind, many in kinds:
+            which = np.flatnonzero(outer.only(kind))
+            fields = buffer.fields(outer.spans(kind).where(which))
+            try:
+                usual, read = many(buffer, fields, [values[index] for index in which.tolist()])
+            except (ValueError, FieldError):
+                continue
+            for index, each in zip(which[usual].tolist(), compress(read, usual.tolist()), strict=True):
+                found[index] = each
     return [
-        next(usual_ones) if is_plain else _or_error(one, value)
-        for value, is_plain in zip(values, plain.tolist(), strict=True)
+        _or_error(one, value) if each is None else each for each, value in zip(found, values, strict=True)
     ]
 
 
@@ -178,7 +194,7 @@ def _name(value: bytes) -> str:
     return found.uid if isinstance(found, Workload) else found.name
 
 
-def _workloads(buffer: Buffer, fields: Fields, raws: Iterable[bytes]) -> list[Workload]:
+def _workloads(buffer: Buffer, fields: Fields, raws: Sequence[bytes]) -> tuple[Bools, list[Workload]]:
     """As `decode_address` reads them, but for its checks. Raises what the texts in them raise."""
     waypoint_counts = fields.repeated(Of.WAYPOINT_FIELD_NUMBER)[0].tolist()
     waypoints = [
@@ -190,7 +206,7 @@ def _workloads(buffer: Buffer, fields: Fields, raws: Iterable[bytes]) -> list[Wo
     address_counts, addresses = fields.repeated(Of.ADDRESSES_FIELD_NUMBER)
     service_counts, services = fields.repeated(Of.SERVICES_FIELD_NUMBER)
     policy_counts, policies = fields.repeated(Of.AUTHORIZATION_POLICIES_FIELD_NUMBER)
-    return list(
+    return _usual(fields), list(
         map(
             Workload,
             map(bytes.decode, buffer.parts(fields.spans(Of.UID_FIELD_NUMBER))),
@@ -209,7 +225,7 @@ def _workloads(buffer: Buffer, fields: Fields, raws: Iterable[bytes]) -> list[Wo
     )
 
 
-def _uids(buffer: Buffer, fields: Fields, _: Iterable[bytes]) -> list[str]:
+def _uids(buffer: Buffer, fields: Fields, _: Sequence[bytes]) -> tuple[Bools, list[str]]:
     """What `_workloads` reads is read here too, for its errors; much of it is the same in all."""
     texts: tuple[tuple[Remembered[Any], Spans], ...] = (
         (_networks, fields.spans(Of.NETWORK_FIELD_NUMBER)),
@@ -219,9 +235,62 @@ def _uids(buffer: Buffer, fields: Fields, _: Iterable[bytes]) -> list[str]:
         (_waypoints, fields.repeated(Of.WAYPOINT_FIELD_NUMBER)[1]),
     )
     for remembered, spans in texts:
-        for part in set(buffer.parts(spans)):
+        for part in buffer.distinct(spans):
             _ = remembered[part]
-    return list(map(bytes.decode, buffer.parts(fields.spans(Of.UID_FIELD_NUMBER))))
+    return _usual(fields), list(map(bytes.decode, buffer.parts(fields.spans(Of.UID_FIELD_NUMBER))))
+
+
+def _services(buffer: Buffer, fields: Fields, _: Sequence[bytes]) -> tuple[Bools, list[Service]]:
+    """As `decode_address` reads them, but for its checks. Raises what the texts in them raise."""
+    namespace, hostname = fields.spans(Its.NAMESPACE_FIELD_NUMBER), fields.spans(Its.HOSTNAME_FIELD_NUMBER)
+    families, visibility = (
+        fields.numbers(Its.IP_FAMILIES_FIELD_NUMBER),
+        fields.numbers(Its.VISIBILITY_FIELD_NUMBER),
+    )
+    usual = ~fields.odd & (families <= Families.DUAL) & (visibility <= 1)
+    usual &= (namespace.end > namespace.start) & (hostname.end > hostname.start)
+    for field in (Its.NAMESPACE_FIELD_NUMBER, Its.HOSTNAME_FIELD_NUMBER, Its.LOAD_BALANCING_FIELD_NUMBER):
+        usual &= fields.counts(field) <= 1
+    for field in (
+        Its.WAYPOINT_FIELD_NUMBER,
+        Its.WEIGHTED_WAYPOINTS_FIELD_NUMBER,
+        Its.EXTENSIONS_FIELD_NUMBER,
+    ):
+        usual &= fields.counts(field) == 0
+    vip_counts, vips = fields.repeated(Its.ADDRESSES_FIELD_NUMBER)
+    within = buffer.fields(vips)
+    address = within.spans(NetworkAddress.ADDRESS_FIELD_NUMBER)
+    lengths = address.end - address.start
+    rare = within.odd | within.has(NetworkAddress.LENGTH_FIELD_NUMBER) | ((lengths != 4) & (lengths != 16))
+    rare |= within.counts(NetworkAddress.ADDRESS_FIELD_NUMBER) > 1
+    rare |= within.counts(NetworkAddress.NETWORK_FIELD_NUMBER) > 1
+    usual[np.repeat(np.arange(len(usual)), vip_counts)[rare]] = False
+    networks = map(_networks.__getitem__, buffer.parts(within.spans(NetworkAddress.NETWORK_FIELD_NUMBER)))
+    pairs = zip(networks, map(Ip, rows(buffer.padded(address, V4_PREFIX + bytes(4)))), strict=True)
+    port_counts, ports = fields.repeated(Its.PORTS_FIELD_NUMBER)
+    read = zip(
+        map(bytes.decode, buffer.parts(namespace)),
+        map(bytes.decode, buffer.parts(hostname)),
+        grouped(vip_counts, pairs),
+        grouped(port_counts, map(service_port.__getitem__, buffer.parts(ports))),
+        np.where(usual, families, 0).tolist(),
+        map(load_balancing.__getitem__, buffer.parts(fields.spans(Its.LOAD_BALANCING_FIELD_NUMBER))),
+        (fields.numbers(Its.CANONICAL_FIELD_NUMBER) > 0).tolist(),
+        (visibility > 0).tolist(),
+        strict=False,
+    )
+    return usual, [
+        Service(
+            f"{space}/{host}", host, addresses, (), at if len(at) < 2 else tuple(dict(at).items()),
+            FAMILIES[family], mode, scopes, allows_unhealthy, (), canonical, hidden,
+        )
+        for space, host, addresses, at, family, (mode, scopes, allows_unhealthy), canonical, hidden in read
+    ]  # fmt: skip
+
+
+def _service_names(buffer: Buffer, fields: Fields, raws: Sequence[bytes]) -> tuple[Bools, list[str]]:
+    usual, services = _services(buffer, fields, raws)
+    return usual, [service.name for service in services]
 
 
 def _usual(fields: Fields) -> Bools:

@@ -32,7 +32,7 @@ class Spans(NamedTuple):
     start: Ints
     end: Ints
 
-    def where(self, which: Bools) -> Spans:
+    def where(self, which: Bools | Ints) -> Spans:
         return Spans(self.start[which], self.end[which])
 
 
@@ -74,7 +74,18 @@ class Buffer:
 
     def parts(self, spans: Spans) -> Iterator[bytes]:
         """What is at each span."""
+        if not (spans.end > spans.start).any():
+            return repeat(b"", len(spans.start))
         return map(self.bytes.__getitem__, map(slice, spans.start.tolist(), spans.end.tolist()))
+
+    def distinct(self, spans: Spans) -> set[bytes]:
+        """What is at these spans, each once; often all say the same."""
+        lengths = spans.end - spans.start
+        if len(lengths) and (lengths == lengths[0]).all():
+            each = self._array[spans.start[:, None] + np.arange(lengths[0])]
+            if (each == each[0]).all():
+                return {each[0].tobytes()}
+        return set(self.parts(spans))
 
     def padded(self, spans: Spans, prefix: bytes) -> npt.NDArray[np.uint8]:
         """A row for each span: its last bytes, with as much of `prefix` before them as fills the row."""
@@ -140,6 +151,12 @@ class Fields:
     def counts(self, field: int) -> Ints:
         """How many of a string, bytes or message each has."""
         return np.bincount(self._rows[self._tags == (field << 3 | _BYTES)], minlength=len(self.odd))
+
+    def has(self, field: int) -> Bools:
+        """Which messages have a varint of this number, be it 0."""
+        found = np.zeros(len(self.odd), np.bool_)
+        found[self._rows[self._tags == (field << 3 | _VARINT)]] = True
+        return found
 
     def only(self, field: int) -> Bools:
         """Which messages are this one string, bytes or message, once, and nothing else."""

@@ -12,6 +12,9 @@ from functools import cache, partial
 from math import lcm
 from typing import Final, NamedTuple
 
+import msgspec
+from msgspec.structs import replace
+
 from pykmesh.contracts.address import (
     Families,
     Mode,
@@ -49,7 +52,7 @@ NO_FLAG: Final = ServiceFlag(0)
 _BY_WAYPOINT: Final = 1
 
 
-class PortId(NamedTuple):
+class PortId(msgspec.Struct, frozen=True, gc=False):
     """Names a list of endpoints; its id in the maps is a hash of this, whose lowest bit is `by_waypoint`.
 
     A list has instances of a waypoint or endpoints, never both in turn: programs take what is in it for
@@ -72,7 +75,7 @@ def other_way(list_id: int) -> int:
     return list_id ^ _BY_WAYPOINT
 
 
-class Frontend(NamedTuple):
+class Frontend(msgspec.Struct, frozen=True, gc=False):
     """An entry of `services`, but for the number of endpoints, which the list decides."""
 
     list_id: int
@@ -83,7 +86,7 @@ class Frontend(NamedTuple):
     """It changes when what some namespaces see there instead is written."""
 
 
-class DesiredService(NamedTuple):
+class DesiredService(msgspec.Struct, frozen=True, gc=False):
     """`lists` maps list ids to endpoint values (each with the workload it comes from).
 
     `weights` has all values of the lists whose endpoints differ in weight, and none of others.
@@ -186,7 +189,7 @@ def _add_ports_by_waypoint(
 ) -> None:
     """All ports lead to the instances of the waypoint, or of several by their weights."""
     verdict, endpoints = _by_waypoint(mesh, service.waypoints, rules, found.weights)
-    seen = [vip._replace(flags=vip.flags | ServiceFlag.WAYPOINT, affinity_s=0) for vip in vips]
+    seen = [replace(vip, flags=vip.flags | ServiceFlag.WAYPOINT, affinity_s=0) for vip in vips]
     for port, _ in service.ports:
         _add_port(found, service.name, port, 0, seen, verdict, endpoints, by_waypoint=True)
 
@@ -261,19 +264,19 @@ def _add_port(
     *,
     by_waypoint: bool = False,
 ) -> None:
-    port4, port6 = (PortId(name, port, family, by_waypoint) for family in (4, 6))
-    id4, id6 = port4.id, port6.id
+    port4, port6 = PortId(name, port, 4, by_waypoint), PortId(name, port, 6, by_waypoint)
+    id4, id6, port_field = port4.id, port6.id, port_bytes(port)
     list4, list6 = endpoints(port, target, id4, id6)
-    for network, ip, flags, affinity_s, waits in vips:
-        is_4 = is_v4(ip) or (bool(list4) and not list6)
+    for vip in vips:
+        is_4 = is_v4(vip.ip) or (bool(list4) and not list6)
         list_id = id4 if is_4 else id6
         found.ports[list_id] = port4 if is_4 else port6
         found.lists[list_id] = list4 if is_4 else list6
-        key = SERVICE_KEY.pack(ip, network_id(network), port_bytes(port))
-        found.frontends[key] = Frontend(list_id, verdict, flags, affinity_s, waits)
+        key = SERVICE_KEY.pack(vip.ip, network_id(vip.network), port_field)
+        found.frontends[key] = Frontend(list_id, verdict, vip.flags, vip.affinity_s, vip.waits)
 
 
-class Vip(NamedTuple):
+class Vip(msgspec.Struct, frozen=True, gc=False):
     """An address at which a service is reached."""
 
     network: str

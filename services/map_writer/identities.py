@@ -118,10 +118,11 @@ class Identities:
     def follow(self, mesh: Mesh, change: Change) -> None:
         """After the mesh has changed."""
         self._mesh = mesh
+        touched = set(change.touched.among(self._places | self._inherited.keys()))
         for place, before in list(self._inherited.items()):
-            if self._said_at(place) != before if change.sweep else place in change.touched.places:
+            if self._said_at(place) != before if change.sweep else place in touched:
                 del self._inherited[place]
-        if change.sweep or not self._places.isdisjoint(change.touched.places):
+        if change.sweep or not self._places.isdisjoint(touched):
             self._say()
 
     def _said_at(self, place: Place) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from msgspec.structs import replace
+
 from pykmesh.contracts.address import Service, Workload, workload_message
 from pykmesh.contracts.waypoints import HANDOFF_PORT
 from pykmesh.kernel.records import ip_to_text, is_v4
@@ -72,7 +74,7 @@ def members(mesh: Mesh, owners: Mapping[int, PortId], rules: Rules, list_id: int
     used = set(desired_service(mesh, service.name, rules).lists.get(list_id, {}).values())
     waypoints = list(filter(None, map(mesh.service_of, service.waypoints)))
     if waypoints:
-        owner, service = owner._replace(port=HANDOFF_PORT), waypoints[0]
+        owner, service = replace(owner, port=HANDOFF_PORT), waypoints[0]
     return {
         "service": " and ".join(f"waypoint {each.name}" for each in waypoints) or service.name,
         "port": owner.port,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import cache
 from heapq import heapify, heappop, heappush
 from itertools import chain
@@ -72,12 +72,27 @@ class Touched:
     def __init__(self) -> None:
         self.services: dict[str, None] = {}
         self.places: dict[Place, None] = {}
+        self.new_pods: list[Place] = []
+        """Addresses that were no workload's, and are an ordinary one's now.
+
+        But for those in `places` nothing else was said of them in the same response.
+        """
         self.policies = False
         """Policies changed: with them, where they decide anything, everything."""
 
     def add(self, services: Iterable[str], places: Iterable[Place]) -> None:
         self.services.update(dict.fromkeys(services))
         self.places.update(dict.fromkeys(places))
+
+    def among(self, places: Container[Place]) -> list[Place]:
+        """Which of these addresses are touched."""
+        return [place for place in chain(self.places, self.new_pods) if place in places] if places else []
+
+    def only_new(self) -> list[Place]:
+        """`new_pods` of which nothing else was said."""
+        if self.places.keys().isdisjoint(self.new_pods):
+            return self.new_pods
+        return [place for place in self.new_pods if place not in self.places]
 
 
 class Mesh:
@@ -168,8 +183,9 @@ class Mesh:
                     self.put(uid, _decode(raw), touched)
                 continue
             self.workloads.update(zip(group.uids, group.raws, strict=True))
-            for raw in group.raws:
-                self._learn_where(raw, touched)
+            if self._on_this_node and self._on_this_node in b"".join(group.raws):
+                for raw in group.raws:
+                    self._learn_where(raw, touched)
             self._without_policies[group.namespace] += len(group.uids)
             if group.service in self._members:
                 self._members[group.service].update(dict.fromkeys(group.uids))
@@ -181,11 +197,12 @@ class Mesh:
     def _own_all(self, group: Group, touched: Touched) -> None:
         rest, ips = _rest_of_key(group.network), group.addresses
         places = [Place(ips[at : at + IP_BYTES] + rest) for at in range(0, len(ips), IP_BYTES)]
-        touched.places.update(dict.fromkeys(places))
         owned = dict(zip(places, group.uids, strict=True))
         if len(owned) == len(places) and self.pod_owners.keys().isdisjoint(owned):
             self.pod_owners.update(owned)
+            touched.new_pods += places
             return
+        touched.places.update(dict.fromkeys(places))
         for place, uid in zip(places, group.uids, strict=True):
             self._touch_by_waypoint(place, touched)
             _own(self.pod_owners, place, uid)
@@ -261,7 +278,8 @@ class Mesh:
             self.ranked[name] = None
         for reference in _references(service.waypoints):
             self._waypoint_users[reference][name] = None
-        touched.add(self.waypoint_users(service), ())
+        if self._waypoint_users:
+            touched.add(self.waypoint_users(service), ())
         for found in service.ranges:
             self._ranges.add(found, name)
             self._range_at[place_of(found.own_network, found.ip)] = found
@@ -274,7 +292,8 @@ class Mesh:
             touched.places[place] = None
             if place not in self._range_at:
                 self._set_views(network, ip, touched)
-        self._set_views_around(service, touched)
+        if service.ranges:
+            self._set_views_around(service, touched)
 
     def _set_views_around(self, service: Service, touched: Touched) -> None:
         """A range in another one decides whether that one's namespace needs a view of it.
@@ -300,10 +319,9 @@ class Mesh:
 
     def waypoint_users(self, waypoint: Service) -> Iterator[str]:
         """The services and workloads whose traffic goes by way of this one."""
-        if self._waypoint_users:
-            yield from self._waypoint_users.get(waypoint.name, ())
-            for vip in waypoint.vips:
-                yield from self._waypoint_users.get(place_of(*vip), ())
+        yield from self._waypoint_users.get(waypoint.name, ())
+        for vip in waypoint.vips:
+            yield from self._waypoint_users.get(place_of(*vip), ())
 
     def touch_waypoint_users(self, touched: Touched) -> None:
         """Whose waypoint has changed, or an instance of it, has changed."""
@@ -334,7 +352,8 @@ class Mesh:
         self.ranked.pop(name, None)
         for reference in {*_references(service.waypoints)}:
             _drop(self._waypoint_users, reference, name)
-        touched.add(self.waypoint_users(service), ())
+        if self._waypoint_users:
+            touched.add(self.waypoint_users(service), ())
         for found in service.ranges:
             self._ranges.remove(found, name)
         for network, ip in service.places:
@@ -347,7 +366,8 @@ class Mesh:
             touched.places[place] = None
             if place not in self._range_at:
                 self._set_views(network, ip, touched)
-        self._set_views_around(service, touched)
+        if service.ranges:
+            self._set_views_around(service, touched)
         for found in service.ranges:
             if not self._ranges.owners(found):
                 self._range_at.pop(place_of(found.own_network, found.ip), None)
@@ -399,7 +419,7 @@ class Mesh:
         return {ns for ns in map(_namespace, self._ranges.owners(found)) if longer - {ns}}
 
     def _touch_rivals(self, place: Place, touched: Touched) -> None:
-        touched.add(_owners(self.vip_owners, place), ())
+        touched.services.update(dict.fromkeys(_owners(self.vip_owners, place)))
 
     def put_policy(self, policy: Policy, touched: Touched) -> None:
         if self.policies.get(policy.name) != policy:

@@ -61,7 +61,7 @@ class Names:
 
     def changed(self, change: Change) -> Iterator[NamesChanged]:
         """What of it has another name than was told, in messages that the bus takes."""
-        places = [*(self._told if change.sweep else self._told.keys() & change.touched.places.keys())]
+        places = [*(self._told if change.sweep else dict.fromkeys(change.touched.among(self._told)))]
         before = [self._told[place] for place in places]
         now = [told._replace(name=self._workload(told.network, told.ip)) for told in before]
         self._told.update(zip(places, now, strict=True))

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 
 import anyio
 import anyio.to_thread
+from msgspec.structs import astuple
 
 from pykmesh.admin import Admin, Page, Query, as_json
 from pykmesh.contracts.address import Mode, Service, Workload, workload_message
@@ -63,7 +64,7 @@ class Inspection:
         self._turn = anyio.Lock()
 
     def add_pages(self, admin: Admin) -> None:
-        admin.page("/ids", lambda: {str(k): [*v] for k, v in self._planner().owner_of_list.items()})
+        admin.page("/ids", lambda: {str(k): astuple(v) for k, v in self._planner().owner_of_list.items()})
         for path, look in (
             ("/services", _services),
             ("/workloads", _workloads),

@@ -21,13 +21,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from typing import Final, NamedTuple, TypeVar
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from pykmesh.kernel.layout import Reason, Switch
 from pykmesh.kernel.records import (
     ADDRESS_KEY,
     ENDPOINT_KEY,
+    ENDPOINT_SLOT,
     RANGE_VALUE,
     SERVICE_VALUE,
     SWITCH_KEY,
@@ -67,7 +71,7 @@ class Limits(NamedTuple):
     ranges: int = 16_384
 
 
-class Claim(NamedTuple):
+class Claim(Struct, frozen=True, gc=False):
     """What a service has in the maps: keys of `services`, ids of lists."""
 
     keys: frozenset[bytes] = frozenset()
@@ -120,7 +124,7 @@ class Held:
 
 
 class _Batches:
-    """Entries collected for each step of the order above."""
+    """Entries collected for each step of the order above; each string of bytes is one or several of them."""
 
     def __init__(self) -> None:
         self.entries: dict[tuple[int, str], tuple[list[bytes], list[bytes]]] = {}
@@ -218,6 +222,7 @@ class Planner:
         yield from self._plan_services(mesh, touched.services, batches)
         for name, claim in before.items():
             self._drop(name, claim, batches)
+        yield from self._plan_new_pods(mesh, touched, batches)
         yield from self._plan_addresses(mesh, touched.places, batches)
         yield from batches.steps(_LEAVE_VIEWS)
 
@@ -271,7 +276,7 @@ class Planner:
     def _plan_services(self, mesh: Mesh, names: Iterable[str], batches: _Batches) -> Iterator[Step]:
         for name in names:
             self._plan_service(mesh, name, batches)
-            if len(batches.of(_UNNAMED, "endpoints")[0]) >= STEP_ENTRIES:
+            if len(batches.of(_UNNAMED, "endpoints")[1]) >= STEP_ENTRIES:
                 yield from batches.steps(_UNNAMED)
 
     def _plan_service(self, mesh: Mesh, name: str, batches: _Batches) -> None:
@@ -285,7 +290,7 @@ class Planner:
             self._plan_list(list_id, values, wanted, batches, refused)
         for key, frontend in wanted.frontends.items():
             if wanted.lists[frontend.list_id] and not self.held.lists.get(frontend.list_id):
-                nothing_fits = frontend._replace(verdict=Reason.NO_ROOM)
+                nothing_fits = replace(frontend, verdict=Reason.NO_ROOM)
                 self._plan_port(name, key, nothing_fits, batches, refused)
             else:
                 self._plan_port(name, key, frontend, batches, refused)
@@ -331,8 +336,9 @@ class Planner:
         rank = _UNNAMED if not before else _FILL if len(after) < len(before) else _ENDPOINTS
         keys, values = batches.of(rank, "endpoints")
         first = len(before)
-        keys.extend([ENDPOINT_KEY.pack(list_id, slot) for slot in range(first, len(after))])
-        values.extend(after[first:])
+        if len(after) > first:
+            keys.append(_slot_keys(list_id, first, len(after)))
+            values.extend(after[first:])
         for slot, (old, new) in enumerate(zip(before, after, strict=False)):
             if old != new:
                 keys.append(ENDPOINT_KEY.pack(list_id, slot))
@@ -410,14 +416,26 @@ class Planner:
         yield from batches.steps(_RAISE)
         left = iter(places)
         while many := list(islice(left, MANY_PLACES)):
-            if not self._plan_pods(mesh, many, batches):
+            if not (mesh.are_plainly_pods(many) and self._plan_pods(many, batches)):
                 for place in many:
                     self._plan_address(mesh, place, crowded, batches)
             if len(batches.of(_ADDRESSES, "addresses")[0]) >= STEP_ENTRIES:
                 yield from batches.steps(_ADDRESSES)
 
-    def _plan_pods(self, mesh: Mesh, places: list[Place], batches: _Batches) -> bool:
-        """Plans many together. False, and nothing is planned, unless all are ordinary pods' and fit."""
+    def _plan_new_pods(self, mesh: Mesh, touched: Touched, batches: _Batches) -> Iterator[Step]:
+        """What cannot be planned so is left among the other addresses."""
+        places = touched.only_new()
+        if mesh.view_namespaces:
+            touched.add((), places)
+            return
+        for first in range(0, len(places), STEP_ENTRIES):
+            yield from batches.steps(_ADDRESSES)
+            many = places[first : first + STEP_ENTRIES]
+            if not self._plan_pods(many, batches):
+                touched.add((), many)
+
+    def _plan_pods(self, places: list[Place], batches: _Batches) -> bool:
+        """Plans addresses that are ordinary pods'. False, and nothing is planned, unless all fit."""
         held = self.held.addresses
         known = set(map(held.get, places))
         if (
@@ -425,7 +443,6 @@ class Planner:
             or self._rules.refuse_unenforced_policy
             or self._refused_places
             or len(held) + self._leaving["addresses"] + len(places) > self._limits.addresses
-            or not mesh.are_plainly_pods(places)
             or not self.held.ranges.keys().isdisjoint(places)
         ):
             return False
@@ -433,7 +450,7 @@ class Planner:
         held.update(dict.fromkeys(new, PLAIN_WORKLOAD))
         keys, values = batches.of(_ADDRESSES, "addresses")
         keys += new
-        values += [place + PLAIN_WORKLOAD for place in new]
+        values.append(b"".join(chain.from_iterable(zip(new, repeat(PLAIN_WORKLOAD)))))
         return True
 
     def _plan_address(self, mesh: Mesh, place: Place, crowded: Container[str], batches: _Batches) -> None:
@@ -479,10 +496,24 @@ class Planner:
             batches.remove(_DROP_VIEW_RANGES if is_view(place) else _DROP_RANGES, "ranges", key)
 
 
+_slots: list[bytes] = []
+"""What ends the keys of slots 0, 1, ..."""
+
+
+def _slot_keys(list_id: int, first: int, end: int) -> bytes:
+    """Keys of the slots from `first` to before `end`, one after the other."""
+    while len(_slots) < end:
+        _slots.append(ENDPOINT_KEY.pack(0, len(_slots))[ENDPOINT_SLOT:])
+    head = ENDPOINT_KEY.pack(list_id, 0)[:ENDPOINT_SLOT]
+    return head + head.join(_slots[first:end])
+
+
 def _service_value(key: bytes, length: int, frontend: Frontend) -> bytes:
     """A value begins with its key."""
-    list_id, verdict, flags, affinity_s, _ = frontend
-    return key + SERVICE_VALUE.pack(list_id, length, verdict, flags, affinity_s)[len(key) :]
+    packed = SERVICE_VALUE.pack(
+        frontend.list_id, length, frontend.verdict, frontend.flags, frontend.affinity_s
+    )
+    return key + packed[len(key) :]
 
 
 def _set_or_drop(index: dict[_K, dict[str, str]], key: _K, refused: dict[str, str]) -> None:

@@ -8,6 +8,7 @@ response counts even when it is empty (envoy xds_protocol, and what istiod insis
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Final
 
 from google.protobuf.message import DecodeError
@@ -98,7 +99,6 @@ class Reading:
         names, values = found.names, found.values
         faults = self._faults(found)
         errors = _check(self.type, names, values)
-        self.names.update(dict.fromkeys(names))
         upserts = list(zip(names, map(Held, found.versions, values), strict=True))
         if not faults and not any(errors):
             return upserts
@@ -112,19 +112,20 @@ class Reading:
         return good
 
     def _faults(self, found: Unwrapped) -> dict[int, FieldError]:
-        """What is wrong with the wrapping, by index."""
+        """What is wrong with the wrapping, by index. Takes the names."""
         names, urls, values = found.names, found.type_urls, found.values
+        before = len(self.names)
+        self.names.update(dict.fromkeys(names))
         if (
             not found.broken
-            and all(names)
-            and len(set(names)) == len(names)
-            and self.names.keys().isdisjoint(names)
+            and "" not in self.names
+            and len(self.names) == before + len(names)
             and set(urls) <= {self.type_url}
             and max(map(len, values), default=0) <= RESOURCE_BYTES_MAX
         ):
             return {}
         faults: dict[int, FieldError] = {}
-        seen = set(self.names)
+        seen = set(islice(self.names, before))
         for index, (name, url, value) in enumerate(zip(names, urls, values, strict=True)):
             if index in found.broken:
                 faults[index] = FieldError("", found.broken[index])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from google.protobuf.message import DecodeError
 
 from pykmesh.contracts.bulk import FEWEST
-from pykmesh.contracts.wire import Buffer
+from pykmesh.contracts.wire import Buffer, Spans
 from pykmesh.proto.discovery_pb2 import Resource
 
 _ANY_TYPE_URL, _ANY_VALUE = 1, 2
@@ -61,9 +61,17 @@ def _by_columns(resources: Sequence[bytes]) -> Unwrapped | None:
         return Unwrapped(
             list(map(bytes.decode, buffer.parts(outer.spans(Resource.NAME_FIELD_NUMBER)))),
             list(map(bytes.decode, buffer.parts(outer.spans(Resource.VERSION_FIELD_NUMBER)))),
-            list(map(bytes.decode, buffer.parts(inner.spans(_ANY_TYPE_URL)))),
+            _texts(buffer, inner.spans(_ANY_TYPE_URL)),
             list(buffer.parts(inner.spans(_ANY_VALUE))),
             {},
         )
     except UnicodeDecodeError:
         return None
+
+
+def _texts(buffer: Buffer, spans: Spans) -> list[str]:
+    """Where all may be the same."""
+    found = buffer.distinct(spans)
+    if len(found) == 1:
+        return [found.pop().decode()] * len(spans.start)
+    return list(map(bytes.decode, buffer.parts(spans)))

@@ -70,7 +70,7 @@ class Store:
         before = self.rejected[kind]
         if is_whole:
             before.clear()
-        for name in before.keys() & set(named):
+        for name in before.keys() & named if before else ():
             del before[name]
         before.update(rejected)
         for name in list(before)[:-REJECTED_KEPT]:

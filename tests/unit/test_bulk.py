@@ -45,9 +45,36 @@ def workloads(draw: st.DrawFn) -> Address:
 
 
 @st.composite
+def services(draw: st.DrawFn) -> Address:
+    found = Address()
+    service = found.service
+    service.name, service.namespace, service.hostname = draw(TEXT), draw(TEXT), draw(TEXT)
+    for ip in draw(st.lists(IPS, max_size=3)):
+        vip = service.addresses.add(address=ip, network=draw(TEXT))
+        if draw(st.integers(0, 3)) == 0:
+            vip.length = draw(st.integers(0, 130))
+    for service_port, target_port in draw(PORTS) * draw(st.integers(1, 2)):
+        service.ports.add(service_port=service_port, target_port=target_port)
+    service.ip_families, service.visibility = draw(st.integers(0, 5)), draw(NUMBERS)
+    service.canonical = draw(st.booleans())
+    if draw(st.booleans()):
+        service.load_balancing.mode = draw(st.integers(0, 4))
+        service.load_balancing.routing_preference.extend(draw(st.lists(st.integers(0, 7), max_size=2)))
+        service.load_balancing.health_policy = draw(NUMBERS)
+    rare = draw(st.integers(0, 8))
+    if rare == 1:
+        service.waypoint.hostname.hostname = draw(TEXT)
+    elif rare == 2:
+        service.weighted_waypoints.add(weight=draw(NUMBERS))
+    elif rare == 3:
+        service.extensions.add(name=draw(TEXT))
+    return found
+
+
+@st.composite
 def values(draw: st.DrawFn) -> bytes:
     """Workloads and services, some with bytes of theirs changed, cut off or repeated."""
-    data = draw(workloads()).SerializeToString() if draw(st.booleans()) else _SERVICE
+    data = draw(st.one_of(workloads(), services())).SerializeToString()
     at, length = draw(st.integers(0, len(data))), draw(st.integers(0, 3))
     damage: Callable[[], bytes] = draw(
         st.sampled_from(
@@ -63,9 +90,6 @@ def values(draw: st.DrawFn) -> bytes:
     return damage()
 
 
-_SERVICE = Address(
-    service={"namespace": "shop", "hostname": "web", "addresses": [{"address": bytes(4)}]}
-).SerializeToString()
 # A workload with fields of the wire types that are rare, and numbers of ten bytes.
 _FIXED = b"\xa2\x01\x01p" + b"\x3d" + bytes(4) + b"\x39" + bytes(8) + b"\x88\x01" + b"\xff" * 9 + b"\x01"
 

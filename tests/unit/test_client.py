@@ -127,16 +127,19 @@ async def test_only_a_streams_first_response_freezes_and_what_died_since_the_las
     node = Node()
     gone = weakref.ref(node)
     await client._take(bulk())
+    client._freeze()
     frozen = gc.get_freeze_count()
     assert frozen > 0
     del node
     later = [Node() for _ in range(1000)]
     await client._take(bulk())
+    client._freeze()
     assert gc.get_freeze_count() <= frozen
     gc.collect()
     assert gone() is not None, "it is frozen"
     client._first_requests()
     await client._take(bulk())
+    client._freeze()
     assert gc.get_freeze_count() > frozen + 900
     assert gone() is None
     assert len(later) == 1000

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pykmesh.contracts.address import Service, Workload, decode_address, decode_policy
-from pykmesh.contracts.bulk import MANY
+from pykmesh.contracts.bulk import MANY, Ordinary
 from pykmesh.contracts.messages import VERSION, ConfigBatch, Resource, ResourceType, SnapshotPage
+from pykmesh.kernel.layout import AddressKind
+from pykmesh.kernel.records import ADDRESS_VALUE, ip_from_text
 from services.map_writer import follower as followers
 from services.map_writer.desired import Rules
 from services.map_writer.follower import Change, Follower, GapError
-from services.map_writer.mesh import Mesh, Touched
+from services.map_writer.mesh import Mesh, Touched, place_of
 from services.map_writer.planner import Held as HeldMaps
 from services.map_writer.planner import Limits, Planner
 from services.xds_client import store as stores
@@ -193,6 +195,35 @@ def _assert_same(world: World) -> None:
     fresh = mesh_model.Maps(ROOMY)
     fresh.apply(Planner(HeldMaps(), ROOMY, Rules()).sweep(one_by_one))
     assert world.maps.plain() == fresh.plain()
+
+
+@pytest.mark.parametrize("order", ["service first", "pod first", "service of before", "pod that goes"])
+def test_an_address_that_is_not_only_an_ordinary_pods_is_never_written_as_one(order: str) -> None:
+    """Ordinary workloads are planned many together, without a look at each."""
+    web, api = service("web", "10.96.0.1", "10.1.0.1"), pod("a-0", "10.1.0.1", services=["web"])
+    others = [pod(f"b-{n}", f"10.1.1.{n}", services=["web"]) for n in range(followers.GROUPED)]
+    mesh, touched = Mesh(), Touched()
+    planner, maps = Planner(HeldMaps(), ROOMY, Rules()), mesh_model.Maps(ROOMY)
+    place = place_of("", ip_from_text("10.1.0.1"))
+    if order == "service of before":
+        mesh.put(web.name, decode_address(web.resource.value), touched)
+        maps.apply(planner.plan(mesh, touched))
+        touched = Touched()
+    ordinary = Ordinary()
+    assert all(ordinary.take([found.resource.value for found in (api, *others)]))
+    if order == "service first":
+        mesh.put(web.name, decode_address(web.resource.value), touched)
+    mesh.put_ordinary(ordinary.groups(), touched)
+    assert place in touched.new_pods
+    if order == "pod first":
+        mesh.put(web.name, decode_address(web.resource.value), touched)
+    elif order == "pod that goes":
+        mesh.remove(api.name, touched)
+    for _ in maps.writes(planner.plan(mesh, touched)):
+        found = maps.maps["addresses"].get(place)
+        assert found is None or ADDRESS_VALUE.unpack(found)[0] == AddressKind.SERVICE
+    assert (place in maps.maps["addresses"]) is (order != "pod that goes")
+    assert len(maps.maps["addresses"]) == len(others) + 2 * (order != "pod that goes")
 
 
 def batch(epoch: str, seq: int, *, complete: bool = True, synced: bool = True) -> ConfigBatch:
