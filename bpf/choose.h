@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * The decision: what becomes of a connection or datagram to (address, port).
+ * The decision: what becomes of a connection or datagram to (address, port). To a loopback address: nothing.
  *
  * Reads `pods`, `services`, `endpoints`, `addresses`, `ranges`, `loads`, `shunned`; keeps `affinities`. A
  * service that is known is routed or refused, never let through to its own address (fail closed). An address
@@ -41,9 +41,10 @@ struct choice {
 #define READ_ATTEMPTS 2
 /* In a list of more endpoints a datagram socket is not followed when its endpoint gets another slot. */
 #define KEEP_SLOTS 64
-/* For an endpoint that is shunned another is drawn this often; then it is taken: nothing is refused for it.
- */
+/* For an endpoint that is shunned another is drawn this often; then the first of so many slots from any on
+ * that is not is taken, or where there is none the one that was drawn: nothing is refused for it. */
 #define SHUN_DRAWS 3
+#define SHUN_SLOTS 64
 
 static __always_inline __u32 client_network(const struct pod_value *pod)
 {
@@ -128,7 +129,7 @@ static __always_inline __u32 view_of(const struct client *client)
 		return 0;
 	own.network = client->pod->network;
 	own.address = client->pod->address4.word[3] ? client->pod->address4 : client->pod->address6;
-	return read_address(&own, &known) && known.kind == ADDRESS_WORKLOAD ? known.view : 0;
+	return read_address(&own, &known) ? known.view : 0;
 }
 
 /* True when the slot held an endpoint of this service for the whole time that it was read. */
@@ -230,6 +231,32 @@ verified_once int find_kept(const struct service_value *service, __s64 slot, str
 	return false;
 }
 
+/* An endpoint that is not shunned, whatever its weight. */
+verified_once int find_unshunned(const struct service_value *service, struct choice *choice)
+{
+	struct endpoint_value held;
+	struct destination found;
+	__u32 slot, seen;
+
+	if (!service || !choice || !service->endpoints)
+		return false;
+	slot = bpf_get_prandom_u32() % service->endpoints;
+	for (seen = 0; seen < SHUN_SLOTS && seen < service->endpoints; seen++, slot++) {
+		if (slot >= service->endpoints)
+			slot = 0;
+		if (!read_endpoint(service->id, slot, &held))
+			continue;
+		found.address = held.address;
+		found.port = held.port;
+		if (is_shunned(&found))
+			continue;
+		choice->slot = slot;
+		choice->endpoint = found;
+		return true;
+	}
+	return false;
+}
+
 /* The endpoint of the client's last connection to this service, while that is not too long ago. */
 verified_once __s64 affine_slot(__u64 netns_cookie, const struct service_value *service,
 				struct choice *choice)
@@ -267,7 +294,8 @@ static __always_inline bool widen(struct service_key *key)
 	struct range_key range = { .prefix_bits = 160, .network = key->network, .address = key->address };
 	struct range_value *found = bpf_map_lookup_elem(&ranges, &range);
 
-	if (!found)
+	/* What an IPv6 range is around as bytes may be IPv4. */
+	if (!found || ip_is_v4(&key->address) != ip_is_v4(&found->address))
 		return false;
 	key->address = found->address;
 	key->network = found->network;
@@ -366,6 +394,8 @@ static __always_inline enum reason choose(const struct destination *to, const st
 	int attempt;
 
 	choice->rewrite = false;
+	if (ip_is_loopback(&to->address))
+		return REASON_ROUTED;
 	networks = (__u64)view_of(client) << 32 | client_network(client->pod);
 	found = find_service(to, networks, &key, &service, &verdict);
 	if (is_datagram && (found ? !key.port : verdict == REASON_WAYPOINT_UNAVAILABLE))
@@ -388,9 +418,13 @@ static __always_inline enum reason choose(const struct destination *to, const st
 			choice->service = service.id;
 			continue;
 		}
-		if (!shun_ns || attempt >= SHUN_DRAWS || !is_shunned(&choice->endpoint))
+		if (!shun_ns || !is_shunned(&choice->endpoint))
+			goto routed;
+		if (attempt >= SHUN_DRAWS && !find_unshunned(&service, choice))
 			goto routed;
 		count(REASON_SHUNNED);
+		if (attempt >= SHUN_DRAWS)
+			goto routed;
 	}
 	return REASON_ENDPOINT_VANISHED;
 routed:

@@ -70,6 +70,14 @@ static __always_inline bool ip_is_v4(const struct ip *address)
 	return !address->word[0] && !address->word[1] && address->word[2] == bpf_htonl(0xffff);
 }
 
+/* Where a pod reaches itself, whatever the mesh says is there. No address at all means this too. */
+static __always_inline bool ip_is_loopback(const struct ip *address)
+{
+	if (ip_is_v4(address))
+		return bpf_ntohl(address->word[3]) >> 24 == 127 || !address->word[3];
+	return !(address->word[0] | address->word[1] | address->word[2] | (address->word[3] & ~bpf_htonl(1)));
+}
+
 /* Without branches: the verifier would follow each of them, wherever addresses are compared. */
 static __always_inline bool ip_equal(const struct ip *a, const struct ip *b)
 {

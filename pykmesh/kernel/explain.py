@@ -141,6 +141,9 @@ class Chooser:
 
     def choose(self, to: Destination, client: Client, *, is_datagram: bool = False) -> Choice:
         """For connect()."""
+        if _is_loopback(to.ip):
+            self._tell("addresses", str(to), "not asked", "a loopback address: left alone")
+            return Choice(Reason.ROUTED)
         found = self._find_service(to, client, is_datagram=is_datagram)
         if isinstance(found, Reason):
             return Choice(found)
@@ -208,12 +211,12 @@ class Chooser:
         if client.ip is None or switch is None or not any(switch):
             return 0
         own = self._read_address(SERVICE_KEY.pack(client.ip, client.network, port_bytes(0)))
-        if own.kind != AddressKind.WORKLOAD or not own.view:
+        if not own.view:
             return 0
         self._tell(
             "addresses",
             f"{ip_to_text(client.ip)}{in_network(client.network)}",
-            f"a workload's, looks in network {own.view:08x} first",
+            f"{_WHOSE.get(own.kind, f'kind {own.kind}')}, who has it looks in network {own.view:08x} first",
             "its namespace sees services that others do not",
         )
         return own.view
@@ -262,6 +265,9 @@ class Chooser:
             self._tell("ranges", asked, NOTHING, "in no range of a service")
             return None
         first, own_network = RANGE_VALUE.unpack(value)
+        if is_v4(first) != is_v4(ip):
+            self._tell("ranges", asked, "a range of the other family", "in no range of a service")
+            return None
         found = f"the range that begins with {ip_to_text(first)}, as network {own_network:08x}"
         self._tell("ranges", asked, found, "the range's service is looked for")
         return SERVICE_KEY.pack(first, own_network, port)
@@ -328,6 +334,13 @@ def _drawn(service: _Service, affinity_s: int) -> str:
 
 def _means(verdict: Reason) -> str:
     return "left alone" if verdict is Reason.PASSTHROUGH else f"refused: {verdict.label}"
+
+
+def _is_loopback(ip: Ip) -> bool:
+    """Also no address at all, which means the same."""
+    if is_v4(ip):
+        return ip[12] == 127 or ip[12:] == bytes(4)
+    return ip[:15] == bytes(15) and ip[15] <= 1
 
 
 def _is_link_local(ip: Ip) -> bool:

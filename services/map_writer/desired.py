@@ -105,6 +105,7 @@ EndpointsOf = Callable[[int, int, int, int], Lists]
 """From a port, its target port and the ids of its two lists."""
 
 
+WEIGHTS_MAX: Final = 1 << 31
 ANY_PORT: Final = 0
 """Of a workload that goes by way of a waypoint: there is no such port."""
 _NO_PORT = port_bytes(0)
@@ -175,13 +176,24 @@ def own_endpoints(
     endpoints = _endpoints(mesh, service, rules, weights)
     found: dict[int, list[Endpoint]] = {}
     for port, target in service.ports:
+        weights.clear()
+        lists = endpoints(port, target, 0, 0)
+        shares = _small({value: weights.get(value, 0) for part in lists for value in part})
         found[port] = [
-            Endpoint(ip_to_text(ip), port_number(own), weights.get(value, 0), revision(uid))
-            for part in endpoints(port, target, 0, 0)
+            Endpoint(ip_to_text(ip), port_number(own), shares[value], revision(uid))
+            for part in lists
             for value, uid in part.items()
             for _, ip, own in [ENDPOINT_VALUE.unpack(value)]
         ]
     return found
+
+
+def _small(weights: dict[bytes, int]) -> dict[bytes, int]:
+    """In proportion, such that their sum is what Envoy takes."""
+    whole = sum(weights.values())
+    if whole <= WEIGHTS_MAX:
+        return weights
+    return {value: max(1, weight * WEIGHTS_MAX // whole) for value, weight in weights.items()}
 
 
 def _add_ports_by_waypoint(
@@ -326,6 +338,8 @@ def _endpoints(
         own = [group for group in groups if group.network == rules.network]
         return partial(_lists_of_groups, service, own) if own else _nothing
     usable = list(_usable(mesh, service, rules))
+    if not is_ranked(service):
+        usable = [workload for workload in usable if workload.capacity]
     if is_waypoint:
         here = [each for each in usable if node_of_front(each.uid) in ("", mesh.here.node)]
         usable = here if here or not rules.has_mesh_key else usable
@@ -333,11 +347,7 @@ def _endpoints(
         return _nothing
     if is_ranked(service):
         return partial(_lists_of_near, mesh, service, usable, weights)
-    return partial(_lists, mesh, service, usable, weights if _differ(usable) else None)
-
-
-def _differ(workloads: list[Workload]) -> bool:
-    return any(workload.capacity != workloads[0].capacity for workload in workloads)
+    return partial(_lists, mesh, service, usable, weights)
 
 
 def _lists_of_near(
@@ -350,15 +360,14 @@ def _lists_of_near(
     id4: int,
     id6: int,
 ) -> Lists:
-    """Of those that serve the port, the nearest (xds.md 3.3)."""
+    """Of those that serve the port, the nearest (xds.md 3.3): where all of them weigh nothing, none."""
     serving = [
         workload
         for workload in usable
         if mesh.addresses_of(workload) and target_port(workload.services, service.name, port, target)
     ]
-    found = near(service, serving, mesh.here)
-    own = weights if found and _differ(found) else None
-    return _lists(mesh, service, found, own, port, target, id4, id6)
+    found = [workload for workload in near(service, serving, mesh.here) if workload.capacity]
+    return _lists(mesh, service, found, weights, port, target, id4, id6)
 
 
 def _nothing(_port: int, _target: int, _id4: int, _id6: int) -> Lists:
@@ -369,7 +378,7 @@ def _lists(
     mesh: Mesh,
     service: Service,
     usable: list[Workload],
-    weights: dict[bytes, int] | None,
+    weights: dict[bytes, int],
     port: int,
     target: int,
     id4: int,
@@ -378,6 +387,8 @@ def _lists(
     """Endpoints of both families; each value with the workload that it comes from."""
     list4: dict[bytes, str] = {}
     list6: dict[bytes, str] = {}
+    shares4: list[tuple[int, list[bytes]]] = []
+    shares6: list[tuple[int, list[bytes]]] = []
     skips4, skips6 = service.families is Families.V6, service.families is Families.V4
     pack, name = ENDPOINT_VALUE.pack, service.name
     last: tuple[ServicePorts, ...] = ()
@@ -388,15 +399,30 @@ def _lists(
             port_field = port_bytes(target_port(last, name, port, target))
         if port_field == _NO_PORT:
             continue
-        for ip in mesh.addresses_of(workload):
-            if skips4 if is_v4(ip) else skips6:
-                continue
-            found, list_id = (list4, id4) if is_v4(ip) else (list6, id6)
-            value = pack(list_id, ip, port_field)
-            found[value] = workload.uid
-            if weights is not None:
-                weights[value] = weights.get(value, 0) + workload.capacity
+        ips = mesh.addresses_of(workload)
+        own4 = [] if skips4 else [pack(id4, ip, port_field) for ip in ips if is_v4(ip)]
+        own6 = [] if skips6 else [pack(id6, ip, port_field) for ip in ips if not is_v4(ip)]
+        for found, shares, own in ((list4, shares4, own4), (list6, shares6, own6)):
+            if own:
+                found.update(dict.fromkeys(own, workload.uid))
+                shares.append((workload.capacity, own))
+    weights |= _weights(shares4, shares6)
     return list4, list6
+
+
+def _weights(*families: list[tuple[int, list[bytes]]]) -> dict[bytes, int]:
+    """By the capacities of workloads and the addresses of each; nothing where in a family all weigh the same.
+
+    A workload is drawn, then one of its addresses (xds.md 3.2, 3.3). Two that have the same one add up.
+    """
+    whole = lcm(*{len(own) for shares in families for _, own in shares})
+    weights: list[dict[bytes, int]] = [{} for _ in families]
+    for found, shares in zip(weights, families, strict=True):
+        for capacity, own in shares:
+            for value in own:
+                found[value] = found.get(value, 0) + capacity * whole // len(own)
+    differ = any(len({*found.values()}) > 1 for found in weights)
+    return {value: weight for found in weights for value, weight in found.items()} if differ else {}
 
 
 def _lists_of_groups(
@@ -421,7 +447,7 @@ def _usable(mesh: Mesh, service: Service, rules: Rules) -> Iterator[Workload]:
     for workload in mesh.members_of(service.name):
         if not workload.healthy and not service.allows_unhealthy:
             continue
-        if workload.capacity == 0 or workload.network != rules.network:
+        if workload.network != rules.network:
             continue
         if rules.refuse_unenforced_policy and mesh.has_policy(workload):
             continue
@@ -441,16 +467,16 @@ def target_port(services: tuple[ServicePorts, ...], service: str, port: int, tar
 def desired_address(mesh: Mesh, place: Place, rules: Rules, crowded: Container[str]) -> bytes | None:
     """What an address is, without the key that the entry begins with. None: nobody's.
 
-    It is a service's before it is a workload's. `crowded`: the services that miss a port in the maps
-    for want of room.
+    It is a service's before it is a workload's, whose view it says all the same: the workload connects from
+    it. `crowded`: the services that miss a port in the maps for want of room.
     """
-    owner = mesh.vip_owner(place)
+    owner, pod = mesh.vip_owner(place), mesh.pod_at(place)
+    view = mesh.view_of(pod) if pod else 0
     if owner is not None:
         verdict = _address_verdict(mesh.services[owner])
         if verdict is Reason.ROUTED and owner in crowded:
             verdict = Reason.NO_ROOM
-        return _address_value(AddressKind.SERVICE, verdict, 0)
-    pod = mesh.pod_at(place)
+        return _address_value(AddressKind.SERVICE, verdict, view)
     if pod is None:
         return None
     verdict = Reason.ROUTED
@@ -458,7 +484,7 @@ def desired_address(mesh: Mesh, place: Place, rules: Rules, crowded: Container[s
         verdict = Reason.POLICY_UNSUPPORTED  # nobody enforces it, nor does its waypoint
     elif pod.waypoint is not None:
         verdict = Reason.WAYPOINT_UNAVAILABLE  # programs look at its port 0 for what becomes of it
-    return _address_value(AddressKind.WORKLOAD, verdict, mesh.view_of(pod))
+    return _address_value(AddressKind.WORKLOAD, verdict, view)
 
 
 @cache

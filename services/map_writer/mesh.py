@@ -36,6 +36,8 @@ Place = NewType("Place", bytes)
 """A network and an address, as the key of the map `addresses`."""
 Owners = str | tuple[str, ...]
 """Who has an address: nearly every one has one owner."""
+_WHO: Final = Locality._fields.index("node")
+"""Of a locality what begins here says which node it is."""
 _ONE_OWNER: Final = {str}
 _ORDINARY: Final = {bytes}
 
@@ -202,17 +204,22 @@ class Mesh:
             self.pod_owners.update(owned)
             touched.new_pods += places
             return
+        self._ungroup(group.service)
         touched.places.update(dict.fromkeys(places))
         for place, uid in zip(places, group.uids, strict=True):
             self._touch_by_waypoint(place, touched)
             _own(self.pod_owners, place, uid)
 
     def _learn_where(self, raw: bytes, touched: Touched) -> None:
-        """A workload of this node says where the node is; the last one that does counts."""
+        """A workload of this node says where the node is; the last one that does counts.
+
+        One of another cluster or network is on another node, of the same name.
+        """
         if not self._on_this_node or self._on_this_node not in raw:
             return
         found = locality(raw)
-        if found.node == self.here.node and found.region and found != self.here:
+        is_here = found[_WHO:] == self.here[_WHO:] and any(found[:_WHO])
+        if is_here and found != self.here:
             self.here = found
             touched.add(self.ranked, ())
 
@@ -268,7 +275,7 @@ class Mesh:
             touched.add((o for o in _owners(self.pod_owners, place) if o in self.by_waypoint), ())
 
     def _ungroup(self, service: str) -> None:
-        """Its members are no more all ordinary."""
+        """Its members are no more all ordinary, or two of them may have the same address."""
         for group in self.ordinary_members.pop(service, ()):
             self._members[service].update(dict.fromkeys(group.uids))
 

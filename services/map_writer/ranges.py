@@ -1,4 +1,7 @@
-"""Ranges of addresses that are services', found by what they overlap: one holds the other, or none of it."""
+"""Ranges of addresses that are services', found by what they overlap: one holds the other, or none of it.
+
+An IPv6 range may lie around IPv4 as bytes do (`::/0`): it has nothing to do with it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from pykmesh.contracts.address import Range
-from pykmesh.kernel.records import Ip
+from pykmesh.kernel.records import Ip, is_v4
 
 _BITS = 128
 
@@ -45,7 +48,9 @@ class Ranges:
         last = first | (1 << (_BITS - found.bits)) - 1
         begin, end = bisect_left(ordered, (first, found.bits + 1)), bisect_right(ordered, (last, _BITS))
         for number, bits in ordered[begin:end]:
-            yield Range(found.network, Ip(number.to_bytes(_BITS // 8, "big")), bits)
+            longer = Range(found.network, Ip(number.to_bytes(_BITS // 8, "big")), bits)
+            if is_v4(longer.ip) == is_v4(found.ip):
+                yield longer
 
     def around(self, found: Range) -> Iterator[Range]:
         """Those of shorter prefixes."""
@@ -54,7 +59,7 @@ class Ranges:
             if bits < found.bits:
                 first = number >> (_BITS - bits) << (_BITS - bits)
                 wider = Range(found.network, Ip(first.to_bytes(_BITS // 8, "big")), bits)
-                if wider in self._owners:
+                if wider in self._owners and is_v4(wider.ip) == is_v4(found.ip):
                     yield wider
 
 

@@ -44,6 +44,7 @@ from pykmesh.kernel.records import (
     ip_from_text,
     ip_from_wire,
     ip_to_text,
+    is_v4,
     network_id,
     port_number,
 )
@@ -73,13 +74,13 @@ UIDS = [f"C//Pod/shop/p{number}" for number in range(6)]
 VIPS = [ip_from_text(text) for text in ("10.96.0.1", "10.96.0.2", "fd96::1", "fd96::2")]
 RANGES = [
     Range("", ip_from_text(text), bits)
-    for text, bits in (("10.96.0.0", 120), ("10.96.0.0", 127), ("fd96::", 112), ("fd96::2", 127))
+    for text, bits in (("10.96.0.0", 120), ("10.96.0.0", 127), ("fd96::", 112), ("fd96::2", 127), ("::", 0))
 ]
 ASKED = [*VIPS, *map(ip_from_text, ("10.96.0.0", "10.96.0.77", "fd96::3", "fd96::77"))]
 """Addresses and some that lie in ranges."""
 POD_IPS = [ip_from_text(text) for text in ("10.1.0.1", "10.1.0.2", "10.1.0.3", "fd01::1", "fd01::2")]
 PORTS = (80, HANDOFF_PORT)
-HERE = Locality(node="here")
+HERE = Locality(node="here", cluster="Kubernetes")
 """Where that is, workloads on the node say."""
 
 
@@ -111,11 +112,11 @@ def _rangeless(seed: int) -> Change:
 
 def _service(draw: random.Random) -> Service:
     ports = {port: draw.choice([0, 8080, 8081]) for port in PORTS if draw.random() < 0.7}
-    return Service(
+    found = Service(
         name=draw.choice(NAMES),
         hostname="host",
         vips=tuple(("", ip) for ip in draw.sample(VIPS, draw.randrange(4))),
-        ranges=tuple(draw.sample(RANGES, draw.choice([0, 0, 0, 1, 2]))),
+        ranges=tuple(draw.sample(RANGES[:-1], draw.choice([0, 0, 0, 1, 2]))),
         ports=tuple(ports.items()),
         families=draw.choice([Families.AUTOMATIC, *Families]),
         mode=draw.choice([Mode.UNSPECIFIED, Mode.UNSPECIFIED, Mode.FAILOVER, Mode.STRICT, Mode.PASSTHROUGH]),
@@ -125,6 +126,9 @@ def _service(draw: random.Random) -> Service:
         canonical=draw.random() < 0.5,
         hidden=draw.random() < 0.3,
         selection=draw.choice([Selection(), Selection(60), Selection(least_connections=True)]),
+    )
+    return (
+        msgspec.structs.replace(found, ranges=(*found.ranges, RANGES[-1])) if draw.random() < 0.1 else found
     )
 
 
@@ -166,6 +170,9 @@ def _workload(draw: random.Random) -> Workload:
         draw.choice("yz"),
     )
     message.workload.node = draw.choice(["here", "there"])
+    if found.waypoint is None and draw.random() < 0.2:
+        found = msgspec.structs.replace(found, addresses=(*found.addresses[:1], draw.choice(VIPS[1:3])))
+        message.workload.name = repr(found)
     return msgspec.structs.replace(found, raw=message.SerializeToString())
 
 
@@ -214,6 +221,9 @@ class Tables(NamedTuple):
 
 
 def _covers(first: bytes, bits: int, ip: bytes) -> bool:
+    """Whether it is in a range; IPv4 is in none of IPv6."""
+    if is_v4(first) != is_v4(ip):
+        return False
     return int.from_bytes(first, "big") >> 128 - bits == int.from_bytes(ip, "big") >> 128 - bits
 
 
@@ -514,11 +524,10 @@ def _expected_by_waypoint(mesh: Mesh, waypoints: Iterable[Waypoint], ip: Ip) -> 
 
 
 def _weights(wanted: list[tuple[str, int]]) -> Counter[str]:
-    """Where all weigh the same one that comes twice counts once."""
     weights: Counter[str] = Counter()
     for endpoint, weight in wanted:
         weights[endpoint] += weight
-    return weights if weights.total() else Counter(dict.fromkeys(weights, 1))
+    return weights
 
 
 def _expected_shares(wanted: list[tuple[str, int]]) -> list[str]:
@@ -536,18 +545,15 @@ def _text(ip: Ip) -> str:
 
 
 def _endpoints(mesh: Mesh, service: Service, port: int, target: int) -> list[tuple[str, int]]:
-    """Endpoints of those workloads that are near enough, and weights: 0 when all weigh the same."""
-    near = _near(mesh, service, port, target)
+    """Endpoints of those workloads that are near enough, and weights: a workload's is its addresses'."""
     found = []
-    for workload in near:
+    for workload in _near(mesh, service, port, target):
         own = _own_port(workload, service, port, target)
-        for ip in workload.addresses if own else ():
-            text = _text(ip)
-            family = Families.V6 if is_v6(text) else Families.V4
-            if service.families in (Families.AUTOMATIC, Families.DUAL, family):
-                found.append((f"{text} {own}", workload.capacity))
-    differ = len({w.capacity for w in near}) > 1
-    return found if differ else [(endpoint, 0) for endpoint, _ in found]
+        for family in (Families.V4, Families.V6):
+            texts = [text for ip in workload.addresses if is_v6(text := _text(ip)) == (family is Families.V6)]
+            if own and workload.capacity and service.families in (Families.AUTOMATIC, Families.DUAL, family):
+                found += [(f"{text} {own}", workload.capacity * 60 // len(texts)) for text in texts]
+    return found
 
 
 def _near(mesh: Mesh, service: Service, port: int, target: int) -> list[Workload]:
@@ -557,7 +563,6 @@ def _near(mesh: Mesh, service: Service, port: int, target: int) -> list[Workload
         for workload in mesh.all_workloads()
         if service.name in dict(workload.services)
         and (workload.healthy or service.allows_unhealthy)
-        and workload.capacity
         and not workload.network
         and (not _is_ranked(service) or (workload.addresses and _own_port(workload, service, port, target)))
     ]
@@ -595,5 +600,6 @@ def _expected_addresses(mesh: Mesh) -> dict[str, tuple[object, ...]]:
                 passes = service.mode is Mode.PASSTHROUGH and not service.waypoints
                 verdict = Reason.PASSTHROUGH if passes else Reason.ROUTED
                 name = f"{_shown_network(place, namespace)} {_text(ip)}"
-                found[name] = (AddressKind.SERVICE, verdict, "")
+                *_, view = found.get(name, ("",))  # of the pod that has the address
+                found[name] = (AddressKind.SERVICE, verdict, view)
     return found
