@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -195,16 +196,58 @@ def test_an_endpoint_that_refused_is_not_drawn_for_a_while(clients: Clients, ent
     assert entries.parent.exists()
     up, down = network.add("up", 50), network.add("down", 51)
     serve(up, "--http", "80")
+    others = [f"{down.address4}", *(str(network.add(f"down-{n}", 52 + n).address4) for n in range(4))]
+    node.write("entries", text(entry("shop", str(up.address4), *others)))
+    node.until_endpoints("shop/choice.example", {f"{a}:80" for a in (str(up.address4), *others)})
+    began = time.monotonic()
+    found, refused = connect(clients.shop, VIP, 300)
+    spans = 1 + int((time.monotonic() - began) / REFUSE_S)
+    # Each of the five once in each span, where about 250 were refused without it.
+    assert 5 <= refused <= 5 * spans
+    assert found == {"up": 300 - refused}
     node.write("entries", text(entry("shop", str(up.address4), str(down.address4))))
     node.until_endpoints("shop/choice.example", {f"{up.address4}:80", f"{down.address4}:80"})
-    found, refused = connect(clients.shop, VIP, 300)
-    # Without it about 150 were refused; a sixteenth of the draws finds it four times in a row.
-    assert 1 <= refused < 60
-    assert found == {"up": 300 - refused}
     # It comes back when the time is over, and one that is all alone is never left out.
     serve(down, "--http", "80")
     until(lambda: "down" in connect(clients.shop, VIP, 50)[0], "down to be drawn again")
     node.write("entries", text(entry("shop", "10.9.9.9")))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.0/8", "0.0.0.0/0", "::/0"])
+def test_a_pod_reaches_itself_whatever_somebody_says_of_loopback(
+    clients: Clients, entries: Path, address: str
+) -> None:
+    node, endpoint = clients.node, "fd11::9" if ":" in address else "10.9.5.1"
+    assert entries.parent.exists()
+    node.write("entries", text(entry("bank", endpoint, address=address)))
+    node.until_endpoints("bank/choice.example", {f"{endpoint}:80"})
+    for own, asked in (("127.0.0.1", "127.0.0.1"), ("127.0.0.1", "0.0.0.0"), ("::1", "::1"), ("::1", "::")):
+        assert peers(clients.shop, asked) == {own}
+        assert explained(node, clients.shop, asked) == set()
+    # An IPv6 range has nothing to do with IPv4.
+    others = {"192.0.2.1": address == "0.0.0.0/0", "2001:db8::1": address == "::/0"}
+    for asked, is_its in others.items():
+        assert peers(clients.shop, asked) == {endpoint if is_its else asked}
+        assert explained(node, clients.shop, asked) == ({endpoint} if is_its else set())
+
+
+def test_a_client_sees_its_namespaces_services_also_when_somebody_claims_its_address(
+    clients: Clients, entries: Path
+) -> None:
+    node, hidden = clients.node, {"pykmesh.io/visibility": "namespace"}
+    assert entries.parent.exists()
+    own = entry("shop", "10.9.6.1", annotations=hidden)
+    claim = entry("bank", "10.9.6.2", address=str(clients.shop.address4))
+    for objects in ((own,), (own, claim), (claim, own), (own,)):
+        node.write("entries", text(*objects))
+        node.until_endpoints("shop/choice.example", {"10.9.6.1:80"})
+        node.until_endpoints("bank/choice.example", {"10.9.6.2:80"} if claim in objects else set())
+        assert peers(clients.shop, VIP) == {"10.9.6.1"}
+        assert explained(node, clients.shop, VIP) == {"10.9.6.1"}
+        assert peers(clients.bank, VIP) == {VIP}
+    node.write("entries", text(claim))
+    node.until_endpoints("shop/choice.example", set())
+    assert peers(clients.shop, VIP) == {VIP}
 
 
 def test_a_workload_without_an_address_is_reached_by_its_host_name(clients: Clients, entries: Path) -> None:
@@ -245,7 +288,7 @@ def explained(node: Node, client: Pod, address: str) -> set[str]:
     to = f"[{address}]:80" if ":" in address else f"{address}:80"
     found = node.json("explain", str(client.address4), to)
     assert found["outcome"] in ("connected", "left alone")
-    return {each["endpoint"].rpartition(":")[0] for each in found["endpoints"]}
+    return {each["endpoint"].rpartition(":")[0].strip("[]") for each in found["endpoints"]}
 
 
 def peers_after(client: Pod, address: str, rest_s: float) -> str:
