@@ -67,7 +67,7 @@ def compare(look: Callable[[], Compared]) -> Compared:
 
 
 def said(instance: Instance) -> Compared:
-    """xds_client's resources against those that map_writer's mesh is made of."""
+    """xds_client's resources against those that map_writer's mesh is made of, and what neither took."""
     state = _page(instance, "map_writer", "/digests")["resources"]
     xds = _page(instance, "xds_client", "/digests")["resources"]
     differences = [
@@ -75,6 +75,11 @@ def said(instance: Instance) -> Compared:
         for kind, wanted in xds.items()
         for name in sorted(wanted.keys() | state[kind].keys())
         if wanted.get(name) != state[kind].get(name)
+    ]
+    differences += [
+        Difference(SAID, "resource", name, "what was said last", f"it rejected: {why}")
+        for rejected in _fetch(instance, "xds_client", "/rejected").values()
+        for name, why in sorted(rejected.items())
     ]
     return Compared(differences, {"resources": sum(map(len, xds.values()))})
 
@@ -91,12 +96,17 @@ def held(instance: Instance) -> Compared:
 
 
 def _page(instance: Instance, process: str, path: str) -> dict[str, Any]:
+    page = _fetch(instance, process, path)
+    if not page["settled"]:
+        raise LeftOutError(f"{process} has not the whole mesh yet, or is still writing it")
+    return page
+
+
+def _fetch(instance: Instance, process: str, path: str) -> dict[str, Any]:
     try:
         page: dict[str, Any] = fetch(getattr(instance.ports, process), path, TIMEOUT_S)
     except OSError as error:
         raise LeftOutError(f"{process} does not answer: {error.strerror or error}") from error
-    if not page["settled"]:
-        raise LeftOutError(f"{process} has not the whole mesh yet, or is still writing it")
     return page
 
 

@@ -219,13 +219,19 @@ def _choose(chooser: Chooser, pod: Pod | None, to: Destination, protocol: str) -
 
 def _endpoints(endpoints: Sequence[Endpoint], service: Entry | None) -> list[Entry]:
     members: Sequence[Entry] = service["members"] if service else ()
-    by_address = {address: member for member in members for address in member["addresses"]}
+    by_endpoint = {(ip, member["port"]): member for member in members for ip in member["addresses"]}
+    by_endpoint |= {
+        (ip, member["port"]): member
+        for member in members
+        if member["unused"] is None
+        for ip in member["addresses"]
+    }
     return [
         {
             "slot": slot,
             "endpoint": str(to),
             "percent": round(share * 100, 2),
-            **{name: by_address.get(ip_to_text(to.ip), {}).get(name) for name in _OF_MEMBERS},
+            **{name: by_endpoint.get((ip_to_text(to.ip), to.port), {}).get(name) for name in _OF_MEMBERS},
         }
         for slot, to, share in endpoints
     ]

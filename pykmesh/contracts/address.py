@@ -152,10 +152,14 @@ class Workload(msgspec.Struct, frozen=True, gc=False):
 
 
 class Policy(msgspec.Struct, frozen=True, gc=False):
-    """Whom an authorization policy concerns: "" everybody, a namespace, or (None) who names it."""
+    """Whom an authorization policy concerns: "" everybody, a namespace, or (None) who names it.
+
+    One that is tried (`dry_run`) is only ever logged.
+    """
 
     name: str
     namespace: str | None
+    dry_run: bool = False
 
 
 def decode_address(value: bytes) -> Service | Workload:
@@ -403,9 +407,9 @@ def decode_policy(name: str, value: bytes) -> Policy:
     if message.action not in (0, 1):
         raise FieldError("action", f"{message.action} is unknown")
     if message.scope == authorization_pb2.GLOBAL:
-        return Policy(name, "")
+        return Policy(name, "", message.dry_run)
     if message.scope == authorization_pb2.NAMESPACE:
-        return Policy(name, message.namespace)
+        return Policy(name, message.namespace, message.dry_run)
     if message.scope == authorization_pb2.WORKLOAD_SELECTOR:
-        return Policy(name, None)
+        return Policy(name, None, message.dry_run)
     raise FieldError("scope", f"{message.scope} is unknown")

@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!pykmesh/proto/authorization.proto\x12\x13pykmesh.security.v1\"\x88\x01\n\rAuthorization\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12)\n\x05scope\x18\x03 \x01(\x0e\x32\x1a.pykmesh.security.v1.Scope\x12+\n\x06\x61\x63tion\x18\x04 \x01(\x0e\x32\x1b.pykmesh.security.v1.Action*9\n\x05Scope\x12\n\n\x06GLOBAL\x10\x00\x12\r\n\tNAMESPACE\x10\x01\x12\x15\n\x11WORKLOAD_SELECTOR\x10\x02*\x1d\n\x06\x41\x63tion\x12\t\n\x05\x41LLOW\x10\x00\x12\x08\n\x04\x44\x45NY\x10\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!pykmesh/proto/authorization.proto\x12\x13pykmesh.security.v1\"\x99\x01\n\rAuthorization\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12)\n\x05scope\x18\x03 \x01(\x0e\x32\x1a.pykmesh.security.v1.Scope\x12+\n\x06\x61\x63tion\x18\x04 \x01(\x0e\x32\x1b.pykmesh.security.v1.Action\x12\x0f\n\x07\x64ry_run\x18\x06 \x01(\x08*9\n\x05Scope\x12\n\n\x06GLOBAL\x10\x00\x12\r\n\tNAMESPACE\x10\x01\x12\x15\n\x11WORKLOAD_SELECTOR\x10\x02*\x1d\n\x06\x41\x63tion\x12\t\n\x05\x41LLOW\x10\x00\x12\x08\n\x04\x44\x45NY\x10\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pykmesh.proto.authorization_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SCOPE']._serialized_start=197
-  _globals['_SCOPE']._serialized_end=254
-  _globals['_ACTION']._serialized_start=256
-  _globals['_ACTION']._serialized_end=285
+  _globals['_SCOPE']._serialized_start=214
+  _globals['_SCOPE']._serialized_end=271
+  _globals['_ACTION']._serialized_start=273
+  _globals['_ACTION']._serialized_end=302
   _globals['_AUTHORIZATION']._serialized_start=59
-  _globals['_AUTHORIZATION']._serialized_end=195
+  _globals['_AUTHORIZATION']._serialized_end=212
 # @@protoc_insertion_point(module_scope)

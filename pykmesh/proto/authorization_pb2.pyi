@@ -60,10 +60,12 @@ class Authorization(_message.Message):
     NAMESPACE_FIELD_NUMBER: _builtins.int
     SCOPE_FIELD_NUMBER: _builtins.int
     ACTION_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     namespace: _builtins.str
     scope: Global___Scope.ValueType
     action: Global___Action.ValueType
+    dry_run: _builtins.bool
     def __init__(
         self,
         *,
@@ -71,10 +73,11 @@ class Authorization(_message.Message):
         namespace: _builtins.str = ...,
         scope: Global___Scope.ValueType = ...,
         action: Global___Action.ValueType = ...,
+        dry_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "name", b"name", "namespace", b"namespace", "scope", b"scope"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "dry_run", b"dry_run", "name", b"name", "namespace", b"namespace", "scope", b"scope"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -93,7 +93,7 @@ def _answer(query: Query, addresses: Sequence[str], alias: str) -> dns.message.M
     message = dns.message.make_response(query.message, recursion_available=True)
     message.flags |= dns.flags.AA
     owner = query.message.question[0].name
-    if alias:
+    if alias and addresses:
         target = dns.name.from_text(alias)
         cname = dns.rdata.from_text(dns.rdataclass.IN, dns.rdatatype.CNAME, target.to_text())
         message.answer.append(_records(owner, [cname]))

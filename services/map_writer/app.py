@@ -328,6 +328,7 @@ class MapWriter:
             "services": len(mesh.services),
             "workloads": len(mesh.workloads),
             "locality": mesh.here._asdict(),
+            "networks_instead": mesh.networks_instead(self.rules.network),
             "policies": len(mesh.policies),
             "policy_not_enforced": mesh.unenforced(),
             "policies_missing": mesh.missing_policies(),

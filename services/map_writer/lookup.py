@@ -10,9 +10,9 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
-from pykmesh.contracts.address import Service, Workload, workload_message
+from pykmesh.contracts.address import Families, Mode, Service, Workload, workload_message
 from pykmesh.contracts.waypoints import HANDOFF_PORT
-from pykmesh.kernel.records import ip_to_text, is_v4
+from pykmesh.kernel.records import ENDPOINT_VALUE, Ip, ip_to_text, is_v4, port_number
 from pykmesh.proto import workload_pb2
 from services.map_writer.desired import PortId, Rules, desired_service, target_port
 from services.map_writer.locality import is_ranked, locality, rank
@@ -71,7 +71,8 @@ def members(mesh: Mesh, owners: Mapping[int, PortId], rules: Rules, list_id: int
     service = mesh.services.get(owner.service) if owner else None
     if owner is None or service is None:
         return None
-    used = set(desired_service(mesh, service.name, rules).lists.get(list_id, {}).values())
+    values = desired_service(mesh, service.name, rules).lists.get(list_id, {})
+    used = {(ip, port_number(port)) for _, ip, port in map(ENDPOINT_VALUE.unpack, values)}
     waypoints = list(filter(None, map(mesh.service_of, service.waypoints)))
     if waypoints:
         owner, service = replace(owner, port=HANDOFF_PORT), waypoints[0]
@@ -83,21 +84,44 @@ def members(mesh: Mesh, owners: Mapping[int, PortId], rules: Rules, list_id: int
         "scopes": [_SCOPES[scope] for scope in service.scopes],
         "here": mesh.here._asdict(),
         "members": [
-            {
-                **_workload(member),
-                "addresses": [ip_to_text(ip) for ip in mesh.addresses_of(member)],
-                "healthy": member.healthy,
-                "weight": member.capacity,
-                "locality": _where(member),
-                "matches": _matches(mesh, service, member),
-                "unused": None
-                if member.uid in used
-                else "; ".join(_obstacles(mesh, each, rules, owner, member)),
-            }
-            for each in waypoints or [service]
-            for member in mesh.members_of(each.name)
+            member for each in waypoints or [service] for member in _members(mesh, each, rules, owner, used)
         ],
     }
+
+
+def _members(
+    mesh: Mesh, service: Service, rules: Rules, owner: PortId, used: set[tuple[Ip, int]]
+) -> Iterator[dict[str, Any]]:
+    """`used`: what is in the list."""
+    members = {member.uid: member for member in mesh.members_of(service.name)}
+    obstacles = {uid: [*_obstacles(mesh, service, rules, owner, member)] for uid, member in members.items()}
+    matches = {uid: _matches(mesh, service, member) for uid, member in members.items()}
+    best = max((matches[uid] for uid, why in obstacles.items() if not why), default=0)
+    if service.mode is Mode.STRICT:
+        best = len(service.scopes)
+    for uid, member in members.items():
+        ips, port = mesh.addresses_of(member), _own_port(service, owner, member)
+        why = obstacles[uid]
+        if is_ranked(service) and matches[uid] < best:
+            why.append(f"too far: {matches[uid]} of {len(service.scopes)} match, {best} are needed")
+        if member.capacity == 0:
+            why.append("weight 0")
+        if not why and used.isdisjoint((ip, port) for ip in ips):
+            why.append("others are taken before it")  # instances of a waypoint on this node
+        yield {
+            **_workload(member),
+            "addresses": [ip_to_text(ip) for ip in ips],
+            "port": port,
+            "healthy": member.healthy,
+            "weight": member.capacity,
+            "locality": _where(member),
+            "matches": matches[uid],
+            "unused": "; ".join(why) if why else None,
+        }
+
+
+def _own_port(service: Service, owner: PortId, member: Workload) -> int:
+    return target_port(member.services, service.name, owner.port, dict(service.ports).get(owner.port, 0))
 
 
 def _where(member: Workload) -> str:
@@ -106,23 +130,21 @@ def _where(member: Workload) -> str:
 
 
 def _obstacles(mesh: Mesh, service: Service, rules: Rules, owner: PortId, member: Workload) -> Iterator[str]:
-    """What keeps it out by itself; where nothing does, others are nearer, or the list had no room."""
+    """What keeps it out by itself, so that it is not compared with others."""
     if not member.healthy and not service.allows_unhealthy:
         yield "unhealthy"
-    if member.capacity == 0:
-        yield "weight 0"
     if member.network != rules.network:
         yield f"in network {member.network or '(none)'}, not {rules.network or '(none)'}"
     if rules.refuse_unenforced_policy and mesh.has_policy(member):
         yield "has policies"
     if member.hostname and not mesh.addresses_of(member):
         yield f"host name {member.hostname} is not known"
-    if not target_port(member.services, service.name, owner.port, dict(service.ports).get(owner.port, 0)):
+    if not _own_port(service, owner, member):
         yield f"serves no port {owner.port}"
-    if not any(is_v4(ip) == (owner.family == V4) for ip in mesh.addresses_of(member)):
+    if service.families is (Families.V6 if owner.family == V4 else Families.V4):
+        yield f"the service has no IPv{owner.family}"
+    elif not any(is_v4(ip) == (owner.family == V4) for ip in mesh.addresses_of(member)):
         yield f"has no IPv{owner.family} address"
-    if is_ranked(service) and (matched := _matches(mesh, service, member)) < len(service.scopes):
-        yield f"too far: {matched} of {len(service.scopes)} match"
 
 
 def _matches(mesh: Mesh, service: Service, member: Workload) -> int:

@@ -134,6 +134,10 @@ class Mesh:
         self.by_hostname: defaultdict[str, dict[str, None]] = defaultdict(dict)
         """Such workloads."""
         self.pod_owners: dict[Place, Owners] = {}
+        self._policy_scopes: Counter[str] = Counter()
+        """Namespaces with policies for all that is in them, and how many; "" for everything."""
+        self._dry_run: set[str] = set()
+        """Policies that are only tried."""
         self._named_policies = 0
         self._policy_users: Counter[str] = Counter()
         self._without_policies: Counter[str] = Counter()
@@ -430,12 +434,23 @@ class Mesh:
 
     def put_policy(self, policy: Policy, touched: Touched) -> None:
         if self.policies.get(policy.name) != policy:
+            self.remove_policy(policy.name, touched)
             self.policies[policy.name] = policy
+            if policy.dry_run:
+                self._dry_run.add(policy.name)
+            elif policy.namespace is not None:
+                self._policy_scopes[policy.namespace] += 1
             touched.policies = True
 
     def remove_policy(self, name: str, touched: Touched) -> None:
-        if self.policies.pop(name, None) is not None:
-            touched.policies = True
+        policy = self.policies.pop(name, None)
+        if policy is None:
+            return
+        self._dry_run.discard(name)
+        if policy.namespace is not None and not policy.dry_run:
+            self._policy_scopes[policy.namespace] -= 1
+            self._policy_scopes = +self._policy_scopes
+        touched.policies = True
 
     def places(self) -> Iterator[Place]:
         """Every address of a service or workload, in the order in which they came; some may come twice."""
@@ -477,6 +492,17 @@ class Mesh:
         seen = [service for service in found if not service.hidden or service.namespace == namespace]
         best = min(seen, key=lambda s: (s.namespace != namespace, not s.canonical, s.name), default=None)
         return None if best is None else best.name
+
+    def networks_instead(self, own: str) -> list[str]:
+        """Where the mesh is when nothing of it is in this network: no connection from there is routed."""
+        rest = _rest_of_key(own)
+        networks = {place.network for service in self.services.values() for place in service.ranges}
+        networks |= {network for service in self.services.values() for network, _ in service.vips}
+        if own in networks or any(place.endswith(rest) for place in self.pod_owners):
+            return []
+        first = next(iter(self.pod_owners.values()), ())
+        names = (first,) if isinstance(first, str) else first[:1]
+        return sorted(networks | {self.workload(name).network for name in names})
 
     def covered(self) -> Iterator[tuple[str, str]]:
         """Services that nobody reaches at an address of theirs, and whose that is."""
@@ -568,24 +594,22 @@ class Mesh:
 
     def unenforced(self) -> int:
         """How many workloads have policies, none of which is enforced yet."""
-        scopes = self._policy_scopes()
-        if "" in scopes:
+        if "" in self._policy_scopes:
             return len(self.workloads)
-        return self._named_policies + sum(self._without_policies[scope] for scope in scopes)
+        named = self._named_policies
+        if self._dry_run:
+            found = (each for each in self.workloads.values() if not isinstance(each, bytes))
+            named = sum(self.has_policy(each) for each in found if each.policies)
+        return named + sum(self._without_policies[scope] for scope in self._policy_scopes)
 
     def has_policy(self, workload: Workload) -> bool:
-        if workload.policies:
+        if not self._dry_run.issuperset(workload.policies):
             return True
-        scopes = self._policy_scopes()
-        return "" in scopes or workload.namespace in scopes
+        return "" in self._policy_scopes or workload.namespace in self._policy_scopes
 
     def missing_policies(self) -> dict[str, int]:
         """Policies that workloads name and nobody has sent, and how many workloads name each."""
         return {name: users for name, users in self._policy_users.items() if name not in self.policies}
-
-    def _policy_scopes(self) -> set[str]:
-        """Namespaces with policies for all that is in them; "" for everything."""
-        return {policy.namespace for policy in self.policies.values() if policy.namespace is not None}
 
     def _count_policies(self, workload: Workload, step: int) -> None:
         if workload.policies:

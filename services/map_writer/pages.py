@@ -176,6 +176,9 @@ def _waypoint(mesh: Mesh, service: Service) -> str:
 def _refusals(view: View, service: Service, counts: dict[int, int]) -> list[str]:
     """Why connections to a service, or to a part of it, do not get there."""
     found = [*view.refused.get(service.name, ())]
+    networks = {network for network, _ in service.vips} | {each.network for each in service.ranges}
+    if networks and view.rules.network not in networks:
+        return [*found, f"not in this node's network {view.rules.network!r}"]
     if service.waypoints:
         desired = desired_service(view.mesh, service.name, view.rules)
         verdicts = {frontend.verdict for frontend in desired.frontends.values()}
@@ -224,7 +227,8 @@ def _workload(mesh: Mesh, workload: Workload) -> dict[str, Any]:
 def _policies(view: View) -> list[dict[str, Any]]:
     """`namespace` is the scope: "" everything, null those workloads that name the policy."""
     return [
-        {"name": name, "namespace": policy.namespace} for name, policy in sorted(view.mesh.policies.items())
+        {"name": name, "namespace": policy.namespace, "dry_run": policy.dry_run}
+        for name, policy in sorted(view.mesh.policies.items())
     ]
 
 

@@ -76,6 +76,8 @@ class XdsClient:
         """The last ACK was given for what the maps hold."""
         self._exhausted = False
         """A request was too large for the server, and none was understood since."""
+        self._asked_bytes = 0
+        """The largest request of those that opened the present stream, or the last one."""
         self._whole: set[str] = set()
         """Types of which the present stream's next response is the whole state."""
         self._begun: set[str] = set()
@@ -112,7 +114,9 @@ class XdsClient:
             )
         except grpc.aio.AioRpcError as error:
             code, detail = error.code(), error.details()
-            self._exhausted |= code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            self._exhausted |= code is grpc.StatusCode.RESOURCE_EXHAUSTED and self._was_too_large(
+                detail or ""
+            )
             if any(word in (detail or "").lower() for word in _ORDINARY_DETAILS) or (
                 code in _ORDINARY and self._understood
             ):
@@ -150,13 +154,20 @@ class XdsClient:
                 if not stream.done():
                     await stream.write(request)
         except grpc.aio.AioRpcError:
-            self._exhausted |= max(request.ByteSize() for request in requests) > WINDOW_BYTES
+            self._exhausted |= self._asked_bytes > WINDOW_BYTES
             raise
+
+    def _was_too_large(self, detail: str) -> bool:
+        """Whether what opened the stream may be what exhausted the server: it also limits the rate so."""
+        if "larger than max" in detail:
+            return True
+        return self._asked_bytes > WINDOW_BYTES and "rate limit" not in detail
 
     def _first_requests(self) -> list[protocol.Request]:
         bytes_max = 0 if self._exhausted else self._settings.max_request_bytes
         node = connection.node(self._settings)
         requests = list(protocol.first_requests(node, self._store, bytes_max))
+        self._asked_bytes = max(request.ByteSize() for request in requests)
         self._whole, self._begun = protocol.types_unnamed(requests, self._store), set()
         if self._whole:
             log.info("stream_opened_without_versions", types=sorted(self._whole))

@@ -220,6 +220,13 @@ async def test_a_server_that_finds_a_request_too_large_gets_it_without_versions(
     assert len(stream.first[ADDRESS].initial_resource_versions) == 8_000
 
 
+async def test_a_server_that_limits_the_rate_is_named_all_that_is_held(held: Client) -> None:
+    number = len(held.plane.streams)
+    await held.plane.stream.end(grpc.StatusCode.RESOURCE_EXHAUSTED)
+    stream = await held.plane.next_stream(number)
+    assert stream.first[ADDRESS].initial_resource_versions.keys() == {host("web"), uid("web-1")}
+
+
 async def test_everything_is_kept_while_no_server_is_there(held: Client) -> None:
     await held.plane.stop()
     status = await held.node.until_page("xds_client", lambda said: not said["connected"], "alone")

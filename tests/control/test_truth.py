@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ import anyio.to_thread
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from pykmesh.cli import diff
 from pykmesh.contracts.messages import REFUSED_NAMED
 from pykmesh.node.mesh import Options
 from tests.control import kernel_view
 from tests.control.conftest import Whole
 from tests.control.kernel_view import Address, Entry
 from tests.control.mesh_node import MeshNode, running, until
-from tests.control.resources import host, pod, policy, service, uid
-from tests.control.scripted_ads import ADDRESS, AUTHORIZATION, serving
+from tests.control.resources import host, pod, pod_message, policy, service, uid
+from tests.control.scripted_ads import ADDRESS, AUTHORIZATION, resource, serving
 
 pytestmark = [pytest.mark.anyio, pytest.mark.kernel, pytest.mark.usefixtures("one_event_loop")]
 
@@ -42,6 +44,21 @@ async def test_what_was_accepted_is_in_the_maps_at_that_moment(mesh: Whole) -> N
     status = await mesh.node.page("xds_client")
     assert status["not_in_kernel"] == 0
     assert status["map_writer"] == "there"
+
+
+async def test_what_was_rejected_differs_from_what_the_control_plane_said(mesh: Whole) -> None:
+    """The copy of before is still in the kernel, and that is not what was said last."""
+    assert (await mesh.plane.push(pod("a", "10.1.0.1"))).accepted
+    look = partial(diff.said, mesh.node.instance)
+    assert (await anyio.to_thread.run_sync(look)).differences == []
+    bad = pod_message("a", "10.1.0.2")
+    bad.workload.network_mode = 7  # type: ignore[assignment]
+    assert not (await mesh.plane.push(resource(uid("a"), bad.SerializeToString()))).accepted
+    (found,) = (await anyio.to_thread.run_sync(look)).differences
+    assert (found.where, found.expected) == (uid("a"), "what was said last")
+    assert found.found == "it rejected: workload.network_mode: 7 is unknown"
+    assert (await mesh.plane.push(pod("a", "10.1.0.3"))).accepted
+    assert (await anyio.to_thread.run_sync(look)).differences == []
 
 
 @pytest.fixture

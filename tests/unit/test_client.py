@@ -114,6 +114,23 @@ async def test_a_control_plane_that_is_away_for_an_hour_and_back_with_less_is_fo
         tasks.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize(
+    ("asked", "detail", "too_large"),
+    [
+        (1 << 20, "grpc: received message larger than max (1048576 vs. 50000)", True),
+        (1 << 10, "received message larger than max", True),
+        (1 << 20, "request rate limit exceeded: context deadline exceeded", False),
+        (1 << 20, "", True),
+        (1 << 10, "", False),
+    ],
+)
+def test_a_request_was_too_large_only_where_it_may_have_been(
+    client: XdsClient, asked: int, detail: str, *, too_large: bool
+) -> None:
+    client._asked_bytes = asked
+    assert client._was_too_large(detail) is too_large
+
+
 def bulk() -> bytes:
     large = pod("a", "10.1.0.1")
     large.resource.value += unknown_field(app.BULK_BYTES)

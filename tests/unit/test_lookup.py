@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pykmesh.contracts.address import decode_address
+import msgspec
+
+from pykmesh.contracts.address import Families, decode_address
 from pykmesh.proto import workload_pb2
 from services.map_writer import lookup
 from services.map_writer.desired import PortId, Rules
@@ -83,8 +85,34 @@ def test_each_obstacle_is_named() -> None:
 
 def test_who_is_too_far_is_told_how_far() -> None:
     found = mesh(workload("near"), workload("far", zone="b"), mode=2, scopes=(1, 2))
-    assert unused(found) == {"near": None, "far": "too far: 1 of 2 match"}
+    assert unused(found) == {"near": None, "far": "too far: 1 of 2 match, 2 are needed"}
     assert unused(mesh(workload("far", zone="b"), mode=2, scopes=(1, 2))) == {"far": None}
+    assert unused(mesh(workload("far", zone="b"), mode=1, scopes=(1, 2))) == {
+        "far": "too far: 1 of 2 match, 2 are needed"
+    }
+    found = mesh(workload("near", zone="b"), workload("nearer", zone="b", capacity=0), mode=2, scopes=(1, 2))
+    assert unused(found) == {"near": None, "nearer": "weight 0"}
+
+
+def test_members_at_one_address_are_told_apart_by_their_ports() -> None:
+    first = workload("one", addresses=[bytes([10, 5, 0, 5])])
+    same = workload("two", addresses=[bytes([10, 5, 0, 5])])
+    other = workload("three", addresses=[bytes([10, 5, 0, 5])], port=8081)
+    found = mesh(first, same, other)
+    assert unused(found) == {"one": None, "two": None, "three": None}
+    said = lookup.members(found, {PORT.id: PORT}, Rules(), PORT.id)
+    assert said is not None
+    assert {m["name"]: m["port"] for m in said["members"]} == {
+        "shop/one": 8080, "shop/two": 8080, "shop/three": 8081,
+    }  # fmt: skip
+
+
+def test_a_family_that_the_service_has_not_is_named() -> None:
+    found, six = mesh(workload("four")), msgspec.structs.replace(PORT, family=6)
+    found.services[NAME] = msgspec.structs.replace(found.services[NAME], families=Families.V4)
+    said = lookup.members(found, {six.id: six}, Rules(), six.id)
+    assert said is not None
+    assert [m["unused"] for m in said["members"]] == ["the service has no IPv6"]
 
 
 def test_services_and_workloads_are_found_by_each_of_their_names() -> None:
