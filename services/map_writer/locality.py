@@ -1,7 +1,8 @@
 """Which endpoints are near enough: the locality rules of load balancing. Pure (xds.md 3.3).
 
-Endpoints of another network are not usable at all here, so whether a network that differs ends the
-comparison (istiod up to 1.30) or is skipped (1.31) makes no difference.
+Endpoints of another network are not usable at all here, and this node's network is its setting: so whether
+a network that differs ends the comparison (istiod up to 1.30) or is skipped (1.31) makes no difference, and
+there is no setting for it.
 """
 
 from __future__ import annotations

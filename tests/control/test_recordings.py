@@ -15,6 +15,7 @@ from pathlib import Path
 import anyio.to_thread
 import pytest
 
+from pykmesh.cli import diff
 from pykmesh.kernel import pins
 from pykmesh.node import run
 from tests.control import kernel_view, older, recordings
@@ -27,7 +28,7 @@ from tests.mesh.node import Node
 pytestmark = [pytest.mark.anyio, pytest.mark.kernel, pytest.mark.usefixtures("one_event_loop")]
 
 VERSIONS = ("istiod-1.25.5", "istiod-1.31-eed52ebb66ad")
-SCENARIOS = ("basics", "service-entries", "reconnect", "waypoints", "policies")
+SCENARIOS = ("basics", "service-entries", "reconnect", "waypoints", "policies", "waypoint-status")
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -47,6 +48,24 @@ async def test_after_each_step_the_maps_say_what_an_older_istiod_would_have_said
     await mesh.node.until_page("xds_client", lambda said: said["map_writer"] == "there", "followed")
     found = older.steps(RECORDINGS / VERSIONS[0] / scenario, version)
     await _compare(mesh.plane, mesh.node.maps_dir, found)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_a_recorded_mesh_of_a_thousand_services_is_whole_after_each_step(
+    mesh: Whole, version: str
+) -> None:
+    """Its `expect.json` has counts of what there is, and a digest."""
+    await mesh.node.until_page("xds_client", lambda said: said["map_writer"] == "there", "followed")
+    player = Player(mesh.plane)
+    for step in recordings.steps(RECORDINGS / version / "scale"):
+        await player.play(step.messages)
+        said, counts = await mesh.node.page("map_writer"), step.state["counts"]
+        assert {kind: said[kind] for kind in counts} == counts, step.name
+        view = kernel_view.read(mesh.node.maps_dir)
+        kinds = Counter(address.kind for address in view.addresses.values())
+        assert kinds == {"service": counts["services"], "workload": counts["workloads"]}, step.name
+    held = await anyio.to_thread.run_sync(diff.held, mesh.node.instance)
+    assert held.differences == []
 
 
 def test_older_forms_differ_from_the_recording() -> None:
@@ -115,9 +134,9 @@ def test_the_recordings_hold_every_kind_of_entry() -> None:
             for entry in recordings.view(step.state).services.values():
                 seen[entry.verdict if entry.endpoints or entry.verdict != "routed" else "empty"] += 1
     assert seen == {
-        "routed": 784,
-        "empty": 377,
-        "waypoint_unsupported": 84,
-        "waypoint_unavailable": 8,
+        "routed": 808,
+        "empty": 397,
+        "waypoint_unsupported": 96,
+        "waypoint_unavailable": 12,
         "passthrough": 48,
     }
