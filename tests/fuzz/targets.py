@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -14,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from pykmesh.cli.main import main as command_line
 from pykmesh.contracts import messages
+from pykmesh.contracts import settings as all_settings
 from pykmesh.contracts.address import FieldError
 from pykmesh.contracts.messages import (
     VERSION,
@@ -25,12 +27,13 @@ from pykmesh.contracts.messages import (
     SnapshotPage,
 )
 from pykmesh.contracts.requests import RequestSums
-from pykmesh.contracts.settings import ControlPlaneSettings
-from pykmesh.contracts.waypoints import MeshService, ServicePort
+from pykmesh.contracts.settings import SETTINGS_FILE_VARIABLE, ControlPlaneSettings, SettingsError
+from pykmesh.contracts.waypoints import MeshService, ServicePort, WaypointsReply, WaypointsRequest
 from pykmesh.controlplane.allocate import AddressRanges
 from pykmesh.controlplane.control_plane import MeshSettings, translate_content
 from pykmesh.manifests.folder import Content
 from pykmesh.manifests.parse import parse as parse_manifests
+from services.dns_proxy import wire
 from services.map_writer.desired import Rules
 from services.map_writer.follower import Change, Follower, GapError
 from services.map_writer.planner import Held, Limits, Planner
@@ -55,6 +58,8 @@ BUS: Final[tuple[type[Message], ...]] = (
     messages.DnsRequest,
     messages.DnsReply,
     RequestSums,
+    WaypointsRequest,
+    WaypointsReply,
 )
 
 
@@ -125,6 +130,35 @@ def manifests(data: bytes) -> None:
         resources(translate(waypoint, users, known, found.services, wanted, DOMAIN), "::", 15400)
 
 
+def dns(data: bytes) -> None:
+    """A pod's question, and what a server says to one: each may be anything."""
+    query = wire.read(data)
+    ends = wire.end_of_answers(query)
+    if query is not None:
+        for is_large in (False, True):
+            addresses = (["2001:db8::1"] if query.is_6 else ["192.0.2.1"]) * (200 if is_large else 1)
+            reply = wire.answer(query, addresses, "", wire.udp_room(query))
+            assert len(reply) <= max(wire.udp_room(query), wire.UDP_BYTES_MIN)
+            assert wire.answers(reply, data)
+    if len(data) >= wire.HEADER_BYTES:
+        assert len(wire.failure(data)) <= len(data)
+        ends(data)
+    wire.answers(data, data)
+
+
+def settings(data: bytes) -> None:
+    """A file of settings, and a variable of the environment."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        text = data[:64].decode("utf-8", "surrogateescape").replace("\0", "")
+        for kind in all_settings.PROCESSES:
+            for environment in ({SETTINGS_FILE_VARIABLE: file.name}, {"PYKMESH_PIN_DIR": text}):
+                with contextlib.suppress(SettingsError):
+                    all_settings.load(kind, environment)
+        all_settings.misspelt({f"PYKMESH_{text}": text})
+
+
 def words(data: bytes) -> None:
     """What somebody types behind `pykmesh`; nothing is done."""
     typed = data.decode("utf-8", "surrogateescape").split("\n")
@@ -142,7 +176,7 @@ def words(data: bytes) -> None:
 
 
 TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
-    target.__name__: target for target in (xds, address, bus, manifests, words)
+    target.__name__: target for target in (xds, address, bus, manifests, dns, settings, words)
 }
 
 
