@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import anyio
 import anyio.to_thread
 import structlog
-from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from prometheus_client.core import Metric
 
 from pykmesh import metrics, tracing
@@ -117,9 +116,7 @@ class MapWriter:
         self._lost = True
         """The log cannot be followed: a snapshot is needed."""
         self._inbox_bytes = 0
-        self._send: MemoryObjectSendStream[Item | Resolved]
-        self._inbox: MemoryObjectReceiveStream[Item | Resolved]
-        self._send, self._inbox = anyio.create_memory_object_stream[Item | Resolved](INBOX_BATCHES)
+        self._inbox: asyncio.Queue[Item | Resolved] = asyncio.Queue(INBOX_BATCHES)
 
     @property
     def applied_seq(self) -> int:
@@ -142,8 +139,8 @@ class MapWriter:
             log.warning("inbox_full", bytes=INBOX_BYTES, effect="resync")
             return
         try:
-            self._send.send_nowait(Item(batch, headers, len(data)))
-        except anyio.WouldBlock:
+            self._inbox.put_nowait(Item(batch, headers, len(data)))
+        except asyncio.QueueFull:
             log.warning("inbox_full", batches=INBOX_BATCHES, effect="resync")
         else:
             self._inbox_bytes += len(data)
@@ -158,7 +155,7 @@ class MapWriter:
         while True:
             if self._lost:
                 await self._resync()
-            item = await self._inbox.receive()
+            item = await self._inbox.get()
             if isinstance(item, Resolved):
                 await self._resolve(item)
                 continue
@@ -183,7 +180,7 @@ class MapWriter:
 
     async def resolved(self, hostname: str, addresses: tuple[Ip, ...]) -> None:
         """From whoever looks host names up. Waits its turn, as a batch does."""
-        await self._send.send(Resolved(hostname, addresses))
+        await self._inbox.put(Resolved(hostname, addresses))
 
     async def _resolve(self, found: Resolved) -> None:
         """Writes what it changes at once, or with the response that is being taken."""
@@ -223,8 +220,8 @@ class MapWriter:
         """What was received until now is in a snapshot that is asked for now."""
         while True:
             try:
-                item = self._inbox.receive_nowait()
-            except anyio.WouldBlock:
+                item = self._inbox.get_nowait()
+            except asyncio.QueueEmpty:
                 return
             if isinstance(item, Resolved):
                 self.follower.resolve(item.hostname, item.addresses)

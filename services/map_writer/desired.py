@@ -213,21 +213,28 @@ def _by_waypoint(
 
     Of several those that have none leave their share to the others.
     """
-    found: list[tuple[EndpointsOf, int]] = []
-    own_weights: dict[bytes, int] = {}
-    """Of instances among those of their waypoint."""
+    found: list[_Share] = []
     for said in waypoints:
         waypoint = mesh.service_of(said)
         target = dict(waypoint.ports).get(HANDOFF_PORT) if waypoint else 0
         if said == Waypoint(weight=said.weight) or target is None:
             return Reason.WAYPOINT_UNSUPPORTED, _nothing
         if waypoint is not None:
+            own_weights: dict[bytes, int] = {}
             own = _endpoints(mesh, waypoint, rules, own_weights, is_waypoint=True)
             if any(own(HANDOFF_PORT, target, 0, 0)):
-                found.append((partial(_at_handoff, own, target), said.weight))
+                found.append(_Share(partial(_at_handoff, own, target), own_weights, said.weight))
     if not found:
         return Reason.WAYPOINT_UNAVAILABLE, _nothing
-    return Reason.ROUTED, partial(_shared, found, own_weights, weights)
+    return Reason.ROUTED, partial(_shared, found, weights)
+
+
+class _Share(NamedTuple):
+    """A waypoint's part of the connections, and the weights of its instances: one may be another's too."""
+
+    instances: EndpointsOf
+    own_weights: dict[bytes, int]
+    weight: int
 
 
 def _at_handoff(own: EndpointsOf, target: int, _port: int, _target: int, id4: int, id6: int) -> Lists:
@@ -235,8 +242,7 @@ def _at_handoff(own: EndpointsOf, target: int, _port: int, _target: int, id4: in
 
 
 def _shared(
-    waypoints: list[tuple[EndpointsOf, int]],
-    own_weights: dict[bytes, int],
+    waypoints: list[_Share],
     weights: dict[bytes, int],
     port: int,
     target: int,
@@ -244,12 +250,12 @@ def _shared(
     id6: int,
 ) -> Lists:
     """The instances of all, each as probable as its waypoint's weight makes it."""
-    made = [(own(port, target, id4, id6), weight) for own, weight in waypoints]
+    made = [(share.instances(port, target, id4, id6), share) for share in waypoints]
     lists: Lists = {}, {}
     for family, instances in enumerate(lists):
         parts = [
-            ({value: own_weights.get(value, 1) for value in lists_of[family]}, weight)
-            for lists_of, weight in made
+            ({value: share.own_weights.get(value, 1) for value in lists_of[family]}, share.weight)
+            for lists_of, share in made
             if lists_of[family]
         ]
         whole = lcm(*(sum(part.values()) for part, _ in parts))

@@ -5,6 +5,7 @@ Reading never waits for the maps: answers do, in a task of their own and in the 
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -15,7 +16,6 @@ import anyio
 import anyio.to_thread
 import grpc.aio
 import structlog
-from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from google.protobuf.message import DecodeError
 from prometheus_client.core import Metric
 
@@ -130,14 +130,13 @@ class XdsClient:
         return False
 
     async def _follow(self, stream: connection.Stream) -> bool:
-        sender, answers = anyio.create_memory_object_stream[Taken](ANSWERS_WAITING)
+        answers: asyncio.Queue[Taken] = asyncio.Queue(ANSWERS_WAITING)
         try:
-            with sender, answers:
-                await self._open(stream)
-                async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(self._answer, stream, answers)
-                    await self._read(stream, sender)
-                    tasks.cancel_scope.cancel()
+            await self._open(stream)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._answer, stream, answers)
+                await self._read(stream, answers)
+                tasks.cancel_scope.cancel()
         except* (grpc.aio.AioRpcError, DecodeError) as group:
             raise group.exceptions[0] from None
         log.info("stream_ended", code="OK")
@@ -173,7 +172,7 @@ class XdsClient:
             log.info("stream_opened_without_versions", types=sorted(self._whole))
         return requests
 
-    async def _read(self, stream: connection.Stream, sender: MemoryObjectSendStream[Taken]) -> None:
+    async def _read(self, stream: connection.Stream, answers: asyncio.Queue[Taken]) -> None:
         while True:
             data = await stream.read()
             if not isinstance(data, bytes):
@@ -182,7 +181,7 @@ class XdsClient:
             self.counts["responses"] += 1
             self.counts["bytes"] += len(data)
             self.last_response = time.time()
-            await sender.send(await self._take(data))
+            await answers.put(await self._take(data))
             if self._store.synced:
                 self._runtime.readiness.done("control plane")
 
@@ -219,8 +218,9 @@ class XdsClient:
             return protocol.parse(data)
         return await anyio.to_thread.run_sync(protocol.parse, data)
 
-    async def _answer(self, stream: connection.Stream, answers: MemoryObjectReceiveStream[Taken]) -> None:
-        async for taken in answers:
+    async def _answer(self, stream: connection.Stream, answers: asyncio.Queue[Taken]) -> None:
+        while True:
+            taken = await answers.get()
             applied = await self._publisher.until_applied(taken.seq, self._settings.report_deadline_s)
             if stream.done():
                 return  # the reader, which may be busy with a response still, is told why

@@ -6,6 +6,7 @@ when nobody follows, they are published as they are and the reader takes a snaps
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator
 from itertools import islice
@@ -38,7 +39,6 @@ log = structlog.get_logger(__name__)
 HEARTBEAT_S = 1.0
 AWAY_AFTER_S = 3.0
 PACE_DEADLINE_S = 1.5
-LOOK_AGAIN_S = 0.5
 MANY_RESOURCES = 1000
 
 
@@ -50,8 +50,8 @@ class Publisher:
         self._store = store
         self._bus = bus
         self._in_flight = in_flight
-        self._turn = anyio.Lock()
-        self._reported = anyio.Event()
+        self._turn = asyncio.Lock()
+        self._reported = asyncio.Event()
         self.report: MapReport | None = None
         self.last_report = 0.0
         self._started = time.monotonic()
@@ -68,8 +68,12 @@ class Publisher:
             log.error("report_not_understood", error=str(error))
             return
         self.last_report = time.monotonic()
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """For those who wait for a report, or until none is to be expected."""
         self._reported.set()
-        self._reported = anyio.Event()
+        self._reported = asyncio.Event()
 
     async def _snapshot(self, data: bytes) -> bytes:
         """No byte for a cursor that is none any more: the reader starts again. Raises ContractError."""
@@ -204,14 +208,14 @@ class Publisher:
         """True once the maps hold what was published; False when map_writer is away or late."""
         with anyio.move_on_after(deadline_s):
             while self._may_report and not self._has(seq):
-                with anyio.move_on_after(LOOK_AGAIN_S):
-                    await self._reported.wait()
+                await self._reported.wait()
         return self._has(seq)
 
     async def heartbeat(self) -> None:
         """Repeats the head of the log, so that a reader notices what it missed. Runs until cancelled."""
         while True:
             await self._send(self._store.heartbeat(), {})
+            self._look_again()
             await anyio.sleep(HEARTBEAT_S)
 
 
