@@ -37,6 +37,8 @@ from pykmesh.kernel.maps import MapFullError, PinError, PinnedMap, stride, value
 _GENERATION: Final = "generations"
 _FIRST: Final = bytes(4)
 _UNPINNED: Final = "unpinned"
+WRITE_DEADLINE_S: Final = 20.0
+LOOK_S: Final = 0.001
 _KERNEL_NAME: Final = 15
 """Characters of a map's name that the kernel keeps."""
 _RING_BUFFER, _SK_STORAGE, _SOCK_HASH = 27, 24, 18
@@ -122,7 +124,8 @@ class _Part(NamedTuple):
 def plan(pin_dir: Path) -> Plan:
     """What would be done to the maps of an instance. Changes nothing. KernelError."""
     directory = pins.maps_dir(pin_dir)
-    moves, problems = list[Move](), list[str]()
+    moves = list[Move]()
+    problems = [f"{path} is a directory: it is nobody's" for path in directory.iterdir() if path.is_dir()]
     known = map_names()
     for name in sorted({pin.name.partition("@")[0] for pin in directory.glob("*")} - {*known}):
         gone = tuple(pin.name for pin in directory.glob(f"{name}@*"))
@@ -325,14 +328,28 @@ class Gate:
 
     @contextlib.contextmanager
     def closed(self) -> Iterator[None]:
-        """Nobody writes. Whoever wrote before has to begin anew, from now on, also if this one is ended."""
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        """Nobody writes. Whoever wrote before has to begin anew, from now on, also if this one is ended.
+
+        UpgradeError when somebody keeps the lock: a write takes a moment.
+        """
+        self._lock_alone()
         try:
             number = int.from_bytes(self._generations.get(_FIRST) or b"", "little") + 1
             self._generations.put(_FIRST, number.to_bytes(8, "little"))
             yield
         finally:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def _lock_alone(self) -> None:
+        until = time.monotonic() + WRITE_DEADLINE_S
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            if time.monotonic() > until:
+                held = Path(f"/proc/self/fd/{self._fd}").readlink()
+                raise UpgradeError(f"{held} is locked by somebody: lsof tells who")
+            time.sleep(LOOK_S)
 
     def close(self) -> None:
         self._generations.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 from collections.abc import Iterator
@@ -9,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pykmesh.kernel import hooks, pins
+from pykmesh.kernel import hooks, pins, upgrade
 from pykmesh.kernel.layout import map_layout
 from pykmesh.kernel.maps import PinError, PinnedMap
 from pykmesh.kernel.records import POD_KEY, POD_VALUE, ip_from_text
-from pykmesh.kernel.upgrade import Fate, Gate, MovedOnError, Staging, plan
+from pykmesh.kernel.upgrade import Fate, Gate, MovedOnError, Staging, UpgradeError, plan
 
 pytestmark = pytest.mark.kernel
 
@@ -102,6 +103,29 @@ def test_sockets_cannot_be_copied_and_what_is_open_is_counted_anew(pin_dir: Path
         loads.put(bytes(loads.layout.key_size), (5).to_bytes(8, "little"))
         take_over(pin_dir)
         assert len(loads) == 0
+
+
+def test_a_lock_that_somebody_keeps_is_told(pin_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upgrade, "WRITE_DEADLINE_S", 0.1)
+    as_if_of_another_release(pin_dir, "pods")
+    staging = Staging(pin_dir)
+    load(pin_dir, staging)
+    held = os.open(pins.waypoints_dir(pin_dir), os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_SH)
+    with pytest.raises(UpgradeError, match=r"/waypoints is locked by somebody"), staging.taken_over():
+        pytest.fail("it was taken over")
+    os.close(held)
+    with staging.taken_over():
+        pass
+    assert plan(pin_dir).is_none
+
+
+def test_a_directory_among_the_maps_is_told_and_left(pin_dir: Path) -> None:
+    stray = pins.maps_dir(pin_dir) / "mine@0"
+    stray.mkdir()
+    with pytest.raises(UpgradeError, match=r"/mine@0 is a directory"):
+        Staging(pin_dir)
+    assert stray.exists()
 
 
 def test_without_maps_there_is_no_gate(tmp_path: Path) -> None:
