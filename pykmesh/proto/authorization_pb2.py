@@ -24,17 +24,31 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!pykmesh/proto/authorization.proto\x12\x13pykmesh.security.v1\"\x99\x01\n\rAuthorization\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12)\n\x05scope\x18\x03 \x01(\x0e\x32\x1a.pykmesh.security.v1.Scope\x12+\n\x06\x61\x63tion\x18\x04 \x01(\x0e\x32\x1b.pykmesh.security.v1.Action\x12\x0f\n\x07\x64ry_run\x18\x06 \x01(\x08*9\n\x05Scope\x12\n\n\x06GLOBAL\x10\x00\x12\r\n\tNAMESPACE\x10\x01\x12\x15\n\x11WORKLOAD_SELECTOR\x10\x02*\x1d\n\x06\x41\x63tion\x12\t\n\x05\x41LLOW\x10\x00\x12\x08\n\x04\x44\x45NY\x10\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!pykmesh/proto/authorization.proto\x12\x13pykmesh.security.v1\"\xc3\x01\n\rAuthorization\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12)\n\x05scope\x18\x03 \x01(\x0e\x32\x1a.pykmesh.security.v1.Scope\x12+\n\x06\x61\x63tion\x18\x04 \x01(\x0e\x32\x1b.pykmesh.security.v1.Action\x12(\n\x05rules\x18\x05 \x03(\x0b\x32\x19.pykmesh.security.v1.Rule\x12\x0f\n\x07\x64ry_run\x18\x06 \x01(\x08\"4\n\x04Rule\x12,\n\x07\x63lauses\x18\x01 \x03(\x0b\x32\x1b.pykmesh.security.v1.Clause\"5\n\x06\x43lause\x12+\n\x07matches\x18\x02 \x03(\x0b\x32\x1a.pykmesh.security.v1.Match\"\x87\x05\n\x05Match\x12\x34\n\nnamespaces\x18\x01 \x03(\x0b\x32 .pykmesh.security.v1.StringMatch\x12\x38\n\x0enot_namespaces\x18\x02 \x03(\x0b\x32 .pykmesh.security.v1.StringMatch\x12\x34\n\nprincipals\x18\x03 \x03(\x0b\x32 .pykmesh.security.v1.StringMatch\x12\x38\n\x0enot_principals\x18\x04 \x03(\x0b\x32 .pykmesh.security.v1.StringMatch\x12\x30\n\nsource_ips\x18\x05 \x03(\x0b\x32\x1c.pykmesh.security.v1.Address\x12\x34\n\x0enot_source_ips\x18\x06 \x03(\x0b\x32\x1c.pykmesh.security.v1.Address\x12\x35\n\x0f\x64\x65stination_ips\x18\x07 \x03(\x0b\x32\x1c.pykmesh.security.v1.Address\x12\x39\n\x13not_destination_ips\x18\x08 \x03(\x0b\x32\x1c.pykmesh.security.v1.Address\x12\x19\n\x11\x64\x65stination_ports\x18\t \x03(\r\x12\x1d\n\x15not_destination_ports\x18\n \x03(\r\x12\x42\n\x10service_accounts\x18\x0b \x03(\x0b\x32(.pykmesh.security.v1.ServiceAccountMatch\x12\x46\n\x14not_service_accounts\x18\x0c \x03(\x0b\x32(.pykmesh.security.v1.ServiceAccountMatch\"\x83\x01\n\x0bStringMatch\x12\x0f\n\x05\x65xact\x18\x01 \x01(\tH\x00\x12\x10\n\x06prefix\x18\x02 \x01(\tH\x00\x12\x10\n\x06suffix\x18\x03 \x01(\tH\x00\x12\x31\n\x08presence\x18\x04 \x01(\x0b\x32\x1d.pykmesh.security.v1.PresenceH\x00\x42\x0c\n\nmatch_type\"\n\n\x08Presence\"*\n\x07\x41\x64\x64ress\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0c\x12\x0e\n\x06length\x18\x02 \x01(\r\"A\n\x13ServiceAccountMatch\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x17\n\x0fservice_account\x18\x02 \x01(\t*9\n\x05Scope\x12\n\n\x06GLOBAL\x10\x00\x12\r\n\tNAMESPACE\x10\x01\x12\x15\n\x11WORKLOAD_SELECTOR\x10\x02*\x1d\n\x06\x41\x63tion\x12\t\n\x05\x41LLOW\x10\x00\x12\x08\n\x04\x44\x45NY\x10\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pykmesh.proto.authorization_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SCOPE']._serialized_start=214
-  _globals['_SCOPE']._serialized_end=271
-  _globals['_ACTION']._serialized_start=273
-  _globals['_ACTION']._serialized_end=302
+  _globals['_SCOPE']._serialized_start=1272
+  _globals['_SCOPE']._serialized_end=1329
+  _globals['_ACTION']._serialized_start=1331
+  _globals['_ACTION']._serialized_end=1360
   _globals['_AUTHORIZATION']._serialized_start=59
-  _globals['_AUTHORIZATION']._serialized_end=212
+  _globals['_AUTHORIZATION']._serialized_end=254
+  _globals['_RULE']._serialized_start=256
+  _globals['_RULE']._serialized_end=308
+  _globals['_CLAUSE']._serialized_start=310
+  _globals['_CLAUSE']._serialized_end=363
+  _globals['_MATCH']._serialized_start=366
+  _globals['_MATCH']._serialized_end=1013
+  _globals['_STRINGMATCH']._serialized_start=1016
+  _globals['_STRINGMATCH']._serialized_end=1147
+  _globals['_PRESENCE']._serialized_start=1149
+  _globals['_PRESENCE']._serialized_end=1159
+  _globals['_ADDRESS']._serialized_start=1161
+  _globals['_ADDRESS']._serialized_end=1203
+  _globals['_SERVICEACCOUNTMATCH']._serialized_start=1205
+  _globals['_SERVICEACCOUNTMATCH']._serialized_end=1270
 # @@protoc_insertion_point(module_scope)

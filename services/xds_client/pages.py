@@ -86,7 +86,7 @@ def _of_kind(kind: str, held: _Held) -> list[dict[str, Any]]:
 
 
 def _policies(held: _Held) -> list[dict[str, Any]]:
-    """Their heads: the rules are not read yet."""
+    """With their rules, which nobody enforces yet."""
     return [
         {"resource": name, "version": resource.version, **_policy(Authorization.FromString(resource.value))}
         for name, resource in sorted(held[ResourceType.AUTHORIZATION].items())

@@ -242,6 +242,15 @@ async def test_a_policy_with_an_unknown_word_is_rejected_never_guessed(
     assert (await client.node.page("xds_client"))["resources"]["authorization"] == 1
 
 
+async def test_a_policy_whose_rules_cannot_be_read_is_rejected(client: Client) -> None:
+    """A rule that is not there denies less, or allows more."""
+    head = authorization_pb2.Authorization(name="p", namespace="shop", action=authorization_pb2.DENY)
+    bad = resource("shop/p", head.SerializeToString() + b"\x2a\x02\x0a\xff", AUTHORIZATION)
+    answer = await client.plane.send(client.plane.response([bad, policy("q")], type_url=AUTHORIZATION))
+    assert answer.reasons.keys() == {"shop/p"}
+    assert answer.reasons["shop/p"].startswith("not an Authorization message")
+
+
 async def test_a_response_of_a_type_that_was_not_asked_for_gets_a_nack_of_that_type(client: Client) -> None:
     cluster = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
     response = client.plane.response([], type_url=cluster)
