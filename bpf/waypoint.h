@@ -162,6 +162,14 @@ int pykmesh_origdst(struct bpf_sockopt *ctx)
  * The same instance for the same client's port: what begins with a SYN cookie ends where it began. Without
  * an instance it is as if there were no program.
  */
+/* Ports come one after the other, or every other one: each bit of the result depends on all. */
+static __always_inline __u32 mixed(__u32 bits)
+{
+	bits = (bits ^ bits >> 16) * 0x7feb352du;
+	bits = (bits ^ bits >> 15) * 0x846ca68bu;
+	return bits ^ bits >> 16;
+}
+
 SEC("sk_lookup")
 int pykmesh_front(struct bpf_sk_lookup *ctx)
 {
@@ -184,7 +192,7 @@ int pykmesh_front(struct bpf_sk_lookup *ctx)
 		return SK_PASS;
 	from = ctx->remote_ip4 ^ ctx->remote_ip6[0] ^ ctx->remote_ip6[1] ^ ctx->remote_ip6[2] ^
 	       ctx->remote_ip6[3];
-	from = (from + ctx->remote_port) * 0x9e3779b1u >> 8;
+	from = mixed(from + bpf_ntohs(ctx->remote_port));
 	for (i = 0; i < FRONT_INSTANCES_MAX && i < count; i++) {
 		__u32 port = front->ports[(from + i) % count & (FRONT_INSTANCES_MAX - 1)];
 		struct bpf_sock *listener = bpf_map_lookup_elem(&listeners, &port);

@@ -211,6 +211,10 @@ def _problems(found: dict[str, Any]) -> list[str]:
         f"workload {workload} asks for it and goes without: its address is the node's, another's or elsewhere"
         for workload in found["workloads_unguarded"]
     ]
+    lines += [
+        f"service {service} asks for it and goes without: it has no address, its pods are asked at theirs"
+        for service in found["services_unguarded"]
+    ]
     if found["scaling"] and found["scaling"]["error"]:
         lines.append(found["scaling"]["error"])
     for instance in found["instances"]:

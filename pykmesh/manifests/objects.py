@@ -430,6 +430,12 @@ class Gateway(_Object, frozen=True, kw_only=True):
     def _is_for(self) -> str:
         return self.labels.get(WAYPOINT_FOR, "service")
 
+    @property
+    def misread(self) -> list[str]:
+        """Labels of it that say what nobody understands."""
+        known = self._is_for in ("service", "workload", "all", "none")
+        return [] if known else [f"label {WAYPOINT_FOR}: {self._is_for!r} is not known, so it is for nothing"]
+
     def lets_in(self, namespace: str, labels: Labels) -> bool:
         """Whether services of a namespace, which has these labels, may go by way of it."""
         if namespace == self.namespace:

@@ -55,6 +55,11 @@ class Refusal(msgspec.Struct, frozen=True):
     at: float
     """Unix time."""
 
+    @property
+    def is_its_own(self) -> bool:
+        """It concerns the one Envoy: what it got may be good for others. Somebody else has its port."""
+        return "cannot bind" in self.message
+
 
 class NodeStatus(msgspec.Struct, frozen=True):
     """`is_current`: it is connected and has taken all that was published last. Refusals are of that too."""
@@ -134,6 +139,10 @@ class _Subscription:
         for name in names:
             self.sent.pop(name, None)
 
+    def retry(self) -> None:
+        """What was refused is sent as it is."""
+        self.refused, self.refusal = {}, None
+
     def respond(self, nonce: str, changed: _Versions, gone: set[str]) -> None:
         self.under_way = (nonce, changed)
         self.is_answered = True
@@ -171,6 +180,8 @@ class _Stream:
         self._subscriptions: dict[str, _Subscription] = {}
         self._due = anyio.Event()
         self._nonces = 0
+        self.has_taken = False
+        """It had all that was published at some time."""
         self._sent_clusters: set[str] = set()
 
     @property
@@ -219,6 +230,13 @@ class _Stream:
                     why=sub.refusal.message,
                 )
         sub.subscribe(request)
+        self.has_taken |= self.is_current
+        self._due.set()
+
+    def retry(self) -> None:
+        for sub in self._subscriptions.values():
+            if sub.refusal and sub.refusal.is_its_own:
+                sub.retry()
         self._due.set()
 
     async def push(self, write: Callable[[_Response], Awaitable[object]]) -> None:
@@ -337,6 +355,16 @@ class AdsServer:
     def forget(self, node_id: str) -> None:
         """Nothing more is sent to the node; what it has it keeps."""
         self._published.pop(node_id, None)
+
+    def has_taken(self, node_id: str) -> bool:
+        """Whether a node that is connected has had all that was published to it, at some time."""
+        return any(stream.node_id == node_id and stream.has_taken for stream in self._streams)
+
+    def retry(self, node_id: str) -> None:
+        """Sends once more what a node refused for reasons of its own."""
+        for stream in self._streams:
+            if stream.node_id == node_id:
+                stream.retry()
 
     def status(self) -> dict[str, NodeStatus]:
         """By node id: all that were published to and all that are connected."""

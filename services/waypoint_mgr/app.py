@@ -39,6 +39,7 @@ from services.waypoint_mgr.encode import EncodeError, resources
 from services.waypoint_mgr.fleet import Fleet
 from services.waypoint_mgr.instances import InstanceError, refusal
 from services.waypoint_mgr.keys import Keys, KeysError
+from services.waypoint_mgr.last_good import FILE, LastGood
 from services.waypoint_mgr.policies import Clients, names_in, unenforced
 from services.waypoint_mgr.requests import Reporter
 from services.waypoint_mgr.root_files import RootFiles
@@ -51,6 +52,7 @@ from services.waypoint_mgr.tokens import bootstrap_with
 log = structlog.get_logger(__name__)
 
 TICK_S: Final = 1.0
+PORT_RETRY_S: Final = 2.0
 ASK_S: Final = 10.0
 """The mesh is asked for at least so often: a report that says of a change can be lost."""
 SETTLE_S: Final = 0.02
@@ -76,7 +78,7 @@ class WaypointMgr:
         """What is wrong in the folder."""
         self._mesh: WaypointsReply | None = None
         self._configurations: dict[str, Configuration] = {}
-        self._good_routes: dict[str, dict[ObjectRef, Route | Virtual]] = {}
+        self._good = LastGood(self._settings.envoys_dir / FILE)
         """By waypoint: one that does not take a route has no opinion of it."""
         self._made_of: tuple[object, ...] | None = None
         """What the configurations were made of."""
@@ -155,12 +157,17 @@ class WaypointMgr:
             self._mesh_is_due = False  # a report that comes meanwhile makes it so again
             self._mesh_is_due |= not await self._ask(objects)
         self._look_for_refusals(objects)
+        self._look_for_ports()
         keys, roots = (self.keys.found, dict(self.keys.errors)), self.root_files.roots
         made_of = (objects, self._mesh, sorted(self.members.members), dict(self._reduced), keys, roots)
         if self._mesh is not None and made_of != self._made_of:
             for name, waypoint in objects.waypoints.items():
                 await self._configure(name, waypoint, objects, self._mesh)
             self._forget(objects)
+            try:
+                await anyio.to_thread.run_sync(self._good.keep, objects.waypoints)
+            except OSError as error:
+                self._runtime.note_error("last_good_not_kept", error=error)
             self._made_of, self._published_of = made_of, (objects, keys[0], roots)
         self._announce(objects)
 
@@ -173,8 +180,18 @@ class WaypointMgr:
             return  # what they refuse was made of other ones
         for node_id, state in self._ads.status().items():
             member = self.members.members.get(node_id)
-            if member is not None and state.refusals:
-                self._reduce(member.waypoint, "; ".join(one.message for one in state.refusals))
+            if member is not None and (whys := [one.message for one in state.refusals if not one.is_its_own]):
+                self._reduce(member.waypoint, "; ".join(whys))
+
+    def _look_for_ports(self) -> None:
+        """An instance whose port is somebody else's gets its listener again: the port may be free by now."""
+        for node_id, state in self._ads.status().items():
+            member = self.members.members.get(node_id)
+            own = [one for one in state.refusals if one.is_its_own]
+            if member is not None:
+                member.refused = "; ".join(one.message for one in own)
+            if own and time.time() - max(one.at for one in own) > PORT_RETRY_S:
+                self._ads.retry(node_id)
 
     def _reduce(self, name: str, why: str) -> None:
         if name not in self._reduced:
@@ -184,9 +201,8 @@ class WaypointMgr:
 
     def _forget(self, objects: Objects) -> None:
         """What waypoints and instances left that are gone."""
-        for by_waypoint in (self._configurations, self._good_routes):
-            for name in by_waypoint.keys() - objects.waypoints.keys():
-                del by_waypoint[name]
+        for name in self._configurations.keys() - objects.waypoints.keys():
+            del self._configurations[name]
         for node_id in self._ads.status().keys() - self.members.members.keys():
             self._ads.forget(node_id)
 
@@ -270,7 +286,8 @@ class WaypointMgr:
             return is_let_in and (not is_one or waypoint.is_for_workloads)
 
         users = [service for service in mesh.services if may_come(service)]
-        clients = Clients(mesh.namespace_ids, mesh.account_ids)
+        family = 6 if ":" in self.members.address else 4
+        clients = Clients(mesh.namespace_ids, mesh.account_ids, family)
         found = await anyio.to_thread.run_sync(
             self._translate, name, waypoint, users, known, objects, clients
         )
@@ -313,10 +330,11 @@ class WaypointMgr:
         found = translate(waypoint, users, known, services, wanted, domain, clients, spans, names)
         refused = found.refused
         said: list[Route | Virtual] = [*objects.routes, *objects.virtuals]
+        concerned = {condition.of for condition in (*found.conditions, *found.virtuals)}
         good = {each.ref: each for each in said if each.ref not in refused}
-        before = self._good_routes.get(name, {})
+        before = self._good.of(name)
         good |= {ref: before[ref] for ref in refused if ref in before}
-        self._good_routes[name] = good
+        self._good.note(name, {ref: each for ref, each in good.items() if ref in concerned})
         if refused.isdisjoint(good):
             return found
         routes = tuple(each for each in good.values() if isinstance(each, Route))
@@ -363,11 +381,12 @@ class WaypointMgr:
         return self._objects is not None and bool(self._objects.waypoints)
 
     def status(self) -> dict[str, Any]:
-        objects = self._objects or Objects()
+        objects, without_address = self._objects or Objects(), self._without_address()
+        reached = {name: {*users} - without_address for name, users in self._users().items()}
         return {
             "waypoints": [self._waypoint(name, found) for name, found in sorted(objects.waypoints.items())],
             "policies_unenforced": [
-                {"policy": str(ref), "why": why} for ref, why in unenforced(objects, self._users()).items()
+                {"policy": str(ref), "why": why} for ref, why in unenforced(objects, reached).items()
             ],
             "manifest_errors": list(self._errors),
             "kinds_ignored": list(objects.ignored),
@@ -375,6 +394,11 @@ class WaypointMgr:
             "kubeconfig": self._settings.kubeconfig,
             "config_dir": str(self._settings.config_dir.resolve()),
         }
+
+    def _without_address(self) -> set[str]:
+        """Services and workloads that nobody reaches at an address of theirs: headless services, say."""
+        found = self._mesh.services if self._mesh else ()
+        return {each.name for each in found if not (each.owned if is_workload(each.name) else each.vips)}
 
     def _users(self) -> dict[str, list[str]]:
         """Of each waypoint, the services that go by way of it."""
@@ -385,14 +409,14 @@ class WaypointMgr:
         members = [member for member in self.members.members.values() if member.waypoint == name]
         states = self._ads.status()
         group = self.members.groups.get(name)
-        asking = {user for user in self._users().get(name, ()) if is_workload(user)}
-        without_address = (
-            {each.name for each in self._mesh.services if not each.owned} if self._mesh else set()
-        )
+        users = set(self._users().get(name, ()))
+        asking = {user for user in users if is_workload(user)}
+        services, without_address = users - asking, self._without_address()
         return {
             "name": f"{gateway.namespace}/{gateway.name}",
             "class": gateway.spec.gateway_class_name,
-            "services": sorted(user for user in self._users().get(name, ()) if not is_workload(user)),
+            "services": sorted(services - without_address),
+            "services_unguarded": sorted(services & without_address),
             "workloads": sorted(asking - without_address),
             "workloads_unguarded": sorted(asking & without_address),
             "instances": [
@@ -408,6 +432,7 @@ class WaypointMgr:
             "scaling": group.status() if group else None,
             "namespaces_turned_away": sorted((self._objects or Objects()).turned_away(gateway)),
             "annotations_misread": [
+                *gateway.misread,
                 *policy_of(gateway.metadata.annotations)[1],
                 *self._spans(gateway)[1],
                 *found.misread,
@@ -453,6 +478,7 @@ async def run(runtime: Runtime[WaypointMgrSettings]) -> None:
         ),
         manager.wake,
         reporter.last_words,
+        ads.has_taken,
     )
     manager.members = members
     runtime.details = manager.status

@@ -17,7 +17,7 @@ from pykmesh.contracts.waypoints import Endpoint, MeshService, ServicePort
 from pykmesh.manifests.http_route import BackendObjectRef, ParentRef
 from pykmesh.manifests.objects import Gateway, ObjectRef, Service, ref_of
 from services.waypoint_mgr.envoy import Port
-from services.waypoint_mgr.protocols import AppProtocol, is_only_udp, protocol_of
+from services.waypoint_mgr.protocols import AppProtocol, is_only_udp, protocol_of, says_tcp
 from services.waypoint_mgr.rules import Unresolved, action_of, errors_in
 from services.waypoint_mgr.source import Authentication, EntryHost, Policy, Route, mesh_name
 
@@ -89,6 +89,10 @@ class Mesh:
         """Of a workload's port it is that of the service which it serves there."""
         serves = self._port(at).serves or (at.service, at.port)
         return protocol_of(self._services.get(serves[0]), serves[1], routed_as)
+
+    def says_tcp(self, at: Port) -> bool:
+        serves = self._port(at).serves or (at.service, at.port)
+        return says_tcp(self._services.get(serves[0]), serves[1])
 
     def _port(self, at: Port) -> ServicePort:
         found = self._known.get(at.service)
@@ -232,7 +236,7 @@ def _refusal(
         what = f"a route for clients of one namespace (the {ref.kind} is in another)"
         return _Refusal("NotAllowedByParent", f"{what} is not honoured by waypoints")
     if not _ports_of(route, parent, ref, mesh, attached):
-        what = " that carries nothing but TCP" if route.carries is AppProtocol.TCP else ""
+        what = " that carries nothing but TCP" if route.carries is AppProtocol.TCP else " that may carry HTTP"
         return _Refusal("NoMatchingParent", f"the {ref.kind} has no such port{what}")
     return None
 
@@ -246,7 +250,8 @@ def _ports_of(route: Route, parent: ParentRef, ref: ObjectRef, mesh: Mesh, attac
         if parent.port in (None, port.port) and parent.section_name in ("", mesh.port_name(port))
     )
     if route.carries is not AppProtocol.TCP:
-        return list(found)
+        is_named = parent.port is not None or bool(parent.section_name)
+        return [port for port in found if is_named or not mesh.says_tcp(port)]
     return [port for port in found if _is_tcp(port, mesh, attached)]
 
 

@@ -43,6 +43,8 @@ STEER_AGAIN_S: Final = 5.0
 RETRY_S: Final = 0.5
 WAIT_S: Final = 10.0
 """How long clients may wait for an instance, when all are gone, before they are refused."""
+SILENCE_S: Final = 10.0
+"""One that does not answer for so long serves nobody either: it is killed, and another one started."""
 SCALE_S: Final = 1.0
 DEMAND_S: Final = 0.05
 SAMPLES: Final = 5
@@ -92,6 +94,12 @@ class Member:
         """False while it may run from before this process."""
         self.restarts = 0
         self.error = ""
+        self.refused = ""
+        """Why it did not take what others may."""
+        self.is_adopted = False
+        """It ran before this process."""
+        self.heard = 0.0
+        """When it answered last."""
         self.connections = 0
         self._used: deque[tuple[float, float]] = deque(maxlen=SAMPLES)
 
@@ -129,7 +137,7 @@ class Member:
             "ready": self.is_steered,
             "leaving": self.is_leaving,
             "restarts": self.restarts,
-            "error": self.error,
+            "error": self.error or self.refused,
             "connections": self.connections,
             "processors": round(self.processors, 3),
         }
@@ -210,10 +218,13 @@ class Fleet:
         settings: Settings,
         changed: Callable[[], None],
         last_words: Callable[[Served], Awaitable[None]],
+        is_configured: Callable[[str], bool],
     ) -> None:
+        """`is_configured`: whether an instance, by name, has what it was to get. Who ran before had it."""
         self._settings = settings
         self._tell = changed
         self._last_words = last_words
+        self._is_configured = is_configured
         self._tasks: anyio.abc.TaskGroup
         self._steering_due = anyio.Event()
         self._is_wanted = False
@@ -369,6 +380,7 @@ class Fleet:
             netns=settings.netns,
         )
         found = adopt(state_dir)
+        member.is_adopted = found is not None
         if found is not None:
             log.info("instance_adopted", instance=member.name, pid=found.pid)
             return found
@@ -396,12 +408,13 @@ class Fleet:
 
     async def _await_ready(self, member: Member, process: EnvoyProcess) -> None:
         end = time.monotonic() + WAIT_S
-        while not await process.is_ready():
+        while not (await process.is_ready() and (member.is_adopted or self._is_configured(member.name))):
             await anyio.sleep(READY_POLL_S)
             if not member.is_known and time.monotonic() > end:
                 member.is_known = True  # that it does not answer
                 self._changed()
         member.is_ready = member.is_known = True
+        member.heard = time.monotonic()
         log.info("instance_ready", instance=member.name)
         self._changed()
 
@@ -555,8 +568,13 @@ class Fleet:
 
     async def _sample(self, member: Member, process: EnvoyProcess) -> None:
         """What cannot be read stays as it was known."""
-        with contextlib.suppress(*UNHEARD):
+        try:
             member.connections = await process.connections()
+            member.heard = time.monotonic()
+        except UNHEARD as error:
+            if time.monotonic() - member.heard > SILENCE_S:
+                log.warning("instance_killed", instance=member.name, silent_s=SILENCE_S, error=str(error))
+                process.kill()
         await anyio.to_thread.run_sync(process.cut_log)
         with contextlib.suppress(OSError, ValueError, IndexError):
             text = (self._settings.cgroup / member.name / "cpu.stat").read_text()

@@ -35,6 +35,8 @@ END_DEADLINE_S: Final = 5.0
 POLL_S: Final = 0.1
 SOCKET_PATH_BYTES_MAX: Final = 107
 
+_RUNTIME: Final = {"re2.max_program_size.error_level": 32768}
+"""Istio's: without it expressions of a few dozen characters are refused."""
 _START: Final = (
     'read -r stat < /proc/$$/stat && printf "%s\\n" "$stat" > "$0"'
     ' && if [ -n "$1" ]; then echo $$ > "$1"; fi && shift && exec "$@"'
@@ -106,6 +108,7 @@ def bootstrap(spec: Spec) -> dict[str, Any]:
     return {
         "node": {"id": spec.node_id, "cluster": spec.waypoint},
         "statsFlushInterval": f"{STATISTICS_S}s",
+        "layeredRuntime": {"layers": [{"name": "static", "staticLayer": _RUNTIME}]},
         "admin": {"address": {"pipe": {"path": str(admin_socket(spec.state_dir))}}},
         "dynamicResources": {
             "adsConfig": {
@@ -350,6 +353,10 @@ class EnvoyProcess:
                     await self.ended()
                     break
         pid_file(self._state_dir).unlink(missing_ok=True)
+
+    def kill(self) -> None:
+        """At once; its end is noticed as any other."""
+        self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
         try:

@@ -48,6 +48,7 @@ from services.waypoint_mgr.tokens import claim, claim_of, principal
 ENFORCED: Final = "Enforced"
 
 _ANY: Final[Json] = {"any": True}
+_MAPPED_BITS: Final = 96
 _PRINCIPAL: Final = re.compile(r"(?P<domain>[^/*]+)/ns/(?P<namespace>[^/*]+)/(sa/(?P<account>[^/*]+|\*)|\*)")
 _OWN_DOMAIN: Final = "cluster.local"
 """What policies call the mesh's own trust domain, whatever it is. Of others no client is known."""
@@ -55,10 +56,14 @@ _HEADER: Final = re.compile(r"request\.headers\[(.+)\]")
 
 
 class Clients(msgspec.Struct, frozen=True):
-    """Ids of the namespaces and service accounts that policies name."""
+    """Ids of the namespaces and service accounts that policies name.
+
+    `family`: of the addresses that Envoy sees of clients, that at which it listens (4 or 6); 0: of both.
+    """
 
     namespaces: Mapping[str, bytes] = {}
     accounts: Mapping[str, bytes] = {}
+    family: int = 0
 
 
 class Names(msgspec.Struct, frozen=True):
@@ -298,7 +303,7 @@ class _Writer:
             who += self._pair(name, matched, unmatched, self._client(read))
         # "Remote" addresses are what a header says, which nobody vouches for.
         for name, ranges, others, read_range in (
-            ("ipBlocks", source.ip_blocks, source.not_ip_blocks, _peer),
+            ("ipBlocks", source.ip_blocks, source.not_ip_blocks, self._peer),
             ("remoteIpBlocks", source.remote_ip_blocks, source.not_remote_ip_blocks, _nothing),
         ):
             addresses += self._pair(name, ranges, others, read_range, _ADDRESS)
@@ -346,7 +351,7 @@ class _Writer:
         if (identity := _IDENTITIES.get(when.key)) is not None:
             who += self._pair(*said, self._client(identity))
         elif when.key == "source.ip":
-            addresses += self._pair(*said, _peer, _ADDRESS)
+            addresses += self._pair(*said, self._peer, _ADDRESS)
         elif when.key == "destination.ip":
             rest += self._pair(*said, self._vip)
         elif when.key == "destination.port":
@@ -366,6 +371,19 @@ class _Writer:
         if not self._at.port:
             return {"destinationPort": int(value)}
         return _ANY if int(value) == self._at.port else _PERMISSION.no(_ANY)
+
+    def _peer(self, value: str) -> Json | None:
+        """A client is seen with his address of one family: of one of the other nothing can be said."""
+        try:
+            network = ipaddress.ip_network(value, strict=False)
+        except ValueError:
+            return None
+        first, bits = network.network_address, network.prefixlen
+        if isinstance(first, ipaddress.IPv6Address) and bits >= _MAPPED_BITS and first.ipv4_mapped:
+            first, bits = first.ipv4_mapped, bits - _MAPPED_BITS
+        if self._clients.family not in (0, first.version):
+            return None
+        return {"directRemoteIp": {"addressPrefix": str(first), "prefixLen": bits}}
 
     def _vip(self, value: str) -> Json | None:
         try:
@@ -406,14 +424,6 @@ _Read = Callable[[str], Json | None]
 
 def _nothing(_: str) -> None:
     """Of what is not honoured."""
-
-
-def _peer(value: str) -> Json | None:
-    try:
-        network = ipaddress.ip_network(value, strict=False)
-    except ValueError:
-        return None
-    return {"directRemoteIp": {"addressPrefix": str(network.network_address), "prefixLen": network.prefixlen}}
 
 
 def _header(name: str) -> Callable[[str], Json]:

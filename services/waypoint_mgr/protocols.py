@@ -1,7 +1,8 @@
 """What a service's port carries, by Istio's protocol selection: `appProtocol`, else the name's first part.
 
 A port that says nothing carries opaque TCP: to look at the first bytes would keep a server that speaks first
-waiting. A route that attaches to a port says that it carries HTTP, or gRPC.
+waiting. A route that names a port says that it carries HTTP, or gRPC; one for all ports says so of those that
+do not say something else themselves.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ _HTTP: Final = {
 }
 
 
+_OPAQUE: Final = frozenset({"tcp", "tls", "https", "mongo", "mysql", "redis"})
+
+
 def protocol_of(service: Service | None, port: int, routed_as: AppProtocol) -> AppProtocol:
     """Of a port of a mesh service; `service` is the Kubernetes object, where there is one.
 
@@ -42,6 +46,11 @@ def protocol_of(service: Service | None, port: int, routed_as: AppProtocol) -> A
     return routed_as if said is AppProtocol.TCP else said
 
 
+def says_tcp(service: Service | None, port: int) -> bool:
+    """Whether a port says that it carries what is no HTTP, or none that can be read."""
+    return _word(service, port) in _OPAQUE
+
+
 def is_only_udp(service: Service | None, port: int) -> bool:
     """Nothing of it goes by way of a waypoint."""
     found = _ports(service, port)
@@ -49,12 +58,16 @@ def is_only_udp(service: Service | None, port: int) -> bool:
 
 
 def _said(service: Service | None, port: int) -> AppProtocol:
+    return _HTTP.get(_word(service, port), AppProtocol.TCP)
+
+
+def _word(service: Service | None, port: int) -> str:
+    """What names the protocol; a port's name may be anything."""
     for item in _ports(service, port):
         if item.protocol is Protocol.TCP:
             text = _KUBERNETES.get(item.app_protocol, item.app_protocol or item.name).lower()
-            name = "grpc-web" if text.startswith("grpc-web") else text.partition("-")[0]
-            return _HTTP.get(name, AppProtocol.TCP)
-    return AppProtocol.TCP
+            return "grpc-web" if text.startswith("grpc-web") else text.partition("-")[0]
+    return ""
 
 
 def _ports(service: Service | None, port: int) -> list[ServicePort]:

@@ -17,6 +17,7 @@ _FOREIGN: Final = (
     (r"\(\?\(", "a conditional group"),
     (r"\(\?P=|\\[1-9]", "a back-reference"),
     (r"\(\?#", "a comment"),
+    (r"\(\?P<[^>]*[^\x00-\x7f]", "a name of other letters than RE2 takes"),
     (r"\(\?[a-zA-Z]*[aLux]", "a flag other than i, m and s"),
     (r"\(\?-?[a-z]*-?[a-z]*$", "a group without end"),
     (r"\\[^\x00-\x7f]|\\[ZuUN]", "an escape that RE2 does not have"),
@@ -24,6 +25,11 @@ _FOREIGN: Final = (
 )
 _ESCAPE: Final = re.compile(r"\\(?![1-9NUuZ])[\x00-\x7f]")
 """Of those that both have."""
+_NAMED_CLASS: Final = re.compile(r"\[:\^?(\w*):\]")
+_NAMED_CLASSES: Final = frozenset(
+    {"alnum", "alpha", "ascii", "blank", "cntrl", "digit", "graph"}
+    | {"lower", "print", "punct", "space", "upper", "word", "xdigit"}
+)
 _BACKSPACE: Final = re.compile(r"\[[^]]*\\b")
 _CLASS: Final = re.compile(r"\[\^?\]?[^]\\]*\]")
 _REPEAT: Final = re.compile(r"(\))?\{(\d+)(?:,(\d*))?\}")
@@ -37,6 +43,9 @@ def error_in(pattern: str) -> str:
             re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         return f"{pattern!r} does not compile: {error}"
+    for name in _NAMED_CLASS.findall(pattern):
+        if name not in _NAMED_CLASSES:
+            return f"{pattern!r} does not compile: there is no class [:{name}:]"
     if _BACKSPACE.search(pattern.replace(r"\\", "x")):
         return f"{pattern!r} does not compile: \\b within brackets"
     plain = _CLASS.sub("x", _ESCAPE.sub("x", pattern.replace(r"\\", "x")))

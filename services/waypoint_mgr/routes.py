@@ -233,12 +233,17 @@ def _tcp_target(at: Port, routes: Sequence[Route], mesh: Mesh) -> Target:
 
 
 def _owners(mesh: Mesh) -> dict[tuple[str, int], str]:
-    """Of what is told of connections to an address and port, whose that is in the eyes of the kernel."""
+    """Of what is told of connections to an address and port, whose that is in the eyes of the kernel.
+
+    Nobody's where it stands for addresses of two: neither shall get what is meant for the other.
+    """
     found: dict[tuple[str, int], str] = {}
     for user in mesh.users.values():
         for vip in user.owned:
             for at in mesh.ports(user):
-                found.setdefault((told_address(ip_from_text(vip)), at.port), user.name)
+                key = told_address(ip_from_text(vip)), at.port
+                if found.setdefault(key, user.name) != user.name:
+                    found[key] = _NOBODYS
     return found
 
 
@@ -252,9 +257,15 @@ def _free(
         owner = taken.setdefault((told, at.port), at.service)
         if owner == at.service:
             free.setdefault(told, vip)
+        elif owner == _NOBODYS:
+            like = "cannot be told from an address of another service"
+            conflicts.append(f"{at.service}: {vip} port {at.port} {like}: nobody is served there")
         else:
             conflicts.append(f"{at.service}: {vip} port {at.port} is {owner}'s")
     return list(free.values())
+
+
+_NOBODYS: Final = ""
 
 
 class _Entry(msgspec.Struct, frozen=True):

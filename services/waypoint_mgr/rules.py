@@ -366,7 +366,8 @@ def _redirect(redirect: RequestRedirect, prefix: str, at: Port) -> Json:
     """Without a port, the scheme's, else the one that the request was sent to."""
     scheme = redirect.scheme or "http"
     port = redirect.port or (_DEFAULT_PORTS[scheme] if redirect.scheme else at.port)
-    keeps_port = redirect.hostname is None and at.port != port
+    # Envoy exchanges the default ports of schemes itself.
+    keeps_port = redirect.hostname is None and at.port not in (port, *_DEFAULT_PORTS.values())
     fields: Json = {"responseCode": REDIRECT_CODES[redirect.status_code]}
     if redirect.scheme:
         fields["schemeRedirect"] = redirect.scheme

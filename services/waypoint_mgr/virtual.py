@@ -434,7 +434,7 @@ def _match(match: HTTPMatch) -> Json:
         if name in _HEADERS
     ]
     headers += [_header(name, said) for name, said in match.headers.items()]
-    headers += [_header(name, said) | {"invertMatch": True} for name, said in match.without_headers.items()]
+    headers += [_without(name, said) for name, said in match.without_headers.items()]
     params = [
         {"name": name, **({"presentMatch": True} if said.is_empty else {"stringMatch": _text_match(said)})}
         for name, said in match.query_params.items()
@@ -456,6 +456,12 @@ def _path(uri: StringMatch | None) -> Json:
 def _header(name: str, said: StringMatch) -> Json:
     asked: Json = {"presentMatch": True} if said.is_empty else {"stringMatch": _text_match(said)}
     return {"name": name.lower(), **asked}
+
+
+def _without(name: str, said: StringMatch) -> Json:
+    """A header that is not there has no such text."""
+    empty = {} if said.is_empty else {"treatMissingHeaderAsEmpty": True}
+    return _header(name, said) | {"invertMatch": True} | empty
 
 
 def _text_match(said: StringMatch) -> Json:

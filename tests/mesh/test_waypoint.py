@@ -21,7 +21,7 @@ import trustme
 from prometheus_client.parser import text_string_to_metric_families
 
 from pykmesh.kernel.cgroups import find_root
-from tests.mesh.manifests import Object, host, text
+from tests.mesh.manifests import Object, host, service, text
 from tests.mesh.node import Node, finish, probe, python, until
 from tests.mesh.waypoints import (
     CANARY,
@@ -39,6 +39,8 @@ from tests.mesh.waypoints import (
     waypoint_mesh,
 )
 from tests.waypoint.test_tokens import ISSUER, jwks, token
+
+BY_NONE = f"no waypoint, and no service that goes by way of one: service {host('alone')}"
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +206,27 @@ def test_a_route_that_is_wrong_keeps_the_last_good_one_and_is_told(routed: Mesh)
     told = until(lambda: conditions(routed, "Accepted", "False"), "the route refused")
     assert told[0]["reason"] == "UnsupportedValue"
     assert ask(routed, 20, "x-canary: yes") == {(200, "v2"): 20}
+    routed.node.kill("waypoint_mgr")
+    routed.node.until_ready()
+    until(lambda: conditions(routed, "Accepted", "False"), "the route refused again")
+    assert ask(routed, 20, "x-canary: yes") == {(200, "v2"): 20}
+
+
+def test_a_headless_service_is_told_to_go_without(routed: Mesh) -> None:
+    """Its pods are asked at their own addresses: neither its waypoint nor its policies meet anybody."""
+    alone = service("alone", "None", app="web", ports={80: 8080})
+    alone["metadata"]["labels"] = {"istio.io/use-waypoint": "wp"}
+    policy = allow("nobody", target="alone")
+    policy["metadata"]["name"] = "nobody"
+    routed.node.write("alone", text(alone, policy))
+    try:
+        until(lambda: host("alone") in status(routed)["services_unguarded"], "it to be told")
+        assert host("alone") not in status(routed)["services"]
+        said = waypoint_status(routed)
+        assert f"service {host('alone')} asks for it and goes without" in said
+        assert f"! AuthorizationPolicy shop/nobody is not enforced: {BY_NONE}" in said
+    finally:
+        routed.node.write("alone", "# gone\n")
 
 
 def test_a_backend_that_does_not_exist_is_500_and_told(routed: Mesh) -> None:

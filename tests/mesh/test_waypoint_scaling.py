@@ -56,6 +56,14 @@ sys.stdin.read()
 """
 
 
+STRANGER = """
+import socket, sys
+held = socket.create_server((sys.argv[1], int(sys.argv[2])))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     with waypoint_mesh(tmp_path_factory.mktemp("ws"), 14) as found:
@@ -150,6 +158,31 @@ def test_scaling_in_and_out_fails_no_request(mesh: Mesh) -> None:
     assert counted["failed"] == 0, counted["errors"]
     assert kept["asked"] > 100
     assert kept["failed"] == []
+
+
+def test_an_instance_whose_port_is_a_strangers_costs_the_others_nothing(mesh: Mesh) -> None:
+    (first,) = sized(mesh, 1, min_instances="1", max_instances="1")
+    port = first["port"] + 1
+    command = (sys.executable, "-S", "-c", STRANGER, str(mesh.waypoint.address4), str(port))
+    stranger = mesh.waypoint.spawn(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert stranger.stdout is not None
+    assert stranger.stdout.readline() == "ready\n"
+    mesh.node.write("gateway", text(gateway(min_instances="2", max_instances="2")))
+    until(lambda: "cannot bind" in str([one["error"] for one in status(mesh)["instances"]]), "it to be told")
+    assert len(instances(mesh)) == 1
+    assert status(mesh)["reduced"] == "", "what the others have is good"
+    assert ask(mesh, 20).keys() <= {(200, "v1"), (200, "v2")}
+    stranger.communicate("", timeout=10)
+    until(lambda: len(instances(mesh)) == 2, "the port to be free")
+    assert {one["error"] for one in status(mesh)["instances"]} == {""}
+
+
+def test_an_envoy_that_hangs_is_killed_and_another_one_started(mesh: Mesh) -> None:
+    found = sized(mesh, 2, min_instances="2", max_instances="2")
+    os.kill(found[0]["pid"], signal.SIGSTOP)
+    until(lambda: found[0]["pid"] not in {one["pid"] for one in status(mesh)["instances"]}, "killed", 40)
+    until(lambda: len(instances(mesh)) == 2, "back")
+    assert ask(mesh, 40).keys() <= {(200, "v1"), (200, "v2")}
 
 
 def test_the_size_follows_the_connections_and_says_why(mesh: Mesh) -> None:

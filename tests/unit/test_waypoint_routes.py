@@ -10,7 +10,7 @@ import pytest
 from pykmesh.contracts.handoff import told_address
 from pykmesh.contracts.waypoints import Endpoint, MeshService, ServicePort
 from pykmesh.kernel.records import ip_from_text
-from pykmesh.manifests.objects import ObjectRef, Protocol
+from pykmesh.manifests.objects import KINDS, AuthorizationPolicy, ObjectRef, Protocol, from_plain
 from pykmesh.manifests.parse import parse
 from services.waypoint_mgr.encode import (
     CLUSTER_TYPE,
@@ -21,10 +21,11 @@ from services.waypoint_mgr.encode import (
     encode,
 )
 from services.waypoint_mgr.envoy import Port
+from services.waypoint_mgr.policies import Clients
 from services.waypoint_mgr.protocols import AppProtocol, protocol_of
 from services.waypoint_mgr.routes import ACCESS_LOG, Configuration
 from services.waypoint_mgr.schema import make, schema
-from services.waypoint_mgr.source import Objects
+from services.waypoint_mgr.source import Objects, Policy
 from tests.waypoint.world import DOMAIN, World, gateway, http_route, kubernetes_service, mesh_service, named
 
 V1 = [{"name": "v1", "port": 80}]
@@ -466,6 +467,51 @@ def test_an_address_that_a_service_has_twice_has_one_chain() -> None:
     (chain,) = world.configuration().chains
     ranges = [one["addressPrefix"] for one in chain["filterChainMatch"]["prefixRanges"]]
     assert len(ranges) == len(set(ranges)) == 2
+
+
+def test_of_two_services_whose_addresses_are_told_alike_neither_is_served() -> None:
+    """Whoever can choose an address could else take what is meant for another one."""
+    world = shop(vips=("1fd::100:0",))
+    (web,) = world.users
+    evil = mesh_service("aaa", "evil", {80: [], 81: []}, ["2fd::e2ce:7aea"])
+    world.users = [msgspec.structs.replace(each, owned=each.vips) for each in (evil, web)]
+    made = world.configuration()
+    assert chains(made).keys() == {Port(named("aaa", "evil"), 81).cluster}
+    assert sorted(made.conflicts) == [
+        f"{name}: {vip} port 80 cannot be told from an address of another service: nobody is served there"
+        for name, vip in ((named("aaa", "evil"), "2fd::e2ce:7aea"), (named("shop", "web"), "1fd::100:0"))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("action", "block", "is_met"),
+    [
+        ("DENY", "fd34::/64", True),
+        ("ALLOW", "fd34::/64", False),
+        ("DENY", "10.1.0.0/16", None),
+        ("DENY", "::ffff:10.1.0.0/112", None),
+    ],
+)
+def test_of_addresses_of_a_family_that_envoy_never_sees_a_policy_is_the_stricter(
+    action: str, block: str, is_met: bool | None
+) -> None:
+    world = shop()
+    spec = {
+        "targetRefs": [{"kind": "Service", "name": "web"}],
+        "action": action,
+        "rules": [{"from": [{"source": {"ipBlocks": [block]}}]}],
+    }
+    obj = {"metadata": {"name": "p", "namespace": "shop"}, "spec": spec}
+    made = from_plain(obj, KINDS["security.istio.io", "AuthorizationPolicy"])
+    assert isinstance(made, AuthorizationPolicy)
+    world.policies = [Policy.of(made, DOMAIN, {})]
+    world.clients = Clients(family=4)
+    found = world.configuration()
+    said = [one for one in found.policies if one.type == "PartiallyInvalid"]
+    assert bool(said) is (is_met is not None)
+    seen = {"directRemoteIp": {"addressPrefix": "10.1.0.0", "prefixLen": 16}}
+    wanted = {True: {"any": True}, False: {"notId": {"any": True}}, None: seen}[is_met]
+    assert f"'principals': [{wanted}]" in str(found.chains)
 
 
 def test_an_address_is_its_owners_whatever_the_names() -> None:

@@ -132,9 +132,10 @@ async def test_services_of_both_families_come_in_at_one_listener(
             assert answer.status == 200
 
 
-TAKEN = ("/a/[^/]+", r"\d{3}-\w*?", "(?i)abc", "(?P<n>a|b)+", r"[[:alpha:]]\.", r"([0-9a-f]{4}-){3}x{12}")
+TAKEN = ("/a/[^/]+", r"\d{3}-\w*?", "(?i)abc", "(?P<n>a|b)+", r"[[:alpha:]]\.", r"([0-9a-f]{4}-){3}x{12}",
+         "/tenants/[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?/items")  # fmt: skip
 REFUSED = ("(", "a**", "[b-a]", "(?=a)", "(?<!a)b", r"(a)\1", "(?P<n>a)(?P=n)", "(?>a)", "a++", "a{1001}",
-           "(?x)a", "(?#c)", r"a\Z", r"[\b]", r"\é", "(a{100}){100}")  # fmt: skip
+           "[[:foo:]]", "(?P<é>x)", "(?x)a", "(?#c)", r"a\Z", r"[\b]", r"\é", "(a{100}){100}")  # fmt: skip
 
 
 async def test_envoy_takes_and_refuses_the_same_regular_expressions(

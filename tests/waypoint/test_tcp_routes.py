@@ -15,7 +15,17 @@ from services.waypoint_mgr.routes import Configuration
 from services.waypoint_mgr.source import Route
 
 from .backends import Backend, ask
-from .world import World, ads_server, at, http_route, kubernetes_service, mesh_service, tcp_route, waypoint
+from .world import (
+    TO_WEB,
+    World,
+    ads_server,
+    at,
+    http_route,
+    kubernetes_service,
+    mesh_service,
+    tcp_route,
+    waypoint,
+)
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60), pytest.mark.usefixtures("one_event_loop")]
 
@@ -89,7 +99,9 @@ async def test_one_for_the_waypoint_is_for_services_without_their_own(
 def test_a_port_that_carries_http_has_no_tcp_routes(backends: dict[str, Backend]) -> None:
     route = tcp_route("shop", "split", V1)
     by_name = world(backends, 80, route, name="http").configuration()
-    by_route = world(backends, 80, route, http_route("shop", "http", {})).configuration()
+    by_route = world(
+        backends, 80, route, http_route("shop", "http", {"parentRefs": [TO_WEB | {"port": 80}]})
+    ).configuration()
     for made in (by_name, by_route):
         (condition,) = (one for one in made.conditions if one.of.kind == "TCPRoute")
         assert (condition.type, condition.status) == ("Accepted", False)
