@@ -113,13 +113,16 @@ def status(instance: Instance, /, which: str, output: str) -> None:
         raise Failure(f"no waypoint {which}")
     unenforced, errors = ([], []) if which else (said["policies_unenforced"], said["manifest_errors"])
     kinds, nameless = ([], []) if which else (said["kinds_ignored"], said["names_not_forwarded"])
+    unused = [] if which else said["unused"]
     if output == "table":
         for each in found:
-            _tell(each)
+            _tell(each, {one["object"] for one in said["unused"]})
         for policy in unenforced:
             click.echo(f"! {policy['policy']} is not enforced: {policy['why']}")
         for error in errors:
             click.echo(f"! {error}")
+        for each in unused:
+            click.echo(f"not in use: {each['object']}: {each['why']}")
         if kinds:
             click.echo(f"not read: {', '.join(kinds)}")
         for name in nameless:
@@ -128,6 +131,7 @@ def status(instance: Instance, /, which: str, output: str) -> None:
         value = {
             "waypoints": found,
             "policies_unenforced": unenforced,
+            "unused": unused,
             "manifest_errors": errors,
             "kinds_ignored": kinds,
             "names_not_forwarded": nameless,
@@ -231,7 +235,8 @@ def _row(found: dict[str, Any]) -> tuple[Any, ...]:
     return found["name"], found["class"], ready, len(found["services"]), routes, len(_problems(found))
 
 
-def _tell(found: dict[str, Any]) -> None:
+def _tell(found: dict[str, Any], unused: set[str]) -> None:
+    """`unused`: what does not count, though it could."""
     click.echo(f"{found['name']} ({found['class']})")
     if scaling := found["scaling"]:
         limits = f"{scaling['size']} of {scaling['least']} to {scaling['most']} instances"
@@ -245,10 +250,9 @@ def _tell(found: dict[str, Any]) -> None:
         click.echo(f"  service {service}")
     for workload in found["workloads"]:
         click.echo(f"  workload {workload}")
-    for route in sorted({route["route"] for route in found["routes"]}):
-        click.echo(f"  route {route}")
-    for policy in sorted({policy["policy"] for policy in found["policies"]}):
-        click.echo(f"  policy {policy}")
+    for what, key in _TOLD:
+        for name in sorted({one[what] for one in found[key]} - unused):
+            click.echo(f"  {what.replace('_', ' ')} {name}")
     for problem in _problems(found):
         click.echo(f"  ! {problem}")
 

@@ -48,6 +48,7 @@ from services.waypoint_mgr.scaling import policy_of
 from services.waypoint_mgr.source import Objects, Route, Virtual, mesh_name, watch
 from services.waypoint_mgr.spans import Spans, spans_of
 from services.waypoint_mgr.tokens import bootstrap_with
+from services.waypoint_mgr.unused import unused
 
 log = structlog.get_logger(__name__)
 
@@ -388,6 +389,17 @@ class WaypointMgr:
             "policies_unenforced": [
                 {"policy": str(ref), "why": why} for ref, why in unenforced(objects, reached).items()
             ],
+            "unused": [
+                {"object": str(ref), "why": why}
+                for ref, why in unused(
+                    objects,
+                    set().union(*reached.values()),
+                    [each.name for each in self._mesh.services],
+                    self._settings.cluster_domain,
+                ).items()
+            ]
+            if self._mesh
+            else [],
             "manifest_errors": list(self._errors),
             "kinds_ignored": list(objects.ignored),
             "names_not_forwarded": self._nameless,

@@ -1,0 +1,99 @@
+"""What is said of waypoints and counts nowhere is told, with the reason."""
+
+from __future__ import annotations
+
+from pykmesh.manifests.parse import parse
+from services.waypoint_mgr.source import Objects
+from services.waypoint_mgr.unused import unused
+from tests.waypoint.world import DOMAIN
+
+OBJECTS = """
+apiVersion: v1
+kind: Service
+metadata: {name: shop, namespace: shop}
+spec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: plain, namespace: shop}
+spec: {clusterIP: 10.96.0.2, ports: [{port: 80}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: wp, namespace: shop}
+spec: {gatewayClassName: pykmesh-waypoint}
+"""
+ROUTE = """
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {{name: it, namespace: {namespace}}}
+spec:
+  parentRefs: [{parents}]
+  rules: [{{backendRefs: [{{name: shop, port: 80}}]}}]
+"""
+SHOP = "{kind: Service, group: '', name: shop}"
+VIRTUAL = """
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {{name: it, namespace: {namespace}}}
+spec:
+  hosts: [{host}]
+  exportTo: [{export}]
+  http: [{{directResponse: {{status: 418}}}}]
+"""
+RULE = """
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {{name: it, namespace: shop}}
+spec: {{host: {host}, {rest}}}
+"""
+
+
+def why(text: str) -> str:
+    """Of the one object beside those that there always are; "" where it counts."""
+    found = parse((OBJECTS + text).encode(), "a.yaml")
+    assert not found.errors
+    objects = Objects.of((each.object for each in found.objects), DOMAIN)
+    names = [f"shop/{name}.shop.svc.{DOMAIN}" for name in ("shop", "plain")]
+    said = unused(objects, names[:1], names, DOMAIN)
+    assert len(said) < 2
+    return next(iter(said.values()), "")
+
+
+def route(*parents: str, namespace: str = "shop") -> str:
+    return ROUTE.format(parents=", ".join(parents), namespace=namespace)
+
+
+def test_routes_are_for_what_goes_by_way_of_a_waypoint() -> None:
+    assert why(route(SHOP)) == ""
+    assert why(route("{kind: Gateway, name: wp}")) == ""
+    assert why(route(SHOP, "{kind: Gateway, name: edge}")) == "", "the other parent is somebody else's"
+    assert why(route("{kind: Gateway, name: edge}")) == "Gateway shop/edge is no waypoint"
+    assert why(route("{kind: Service, group: '', name: nobody}")) == "there is no Service shop/nobody"
+    plain = "{kind: Service, group: '', name: plain}"
+    assert why(route(plain)) == "Service shop/plain goes by way of no waypoint"
+    assert why(route(SHOP, namespace="other")) == "there is no Service other/shop"
+
+
+def virtual(host: str, *, namespace: str = "shop", export: str = "'*'") -> str:
+    return VIRTUAL.format(host=host, namespace=namespace, export=export)
+
+
+def test_virtual_services_are_for_hosts_that_go_by_way_of_a_waypoint() -> None:
+    assert why(virtual("shop")) == ""
+    assert why(virtual(f"shop.shop.svc.{DOMAIN}", namespace="other")) == ""
+    told = "there is no host that goes by way of a waypoint"
+    assert why(virtual("plain")) == f"{told}: plain"
+    assert why(virtual("shop.shop")) == f"{told}: shop.shop"
+    hidden = virtual(f"shop.shop.svc.{DOMAIN}", namespace="other", export=".")
+    assert why(hidden).startswith("exportTo lets it be seen by no host that goes by way of a waypoint")
+
+
+def test_destination_rules_are_for_hosts_that_a_waypoint_speaks_to() -> None:
+    assert why(RULE.format(host="plain", rest="")) == ""
+    assert why(RULE.format(host="nobody", rest="")).startswith("there is no host that a waypoint speaks to")
+    selector = "workloadSelector: {matchLabels: {app: a}}"
+    assert why(RULE.format(host="shop", rest=selector)) == "workloadSelector: it is for sidecars"
