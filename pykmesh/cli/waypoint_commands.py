@@ -197,7 +197,7 @@ def _sleeps(found: dict[str, Any]) -> bool:
 def _problems(found: dict[str, Any]) -> list[str]:
     """What is wrong, a line each."""
     lines = [
-        f"{one[what]}: {one['type']} is {one['status']}: {one['reason']}: {one['message']}"
+        f"{one[what]}: {one['type']} is {one['status']} ({one['parent']}): {one['reason']}: {one['message']}"
         for what, key in _TOLD
         for one in found[key]
         if (one["status"] == "True") != (one["type"] in ("Accepted", "ResolvedRefs", "Enforced"))

@@ -453,8 +453,11 @@ class WaypointMgr:
 
 
 def _told(what: str, condition: Condition) -> dict[str, str]:
+    at = [str(condition.port)] if condition.port else []
+    at += [condition.section] if condition.section else []
     return {
         what: str(condition.of),
+        "parent": " at ".join([str(condition.parent), *at]),
         "type": condition.type,
         "status": str(condition.status),
         "reason": condition.reason,

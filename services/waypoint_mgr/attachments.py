@@ -32,7 +32,8 @@ _NO_PORT: Final = ServicePort(0)
 class Condition(msgspec.Struct, frozen=True):
     """What a waypoint says of a route or policy, by Gateway API's types and reasons.
 
-    `parent` is what a route names, of a policy the waypoint.
+    `parent` is what a route names, at a port or section (of a Gateway a listener) if it says one; of a policy
+    the waypoint.
     """
 
     of: ObjectRef
@@ -41,6 +42,8 @@ class Condition(msgspec.Struct, frozen=True):
     status: bool
     reason: str
     message: str = ""
+    section: str = ""
+    port: int = 0
 
 
 class Mesh:
@@ -196,11 +199,13 @@ def _attach_route(
         found = _Refusal(UNSUPPORTED_VALUE, "; ".join(errors)) if errors else None
         found = found or _refusal(route, parent, ref, waypoint, mesh, attached)
         if found:
-            said = Condition(route.ref, ref, ACCEPTED, False, found.reason, found.message)
-            attached.conditions.append(said)
+            said = [Condition(route.ref, ref, ACCEPTED, False, found.reason, found.message)]
+        else:
+            said = [Condition(route.ref, ref, ACCEPTED, True, ACCEPTED), *_what_is_left_out(route, ref, mesh)]
+        at = {"section": parent.section_name, "port": parent.port or 0}
+        attached.conditions.extend(msgspec.structs.replace(each, **at) for each in said)
+        if found:
             continue
-        attached.conditions.append(Condition(route.ref, ref, ACCEPTED, True, ACCEPTED))
-        attached.conditions.extend(_what_is_left_out(route, ref, mesh))
         if ref.kind == "Gateway":
             _add(attached.to_gateway, route)
         for port in _ports_of(route, parent, ref, mesh, attached):

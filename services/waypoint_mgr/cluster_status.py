@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
+from pykmesh.manifests.objects import ObjectRef
 from services.waypoint_mgr.attachments import ACCEPTED, Condition
 
 Plain = dict[str, Any]
@@ -66,12 +67,9 @@ def route_parents(route: Plain, said: Iterable[Condition], now: str) -> list[Pla
 
 def _is(condition: Condition, parent: Plain, route: Plain) -> bool:
     namespace = parent.get("namespace") or route["metadata"].get("namespace", "")
-    kind = parent.get("kind", "Gateway")
-    return (condition.parent.kind, condition.parent.namespace, condition.parent.name) == (
-        kind,
-        namespace,
-        parent["name"],
-    )
+    ref = ObjectRef(parent.get("kind", "Gateway"), namespace, parent["name"])
+    at = parent.get("sectionName") or "", parent.get("port") or 0
+    return (condition.parent, condition.section, condition.port) == (ref, *at)
 
 
 def _told(found: Condition) -> Plain:

@@ -8,6 +8,7 @@ from typing import Any
 
 import anyio
 import httpx2
+import msgspec
 import pytest
 
 from pykmesh.contracts.waypoints import node_of_front, slice_name
@@ -220,3 +221,17 @@ async def test_who_may_not_list_policies_gets_no_configuration_but_for_those_tha
         tasks.cancel_scope.cancel()
     assert bool(configured) is is_configured
     assert told == is_told_of
+
+
+def test_each_port_of_a_parent_is_told_what_is_of_it() -> None:
+    plain = route()
+    plain["spec"]["parentRefs"] = [SERVICE | {"port": 80}, SERVICE | {"port": 999}, SERVICE]
+    told = [
+        msgspec.structs.replace(said("Accepted", status=status), port=port)
+        for port, status in ((80, True), (999, False))
+    ]
+    found = route_parents(plain, told, NOW)
+    assert [(each["parentRef"]["port"], each["conditions"][0]["status"]) for each in found] == [
+        (80, "True"),
+        (999, "False"),
+    ]
