@@ -107,7 +107,9 @@ def _members(
         if member.capacity == 0:
             why.append("weight 0")
         if not why and used.isdisjoint((ip, port) for ip in ips):
-            why.append("others are taken before it")  # instances of a waypoint on this node
+            is_refused = service.name == owner.service and bool(service.waypoints)
+            # Or instances of a waypoint on this node.
+            why.append("the service's waypoint is not known" if is_refused else "others are taken before it")
         yield {
             **_workload(member),
             "addresses": [ip_to_text(ip) for ip in ips],
