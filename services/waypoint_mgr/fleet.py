@@ -43,7 +43,7 @@ STEER_AGAIN_S: Final = 5.0
 RETRY_S: Final = 0.5
 WAIT_S: Final = 10.0
 """How long clients may wait for an instance, when all are gone, before they are refused."""
-SILENCE_S: Final = 10.0
+SILENCE_S: Final = 20.0
 """One that does not answer for so long serves nobody either: it is killed, and another one started."""
 SCALE_S: Final = 1.0
 DEMAND_S: Final = 0.05

@@ -302,6 +302,26 @@ def test_an_access_log_is_written_only_if_asked_for() -> None:
     assert logs(world)
 
 
+@pytest.mark.parametrize(
+    ("redirect", "port"),
+    [
+        ({"scheme": "https"}, None),
+        ({"scheme": "https", "port": 443}, None),
+        ({"scheme": "https", "port": 8443}, 8443),
+        ({"port": 8080}, 8080),
+        ({"hostname": "example.org"}, None),
+    ],
+)
+def test_a_redirect_from_the_default_port_says_no_default_port(
+    redirect: dict[str, Any], port: int | None
+) -> None:
+    world = shop()
+    rule = {"filters": [{"type": "RequestRedirect", "requestRedirect": redirect}]}
+    world.routes = [http_route("shop", "r", {"rules": [rule]})]
+    (made,) = world.configuration().routes.values()
+    assert made["virtualHosts"][0]["routes"][0]["redirect"].get("portRedirect") == port
+
+
 def test_statistics_name_the_service_without_dots() -> None:
     (chain,) = shop().configuration().chains
     assert chain["filters"][0]["typedConfig"]["statPrefix"] == "shop/web_shop_svc_cluster_local|80"
