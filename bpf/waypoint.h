@@ -158,10 +158,6 @@ int pykmesh_origdst(struct bpf_sockopt *ctx)
 	return 1;
 }
 
-/*
- * The same instance for the same client's port: what begins with a SYN cookie ends where it began. Without
- * an instance it is as if there were no program.
- */
 /* Ports come one after the other, or every other one: each bit of the result depends on all. */
 static __always_inline __u32 mixed(__u32 bits)
 {
@@ -170,6 +166,10 @@ static __always_inline __u32 mixed(__u32 bits)
 	return bits ^ bits >> 16;
 }
 
+/*
+ * The same instance for the same client's port: what begins with a SYN cookie ends where it began. Without
+ * an instance it is as if there were no program.
+ */
 SEC("sk_lookup")
 int pykmesh_front(struct bpf_sk_lookup *ctx)
 {
