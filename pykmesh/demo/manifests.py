@@ -71,6 +71,7 @@ def by_waypoint() -> list[dict[str, Any]]:
     }
     shop = service("shop", SHOP4, SHOP6, 80, HTTP_PORT, "TCP", {"app": "web"})
     shop["metadata"]["labels"] = {"istio.io/use-waypoint": WAYPOINT}
+    shop["spec"]["ports"][0]["name"] = "http"
     gateway = {
         "apiVersion": "gateway.networking.k8s.io/v1",
         "kind": "Gateway",
