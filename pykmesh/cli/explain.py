@@ -219,13 +219,8 @@ def _choose(chooser: Chooser, pod: Pod | None, to: Destination, protocol: str) -
 
 def _endpoints(endpoints: Sequence[Endpoint], service: Entry | None) -> list[Entry]:
     members: Sequence[Entry] = service["members"] if service else ()
-    by_endpoint = {(ip, member["port"]): member for member in members for ip in member["addresses"]}
-    by_endpoint |= {
-        (ip, member["port"]): member
-        for member in members
-        if member["unused"] is None
-        for ip in member["addresses"]
-    }
+    last = sorted(members, key=lambda member: member["unused"] is None)  # of several at one place it counts
+    by_endpoint = {(ip, member["port"]): member for member in last for ip in member["addresses"]}
     return [
         {
             "slot": slot,

@@ -115,8 +115,9 @@ def status(instance: Instance, /, which: str, output: str) -> None:
     kinds, nameless = ([], []) if which else (said["kinds_ignored"], said["names_not_forwarded"])
     unused = [] if which else said["unused"]
     if output == "table":
+        without_effect = {one["object"] for one in said["unused"]}
         for each in found:
-            _tell(each, {one["object"] for one in said["unused"]})
+            _tell(each, without_effect)
         for policy in unenforced:
             click.echo(f"! {policy['policy']} is not enforced: {policy['why']}")
         for error in errors:

@@ -124,6 +124,11 @@ class Service(msgspec.Struct, frozen=True, gc=False):
         return self.name.partition("/")[0]
 
     @property
+    def networks(self) -> set[str]:
+        """Those in which it has an address."""
+        return {network for network, _ in self.vips} | {found.network for found in self.ranges}
+
+    @property
     def places(self) -> tuple[tuple[str, Ip], ...]:
         """Where the maps hold it: its addresses, and its ranges as one address each."""
         if not self.ranges:

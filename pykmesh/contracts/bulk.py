@@ -258,15 +258,8 @@ def _services(buffer: Buffer, fields: Fields, _: Sequence[bytes]) -> tuple[Bools
     ):
         usual &= fields.counts(field) == 0
     vip_counts, vips = fields.repeated(Its.ADDRESSES_FIELD_NUMBER)
-    within = buffer.fields(vips)
-    address = within.spans(NetworkAddress.ADDRESS_FIELD_NUMBER)
-    lengths = address.end - address.start
-    rare = within.odd | within.has(NetworkAddress.LENGTH_FIELD_NUMBER) | ((lengths != 4) & (lengths != 16))
-    rare |= within.counts(NetworkAddress.ADDRESS_FIELD_NUMBER) > 1
-    rare |= within.counts(NetworkAddress.NETWORK_FIELD_NUMBER) > 1
-    usual[np.repeat(np.arange(len(usual)), vip_counts)[rare]] = False
-    networks = map(_networks.__getitem__, buffer.parts(within.spans(NetworkAddress.NETWORK_FIELD_NUMBER)))
-    pairs = zip(networks, map(Ip, rows(buffer.padded(address, V4_PREFIX + bytes(4)))), strict=True)
+    are_usual, pairs = _vips(buffer, vips)
+    usual[np.repeat(np.arange(len(usual)), vip_counts)[~are_usual]] = False
     port_counts, ports = fields.repeated(Its.PORTS_FIELD_NUMBER)
     read = zip(
         map(bytes.decode, buffer.parts(namespace)),
@@ -286,6 +279,21 @@ def _services(buffer: Buffer, fields: Fields, _: Sequence[bytes]) -> tuple[Bools
         )
         for space, host, addresses, at, family, (mode, scopes, allows_unhealthy), canonical, hidden in read
     ]  # fmt: skip
+
+
+def _vips(buffer: Buffer, spans: Spans) -> tuple[Bools, Iterator[tuple[str, Ip]]]:
+    """Which of a service's addresses are usual, so no ranges; and the network and address of each."""
+    fields = buffer.fields(spans)
+    address, network = (
+        fields.spans(NetworkAddress.ADDRESS_FIELD_NUMBER),
+        fields.spans(NetworkAddress.NETWORK_FIELD_NUMBER),
+    )
+    lengths = address.end - address.start
+    rare = fields.odd | fields.has(NetworkAddress.LENGTH_FIELD_NUMBER) | ((lengths != 4) & (lengths != 16))
+    for field in (NetworkAddress.ADDRESS_FIELD_NUMBER, NetworkAddress.NETWORK_FIELD_NUMBER):
+        rare |= fields.counts(field) > 1
+    ips = map(Ip, rows(buffer.padded(address, V4_PREFIX + bytes(4))))
+    return ~rare, zip(map(_networks.__getitem__, buffer.parts(network)), ips, strict=True)
 
 
 def _service_names(buffer: Buffer, fields: Fields, raws: Sequence[bytes]) -> tuple[Bools, list[str]]:

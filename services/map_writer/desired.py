@@ -106,6 +106,7 @@ EndpointsOf = Callable[[int, int, int, int], Lists]
 
 
 WEIGHTS_MAX: Final = 1 << 31
+"""Of all endpoints of a port together: Envoy takes up to 2^32 - 1, and none is less than 1."""
 ANY_PORT: Final = 0
 """Of a workload that goes by way of a waypoint: there is no such port."""
 _NO_PORT = port_bytes(0)

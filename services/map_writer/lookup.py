@@ -108,7 +108,7 @@ def _members(
             why.append("weight 0")
         if not why and used.isdisjoint((ip, port) for ip in ips):
             is_refused = service.name == owner.service and bool(service.waypoints)
-            # Or instances of a waypoint on this node.
+            # The others are a waypoint's instances on this node.
             why.append("the service's waypoint is not known" if is_refused else "others are taken before it")
         yield {
             **_workload(member),

@@ -495,13 +495,14 @@ class Mesh:
 
     def networks_instead(self, own: str) -> list[str]:
         """Where the mesh is when nothing of it is in this network: no connection from there is routed."""
-        rest = _rest_of_key(own)
-        networks = {place.network for service in self.services.values() for place in service.ranges}
-        networks |= {network for service in self.services.values() for network, _ in service.vips}
-        if own in networks or any(place.endswith(rest) for place in self.pod_owners):
+        rest, services = _rest_of_key(own), self.services.values()
+        if any(own in service.networks for service in services):
             return []
-        first = next(iter(self.pod_owners.values()), ())
-        names = (first,) if isinstance(first, str) else first[:1]
+        if any(place.endswith(rest) for place in self.pod_owners):
+            return []
+        networks = set().union(*(service.networks for service in services))
+        first = next(iter(self.pod_owners), None)
+        names = _owners(self.pod_owners, first)[:1] if first else ()
         return sorted(networks | {self.workload(name).network for name in names})
 
     def covered(self) -> Iterator[tuple[str, str]]:

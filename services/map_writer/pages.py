@@ -176,8 +176,7 @@ def _waypoint(mesh: Mesh, service: Service) -> str:
 def _refusals(view: View, service: Service, counts: dict[int, int]) -> list[str]:
     """Why connections to a service, or to a part of it, do not get there."""
     found = [*view.refused.get(service.name, ())]
-    networks = {network for network, _ in service.vips} | {each.network for each in service.ranges}
-    if networks and view.rules.network not in networks:
+    if service.networks and view.rules.network not in service.networks:
         return [*found, f"not in this node's network {view.rules.network!r}"]
     if service.waypoints:
         desired = desired_service(view.mesh, service.name, view.rules)

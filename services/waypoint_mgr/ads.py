@@ -230,7 +230,7 @@ class _Stream:
                     why=sub.refusal.message,
                 )
         sub.subscribe(request)
-        self.has_taken |= self.is_current
+        self.has_taken = self.has_taken or self.is_current
         self._due.set()
 
     def retry(self) -> None:

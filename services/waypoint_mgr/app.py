@@ -32,11 +32,11 @@ from pykmesh.contracts.waypoints import (
 from pykmesh.manifests.objects import Gateway, ObjectRef, ref_of
 from pykmesh.process import Runtime
 from services.waypoint_mgr import announce, fleet, principals, tls
-from services.waypoint_mgr.ads import AdsServer
+from services.waypoint_mgr.ads import AdsServer, NodeStatus
 from services.waypoint_mgr.announce import Announced, Announcements, Announcer, Said
 from services.waypoint_mgr.attachments import Condition
 from services.waypoint_mgr.encode import EncodeError, resources
-from services.waypoint_mgr.fleet import Fleet
+from services.waypoint_mgr.fleet import Fleet, Member
 from services.waypoint_mgr.instances import InstanceError, refusal
 from services.waypoint_mgr.keys import Keys, KeysError
 from services.waypoint_mgr.last_good import FILE, LastGood
@@ -187,11 +187,8 @@ class WaypointMgr:
     def _look_for_ports(self) -> None:
         """An instance whose port is somebody else's gets its listener again: the port may be free by now."""
         for node_id, state in self._ads.status().items():
-            member = self.members.members.get(node_id)
-            own = [one for one in state.refusals if one.is_its_own]
-            if member is not None:
-                member.refused = "; ".join(one.message for one in own)
-            if own and time.time() - max(one.at for one in own) > PORT_RETRY_S:
+            refused_at = [one.at for one in state.refusals if one.is_its_own]
+            if refused_at and time.time() - max(refused_at) > PORT_RETRY_S:
                 self._ads.retry(node_id)
 
     def _reduce(self, name: str, why: str) -> None:
@@ -385,27 +382,29 @@ class WaypointMgr:
         objects, without_address = self._objects or Objects(), self._without_address()
         reached = {name: {*users} - without_address for name, users in self._users().items()}
         return {
-            "waypoints": [self._waypoint(name, found) for name, found in sorted(objects.waypoints.items())],
+            "waypoints": [
+                self._waypoint(name, found, without_address)
+                for name, found in sorted(objects.waypoints.items())
+            ],
             "policies_unenforced": [
                 {"policy": str(ref), "why": why} for ref, why in unenforced(objects, reached).items()
             ],
             "unused": [
-                {"object": str(ref), "why": why}
-                for ref, why in unused(
-                    objects,
-                    set().union(*reached.values()),
-                    [each.name for each in self._mesh.services],
-                    self._settings.cluster_domain,
-                ).items()
-            ]
-            if self._mesh
-            else [],
+                {"object": str(ref), "why": why} for ref, why in self._unused(objects, reached).items()
+            ],
             "manifest_errors": list(self._errors),
             "kinds_ignored": list(objects.ignored),
             "names_not_forwarded": self._nameless,
             "kubeconfig": self._settings.kubeconfig,
             "config_dir": str(self._settings.config_dir.resolve()),
         }
+
+    def _unused(self, objects: Objects, reached: Mapping[str, set[str]]) -> dict[ObjectRef, str]:
+        """Nothing while it is not known what there is."""
+        if self._mesh is None:
+            return {}
+        known = [each.name for each in self._mesh.services]
+        return unused(objects, set().union(*reached.values()), known, self._settings.cluster_domain)
 
     def _without_address(self) -> set[str]:
         """Services and workloads that nobody reaches at an address of theirs: headless services, say."""
@@ -416,14 +415,14 @@ class WaypointMgr:
         """Of each waypoint, the services that go by way of it."""
         return self._mesh.users if self._mesh else {}
 
-    def _waypoint(self, name: str, gateway: Gateway) -> dict[str, Any]:
+    def _waypoint(self, name: str, gateway: Gateway, without_address: set[str]) -> dict[str, Any]:
         found = self._configurations.get(name, Configuration())
         members = [member for member in self.members.members.values() if member.waypoint == name]
         states = self._ads.status()
         group = self.members.groups.get(name)
         users = set(self._users().get(name, ()))
         asking = {user for user in users if is_workload(user)}
-        services, without_address = users - asking, self._without_address()
+        services = users - asking
         return {
             "name": f"{gateway.namespace}/{gateway.name}",
             "class": gateway.spec.gateway_class_name,
@@ -431,9 +430,7 @@ class WaypointMgr:
             "services_unguarded": sorted(services & without_address),
             "workloads": sorted(asking - without_address),
             "workloads_unguarded": sorted(asking & without_address),
-            "instances": [
-                {**member.status(), "configuration": states.get(member.name)} for member in members
-            ],
+            "instances": [_instance(member, states.get(member.name)) for member in members],
             "routes": [_told("route", condition) for condition in found.conditions],
             "policies": [_told("policy", condition) for condition in found.policies],
             "virtual_services": [_told("virtual_service", condition) for condition in found.virtuals],
@@ -450,6 +447,12 @@ class WaypointMgr:
                 *found.misread,
             ],
         }
+
+
+def _instance(member: Member, state: NodeStatus | None) -> dict[str, Any]:
+    """What it refuses for reasons of its own is its error."""
+    own = [one.message for one in state.refusals if one.is_its_own] if state else []
+    return {**member.status(), "error": member.error or "; ".join(own), "configuration": state}
 
 
 def _told(what: str, condition: Condition) -> dict[str, str]:

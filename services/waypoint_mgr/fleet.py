@@ -94,8 +94,6 @@ class Member:
         """False while it may run from before this process."""
         self.restarts = 0
         self.error = ""
-        self.refused = ""
-        """Why it did not take what others may."""
         self.is_adopted = False
         """It ran before this process."""
         self.heard = 0.0
@@ -137,7 +135,7 @@ class Member:
             "ready": self.is_steered,
             "leaving": self.is_leaving,
             "restarts": self.restarts,
-            "error": self.error or self.refused,
+            "error": self.error,
             "connections": self.connections,
             "processors": round(self.processors, 3),
         }

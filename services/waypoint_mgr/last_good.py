@@ -41,11 +41,10 @@ class LastGood:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._written = b""
+        self._is_written = True
         self._found: dict[str, dict[ObjectRef, Route | Virtual]] = {}
         try:
-            self._written = path.read_bytes()
-            kept = msgspec.json.decode(self._written, type=dict[str, _Kept])
+            kept = msgspec.json.decode(path.read_bytes(), type=dict[str, _Kept])
         except FileNotFoundError:
             return
         except (OSError, msgspec.MsgspecError) as error:
@@ -57,15 +56,17 @@ class LastGood:
         return self._found.get(waypoint, {})
 
     def note(self, waypoint: str, good: Mapping[ObjectRef, Route | Virtual]) -> None:
+        self._is_written = self._is_written and self._found.get(waypoint) == good
         self._found[waypoint] = dict(good)
 
     def keep(self, waypoints: Collection[str]) -> None:
         """Forgets all others, and writes what is new. OSError."""
         for name in self._found.keys() - waypoints:
             del self._found[name]
-        data = msgspec.json.encode({name: _Kept.of(one.values()) for name, one in self._found.items()})
-        if data != self._written:
+            self._is_written = False
+        if not self._is_written:
+            kept = {name: _Kept.of(one.values()) for name, one in self._found.items()}
             new = self._path.with_suffix(".new")
-            new.write_bytes(data)
+            new.write_bytes(msgspec.json.encode(kept))
             new.rename(self._path)
-            self._written = data
+            self._is_written = True

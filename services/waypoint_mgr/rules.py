@@ -366,8 +366,9 @@ def _redirect(redirect: RequestRedirect, prefix: str, at: Port) -> Json:
     """Without a port, the scheme's, else the one that the request was sent to."""
     scheme = redirect.scheme or "http"
     port = redirect.port or (_DEFAULT_PORTS[scheme] if redirect.scheme else at.port)
-    # Envoy exchanges the default ports of schemes itself.
-    keeps_port = redirect.hostname is None and at.port not in (port, *_DEFAULT_PORTS.values())
+    # Where the scheme is another one Envoy takes the default port of the one before away itself.
+    is_taken = bool(redirect.scheme) and at.port in _DEFAULT_PORTS.values()
+    keeps_port = redirect.hostname is None and at.port != port and not is_taken
     fields: Json = {"responseCode": REDIRECT_CODES[redirect.status_code]}
     if redirect.scheme:
         fields["schemeRedirect"] = redirect.scheme

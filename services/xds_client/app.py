@@ -114,9 +114,8 @@ class XdsClient:
             )
         except grpc.aio.AioRpcError as error:
             code, detail = error.code(), error.details()
-            self._exhausted |= code is grpc.StatusCode.RESOURCE_EXHAUSTED and self._was_too_large(
-                detail or ""
-            )
+            if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                self._exhausted |= self._was_too_large(detail or "")
             if any(word in (detail or "").lower() for word in _ORDINARY_DETAILS) or (
                 code in _ORDINARY and self._understood
             ):
