@@ -93,7 +93,7 @@ class Buffer:
         found = np.empty((len(spans.start), width), np.uint8)
         found[:] = np.frombuffer(prefix, np.uint8)
         sizes = np.minimum(spans.end - spans.start, width)
-        for size in np.unique(sizes).tolist():
+        for size in np.flatnonzero(np.bincount(sizes)).tolist():
             which = np.flatnonzero(sizes == size)
             found[which, width - size :] = self._array[spans.end[which, None] + np.arange(-size, 0)]
         return found

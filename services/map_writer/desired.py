@@ -47,6 +47,7 @@ from pykmesh.kernel.records import (
 )
 from services.map_writer.locality import is_ranked, near
 from services.map_writer.mesh import Mesh, Place, place_of
+from services.map_writer.slots import split
 
 NO_FLAG: Final = ServiceFlag(0)
 _BY_WAYPOINT: Final = 1
@@ -93,13 +94,42 @@ class DesiredService(msgspec.Struct, frozen=True, gc=False):
     """
 
     frontends: dict[bytes, Frontend]
-    lists: dict[int, dict[bytes, str]]
+    lists: dict[int, Mapping[bytes, str]]
     ports: dict[int, PortId]
     weights: dict[bytes, int]
 
 
 NOTHING = DesiredService({}, {}, {}, {})
-Lists = tuple[dict[bytes, str], dict[bytes, str]]
+
+
+class Packed(Mapping[bytes, str]):
+    """Endpoints and the workloads that they come from, which are looked at one by one when somebody does."""
+
+    __slots__ = ("_each", "packed", "uids")
+
+    def __init__(self) -> None:
+        self.packed = b""
+        self.uids: list[str] = []
+        self._each: dict[bytes, str] | None = None
+
+    def add(self, values: bytes, uids: list[str]) -> None:
+        """`values` back to back: none of them is here yet."""
+        self.packed += values
+        self.uids = self.uids + uids if self.uids else uids
+
+    def __getitem__(self, value: bytes) -> str:
+        if self._each is None:
+            self._each = dict(zip(split(self.packed), self.uids, strict=True))
+        return self._each[value]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(split(self.packed))
+
+    def __len__(self) -> int:
+        return len(self.uids)
+
+
+Lists = tuple[Mapping[bytes, str], Mapping[bytes, str]]
 """Endpoint values of IPv4 and of IPv6, each with the workload that it comes from."""
 EndpointsOf = Callable[[int, int, int, int], Lists]
 """From a port, its target port and the ids of its two lists."""
@@ -252,7 +282,7 @@ def _shared(
 ) -> Lists:
     """The instances of all, each as probable as its waypoint's weight makes it."""
     made = [(share.instances(port, target, id4, id6), share) for share in waypoints]
-    lists: Lists = {}, {}
+    lists: tuple[dict[bytes, str], dict[bytes, str]] = {}, {}
     for family, instances in enumerate(lists):
         parts = [
             ({value: share.own_weights.get(value, 1) for value in lists_of[family]}, share.weight)
@@ -436,8 +466,7 @@ def _lists_of_groups(
     service: Service, groups: list[Group], port: int, target: int, id4: int, id6: int
 ) -> Lists:
     """The same of members that are in groups: of each the values differ in the address alone."""
-    list4: dict[bytes, str] = {}
-    list6: dict[bytes, str] = {}
+    list4, list6 = Packed(), Packed()
     for group in groups:
         port_field = port_bytes(target_port(((group.service, group.ports),), service.name, port, target))
         ips, is_4 = group.addresses, is_v4(group.addresses[:IP_BYTES])
@@ -445,8 +474,8 @@ def _lists_of_groups(
             continue
         value = ENDPOINT_VALUE.pack(id4 if is_4 else id6, NO_IP, port_field)
         head, tail = value[:ENDPOINT_ADDRESS], value[ENDPOINT_ADDRESS + IP_BYTES :]
-        values = [head + ips[at : at + IP_BYTES] + tail for at in range(0, len(ips), IP_BYTES)]
-        (list4 if is_4 else list6).update(zip(values, group.uids, strict=True))
+        between = (tail + head).join([ips[at : at + IP_BYTES] for at in range(0, len(ips), IP_BYTES)])
+        (list4 if is_4 else list6).add(head + between + tail, group.uids)
     return list4, list6
 
 

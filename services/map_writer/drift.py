@@ -32,7 +32,7 @@ from pykmesh.kernel.records import (
 from services.map_writer.desired import PortId, Rules
 from services.map_writer.mesh import Mesh
 from services.map_writer.planner import Held, Limits, Planner
-from services.map_writer.slots import plain
+from services.map_writer.slots import Slots, plain, split
 
 SHOWN: Final = 10_000
 NOTHING: Final = "nothing"
@@ -132,7 +132,8 @@ def _in_map(
             )
 
 
-def _in_list(list_id: int, wanted: list[bytes], found: list[bytes], owners: _Owners) -> Iterator[Difference]:
+def _in_list(list_id: int, wanted: Slots, found: Slots, owners: _Owners) -> Iterator[Difference]:
+    wanted, found = split(wanted), split(found)
     if wanted == found:
         return
     for slot in range(max(len(wanted), len(found))):

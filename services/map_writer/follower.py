@@ -133,7 +133,7 @@ class Follower:
     def _put_ordinary(self) -> None:
         ordinary, self._ordinary = self._ordinary, Ordinary()
         try:
-            self.mesh.put_ordinary(ordinary.groups(), self._touched)
+            self.mesh.put_ordinary([*ordinary.groups()], self._touched)
         except (FieldError, ValueError):
             self._put_each(ordinary.uids, ordinary.raws)
 

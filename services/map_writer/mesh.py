@@ -11,11 +11,15 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import cache
 from heapq import heapify, heappop, heappush
-from itertools import chain
+from itertools import chain, groupby
+from operator import attrgetter
 from typing import Any, Final, NewType, TypeVar, cast
+
+import numpy as np
 
 from pykmesh.contracts.address import Policy, Range, Service, Waypoint, Workload, decode_address
 from pykmesh.contracts.bulk import Group
+from pykmesh.contracts.wire import rows
 from pykmesh.kernel.records import (
     ADDRESS_KEY,
     IP_BYTES,
@@ -51,6 +55,15 @@ def _rest_of_key(network: str) -> bytes:
     """What follows the address in a key: the address stands first in it."""
     key = ADDRESS_KEY.pack(NO_IP, network_id(network))
     return key[len(NO_IP) :]
+
+
+def _places(groups: Iterable[Group]) -> Iterator[Place]:
+    """The address of each member."""
+    for network, alike in groupby(groups, attrgetter("network")):
+        addresses = np.frombuffer(b"".join(group.addresses for group in alike), np.uint8)
+        ips, rest = addresses.reshape(-1, IP_BYTES), np.frombuffer(_rest_of_key(network), np.uint8)
+        keys = np.hstack((ips, np.broadcast_to(rest, (len(ips), len(rest)))))
+        yield from cast("list[Place]", rows(keys))
 
 
 def _namespace(service: str) -> str:
@@ -179,16 +192,17 @@ class Mesh:
             self.services[name] = resource
             self._link_service(name, resource, touched)
 
-    def put_ordinary(self, groups: Iterable[Group], touched: Touched) -> None:
-        """`put` for ordinary workloads, none of which comes twice."""
+    def put_ordinary(self, groups: Sequence[Group], touched: Touched) -> None:
+        """`put` for ordinary workloads, none of which comes twice: all groups at once where all are new."""
+        uids = [*chain.from_iterable(group.uids for group in groups)]
+        if not (self.workloads.keys().isdisjoint(uids) and self.services.keys().isdisjoint(uids)):
+            for group in groups if len(groups) > 1 else ():
+                self.put_ordinary([group], touched)
+            for uid, raw in zip(uids, groups[0].raws, strict=True) if len(groups) == 1 else ():
+                self.put(uid, _decode(raw), touched)
+            return
+        self.workloads.update(zip(uids, chain.from_iterable(group.raws for group in groups), strict=True))
         for group in groups:
-            if not self.workloads.keys().isdisjoint(group.uids) or not self.services.keys().isdisjoint(
-                group.uids
-            ):
-                for uid, raw in zip(group.uids, group.raws, strict=True):
-                    self.put(uid, _decode(raw), touched)
-                continue
-            self.workloads.update(zip(group.uids, group.raws, strict=True))
             if self._on_this_node and self._on_this_node in b"".join(group.raws):
                 for raw in group.raws:
                     self._learn_where(raw, touched)
@@ -198,21 +212,22 @@ class Mesh:
             else:
                 self.ordinary_members.setdefault(group.service, []).append(group)
             touched.services[group.service] = None
-            self._own_all(group, touched)
+        self._own_all(groups, uids, touched)
 
-    def _own_all(self, group: Group, touched: Touched) -> None:
-        rest, ips = _rest_of_key(group.network), group.addresses
-        places = [Place(ips[at : at + IP_BYTES] + rest) for at in range(0, len(ips), IP_BYTES)]
-        owned = dict(zip(places, group.uids, strict=True))
-        if len(owned) == len(places) and self.pod_owners.keys().isdisjoint(owned):
-            self.pod_owners.update(owned)
+    def _own_all(self, groups: Sequence[Group], uids: list[str], touched: Touched) -> None:
+        places = [*_places(groups)]
+        if len({*places}) == len(places) and self.pod_owners.keys().isdisjoint(places):
+            self.pod_owners.update(zip(places, uids, strict=True))
             touched.new_pods += places
-            return
-        self._ungroup(group.service)
-        touched.places.update(dict.fromkeys(places))
-        for place, uid in zip(places, group.uids, strict=True):
-            self._touch_by_waypoint(place, touched)
-            _own(self.pod_owners, place, uid)
+        elif len(groups) > 1:
+            for group in groups:
+                self._own_all([group], group.uids, touched)
+        else:
+            self._ungroup(groups[0].service)
+            touched.places.update(dict.fromkeys(places))
+            for place, uid in zip(places, uids, strict=True):
+                self._touch_by_waypoint(place, touched)
+                _own(self.pod_owners, place, uid)
 
     def _learn_where(self, raw: bytes, touched: Touched) -> None:
         """A workload of this node says where the node is; the last one that does counts.

@@ -27,6 +27,7 @@ from services.map_writer.drift import Readable, drift
 from services.map_writer.follower import Follower
 from services.map_writer.mesh import Mesh, place_of
 from services.map_writer.planner import Planner
+from services.map_writer.slots import Slots, count, split
 
 SETTLE_DEADLINE_S: Final = 20.0
 SETTLE_POLL_S: Final = 0.02
@@ -38,7 +39,7 @@ class View(NamedTuple):
 
     mesh: Mesh
     owners: dict[int, PortId]
-    lists: dict[int, list[bytes]]
+    lists: dict[int, Slots]
     refused: dict[str, list[str]]
     """Services of which something does not fit, and what."""
     rules: Rules
@@ -145,7 +146,7 @@ def _endpoint_counts(view: View) -> dict[str, dict[int, int]]:
     for list_id, slots in view.lists.items():
         if (owner := view.owners.get(list_id)) is not None:
             ports = found[owner.service]
-            ports[owner.port] = ports.get(owner.port, 0) + len(slots)
+            ports[owner.port] = ports.get(owner.port, 0) + count(slots)
     return found
 
 
@@ -234,7 +235,7 @@ def _policies(view: View) -> list[dict[str, Any]]:
 def _endpoints(view: View) -> list[dict[str, Any]]:
     found = []
     for list_id, port_id in view.owners.items():
-        for slot, value in enumerate(view.lists.get(list_id, ())):
+        for slot, value in enumerate(split(view.lists.get(list_id, []))):
             _, ip, port = ENDPOINT_VALUE.unpack(value)
             found.append(
                 {

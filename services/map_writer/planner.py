@@ -20,7 +20,7 @@ follows in steps after these.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import chain, islice, repeat
 from typing import Final, NamedTuple, TypeVar
 
@@ -43,6 +43,7 @@ from services.map_writer.desired import (
     PLAIN_WORKLOAD,
     DesiredService,
     Frontend,
+    Packed,
     PortId,
     Rules,
     desired_address,
@@ -51,7 +52,7 @@ from services.map_writer.desired import (
     with_view_of,
 )
 from services.map_writer.mesh import Mesh, Place, Touched
-from services.map_writer.slots import arrange, plain, weighed
+from services.map_writer.slots import Slots, arrange, count, plain, split, weighed
 
 _K = TypeVar("_K")
 
@@ -86,7 +87,7 @@ class Held:
 
     def __init__(self) -> None:
         self.services: dict[bytes, bytes] = {}
-        self.lists: dict[int, list[bytes]] = {}
+        self.lists: dict[int, Slots] = {}
         self.addresses: dict[bytes, bytes] = {}
         """Without the key that each value begins with: nearly all say the same."""
         self._rests: dict[bytes, bytes] = {}
@@ -113,7 +114,7 @@ class Held:
 
     def add_endpoint(self, list_id: int, slot: int, value: bytes) -> None:
         """From reading the map; slots may come in any order, and have holes after a crash."""
-        slots = self.lists.setdefault(list_id, [])
+        slots = self.lists[list_id] = split(self.lists.get(list_id, []))
         missing = slot + 1 - len(slots)
         if missing > 0:
             slots.extend([b""] * missing)
@@ -274,10 +275,12 @@ class Planner:
         yield from batches.steps(_UNNAMED)
 
     def _plan_services(self, mesh: Mesh, names: Iterable[str], batches: _Batches) -> Iterator[Step]:
+        before = self.held.endpoints
         for name in names:
             self._plan_service(mesh, name, batches)
-            if len(batches.of(_UNNAMED, "endpoints")[1]) >= STEP_ENTRIES:
+            if self.held.endpoints - before >= STEP_ENTRIES:
                 yield from batches.steps(_UNNAMED)
+                before = self.held.endpoints
 
     def _plan_service(self, mesh: Mesh, name: str, batches: _Batches) -> None:
         wanted, refused = desired_service(mesh, name, self._rules), dict[str, str]()
@@ -303,17 +306,19 @@ class Planner:
     def _plan_list(
         self,
         list_id: int,
-        wanted: dict[bytes, str],
+        wanted: Mapping[bytes, str],
         service: DesiredService,
         batches: _Batches,
         refused: dict[str, str],
     ) -> None:
         held = self.held
-        before = held.lists.get(list_id, [])
+        before = split(held.lists.get(list_id, []))
+        if not before and isinstance(wanted, Packed) and 0 < len(wanted) <= self._free_slots:
+            self._append(list_id, wanted, batches)
+            return
         known = list(map(plain, before)) if list_id in held.weighed else before
         after = arrange(known, wanted)
-        grown = max(0, self._limits.endpoints - held.endpoints - self._leaving["endpoints"])
-        room = len(before) + grown
+        room = len(before) + max(0, self._free_slots)
         for value in after[room:]:
             refused[wanted[value]] = f"map endpoints is full ({self._limits.endpoints} entries)"
         del after[room:]
@@ -330,6 +335,18 @@ class Planner:
         held.lists[list_id] = after
         if not after:
             del held.lists[list_id]
+
+    @property
+    def _free_slots(self) -> int:
+        return self._limits.endpoints - self.held.endpoints - self._leaving["endpoints"]
+
+    def _append(self, list_id: int, wanted: Packed, batches: _Batches) -> None:
+        """A list that is new, fits, and needs no look at each."""
+        keys, values = batches.of(_UNNAMED, "endpoints")
+        keys.append(_slot_keys(list_id, 0, len(wanted)))
+        values.append(wanted.packed)
+        self.held.lists[list_id] = wanted.packed
+        self.held.endpoints += len(wanted)
 
     def _write_list(self, list_id: int, before: list[bytes], after: list[bytes], batches: _Batches) -> None:
         """What is appended comes first: a slot may name it."""
@@ -363,13 +380,13 @@ class Planner:
         self._leaving["endpoints"] += len(slots) - length
 
     def _drop_list(self, list_id: int, batches: _Batches) -> None:
-        self._drop_slots(list_id, self.held.lists.pop(list_id), 0, batches)
+        self._drop_slots(list_id, split(self.held.lists.pop(list_id)), 0, batches)
         self.held.weighed.discard(list_id)
 
     def _plan_port(
         self, name: str, key: bytes, frontend: Frontend, batches: _Batches, refused: dict[str, str]
     ) -> None:
-        length = len(self.held.lists.get(frontend.list_id, ()))
+        length = count(self.held.lists.get(frontend.list_id, b""))
         value = _service_value(key, length, frontend)
         self._owner_of_key[key] = name
         current = self.held.services.get(key)

@@ -7,9 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from pykmesh.kernel.records import ENDPOINT_OTHER, ENDPOINT_SHARE
+from pykmesh.kernel.records import ENDPOINT_OTHER, ENDPOINT_SHARE, ENDPOINT_VALUE
 
 _WHOLE = 1 << 32
+_BYTES = ENDPOINT_VALUE.size
+Slots = list[bytes] | bytes
+"""The values of a list. Until somebody looks at them one by one they may be back to back."""
+
+
+def split(slots: Slots) -> list[bytes]:
+    """Each by itself."""
+    if isinstance(slots, bytes):
+        return [slots[at : at + _BYTES] for at in range(0, len(slots), _BYTES)]
+    return slots
+
+
+def count(slots: Slots) -> int:
+    return len(slots) // _BYTES if isinstance(slots, bytes) else len(slots)
 
 
 def arrange(before: Sequence[bytes], wanted: Mapping[bytes, object]) -> list[bytes]:

@@ -97,7 +97,7 @@ def test_of_a_large_headless_service_a_part_is_drawn_and_its_workloads_stay_unde
         for n in range(600)
     ]
     assert all(ordinary.take(pods))
-    mesh.put_ordinary(ordinary.groups(), Touched())
+    mesh.put_ordinary([*ordinary.groups()], Touched())
     mesh.put(host("web"), service_of({"name": host("web")}), Touched())
     client = workload_of({"uid": "client"})
     draws = [look_up(mesh, Directory(), client, "web", DOMAIN, is_6=False) for _ in range(2)]

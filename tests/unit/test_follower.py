@@ -213,7 +213,7 @@ def test_an_address_that_is_not_only_an_ordinary_pods_is_never_written_as_one(or
     assert all(ordinary.take([found.resource.value for found in (api, *others)]))
     if order == "service first":
         mesh.put(web.name, decode_address(web.resource.value), touched)
-    mesh.put_ordinary(ordinary.groups(), touched)
+    mesh.put_ordinary([*ordinary.groups()], touched)
     assert place in touched.new_pods
     if order == "pod first":
         mesh.put(web.name, decode_address(web.resource.value), touched)
