@@ -30,7 +30,7 @@ from pykmesh.contracts.address import (
     service_ports,
     workload_waypoint,
 )
-from pykmesh.contracts.wire import Bools, Buffer, Fields, Spans, grouped, rows
+from pykmesh.contracts.wire import Bools, Buffer, Fields, Ints, Spans, grouped, rows
 from pykmesh.kernel.records import IP_BYTES, V4_PREFIX, Ip
 from pykmesh.proto.workload_pb2 import AddressOutline, NetworkAddress
 from pykmesh.proto.workload_pb2 import ServiceOutline as Its
@@ -80,7 +80,9 @@ class Ordinary:
     def __init__(self) -> None:
         self.uids: list[str] = []
         self.raws: list[bytes] = []
-        self._kinds: list[tuple[bytes, bytes, bytes, int]] = []
+        self._numbers: dict[tuple[bytes, bytes, bytes, int], int] = {}
+        """Kinds of workloads: what those of a group have in common."""
+        self._kinds: list[Ints] = []
         self._addresses: list[npt.NDArray[np.uint8]] = []
 
     def __len__(self) -> int:
@@ -110,8 +112,17 @@ class Ordinary:
             uids = list(map(bytes.decode, buffer.parts(uid)))
         except UnicodeDecodeError:
             return [False] * len(values)
-        texts = map(buffer.parts, (entry, network, namespace))
-        self._kinds += zip(*texts, (address.end - address.start).tolist(), strict=True)
+        lengths = address.end - address.start
+        differs = np.ones(len(lengths), np.bool_)
+        differs[1:] = lengths[1:] != lengths[:-1]
+        texts = entry, network, namespace
+        for text in texts:
+            differs |= buffer.differs(text)
+        firsts = zip(
+            *(buffer.parts(text.where(differs)) for text in texts), lengths[differs].tolist(), strict=True
+        )
+        kinds = [self._numbers.setdefault(kind, len(self._numbers)) for kind in firsts]
+        self._kinds.append(np.array(kinds, np.int64)[np.cumsum(differs) - 1])
         self.uids += uids
         self.raws += compress(values, which)
         self._addresses.append(buffer.padded(address, V4_PREFIX + bytes(4)))
@@ -119,14 +130,15 @@ class Ordinary:
 
     def groups(self) -> Iterator[Group]:
         """Raises FieldError or ValueError when what a group has in common cannot be used."""
-        numbers: dict[tuple[bytes, bytes, bytes, int], int] = {}
-        kinds = np.fromiter((numbers.setdefault(k, len(numbers)) for k in self._kinds), np.int64, len(self))
+        kinds = np.concatenate(self._kinds) if self._kinds else np.zeros(0, np.int64)
         order = np.argsort(kinds, kind="stable")
         uids = list(map(self.uids.__getitem__, order.tolist()))
         raws = list(map(self.raws.__getitem__, order.tolist()))
         addresses = np.concatenate(self._addresses)[order].tobytes() if self._addresses else b""
         start = 0
-        for (entry, network, namespace, _), count in zip(numbers, np.bincount(kinds).tolist(), strict=True):
+        for (entry, network, namespace, _), count in zip(
+            self._numbers, np.bincount(kinds).tolist(), strict=True
+        ):
             end = start + count
             yield Group(
                 *service_ports[entry],

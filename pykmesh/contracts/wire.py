@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, repeat
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ _VARINT: Final = 0
 _BYTES: Final = 2
 _VARINT_BYTES: Final = 4
 _PADDING: Final = bytes(16)
+_ALIKE: Final = 16
+"""Parts of one length are cut out together, where so many have it on the average."""
 
 
 class Spans(NamedTuple):
@@ -72,20 +74,47 @@ class Buffer:
         columns = zip(*found, strict=True) if found else ()
         return Fields(odd, *map(np.concatenate, columns)) if found else Fields(odd, *_NONE)
 
-    def parts(self, spans: Spans) -> Iterator[bytes]:
+    def parts(self, spans: Spans) -> Iterable[bytes]:
         """What is at each span."""
-        if not (spans.end > spans.start).any():
-            return repeat(b"", len(spans.start))
-        return map(self.bytes.__getitem__, map(slice, spans.start.tolist(), spans.end.tolist()))
+        lengths = spans.end - spans.start
+        kinds = _each_once(lengths)
+        if len(kinds) == 1:
+            return self._cut(spans.start, kinds[0])
+        if len(kinds) > len(lengths) // _ALIKE:
+            return map(self.bytes.__getitem__, map(slice, spans.start.tolist(), spans.end.tolist()))
+        found = np.empty(len(lengths), np.object_)
+        for length in kinds:
+            which = np.flatnonzero(lengths == length)
+            found[which] = self._cut(spans.start[which], length)
+        return cast("list[bytes]", found.tolist())
 
     def distinct(self, spans: Spans) -> set[bytes]:
-        """What is at these spans, each once; often all say the same."""
+        """What is at these spans, each once; often neighbours say the same."""
+        return set(self.parts(spans.where(self.differs(spans))))
+
+    def differs(self, spans: Spans) -> Bools:
+        """Which say something else than the one before. The first does."""
         lengths = spans.end - spans.start
-        if len(lengths) and (lengths == lengths[0]).all():
-            each = self._array[spans.start[:, None] + np.arange(lengths[0])]
-            if (each == each[0]).all():
-                return {each[0].tobytes()}
-        return set(self.parts(spans))
+        found = np.ones(len(lengths), np.bool_)
+        found[1:] = lengths[1:] != lengths[:-1]
+        for length in _each_once(lengths[~found]):
+            which = np.flatnonzero((lengths == length) & ~found)
+            here, before = (self._at(spans.start[where], length) for where in (which, which - 1))
+            found[which] = here != before
+        return found
+
+    def _cut(self, starts: Ints, length: int) -> list[bytes]:
+        """So many bytes from each position on."""
+        if not length:
+            return [b""] * len(starts)
+        return cast("list[bytes]", self._at(starts, length).tolist())
+
+    def _at(self, starts: Ints, length: int) -> npt.NDArray[np.void]:
+        """The same as an array: numpy copies and compares them as one thing each."""
+        if not length:
+            return np.zeros(len(starts), "V1")
+        everywhere = np.ndarray((len(self.bytes) - length + 1,), f"V{length}", self.bytes, strides=(1,))
+        return cast("npt.NDArray[np.void]", everywhere[starts])
 
     def padded(self, spans: Spans, prefix: bytes) -> npt.NDArray[np.uint8]:
         """A row for each span: its last bytes, with as much of `prefix` before them as fills the row."""
@@ -164,6 +193,13 @@ class Fields:
         found[self._rows[self._tags != (field << 3 | _BYTES)]] = False
         found[self.odd] = False
         return found
+
+
+def _each_once(numbers: Ints) -> list[int]:
+    ordered = np.sort(numbers)
+    first = np.ones(len(ordered), np.bool_)
+    first[1:] = ordered[1:] != ordered[:-1]
+    return cast("list[int]", ordered[first].tolist())
 
 
 def rows(array: npt.NDArray[np.uint8]) -> list[bytes]:

@@ -173,7 +173,7 @@ def desired_service(mesh: Mesh, name: str, rules: Rules) -> DesiredService:
     if verdict is Reason.ROUTED and endpoints is _nothing:
         verdict = _verdict_without_endpoints(mesh, service, rules)
     for port, target in service.ports:
-        _add_port(found, service.name, port, target, vips, verdict, endpoints)
+        _add_port(found, service.name, port, target, vips, verdict, endpoints, service.families)
     return found
 
 
@@ -310,17 +310,24 @@ def _add_port(
     vips: list[Vip],
     verdict: Reason,
     endpoints: EndpointsOf,
+    families: Families = Families.DUAL,
     *,
     by_waypoint: bool = False,
 ) -> None:
-    port4, port6 = PortId(name, port, 4, by_waypoint), PortId(name, port, 6, by_waypoint)
-    id4, id6, port_field = port4.id, port6.id, port_bytes(port)
+    """`families`: what endpoints are of at the most."""
+    port4, port6, port_field = PortId(name, port, 4, by_waypoint), None, port_bytes(port)
+    id4, id6 = port4.id, 0
+    if families is not Families.V4 or not all(is_v4(vip.ip) for vip in vips):
+        port6 = PortId(name, port, 6, by_waypoint)
+        id6 = port6.id
     list4, list6 = endpoints(port, target, id4, id6)
     for vip in vips:
-        is_4 = is_v4(vip.ip) or (bool(list4) and not list6)
-        list_id = id4 if is_4 else id6
-        found.ports[list_id] = port4 if is_4 else port6
-        found.lists[list_id] = list4 if is_4 else list6
+        if port6 is None or is_v4(vip.ip) or (list4 and not list6):
+            list_id = id4
+            found.ports[list_id], found.lists[list_id] = port4, list4
+        else:
+            list_id = id6
+            found.ports[list_id], found.lists[list_id] = port6, list6
         key = SERVICE_KEY.pack(vip.ip, network_id(vip.network), port_field)
         found.frontends[key] = Frontend(list_id, verdict, vip.flags, vip.affinity_s, vip.waits)
 

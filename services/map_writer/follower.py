@@ -112,7 +112,7 @@ class Follower:
     def _put_waiting(self) -> None:
         """Addresses of several batches are decoded together, and ordinary workloads of more put together."""
         waiting, self._waiting = self._waiting, []
-        if len(waiting) >= MANY:
+        if len(waiting) >= MANY or self._ordinary.uids:
             taken = self._ordinary.take([resource.value for resource in waiting])
             waiting = [resource for resource, gone in zip(waiting, taken, strict=True) if not gone]
             if len(self._ordinary) >= GROUPED * MANY:

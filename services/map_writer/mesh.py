@@ -471,6 +471,10 @@ class Mesh:
         """Every address of a service or workload, in the order in which they came; some may come twice."""
         return chain(self.vip_owners, self._views, self.pod_owners)
 
+    @property
+    def has_ranges(self) -> bool:
+        return bool(self._range_at)
+
     def is_a_services(self, place: bytes) -> bool:
         """Whether a service has this address, also one that only some see."""
         return place in self.vip_owners or place in self._views

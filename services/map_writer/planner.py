@@ -19,7 +19,7 @@ follows in steps after these.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import chain, islice, repeat
 from typing import Final, NamedTuple, TypeVar
@@ -124,21 +124,22 @@ class Held:
             self.weighed.add(list_id)
 
 
+def _entries() -> tuple[list[bytes], list[bytes]]:
+    return [], []
+
+
 class _Batches:
     """Entries collected for each step of the order above; each string of bytes is one or several of them."""
 
     def __init__(self) -> None:
-        self.entries: dict[tuple[int, str], tuple[list[bytes], list[bytes]]] = {}
+        self.entries: defaultdict[tuple[int, str], tuple[list[bytes], list[bytes]]] = defaultdict(_entries)
 
     def of(self, rank: int, name: str) -> tuple[list[bytes], list[bytes]]:
         """Keys and values of a step, to append to."""
-        found = self.entries.get((rank, name))
-        if found is None:
-            found = self.entries[rank, name] = ([], [])
-        return found
+        return self.entries[rank, name]
 
     def put(self, rank: int, name: str, key: bytes, value: bytes) -> None:
-        keys, values = self.of(rank, name)
+        keys, values = self.entries[rank, name]
         keys.append(key)
         values.append(value)
 
@@ -488,7 +489,7 @@ class Planner:
             rank = _VIEW_ADDRESSES if is_view(place) else _ADDRESSES
             batches.put(rank, "addresses", place, place + value)
         self._refused_places.pop(place, None)
-        if mesh.is_a_services(place) or place in self.held.ranges:
+        if (mesh.has_ranges and mesh.is_a_services(place)) or place in self.held.ranges:
             self._plan_range(mesh, place, batches)
 
     def _plan_range(self, mesh: Mesh, place: Place, batches: _Batches) -> None:
