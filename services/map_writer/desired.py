@@ -107,15 +107,15 @@ class Packed(Mapping[bytes, str]):
 
     __slots__ = ("_each", "packed", "uids")
 
-    def __init__(self) -> None:
-        self.packed = b""
-        self.uids: list[str] = []
+    def __init__(self, packed: bytes, uids: list[str]) -> None:
+        """`packed`: the values back to back, each once."""
+        self.packed = packed
+        self.uids = uids
         self._each: dict[bytes, str] | None = None
 
-    def add(self, values: bytes, uids: list[str]) -> None:
-        """`values` back to back: none of them is here yet."""
-        self.packed += values
-        self.uids = self.uids + uids if self.uids else uids
+    def and_then(self, others: Packed) -> Packed:
+        """None of the others is here."""
+        return Packed(self.packed + others.packed, self.uids + others.uids)
 
     def __getitem__(self, value: bytes) -> str:
         if self._each is None:
@@ -140,6 +140,7 @@ WEIGHTS_MAX: Final = 1 << 31
 ANY_PORT: Final = 0
 """Of a workload that goes by way of a waypoint: there is no such port."""
 _NO_PORT = port_bytes(0)
+_NOBODY: Final[Mapping[bytes, str]] = {}
 
 
 class Rules(NamedTuple):
@@ -473,17 +474,18 @@ def _lists_of_groups(
     service: Service, groups: list[Group], port: int, target: int, id4: int, id6: int
 ) -> Lists:
     """The same of members that are in groups: of each the values differ in the address alone."""
-    list4, list6 = Packed(), Packed()
+    lists: list[Mapping[bytes, str]] = [_NOBODY, _NOBODY]
     for group in groups:
-        port_field = port_bytes(target_port(((group.service, group.ports),), service.name, port, target))
-        ips, is_4 = group.addresses, is_v4(group.addresses[:IP_BYTES])
-        if port_field == _NO_PORT or service.families is (Families.V6 if is_4 else Families.V4):
+        port_field = port_bytes(own_port(group.ports, port) or target)
+        ips, is_6 = group.addresses, not is_v4(group.addresses[:IP_BYTES])
+        if port_field == _NO_PORT or service.families is (Families.V4 if is_6 else Families.V6):
             continue
-        value = ENDPOINT_VALUE.pack(id4 if is_4 else id6, NO_IP, port_field)
+        value = ENDPOINT_VALUE.pack(id6 if is_6 else id4, NO_IP, port_field)
         head, tail = value[:ENDPOINT_ADDRESS], value[ENDPOINT_ADDRESS + IP_BYTES :]
         between = (tail + head).join([ips[at : at + IP_BYTES] for at in range(0, len(ips), IP_BYTES)])
-        (list4 if is_4 else list6).add(head + between + tail, group.uids)
-    return list4, list6
+        found, before = Packed(head + between + tail, group.uids), lists[is_6]
+        lists[is_6] = before.and_then(found) if isinstance(before, Packed) else found
+    return lists[0], lists[1]
 
 
 def _usable(mesh: Mesh, service: Service, rules: Rules) -> Iterator[Workload]:
@@ -501,10 +503,16 @@ def target_port(services: tuple[ServicePorts, ...], service: str, port: int, tar
     """A workload's own port for a service port, else the service's; 0: it has none (xds.md 3.2)."""
     for name, ports in services:
         if name == service:
-            for service_port, own in ports:
-                if service_port == port:
-                    return own or target
+            return own_port(ports, port) or target
     return target
+
+
+def own_port(ports: tuple[tuple[int, int], ...], port: int) -> int:
+    """A workload's own port for a service port; 0: it says none."""
+    for service_port, own in ports:
+        if service_port == port:
+            return own
+    return 0
 
 
 def desired_address(mesh: Mesh, place: Place, rules: Rules, crowded: Container[str]) -> bytes | None:
