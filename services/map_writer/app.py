@@ -235,11 +235,9 @@ class MapWriter:
 
     async def _write(self, change: Change) -> None:
         self.directory.follow(self.follower.mesh, change.touched.services)
-        first, *others = self._origins or [{}]
+        origins = [*self._origins]
         self._origins.clear()
-        with tracing.tracer.start_as_current_span(
-            "map_writer apply", context=tracing.parent(first), links=tracing.links(others)
-        ) as span:
+        with tracing.span("map_writer apply", origins) as span:
             started = time.perf_counter()
             written = await self._apply(change)
             took_ms = round((time.perf_counter() - started) * 1e3, 3)

@@ -131,6 +131,8 @@ class Follower:
         self._put_ordinary()
 
     def _put_ordinary(self) -> None:
+        if not self._ordinary.uids:
+            return
         ordinary, self._ordinary = self._ordinary, Ordinary()
         try:
             self.mesh.put_ordinary([*ordinary.groups()], self._touched)

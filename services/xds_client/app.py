@@ -186,7 +186,7 @@ class XdsClient:
 
     async def _take(self, data: bytes) -> Taken:
         """Reads, checks, stores and publishes a response. Returns what its answer needs."""
-        with tracing.tracer.start_as_current_span("xds_client response") as span:
+        with tracing.span("xds_client response") as span:
             span.set_attribute("pykmesh.bytes", len(data))
             response = await self._parse(data)
             self.control_plane = response.control_plane.identifier or self.control_plane

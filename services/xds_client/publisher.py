@@ -145,7 +145,7 @@ class Publisher:
     async def _publish_whole(self, reading: Reading) -> None:
         async with self._turn:
             self._store.in_response = True
-            with tracing.tracer.start_as_current_span("xds_client publish") as span:
+            with tracing.span("xds_client publish") as span:
                 began = time.perf_counter()
                 changed = await self._publish(reading, tracing.headers())
                 if changed > MANY_RESOURCES:
