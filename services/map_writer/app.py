@@ -274,21 +274,25 @@ class MapWriter:
             return await self._take(self.planner.sweep(mesh))
 
     async def _take(self, steps: Iterator[Step]) -> Counter[str]:
-        """A large step is written in a thread while the next one is planned; one at a time, in order."""
+        """A large step is written in a thread while the next one is planned, and small ones with it.
+
+        One at a time, in order.
+        """
         written: Counter[str] = Counter()
         writing: Future[None] | None = None
+        due: list[Step] = []
         for step in steps:
-            if writing is not None:
-                await asyncio.wrap_future(writing)
-                writing = None
-            if len(step.keys) < SMALL_BYTES:
-                self.maps.apply(step)
-            else:
-                writing = self._writer.submit(self.maps.apply, step)
-                await give_way()
+            due.append(step)
             written[step.map] += len(step.keys) // self.maps.key_bytes[step.map]
+            if len(step.keys) >= SMALL_BYTES:
+                if writing is not None:
+                    await asyncio.wrap_future(writing)
+                writing, due = self._writer.submit(self.maps.apply, *due), []
+                await give_way()
         if writing is not None:
             await asyncio.wrap_future(writing)
+        if due:
+            self.maps.apply(*due)
         return written
 
     async def report(self) -> None:

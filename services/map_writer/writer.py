@@ -31,15 +31,12 @@ class Maps:
             opened.callback(self._gate.close)
             self._maps = {name: opened.enter_context(PinnedMap(directory, name)) for name in NAMES}
             self._gate.opened()
+            self.key_bytes = {name: pinned.layout.key_size for name, pinned in self._maps.items()}
             self.close = opened.pop_all().close
 
     @property
     def limits(self) -> Limits:
         return Limits(*(self._maps[name].max_entries for name in Limits._fields))
-
-    @property
-    def key_bytes(self) -> dict[str, int]:
-        return {name: pinned.layout.key_size for name, pinned in self._maps.items()}
 
     def read(self) -> Held:
         """Blocks for as long as the maps are large: for a thread."""
@@ -66,17 +63,17 @@ class Maps:
         """Each entry of the trie as it is; `Held` has them by the places that stand for them."""
         return dict(self._maps["ranges"].items())
 
-    def apply(self, step: Step) -> None:
-        """Blocks. After a MapFullError or KernelError no step may follow: read the maps again.
+    def apply(self, *steps: Step) -> None:
+        """In order; blocks. After a MapFullError or KernelError no step may follow: read the maps again.
 
         MovedOnError when another release has its maps in the place of these: whoever writes must begin anew.
         """
-        target = self._maps[step.map]
         with self._gate.writing():
-            if step.values:
-                target.write(step.keys, step.values)
-            else:
-                target.erase(step.keys)
+            for step in steps:
+                if step.values:
+                    self._maps[step.map].write(step.keys, step.values)
+                else:
+                    self._maps[step.map].erase(step.keys)
 
     def are_current(self) -> bool:
         """False when bpf_loader has made a map anew: the programs then read another than is written here."""
