@@ -13,6 +13,7 @@ Exit never tears down: only `uninstall` does.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -24,7 +25,10 @@ from typing import Final, NamedTuple
 
 from pykmesh.kernel import libbpf
 
+_libc = ctypes.CDLL(None, use_errno=True)
 BPFFS_MAGIC: Final = 0xCAFE4A11
+_STATFS_LONGS: Final = 32
+"""A `struct statfs`, the first of whose fields is the type, and more."""
 SYSTEM: Final = Path("/sys/fs/bpf")
 _LINKS_NAME: Final = re.compile(r"([1-9][0-9]{0,19})(?:@([1-9][0-9]{0,19}))?")
 
@@ -78,9 +82,10 @@ def are_there(pin_dir: Path) -> bool:
 
 def is_bpffs(path: Path) -> bool:
     """True when the nearest directory that exists lies on a bpffs."""
-    where = str(_nearest(path))
-    result = subprocess.run(["stat", "-f", "-c", "%t", where], capture_output=True, text=True, check=True)
-    return int(result.stdout, 16) == BPFFS_MAGIC
+    found = (ctypes.c_long * _STATFS_LONGS)()
+    if _libc.statfs(os.fsencode(_nearest(path)), found):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+    return int(found[0]) == BPFFS_MAGIC
 
 
 def is_read_only(path: Path) -> bool:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import anyio.to_thread
@@ -34,48 +33,53 @@ async def run(runtime: Runtime[LoaderSettings]) -> None:
     """Loads, adopts what is attached, then serves enrolment until cancelled. Exit detaches nothing."""
     settings = runtime.settings
     runtime.readiness.wait_for("programs")
-    check_enums()
-    check_object()
     raise_file_limit()  # ten links a pod
-    root = settings.cgroup_root or cgroups.find_root()
-    if await anyio.to_thread.run_sync(pins.prepare, settings.pin_dir):
-        log.info("bpffs_mounted", pin_dir=str(settings.pin_dir))
-    held = pins.lock(settings.pin_dir)
-    _note_missing(runtime, await anyio.to_thread.run_sync(pin_again, settings.pin_dir))
-    staging = await anyio.to_thread.run_sync(Staging, settings.pin_dir)
-    programs = await anyio.to_thread.run_sync(_load, settings, staging)
-    for kept in programs.kept_sizes:
+    found = await anyio.to_thread.run_sync(take_over, settings)
+    _note_missing(runtime, found.were_missing)
+    for kept in found.programs.kept_sizes:
         runtime.note_error("map_size_kept", **kept._asdict(), to_change=HOW_TO_RESIZE)
-    enrollment, waypoints, updated, copied = await anyio.to_thread.run_sync(
-        _take_over, settings, root, programs, staging
-    )
     turn = anyio.Lock()
-    log.info(
-        "programs_loaded",
-        object=programs.object,
-        why_not_the_first=programs.why_not_the_first,
-        links_updated=updated,
-        pin_dir=str(settings.pin_dir),
-    )
     refuses_with = "ECONNREFUSED" if await anyio.to_thread.run_sync(can_set_retval) else "EPERM"
-    taken = {"object": programs.object, "copied": copied and msgspec.to_builtins(copied)}
-    runtime.details = lambda: {**taken, **_details(settings, enrollment, refuses_with)}
+    taken = {"object": found.programs.object, "copied": found.copied and msgspec.to_builtins(found.copied)}
+    runtime.details = lambda: {**taken, **_details(settings, found.enrollment, refuses_with)}
     try:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(Door(settings.enroll_socket, enrollment, waypoints, turn).serve)
-            mend = partial(_keep_pinned, runtime, programs)
-            sweeps: list[Callable[[], object]] = [mend, enrollment.sweep, waypoints.sweep]
+            tasks.start_soon(Door(settings.enroll_socket, found.enrollment, found.waypoints, turn).serve)
+            mend = partial(_keep_pinned, runtime, found.programs)
+            sweeps: list[Callable[[], object]] = [mend, found.enrollment.sweep, found.waypoints.sweep]
             tasks.start_soon(_sweep, sweeps, turn)
             runtime.readiness.done("programs")
     finally:
-        programs.close()
-        os.close(held)
+        found.programs.close()
+        os.close(found.lock)
 
 
-def _take_over(
-    settings: LoaderSettings, root: Path, programs: Programs, staging: Staging
-) -> tuple[Enrollment, Waypoints, int, Copied | None]:
-    """What is attached gets these programs, and their maps what those of another release hold."""
+class TakenOver(NamedTuple):
+    """What a loader has from its start to its end."""
+
+    lock: int
+    programs: Programs
+    enrollment: Enrollment
+    waypoints: Waypoints
+    copied: Copied | None
+    were_missing: list[str]
+    """Maps that had no pin, and have one again."""
+
+
+def take_over(settings: LoaderSettings) -> TakenOver:
+    """Loads the programs, gives them to all that is attached, and their maps what another release's hold.
+
+    Blocks. Whoever is ended in its midst leaves what the next one goes on from.
+    """
+    check_enums()
+    check_object()
+    root = settings.cgroup_root or cgroups.find_root()
+    if pins.prepare(settings.pin_dir):
+        log.info("bpffs_mounted", pin_dir=str(settings.pin_dir))
+    lock = pins.lock(settings.pin_dir)
+    were_missing = pin_again(settings.pin_dir)
+    staging = Staging(settings.pin_dir)
+    programs = _load(settings, staging)
     with staging.taken_over() as copied:
         enrollment = Enrollment(settings.pin_dir, root, settings.instance, settings.network, programs)
         waypoints = Waypoints(settings.pin_dir, programs)
@@ -85,7 +89,14 @@ def _take_over(
         log.info("programs_of_another_release_removed", programs=others)
     if copied is not None:
         log.info("maps_copied", **msgspec.structs.asdict(copied))
-    return enrollment, waypoints, updated, copied
+    log.info(
+        "programs_loaded",
+        object=programs.object,
+        why_not_the_first=programs.why_not_the_first,
+        links_updated=updated,
+        pin_dir=str(settings.pin_dir),
+    )
+    return TakenOver(lock, programs, enrollment, waypoints, copied, were_missing)
 
 
 def _load(settings: LoaderSettings, staging: Staging) -> Programs:

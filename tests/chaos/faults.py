@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,7 @@ from pykmesh.kernel.maps import PinnedMap
 from pykmesh.node.ask import supervised
 from pykmesh.node.instance import running
 from tests.chaos.stage import HoldsNotError, Stage, wait_until
+from tests.mesh.attached import ONE_OF_EACH, hooks_of
 from tests.mesh.manifests import Object, pod, service, text
 from tests.mesh.node import with_resolv_conf
 from tests.mesh.releases import HERE, make_other
@@ -575,8 +577,9 @@ class KillAtCalls(_Step, tag="kill at calls"):
             if stage.chance.random() < 0.5:
                 holder, other = other, holder
             ended, _ = _take_over(stage, holder, "to-its-end")
-            if status not in (0, KILLED) or ended or not _is_whole(stage):
-                raise HoldsNotError(f"killed before {call}: status {status}, then {ended}")
+            left = _what_is_left(stage)
+            if status not in (0, KILLED) or ended or left:
+                raise HoldsNotError(f"killed before {call}: status {status}, then {ended}; {left}")
             killed += status == KILLED
         if killed < FEW_NEVER_COME * len(chosen):
             raise HoldsNotError(f"of {len(chosen)} take-overs only {killed} were killed")
@@ -597,10 +600,13 @@ def _take_over(stage: Stage, release: Path, call: str) -> tuple[int, dict[str, i
         raise HoldsNotError(f"a take-over at {call}: {done.stdout}{done.stderr}") from error
 
 
-def _is_whole(stage: Stage) -> bool:
-    """One pin of each map, and nothing that a take-over left."""
-    names = [path.name.partition("@")[0] for path in pins.maps_dir(stage.node.pin_dir).iterdir()]
-    return len(names) == len(set(names)) and not pins.staging_dir(stage.node.pin_dir).exists()
+def _what_is_left(stage: Stage) -> str:
+    """What a take-over should have seen to: one pin of each map, and on the cgroup programs of those."""
+    names = Counter(path.name.partition("@")[0] for path in pins.maps_dir(stage.node.pin_dir).iterdir())
+    twice = [name for name, count in names.items() if count > 1]
+    hooks = hooks_of(stage.client.cgroup, stage.node.pin_dir)
+    is_whole = not twice and not pins.staging_dir(stage.node.pin_dir).exists() and hooks == ONE_OF_EACH
+    return "" if is_whole else f"pinned twice: {twice}; programs that read what is pinned: {hooks}"
 
 
 @functools.cache

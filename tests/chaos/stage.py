@@ -21,13 +21,13 @@ import msgspec
 
 from pykmesh.cli.diff import EQUAL, Difference, compare_all
 from pykmesh.demo.pods import Pod
-from pykmesh.kernel import libbpf, pins
-from pykmesh.kernel.hooks import HOOKS
+from pykmesh.kernel import pins
 from pykmesh.kernel.maps import PinnedMap
 from pykmesh.node.instance import running
 from tests.chaos import traffic
 from tests.chaos.traffic import Client, Counts
 from tests.chaos.wire import ControlPlane, Wire
+from tests.mesh.attached import ONE_OF_EACH, hooks_of
 from tests.mesh.manifests import Object, host, pod, service, text
 from tests.mesh.node import Node
 from tests.mesh.waypoints import SHOP4, SHOP6, gateway, shop
@@ -42,7 +42,6 @@ ADDRESSES: Final = {
 SETTLE_DEADLINE_S: Final = float(os.environ.get("CHAOS_SETTLE_S", "60"))
 UNDER_WAY_S: Final = 0.1
 """What was begun before a change was in the kernel has its answer by then."""
-KERNEL_NAME: Final = 15
 """Of a map's name the kernel keeps so much."""
 SUBNET: Final = 40
 MARKED_PORT: Final = 81
@@ -259,23 +258,11 @@ class Stage:
         with PinnedMap(pins.maps_dir(self.node.pin_dir), "pods") as pods:
             count = len(list(pods.items()))
         said = self.node.status()["processes"]["bpf_loader"]["enrolled"]
-        hooks = self._hooks()
+        hooks = hooks_of(self.client.cgroup, self.node.pin_dir)
         right = (len(links), count, [each["cgroup_id"] for each in said], hooks) == (
-            1, 1, [cgroup], dict.fromkeys((hook.attach_type for hook in HOOKS), 1),
+            1, 1, [cgroup], ONE_OF_EACH,
         )  # fmt: skip
         return "" if right else f"links {links}, {count} pods, {said}, programs {hooks}"
-
-    def _hooks(self) -> dict[int, int]:
-        """Of the client's cgroup, how many programs of each attach type read none but the pinned maps."""
-        paths = [*pins.maps_dir(self.node.pin_dir).iterdir()]
-        names = {path.name.partition("@")[0][:KERNEL_NAME] for path in paths}
-        pinned, found = {_map_id(path) for path in paths}, {}
-        with libbpf.closing(os.open(self.client.cgroup, os.O_RDONLY)) as fd:
-            for hook in HOOKS:
-                programs = libbpf.query_programs(fd, hook.attach_type, effective=False)
-                read = [set(libbpf.program_name_and_maps(each)[1]) - pinned for each in programs]
-                found[hook.attach_type] = sum(names.isdisjoint(map(_map_name, others)) for others in read)
-        return found
 
     def _waits_for(self) -> dict[str, Any]:
         processes = self.node.status()["processes"]
@@ -371,16 +358,6 @@ def wait_until(
             said = because if isinstance(because, str) else because()
             raise HoldsNotError(f"waited {deadline_s:g} s for {said}")
         time.sleep(0.02)
-
-
-def _map_id(path: Path) -> int:
-    with libbpf.closing(libbpf.obj_get(str(path))) as fd:
-        return libbpf.map_id(fd)
-
-
-def _map_name(number: int) -> str:
-    with libbpf.closing(libbpf.map_fd_by_id(number)) as fd:
-        return libbpf.map_name(fd)
 
 
 def _pod(each: Pod, app: str) -> Object:

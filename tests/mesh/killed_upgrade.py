@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pykmesh.contracts.settings import LoaderSettings
-from pykmesh.kernel import cgroups, libbpf
-from pykmesh.kernel.upgrade import Staging
+from pykmesh.kernel import libbpf
 from services.bpf_loader import app
 
 STEPS = {
@@ -56,9 +55,7 @@ def main(instance: str, pin_dir: str, call: str = "") -> None:
 
 
 def take_over(settings: LoaderSettings) -> None:
-    staging = Staging(settings.pin_dir)
-    programs = app._load(settings, staging)
-    app._take_over(settings, cgroups.find_root(), programs, staging)
+    app.take_over(settings)
     os._exit(0)
 
 

@@ -17,6 +17,7 @@ from pykmesh.demo.pods import Pod
 from pykmesh.kernel import pins
 from pykmesh.kernel.hooks import HOOKS
 from pykmesh.node.instance import running
+from tests.mesh.attached import ONE_OF_EACH, hooks_of
 from tests.mesh.manifests import Object, host, pod, service, text
 from tests.mesh.node import Node, finish, probe, serve, until
 from tests.mesh.releases import CHANGED, HERE, build, make_other
@@ -243,6 +244,7 @@ def test_one_that_is_ended_at_any_step_is_gone_on_with(upgrades: Upgrades) -> No
             CHANGED if release == upgrades.other else set()
         )
         assert not pins.staging_dir(upgrades.node.pin_dir).exists()
+        assert hooks_of(upgrades.client.cgroup, upgrades.node.pin_dir) == ONE_OF_EACH
     upgrades.node.start()
     counted = finish(prober)
     assert counted["failed"] == 0, counted["errors"]
