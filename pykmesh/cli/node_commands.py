@@ -286,13 +286,14 @@ async def _announce(mesh: Any, deadline_s: float) -> None:
     import anyio
 
     from pykmesh.node.behind import LATE_POLL_S, READY
-    from pykmesh.node.upgrade import settle
+    from pykmesh.node.upgrade import is_under_way, settle
 
     try:
         await mesh.until_ready(deadline_s)
     except InstanceError as error:
         _say(f"pykmesh: {' '.join(str(error).split())}")
-        await anyio.sleep(LATE_POLL_S)  # an upgrade that reads this ends it
+        while is_under_way(mesh.instance):  # noqa: ASYNC110  (an upgrade that reads this ends it)
+            await anyio.sleep(LATE_POLL_S)
         await mesh.until_ready(math.inf, LATE_POLL_S)
     try:
         settle(mesh.instance)
@@ -303,7 +304,7 @@ async def _announce(mesh: Any, deadline_s: float) -> None:
 
 def _detach(instance: Instance) -> None:
     """Starts the same command behind, and waits until it is ready, has ended, or the user gives up."""
-    from pykmesh.node.behind import Behind
+    from pykmesh.node.behind import Behind, NotReadyError
 
     arguments = [word for word in sys.argv[1:] if word not in ("-d", "--detach", "--free-ports")]
     for name in PORT_NAMES:
@@ -311,6 +312,8 @@ def _detach(instance: Instance) -> None:
     behind = Behind(instance, arguments)
     try:
         behind.until_ready()
+    except NotReadyError as error:
+        raise Failure(f"{error}; it goes on trying: {command(instance, 'status')}") from error
     except KeyboardInterrupt:
         behind.end()
         click.echo("interrupted; nothing is left running", err=True)

@@ -49,17 +49,27 @@ def of_this_release(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def end_supervisor(pid: int) -> None:
-    """Tells it to end, and waits for that; it may have ended. InstanceError at the deadline."""
+    """Tells it to end, and waits for that; it may have ended. One that does not is killed.
+
+    Its processes then end with it, as they do whenever it is killed. InstanceError where it is there still.
+    """
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
         return
     try:
-        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-        if not select.select([pidfd], [], [], END_DEADLINE_S)[0]:
-            raise InstanceError(f"supervisor {pid} has not ended after {END_DEADLINE_S:g} s")
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, number)
+            if select.select([pidfd], [], [], END_DEADLINE_S)[0]:
+                return
+        raise InstanceError(f"supervisor {pid} has not ended after {2 * END_DEADLINE_S:g} s, although killed")
     finally:
         os.close(pidfd)
+
+
+class NotReadyError(InstanceError):
+    """What is waited for; it may come yet."""
 
 
 class Behind:
@@ -95,7 +105,7 @@ class Behind:
         return self._process.pid
 
     def until_ready(self) -> None:
-        """InstanceError with its last words when it ends, or at the deadline; it goes on trying then."""
+        """InstanceError with its last words when it ends; NotReadyError at the deadline, as it goes on."""
         end = time.monotonic() + self._deadline_s + SAYING_S
         why: list[str] = []
         while time.monotonic() < end:
@@ -109,7 +119,7 @@ class Behind:
                 break
             time.sleep(POLL_S)
         said = why[0].removeprefix("pykmesh: ") if why else f"not ready after {self._deadline_s:g} s"
-        raise InstanceError(f"{said}; it goes on trying: {command(self._instance, 'status')}")
+        raise NotReadyError(said)
 
     def _text(self) -> str:
         return os.pread(self._said, os.fstat(self._said).st_size, 0).decode(errors="replace")

@@ -213,7 +213,7 @@ def _exit_status(pid: int) -> int:
 
 def _fork(command: list[str]) -> int:
     if module := _module(command):
-        with contextlib.suppress(Exception):  # it says so in the fork, in its own log
+        with contextlib.suppress(BaseException):  # also an exit: it says so in the fork, in its own log
             importlib.import_module(f"{module}.__main__")
         sys.modules.pop(f"{module}.__main__", None)
         gc.freeze()

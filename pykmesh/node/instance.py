@@ -282,17 +282,31 @@ def remove_files(instance: Instance, processes: Iterable[str]) -> None:
 def running(run_dir: Path) -> Instance | None:
     """The instance whose supervisor lives, which holds the lock; None when there is none.
 
-    InstanceError for who may not look.
+    InstanceError for who may not look, and where the file that says so is damaged.
     """
-    if not _is_locked(run_dir / "lock"):
+    lock, path = run_dir / "lock", run_dir / "instance.json"
+    if not _is_locked(lock):
         return None
     try:
-        found = msgspec.json.decode(
-            (run_dir / "instance.json").read_bytes(), type=Instance, dec_hook=_to_path
-        )
-    except (OSError, msgspec.MsgspecError):
+        return msgspec.json.decode(path.read_bytes(), type=Instance, dec_hook=_to_path)
+    except FileNotFoundError:  # it is starting
         return None
-    return found
+    except (OSError, msgspec.MsgspecError) as error:
+        raise InstanceError(
+            f"{path} is damaged ({error}): end the supervisor that wrote it (pid {_holder(lock)}), and start "
+            f"again; traffic goes on"
+        ) from error
+
+
+def _holder(lock: Path) -> int:
+    """Who has locked a file; 0 where that cannot be told."""
+    found = lock.stat()
+    where = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    for line in Path("/proc/locks").read_text().splitlines():
+        _, kind, *_, pid, place, _, _ = line.split()
+        if (kind, place) == ("FLOCK", where):
+            return int(pid)
+    return 0
 
 
 def _is_locked(path: Path) -> bool:

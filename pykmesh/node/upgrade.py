@@ -17,21 +17,25 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Final, NoReturn, TypeVar
 
 import msgspec
 
+from pykmesh.node.ask import fetch
 from pykmesh.node.behind import (
     CHECK,
     FLAG,
+    LATE_POLL_S,
     READY_DEADLINE,
     Behind,
     end_supervisor,
     of_this_release,
     ready_deadline_s,
 )
-from pykmesh.node.instance import Instance, InstanceError, running
+from pykmesh.node.instance import Instance, InstanceError, command, running
 
+CONNECT_DEADLINE_S: Final = 3.0
+"""In which xds_client begins another stream, where the control plane is there."""
 _T = TypeVar("_T")
 
 
@@ -105,7 +109,7 @@ def exchange(instance: Instance) -> Exchanged:
         before = supervised(instance)
         environment = of_this_release(before.environment)
         environment[READY_DEADLINE] = f"{ready_deadline_s():g}"
-        _check(before, environment)
+        _check(instance, before, environment)
         _write(instance.journal, before)
         began = time.monotonic()
         try:
@@ -113,18 +117,32 @@ def exchange(instance: Instance) -> Exchanged:
             behind = _start(instance, before, environment)
         except (InstanceError, OSError, KeyboardInterrupt) as error:
             _start_again(instance, before, error)
-    goes_back = before.release == _read(instance.previous, Release) and not _is_this(before.release)
+    goes_back = False
+    with contextlib.suppress(InstanceError):  # what is damaged there is no release to go back to
+        goes_back = before.release == _read(instance.previous, Release) and not _is_this(before.release)
     return Exchanged(behind.pid, round(time.monotonic() - began, 3), goes_back)
 
 
 def check(instance: Instance) -> None:
     """InstanceError for what `exchange` would not begin for."""
     before = supervised(instance)
-    _check(before, of_this_release(before.environment))
+    _check(instance, before, of_this_release(before.environment))
 
 
-def _check(before: Supervised, environment: dict[str, str]) -> None:
-    """Whether this release takes the words and settings that the one before was started with."""
+def _check(instance: Instance, before: Supervised, environment: dict[str, str]) -> None:
+    """Whether this release takes the words and settings that the one before was started with.
+
+    And whether there is a control plane: without one no release becomes ready, nor the one before again.
+    """
+    end = time.monotonic() + CONNECT_DEADLINE_S
+    while (found := _away(instance)) and time.monotonic() < end:
+        time.sleep(LATE_POLL_S)  # between two streams
+    if found:
+        exchanged = " and ".join(command(instance, word) for word in ("down", "up"))
+        raise InstanceError(
+            f"not begun: xds_client has no stream to the control plane at {found}, without which no release "
+            f"becomes ready ({exchanged} exchange it nevertheless; traffic goes on)"
+        )
     if not Path(before.directory).is_dir():
         raise InstanceError(f"{before.directory} is gone, in which the instance was started")
     done = subprocess.run(
@@ -139,6 +157,16 @@ def _check(before: Supervised, environment: dict[str, str]) -> None:
         said = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["without a word"]
         why = said[0].removeprefix("Error: ")
         raise InstanceError(f"not begun: this release does not start as the one before: {why}")
+
+
+def _away(instance: Instance) -> str:
+    """The control plane that xds_client is not connected with; empty where it is, or does not answer."""
+    ran = running(instance.run_dir)
+    try:
+        status = fetch(ran.ports.xds_client, "/status") if ran else {}
+    except OSError:
+        return ""
+    return "" if status.get("connected", True) else str(status["xds_address"])
 
 
 def settle(instance: Instance) -> None:
@@ -190,6 +218,15 @@ def _is_this(release: Release) -> bool:
     return release.python_path == of_this_release({})["PYTHONPATH"]
 
 
+def is_under_way(instance: Instance) -> bool:
+    """Whether somebody exchanges the processes of an instance now."""
+    try:
+        with _alone(instance):
+            return False
+    except InstanceError:
+        return True
+
+
 @contextlib.contextmanager
 def _alone(instance: Instance) -> Iterator[None]:
     try:
@@ -211,25 +248,42 @@ def _not_running(instance: Instance) -> InstanceError:
 
 
 def _start_again(instance: Instance, before: Supervised, error: BaseException) -> NoReturn:
-    """Raises InstanceError, whatever comes of it."""
+    """Raises InstanceError, whatever comes of it. Whoever interrupts waits for it."""
     why, said = str(error) or "interrupted", ""
-    with contextlib.suppress(OSError):
+    environment = before.release.environment(before.environment)
+    environment[READY_DEADLINE] = f"{ready_deadline_s():g}"
+    interrupted = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
         done = subprocess.run(
             before.release.command(*before.arguments, "-d"),
             cwd=before.directory,
-            env=before.release.environment(before.environment),
+            env=environment,
             capture_output=True,
             text=True,
+            start_new_session=True,
             check=False,
         )
-        said = " ".join((done.stderr or done.stdout).split())
+        is_ready, said = not done.returncode, " ".join((done.stderr or done.stdout).split())
+    except OSError as reason:
+        is_ready, said = False, str(reason)
+    finally:
+        signal.signal(signal.SIGINT, interrupted)
     if running(instance.run_dir) is None:
-        raise InstanceError(f"{why}; and the release before does not start again: {said}") from error
+        again = command(instance, "upgrade")
+        raise InstanceError(
+            f"{why}; and the release before does not start again: {said} (traffic goes on; {again} goes on "
+            f"from here)"
+        ) from error
     now = supervised(instance).release
     if now.python_path != before.release.python_path:
         raise InstanceError(f"{why}; what runs now is the release at {now.python_path}") from error
+    outcome = "the release before runs again"
+    if _is_this(before.release):
+        outcome = f"what runs again is this release: the one before was in the same place ({now.python_path})"
+    if not is_ready:
+        raise InstanceError(f"{why}; {outcome}, and is not ready: {said.removeprefix('Error: ')}") from error
     instance.journal.unlink(missing_ok=True)
-    raise InstanceError(f"{why}; the release before runs again") from error
+    raise InstanceError(f"{why}; {outcome}") from error
 
 
 @contextlib.contextmanager
@@ -261,7 +315,7 @@ def _read(path: Path, kind: type[_T]) -> _T | None:
     except FileNotFoundError:
         return None
     except (OSError, msgspec.MsgspecError) as error:
-        raise InstanceError(f"{path}: {error}") from error
+        raise InstanceError(f"{path}: {error}; remove it, and what it says is forgotten") from error
 
 
 def roll_back(instance: Instance, words: list[str]) -> NoReturn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -219,7 +220,8 @@ def test_a_release_that_does_not_start_leaves_the_one_before(
         main.write_text(said)
     assert refused.returncode == 1
     assert "not ready after 5 s: " in refused.stderr
-    assert "telemetry waits for: not started" in refused.stderr
+    assert "telemetry waits for: not started (last error: exit status 1: no such luck)" in refused.stderr
+    assert "bpf_loader waits" not in refused.stderr, "its exit is that of no other"
     assert "the release before runs again" in refused.stderr
     upgrades.node.until_ready()
     assert upgrades.pins() == before
@@ -284,6 +286,57 @@ def test_the_same_release_again_is_no_release_to_go_back_to(upgrades: Upgrades) 
     assert previous["python_path"] == str(upgrades.other)
     refused = upgrades.upgrade(upgrades.other, "--roll-back", check=False)
     assert f"this is the release before ({upgrades.other})" in refused.stderr
+
+
+def test_without_a_control_plane_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No release would become ready, nor the one before again."""
+    node = Node(tmp_path, "--xds-address", "127.0.0.1:1", subnet=39)
+    try:
+        monkeypatch.setenv("PYKMESH_READY_DEADLINE_S", "2")
+        assert "it goes on trying" in node.cli("up", "-d", "--free-ports", *node.options, check=False).stderr
+        pid = node.instance.pid
+        for words in ([], ["--dry-run"]):
+            refused = node.cli("upgrade", *words, check=False)
+            assert refused.returncode == 1
+            assert "xds_client has no stream to the control plane at 127.0.0.1:1" in (
+                refused.stdout + refused.stderr
+            )
+        assert node.instance.pid == pid
+    finally:
+        node.end()
+
+
+def test_files_that_are_damaged_are_named_with_what_to_do(upgrades: Upgrades) -> None:
+    node, pid = upgrades.node, upgrades.node.instance.pid
+    upgrades.node.instance.previous.write_text("{")
+    done = json.loads(upgrades.upgrade(HERE, "-o", "json").stdout)
+    assert (done["can_go_back"], done["pid"] != pid) == (False, True)
+    refused = upgrades.upgrade(HERE, "--roll-back", check=False)
+    assert f"{node.instance.previous}: " in refused.stderr
+    assert "remove it" in refused.stderr
+    node.instance.previous.unlink()
+    file, pid = node.run_dir / "instance.json", node.instance.pid
+    said = file.read_bytes()
+    file.write_bytes(said[:20])
+    try:
+        for words in (["status"], ["down"], ["up", "-d", *node.options], ["upgrade"]):
+            refused = node.cli(*words, check=False)
+            assert refused.returncode == 1
+            assert f"{file} is damaged" in refused.stderr
+            assert f"(pid {pid})" in refused.stderr
+    finally:
+        file.write_bytes(said)
+    node.until_ready()
+
+
+def test_a_supervisor_that_does_not_end_is_killed(upgrades: Upgrades) -> None:
+    prober, pid = probe(upgrades.client, VIP, 80), upgrades.node.instance.pid
+    os.kill(pid, signal.SIGSTOP)
+    upgrades.upgrade(HERE)
+    assert upgrades.node.instance.pid != pid
+    upgrades.node.until_ready()
+    counted = finish(prober)
+    assert counted["failed"] == 0, counted["errors"]
 
 
 def test_one_that_is_killed_is_gone_on_with_by_the_next(upgrades: Upgrades) -> None:
