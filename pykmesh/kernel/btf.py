@@ -193,7 +193,9 @@ def _settings(btf: Btf) -> dict[str, list[int]]:
 
 def main(arguments: list[str]) -> None:
     source, target = map(Path, arguments)
-    target.write_text(json.dumps(layout(source.read_bytes()), indent=1, sort_keys=True) + "\n")
+    elf = source.read_bytes()
+    found = {"object": hashlib.sha256(elf).hexdigest(), **layout(elf)}
+    target.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,8 @@ def _document() -> dict[str, Any]:
         document: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise LayoutError(f"{path} is missing: build the programs first (make build)") from error
+    except ValueError as error:
+        raise LayoutError(f"{path} is damaged ({error}): build the programs again (make build)") from error
     return document
 
 
@@ -70,15 +72,21 @@ def map_names() -> list[str]:
     return sorted(_document()["maps"])
 
 
-def check_object() -> None:
-    """LayoutError where the object on disk is no more the one whose layout was read.
+def is_replaced() -> bool:
+    """Whether the object on disk is another than the one whose layout was read here.
 
     A process may be a fork of one that read it before another release was put in the place of its files.
     """
-    if json.loads((_OBJECTS / "layout.json").read_text()) != _document():
-        raise LayoutError(
-            "the files of this release were replaced while it ran: pykmesh upgrade (or down, then up)"
-        )
+    try:
+        return bool(json.loads((_OBJECTS / "layout.json").read_text()) != _document())
+    except (OSError, ValueError, LayoutError):  # it is being replaced
+        return True
+
+
+def check_object() -> None:
+    """LayoutError where the object on disk is no more the one whose layout was read."""
+    if is_replaced():
+        raise LayoutError("the files of this release were replaced: this process is of the one before")
 
 
 def setting_offset(name: str, size: int) -> int:

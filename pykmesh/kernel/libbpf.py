@@ -67,16 +67,23 @@ _L.bpf_map__max_entries.restype = c_uint32
 _L.libbpf_set_print(None)
 
 
+def _text(number: int) -> str:
+    """Libbpf has numbers of its own, for objects that are none."""
+    found = ctypes.create_string_buffer(128)
+    _L.libbpf_strerror(number, found, len(found))
+    return found.value.decode(errors="replace")
+
+
 def _checked(result: int, what: str) -> int:
     if result < 0:
-        raise KernelError(-result, f"{what}: {os.strerror(-result)}")
+        raise KernelError(-result, f"{what}: {_text(-result)}")
     return result
 
 
 def _pointer(result: int | None, what: str) -> int:
     if not result:
         number = ctypes.get_errno()
-        raise KernelError(number, f"{what}: {os.strerror(number)}")
+        raise KernelError(number, f"{what}: {_text(number)}")
     return result
 
 
@@ -132,7 +139,7 @@ class BpfObject:
             detail = f"; the verifier's last words: {' | '.join(log[-3:])}" if log else ""
             if not log and -result in (errno.E2BIG, errno.ENOMEM):
                 detail = "; a map is larger than can be made here: see the settings that end in _max"
-            raise KernelError(-result, f"load {self.path}: {os.strerror(-result)}{detail}")
+            raise KernelError(-result, f"load {self.path}: {_text(-result)}{detail}")
 
     def program_fd(self, name: str) -> int:
         handle = _L.bpf_object__find_program_by_name(self._handle, name.encode())

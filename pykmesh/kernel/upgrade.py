@@ -138,6 +138,8 @@ def plan(pin_dir: Path) -> Plan:
         before = there[0] if len(there) == 1 else _current(pin_dir, directory / layout.pin, there)
         stale = tuple(pin.name for pin in there if pin not in (before, directory / layout.pin))
         if before.name == layout.pin:
+            if not _has_sizes_of(before, layout):
+                problems.append(f"{before} is no map that a release made under this name: remove it")
             moves.append(Move(name, Fate.KEPT, stale=stale))
         elif (why := _CANNOT_BE_COPIED.get(layout.type)) is not None:
             moves.append(Move(name, Fate.EMPTY, before.name, f"lost: {why}", stale))
@@ -217,6 +219,11 @@ def _is_of(fd: int, layout: MapLayout) -> bool:
         layout.type, layout.key_size, layout.value_size,
     )  # fmt: skip
     return sizes and [shape.fields for shape in shapes] == [_fields(layout.key), _fields(layout.value)]
+
+
+def _has_sizes_of(pin: Path, layout: MapLayout) -> bool:
+    with libbpf.closing(libbpf.obj_get(str(pin))) as fd:
+        return libbpf.map_info(fd)[:3] == (layout.type, layout.key_size, layout.value_size)
 
 
 class Staging:

@@ -2,7 +2,8 @@
 
 Most of a Python process's start, and of the memory that it has for itself, are its imports. A fork has them
 from its parent: it starts in a tenth of the time and shares their memory. It is a process like any other,
-with a session, an environment and a log of its own, and shows the command that it stands for.
+with a session, an environment and a log of its own, and shows the command that it stands for. Where another
+release has come to lie in the place of what is imported, what starts is executed anew: it is of that one.
 
 The server answers one request after the other on a socket: start a command, say how a process ended. A
 request is a file in memory: environments may be large. It ends with its supervisor. What it started is told
@@ -29,6 +30,8 @@ import anyio
 import anyio.abc
 import anyio.to_thread
 from setproctitle import setproctitle, setthreadtitle
+
+from pykmesh.kernel.layout import is_replaced
 
 ANSWER_DEADLINE_S: Final = 30.0
 """A module is imported before its first fork."""
@@ -221,7 +224,8 @@ def _fork(command: list[str]) -> int:
 
 
 def _module(command: list[str]) -> str:
-    return command[-1] if command == python(command[-1]) else ""
+    """What a fork can run. Nothing where another release lies in the place of what is imported here."""
+    return command[-1] if command == python(command[-1]) and not is_replaced() else ""
 
 
 def _become(parent: int, command: list[str], environment: dict[str, str], output: int) -> None:

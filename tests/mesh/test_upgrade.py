@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -286,6 +287,33 @@ def test_the_same_release_again_is_no_release_to_go_back_to(upgrades: Upgrades) 
     assert previous["python_path"] == str(upgrades.other)
     refused = upgrades.upgrade(upgrades.other, "--roll-back", check=False)
     assert f"this is the release before ({upgrades.other})" in refused.stderr
+
+
+def test_a_release_that_is_put_in_the_place_of_the_running_one_takes_over_as_processes_start(
+    upgrades: Upgrades, tmp_path: Path
+) -> None:
+    """Its bpf_loader first: the others find that their maps are read by nobody any more."""
+    before, prober, place = upgrades.pins(), probe(upgrades.client, VIP, 80), tmp_path / "release"
+    for part in ("pykmesh", "services"):
+        shutil.copytree(HERE / part, place / part, ignore=shutil.ignore_patterns("__pycache__"))
+    upgrades.upgrade(place)
+    for part in ("pykmesh", "services"):
+        shutil.copytree(upgrades.other / part, place / part, dirs_exist_ok=True)
+    upgrades.node.kill("bpf_loader")
+    gone = pins.maps_dir(upgrades.node.pin_dir) / f"services@{before['services']}"
+    until(lambda: not gone.exists(), "other maps")
+    upgrades.node.until_ready()
+    assert {name for name in before if before[name] != upgrades.pins()[name]} == CHANGED
+    assert hooks_of(upgrades.client.cgroup, upgrades.node.pin_dir) == ONE_OF_EACH
+    upgrades.node.write("pods", text(known(upgrades.client), known(upgrades.web[1])))
+    words = ("-m", "pykmesh", *upgrades.node.place, "get", "endpoints", "--from", "bpf")
+    until(lambda: str(upgrades.web[0].address4) not in upgrades.run(place, *words).stdout, "a change")
+    assert upgrades.run(place, "-m", "pykmesh", *upgrades.node.place, "diff").returncode == 0
+    upgrades.upgrade(HERE)
+    assert upgrades.pins() == before
+    counted = finish(prober)
+    assert counted["failed"] == 0, counted["errors"]
+    upgrades.node.write("pods", text(*(known(each) for each in (upgrades.client, *upgrades.web))))
 
 
 def test_without_a_control_plane_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
