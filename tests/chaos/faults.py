@@ -39,7 +39,7 @@ from pykmesh.node.instance import running
 from tests.chaos.stage import HoldsNotError, Stage, wait_until
 from tests.mesh.attached import ONE_OF_EACH, hooks_of
 from tests.mesh.manifests import Object, pod, service, text
-from tests.mesh.node import with_resolv_conf
+from tests.mesh.node import look_up_on, looked_up, with_resolv_conf
 from tests.mesh.releases import HERE, make_other
 
 Number = float | tuple[float, float]
@@ -743,6 +743,30 @@ class Resolves(_Step):
         wait_until(lambda: answer() == self.address, f"{self.name} to be {self.address}")
 
 
+class LooksUp(_Step, tag="looks up"):
+    """The client looks a name up all the while, by a server that knows all of them: no look-up fails."""
+
+    name: str
+    meanwhile: list[Step]
+
+    def act(self, stage: Stage) -> None:
+        server, conf = stage.web[0], stage.directory / "server.conf"
+        conf.write_text(f"nameserver {server.address4}\noptions timeout:1 attempts:4\n")
+        words = [sys.executable, "-m", "tests.mesh.dns_server", "1"]
+        with server.spawn(*words, stdout=subprocess.PIPE, text=True) as serving:
+            try:
+                assert serving.stdout is not None
+                serving.stdout.readline()
+                process = look_up_on(stage.client, conf, self.name)
+                for step in self.meanwhile:
+                    step.act(stage)
+                asked, failed = looked_up(process)
+            finally:
+                serving.kill()
+        if failed != "[]" or not asked:
+            raise HoldsNotError(f"of {asked} look-ups failed: {failed}")
+
+
 class Metric(_Step):
     """A sample of Prometheus's page, summed over its labels, is so much at least."""
 
@@ -769,5 +793,5 @@ Step = (
     Wait | Settled | Repeat | Together | Kill | KillAll | Stop | Down | Up | Limit | Hog | Disk | Scale
     | Services | Folder | Wire | ControlPlane | Flood | Password | Stranger | Unpin | Bystander | Upgrade
     | KillAtCalls | KilledUpgrades | NotEnrolled | Entries | Restarted | Resolves | Instances | KillEnvoy
-    | Says | Metric
+    | Says | LooksUp | Metric
 )  # fmt: skip

@@ -187,6 +187,40 @@ def with_resolv_conf(path: Path, *words: str) -> list[str]:
     return ["unshare", "--mount", "bash", "-c", command, str(path), *words]
 
 
+LOOK_UP_ON = """
+import signal, socket, sys, time
+going = True
+def end(*_):
+    global going; going = False
+signal.signal(signal.SIGTERM, end)
+asked, failed = 0, []
+print("ready", flush=True)
+while going:
+    for name in sys.argv[1:]:
+        try: socket.getaddrinfo(name, 80, socket.AF_INET)
+        except OSError as error: failed.append(f"{name}: {error}")
+        asked += 1
+    time.sleep(0.01)
+print(asked, failed, flush=True)
+"""
+
+
+def look_up_on(pod: Pod, resolv_conf: Path, *names: str) -> subprocess.Popen[str]:
+    """Looks names up, one after another and again, until `looked_up`."""
+    command = with_resolv_conf(resolv_conf, sys.executable, "-c", LOOK_UP_ON, *names)
+    process = pod.spawn(*command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def looked_up(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """How often, and what failed, as a list in text."""
+    process.send_signal(signal.SIGTERM)
+    asked, failed = process.communicate(timeout=30)[0].split(" ", 1)
+    return int(asked), failed.strip()
+
+
 def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
     """Tells a prober or endpoint to end; what it counted."""
     process.send_signal(signal.SIGTERM)

@@ -15,7 +15,7 @@ import pytest
 
 from pykmesh.demo.pods import Pod
 from tests.mesh.manifests import host, pod, service, text
-from tests.mesh.node import Node, until, with_resolv_conf
+from tests.mesh.node import Node, look_up_on, looked_up, until, with_resolv_conf
 
 VIP4, VIP6, DNS_VIP, DNS_VIP6 = "10.96.0.10", "fd96::10", "10.96.0.53", "fd96::53"
 WEB = "web.shop.svc.cluster.local"
@@ -98,25 +98,9 @@ for _ in range(2):
         print(dns.message.from_wire(data).answer[0][0], s.getpeername()[0], flush=True); break
     sys.stdin.readline()
 """
+
+
 # Resolves again and again until told to end; what failed is counted.
-LOOK_UP_ON = """
-import signal, socket, sys, time
-going = True
-def end(*_):
-    global going; going = False
-signal.signal(signal.SIGTERM, end)
-asked, failed = 0, []
-print("ready", flush=True)
-while going:
-    for name in sys.argv[1:]:
-        try: socket.getaddrinfo(name, 80, socket.AF_INET)
-        except OSError as error: failed.append(f"{name}: {error}")
-        asked += 1
-    time.sleep(0.01)
-print(asked, failed, flush=True)
-"""
-
-
 class Names(NamedTuple):
     """A node with `--dns`, an enrolled client, one that is not, and two servers of names."""
 
@@ -375,11 +359,7 @@ print(dns.message.from_wire(s.recv(4096)).answer[0][0])"""
 
 def looking_up(names: Names, *asked: str) -> subprocess.Popen[str]:
     conf = names.resolv_conf(str(names.servers[0].address4))
-    command = with_resolv_conf(conf, sys.executable, "-c", LOOK_UP_ON, *asked)
-    process = names.client.spawn(*command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
+    return look_up_on(names.client, conf, *asked)
 
 
 def test_killing_the_proxy_again_and_again_fails_no_resolution(names: Names) -> None:
@@ -389,10 +369,9 @@ def test_killing_the_proxy_again_and_again_fails_no_resolution(names: Names) -> 
         os.kill(pid, signal.SIGKILL)
         until(lambda before=pid: names.node.pid_of("dns_proxy") != before, "another one")
         until(lambda: is_served(names.client, str(names.servers[0].address4)), "the client to be served")
-    process.send_signal(signal.SIGTERM)
-    asked, failed = process.communicate(timeout=30)[0].split(" ", 1)
-    assert failed.strip() == "[]"
-    assert int(asked) >= times
+    asked, failed = looked_up(process)
+    assert failed == "[]"
+    assert asked >= times
 
 
 def test_a_connected_socket_goes_on_with_the_proxy_after_an_orderly_end(names: Names) -> None:
@@ -421,10 +400,9 @@ def test_a_proxy_that_stands_still_is_passed_by_within_a_second(names: Names) ->
     finally:
         os.kill(pid, signal.SIGCONT)
     until(lambda: is_served(names.client, server), "the client to be served again")
-    process.send_signal(signal.SIGTERM)
-    asked, failed = process.communicate(timeout=30)[0].split(" ", 1)
-    assert failed.strip() == "[]"
-    assert int(asked) > 10
+    asked, failed = looked_up(process)
+    assert failed == "[]"
+    assert asked > 10
 
 
 def asks_directly(pod: Pod, server: str) -> bool:
