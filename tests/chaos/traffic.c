@@ -9,7 +9,8 @@
  *   traffic refused   ADDRESS PORT RATE       connections that have to be refused
  *
  * "ready" when it begins (keep: when all are open). At SIGUSR1 one JSON line; at SIGTERM a client begins
- * nothing more, waits for what is under way, says that line for the last time and ends: connections (begun
+ * nothing more (keep: a last request on each), waits for what is under way, says that line for the last time
+ * and ends: connections (begun
  * and ended; keep: open), requests, failed, open (now), errors (by text), answers (by name), longest_pause_ms
  * without an answer (keep: 0), slowest_ms from a connection's begin to its answer. An answer is waited for
  * TRAFFIC_TIMEOUT_S (5).
@@ -254,7 +255,8 @@ struct client {
 struct slot {
 	int fd; /* -1: free */
 	bool connecting, waiting;
-	double begun; /* the connection; keep: the request, or when the next is due */
+	bool asked_last; /* keep: at the end, whether it still carries anything */
+	double begun;	 /* the connection; keep: the request, or when the next is due */
 	long number;
 };
 
@@ -407,7 +409,14 @@ static long look_at_clock(struct client *client, struct slot *slots, bool ending
 		if (slot->waiting && t - slot->begun > timeout)
 			give_up(client, slot,
 				slot->connecting ? "no connection in time" : "no answer in time");
-		else if (!slot->waiting && t >= slot->begun && !ending) {
+		else if (!slot->waiting && ending && client->kind == KEEP && !slot->asked_last) {
+			if (under_way < AT_ONCE) {
+				slot->asked_last = true;
+				slot->begun = t;
+				ask(client, slot);
+			} else
+				under_way++;
+		} else if (!slot->waiting && t >= slot->begun && !ending) {
 			slot->begun = t;
 			ask(client, slot);
 		}
