@@ -45,7 +45,7 @@ NAMES_INTERVAL_S: Final = 0.02
 FILL_INTERVAL_S: Final = 30.0
 FILL_SHARE: Final = 100
 """Counting a map's entries may take one in so many parts of the time."""
-FILLED: Final = ("pods", "datagrams")
+FILLED: Final = ("pods", "datagrams", "affinities", "loads", "shunned", "handoffs")
 """Maps whose entries are counted here, with `opens`; of the ones that map_writer fills, it tells."""
 
 

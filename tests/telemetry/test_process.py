@@ -141,7 +141,7 @@ async def test_without_a_broker_it_drains_and_serves_and_calls_nobody_by_name(
 
 
 async def test_how_full_is_told_of_the_maps_that_nobody_else_tells_of(small: Instance):
-    own = {"opens", "pods", "datagrams"}
+    own = {"opens", "pods", "datagrams", "affinities", "loads", "shunned", "handoffs"}
     async with telemetry(small.pin_dir, NOBODY) as running:
         await serving(running)
         await until("all counted", lambda: running.runtime.details()["maps"].keys() == own - {"opens"})
