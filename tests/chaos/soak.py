@@ -2,11 +2,14 @@
 
     python -m tests.chaos.soak [--minutes 60] [--seed 1] [--rate 0.2] [--report FILE]
 
-Endpoints, services and pods come and go under traffic. In the first half processes are killed too; in the
-second half each one's memory (Pss) and descriptors are sampled. Exit status 1 where a process has grown (the
+Endpoints, services and pods come and go under traffic, through a waypoint too, and names are asked for. In
+the first half processes are killed too; in the second half each one's memory (Pss) and descriptors are
+sampled, and how many entries each map has between two rounds. Exit status 1 where a process has grown (the
 last third of its samples against the first: memory by more than a tenth and 4 MiB, descriptors by more than
-four), one was started again that nobody had killed, a connection failed, an answer was wrong, or the maps
-hold in the end what they did not in the beginning.
+four; or its memory grows on and on: from the second third to the last by more than 1 MiB and a fiftieth, and
+by more than half of what it was from the first to the second), a map has grown (by more than a tenth and 64
+entries), a process was started again that nobody had killed, a connection failed, an answer was wrong, or the
+maps of configuration hold in the end what they did not in the beginning.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import signal
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +31,7 @@ from bench.sync import pss_mib
 from pykmesh.kernel import pins
 from pykmesh.kernel.maps import PinnedMap
 from pykmesh.node.ask import supervised
-from tests.chaos.faults import Bystander, Kill, Scale, Services
+from tests.chaos.faults import Bystander, Kill, Resolves, Scale, Services
 from tests.chaos.play import judged
 from tests.chaos.scenario import read
 from tests.chaos.stage import Mesh, Stage, stage
@@ -36,18 +40,22 @@ MAPS: Final = (
     "services", "endpoints", "addresses", "ranges", "pods", "identities", "identity_secrets", "affinities",
     "loads",
 )  # fmt: skip
+OTHER_MAPS: Final = ("opens", "shunned", "handoffs", "dns_listeners", "dns_servers")
+"""Between two rounds something is always in them. Not `datagrams`, which keeps what it has until it is full."""
 PROCESSES: Final = ["bpf_loader", "map_writer", "xds_client", "telemetry", "nats", "control_plane"]
 GOES: Final = ("cgroup", "namespace", "both", "unenrolled")
 SAMPLE_S: Final = 2.0
 KILL_S: Final = 15.0
 GROWN, GROWN_MIB = 1.1, 4.0
+GROWS_ON, GROWS_ON_MIB = 1.02, 1.0
 GROWN_DESCRIPTORS = 4
+GROWN_ENTRIES = 64
 SETTLES_S: Final = 30.0
 
 
-def entries(found: Stage) -> dict[str, int]:
+def entries(found: Stage, names: tuple[str, ...] = MAPS) -> dict[str, int]:
     counts = {}
-    for name in MAPS:
+    for name in names:
         with PinnedMap(pins.maps_dir(found.node.pin_dir), name) as pinned:
             counts[name] = len(pinned)
     return counts
@@ -60,16 +68,19 @@ def change(found: Stage) -> None:
     Services(count=chance.randint(1, 60), pods=chance.randint(1, 4)).act(found)
     if chance.random() < 0.3:
         Bystander(goes=chance.choice(GOES)).act(found)
+    if chance.random() < 0.2:
+        Resolves(name="web.shop.svc.cluster.local", address="10.96.0.10").act(found)
     Scale(to=(1, 4), now=False).act(found)
     Services(count=0).act(found)
 
 
 class Samples:
-    """By process: of its memory in MiB, and of how many descriptors it has."""
+    """By process: of its memory in MiB, and of how many descriptors it has. By map: of its entries."""
 
     def __init__(self) -> None:
         self.memory: dict[str, list[float]] = {}
         self.descriptors: dict[str, list[float]] = {}
+        self.entries: dict[str, list[float]] = {}
 
     def take(self, found: Stage) -> None:
         pids = {found.node.instance.pid: "supervisor", found.node.fork_server(): "fork_server"}
@@ -77,6 +88,8 @@ class Samples:
             with contextlib.suppress(OSError):  # it was killed just now
                 self.descriptors.setdefault(name, []).append(len(list(Path(f"/proc/{pid}/fd").iterdir())))
                 self.memory.setdefault(name, []).append(pss_mib([pid]))
+        for name, count in entries(found, MAPS + OTHER_MAPS).items():
+            self.entries.setdefault(name, []).append(count)
 
 
 def restarts(found: Stage) -> dict[str, int]:
@@ -85,12 +98,21 @@ def restarts(found: Stage) -> dict[str, int]:
 
 
 def thirds(taken: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Of each process: the median of the first and of the last third of its samples."""
+    """Of each process, or map: the median of each third of its samples."""
     found = {}
     for name, samples in taken.items():
         third = max(1, len(samples) // 3)
-        found[name] = [round(statistics.median(part), 1) for part in (samples[:third], samples[-third:])]
+        parts = samples[:third], samples[third : 2 * third] or samples, samples[-third:]
+        found[name] = [round(statistics.median(part), 1) for part in parts]
     return found
+
+
+def grown(sizes: dict[str, list[float]]) -> Iterator[str]:
+    for name, (first, second, last) in sizes.items():
+        on = last - second
+        grows_on = on > GROWS_ON_MIB and last > second * GROWS_ON and on > (second - first) / 2
+        if (last > first * GROWN and last > first + GROWN_MIB) or grows_on:
+            yield f"{name} has grown from {first} to {second} and {last} MiB"
 
 
 def as_before(found: Stage, before: dict[str, int]) -> dict[str, list[int]]:
@@ -108,7 +130,7 @@ def as_before(found: Stage, before: dict[str, int]) -> dict[str, list[int]]:
 
 def soak(minutes: float, seed: int, rate: float) -> dict[str, Any]:
     chance = random.Random(seed)
-    with stage(Mesh(), chance, rate) as found:
+    with stage(Mesh(waypoint=True, options=["--dns"]), chance, rate) as found:
         for each in read().traffic:
             found.begin(each)
         before, began = entries(found), time.monotonic()
@@ -145,20 +167,22 @@ def soak(minutes: float, seed: int, rate: float) -> dict[str, Any]:
         if not samples.memory:
             problems.append("nothing was sampled: that needs more minutes")
         sizes, descriptors = thirds(samples.memory), thirds(samples.descriptors)
-        problems += [
-            f"{name} has grown from {first} to {last} MiB"
-            for name, (first, last) in sizes.items()
-            if last > first * GROWN and last > first + GROWN_MIB
-        ]
+        filled = thirds(samples.entries)
+        problems += grown(sizes)
         problems += [
             f"{name} had {first:g} descriptors, then {last:g}"
-            for name, (first, last) in descriptors.items()
+            for name, (first, _, last) in descriptors.items()
             if last > first + GROWN_DESCRIPTORS
+        ]
+        problems += [
+            f"map {name} had {first:g} entries, then {last:g}"
+            for name, (first, _, last) in filled.items()
+            if last > first * GROWN + GROWN_ENTRIES
         ]
         return {
             "minutes": minutes, "seed": seed, "rounds": rounds, "kills": kills,
             "connections": counts.connections, "failed": counts.failed, "wrong": found.wrong,
-            "pss_mib": sizes, "descriptors": descriptors, "entries": before, "problems": problems,
+            "pss_mib": sizes, "descriptors": descriptors, "entries": filled, "problems": problems,
         }  # fmt: skip
 
 
@@ -173,12 +197,15 @@ def table(found: dict[str, Any], words: list[str]) -> str:
         "",
         f"`python -m tests.chaos.soak {shlex.join(words)}`: {found['rounds']:,} rounds of change,",
         f"{found['kills']} processes killed (in the first half), {found['connections']:,} connections,",
-        f"{found['failed']} failed, {found['wrong']} wrong answers. In the first and in the last third",
-        "of the second half:",
+        f"{found['failed']} failed, {found['wrong']} wrong answers. In the three thirds of the second half:",
         "",
         "| process | memory MiB (Pss) | descriptors |",
         "|---|---|---|",
         *rows,
+        "",
+        "| map | entries between two rounds |",
+        "|---|---|",
+        *(f"| {name} | {', '.join(f'{n:g}' for n in each)} |" for name, each in found["entries"].items()),
         "",
         *([f"- {problem}" for problem in found["problems"]] or ["Everything held."]),
     ]
