@@ -551,7 +551,7 @@ class Upgrade(_Step):
                 stage.killed_upgrades += upgrade.poll() is None
                 upgrade.kill()
         done = subprocess.run(
-            words, env=environment, capture_output=True, text=True, timeout=120, check=False
+            words, env=environment, capture_output=True, text=True, timeout=900, check=False
         )
         if done.returncode:
             raise HoldsNotError(f"upgrade: {done.stderr}")

@@ -41,7 +41,7 @@ MAPS: Final = (
     "loads",
 )  # fmt: skip
 OTHER_MAPS: Final = ("opens", "shunned", "handoffs", "dns_listeners", "dns_servers")
-"""Between two rounds something is always in them. Not `datagrams`, which keeps what it has until it is full."""
+"""Between two rounds something is always in them. Not `datagrams`, which is left to become full."""
 PROCESSES: Final = ["bpf_loader", "map_writer", "xds_client", "telemetry", "nats", "control_plane"]
 GOES: Final = ("cgroup", "namespace", "both", "unenrolled")
 SAMPLE_S: Final = 2.0
