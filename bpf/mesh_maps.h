@@ -125,6 +125,14 @@ struct {
 	__type(value, struct identity_secret);
 } identity_secrets SEC(".maps");
 
+/* Made of the one before. Writer: map_writer. Reader: sockops. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct service_secret);
+} service_secrets SEC(".maps");
+
 /* What waypoints of other nodes are told is sealed with. Writer: map_writer. Reader: sockops. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);

@@ -192,9 +192,14 @@ struct identity_secret {
 	__u8 bytes[32];
 };
 
+/* What IPv6 services' addresses are hashed with, for waypoints. */
+struct service_secret {
+	__u64 word[5];
+};
+
 /* What the client asked for, and who it is. */
 struct handoff_value {
-	__u32 service;	/* the address itself, or a hash of it */
+	__u32 service;	/* the address itself, or a keyed hash of it */
 	__u32 sequence; /* with which the client's SYN begins: of this connection, and no other of these ports
 			 */
 	__be16 prefix;	/* enum handoff_prefix */
@@ -221,7 +226,7 @@ struct handoff_option {
 
 /*
  * The address that a waypoint is told of a connection: the service's, and who the client is. It begins with
- * HANDOFF_IPV4 and the address itself, or HANDOFF_IPV6 and a hash of it.
+ * HANDOFF_IPV4 and the address itself, or HANDOFF_IPV6 and a keyed hash of it.
  */
 enum handoff_prefix {
 	HANDOFF_IPV4 = 0xfd4d,

@@ -33,13 +33,24 @@ struct original_destination {
 	__u32 scope;
 };
 
-/* What stands for a service's address in the one that a waypoint is told. */
+/*
+ * What stands for a service's address in the one that a waypoint is told. Of an IPv6 one the upper half of a
+ * sum of products (multilinear hashing, strongly universal: Dietzfelbinger): who does not know the secret
+ * cannot choose an address with the hash of another one.
+ */
 static __always_inline __u32 service_word(const struct ip *vip)
 {
+	__u32 zero = 0;
+	const struct service_secret *secret;
+
 	if (ip_is_v4(vip))
 		return vip->word[3];
-	return vip->word[0] * 0x9e3779b1u + vip->word[1] * 0x85ebca6bu + vip->word[2] * 0xc2b2ae35u +
-	       vip->word[3] * 0x27d4eb2fu;
+	secret = bpf_map_lookup_elem(&service_secrets, &zero);
+	if (!secret)
+		return 0;
+	return (secret->word[0] + secret->word[1] * vip->word[0] + secret->word[2] * vip->word[1] +
+		secret->word[3] * vip->word[2] + secret->word[4] * vip->word[3]) >>
+	       32;
 }
 
 /* One that changes while it is read is read again, then taken for unknown. */

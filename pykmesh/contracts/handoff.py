@@ -2,8 +2,9 @@
 
 An IPv6 address, also for an IPv4 service, so that there is room for the client's identity and a stock Envoy
 can tell by it (bpf/waypoint.h makes it): 16 bits of the family, 32 of the service's address, 40 of the
-client's namespace, 40 of its account. An IPv6 service's address is hashed: two that a waypoint cannot tell
-apart are a conflict that its status names.
+client's namespace, 40 of its account. An IPv6 service's address is hashed, with a secret: nobody can choose
+one with the hash of another. Two that a waypoint cannot tell apart all the same are a conflict that its
+status names.
 
 And the mesh's key, of which all nodes make the same ids, and what is told between nodes is sealed with.
 """
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import struct
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from pykmesh.contracts.settings import SettingsError
 from pykmesh.kernel.layout import HandoffPrefix
-from pykmesh.kernel.records import HANDOFF_SECRET, IDENTITY_SECRET_BYTES, Ip, is_v4
+from pykmesh.kernel.records import HANDOFF_SECRET, IDENTITY_SECRET_BYTES, SERVICE_SECRET, Ip, is_v4
 
 ID_BYTES: Final = 5
 SERVICE_BITS: Final = 48
@@ -25,7 +27,9 @@ NAMESPACE_BITS: Final = SERVICE_BITS + 8 * ID_BYTES
 ALL_BITS: Final = 128
 MESH_KEY_MIN: Final = 32
 
-_MULTIPLIERS: Final = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F)
+NO_SERVICE_SECRET: Final = bytes(SERVICE_SECRET.size)
+_WORDS: Final = struct.Struct("<5Q")
+_ADDRESS_WORDS: Final = struct.Struct("<4I")
 _NO_ID: Final = bytes(ID_BYTES)
 
 
@@ -40,19 +44,27 @@ NOBODY: Final = Identity()
 """A client that is not known."""
 
 
-def told_address(vip: Ip, client: Identity = NOBODY) -> str:
-    """What a waypoint is told of a connection of `client` to a service at `vip`."""
+def told_address(vip: Ip, secret: bytes, client: Identity = NOBODY) -> str:
+    """What a waypoint is told of a connection of `client` to a service at `vip`, by a `service_secret`."""
     prefix = HandoffPrefix.IPV4 if is_v4(vip) else HandoffPrefix.IPV6
-    packed = prefix.to_bytes(2, "big") + _service(vip) + client.namespace + client.account
+    packed = prefix.to_bytes(2, "big") + _service(vip, secret) + client.namespace + client.account
     return str(ipaddress.IPv6Address(packed))
 
 
-def _service(vip: Ip) -> bytes:
+def _service(vip: Ip, secret: bytes) -> bytes:
     if is_v4(vip):
         return vip[12:]
-    words = (int.from_bytes(vip[at : at + 4], "little") for at in range(0, 16, 4))
-    hashed = sum(word * by for word, by in zip(words, _MULTIPLIERS, strict=True))
-    return (hashed % 2**32).to_bytes(4, "little")
+    first, *multipliers = _WORDS.unpack(secret)
+    hashed = int(first) + sum(
+        by * word for by, word in zip(multipliers, _ADDRESS_WORDS.unpack(vip), strict=True)
+    )
+    return int(hashed % 2**64 >> 32).to_bytes(4, "little")
+
+
+def service_secret(identity_secret: bytes) -> bytes:
+    """What IPv6 services' addresses are hashed with: as lasting, and as known elsewhere, as the other."""
+    hashed = hashlib.blake2b(key=identity_secret, digest_size=len(NO_SERVICE_SECRET), person=b"service")
+    return hashed.digest()
 
 
 class MeshKey(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-from pykmesh.contracts.handoff import ID_BYTES
+from pykmesh.contracts.handoff import ID_BYTES, NO_SERVICE_SECRET
 
 HANDOFF_PORT: Final = 15019
 """The port of a waypoint's service at which its instances take connections that the kernel hands over.
@@ -117,6 +117,11 @@ PrincipalId = Annotated[bytes, msgspec.Meta(min_length=2 * ID_BYTES, max_length=
 """Ids of namespace and account, one after the other."""
 
 
+ServiceSecret = Annotated[
+    bytes, msgspec.Meta(min_length=len(NO_SERVICE_SECRET), max_length=len(NO_SERVICE_SECRET))
+]
+
+
 class WaypointsReply(_Part, frozen=True):
     """`users`: of each waypoint, the services and workloads that go by way of it. Unknown services miss.
 
@@ -132,3 +137,5 @@ class WaypointsReply(_Part, frozen=True):
     account_ids: dict[str, ClientId] = {}
     principals: dict[str, PrincipalId] = {}
     """By their SPIFFE names without the scheme. An account that is in several trust domains has none."""
+    service_secret: ServiceSecret = NO_SERVICE_SECRET
+    """What IPv6 services' addresses are hashed with (`contracts.handoff`)."""

@@ -43,6 +43,8 @@ HANDOFF_VALUE: Final = codec(
 IDENTITY_VALUE: Final = codec("identity_value", "netns_cookie", "namespace_id", "account_id")
 IDENTITY_SECRET_KEY: Final = bytes(4)
 IDENTITY_SECRET_BYTES: Final = 32
+SERVICE_SECRET: Final = codec("service_secret", "word")
+"""Five numbers of 64 bits."""
 HANDOFF_SECRET: Final = codec("handoff_secret", "key", "is_set")
 DNS_KEY: Final = codec("dns_key", "netns_cookie", "slot")
 DNS_LISTENER: Final = codec("dns_listener", "beat_ns", "port", "is_6")

@@ -5,9 +5,10 @@ which address, and no more (no certificate is asked for). A pod at whose address
 pods, is nobody. So is one whose address another pod had before, until the control plane speaks of it again:
 what it said before was said of the other. A mesh that is read anew speaks of it if it says another there.
 
-With a mesh key ids are the same on all nodes, and so is what seals the claims of connections to waypoints
-of other nodes (bpf/handoff_option.h). When it changes the ids do, and Envoys do not hear of it at once: until
-they have, every pod is nobody, which is stricter with each policy.
+With a mesh key ids are the same on all nodes, and so are what seals the claims of connections to waypoints
+of other nodes (bpf/handoff_option.h), and what stands for IPv6 services' addresses. When it changes these
+do, and Envoys do not hear of it at once: until they have, every pod is nobody, which is stricter with each
+policy.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import anyio
 import structlog
 
 from pykmesh.contracts.address import Workload, workload_message
-from pykmesh.contracts.handoff import ID_BYTES, NOBODY, Identity, MeshKey
+from pykmesh.contracts.handoff import ID_BYTES, NOBODY, Identity, MeshKey, service_secret
 from pykmesh.contracts.waypoints import account_name
 from pykmesh.kernel import libbpf, pins
 from pykmesh.kernel.maps import MapFullError, PinnedMap
@@ -73,9 +74,12 @@ class Identities:
             self._map = opened.enter_context(PinnedMap(directory, "identities"))
             self._secrets = opened.enter_context(PinnedMap(directory, "identity_secrets"))
             self._handoff_secrets = opened.enter_context(PinnedMap(directory, "handoff_secrets"))
+            self._service_secrets = opened.enter_context(PinnedMap(directory, "service_secrets"))
             self.withheld_until = 0.0
             self._handoff_secret = mesh_key.handoff if mesh_key else _NO_HANDOFF_SECRET
             self._secret = self._take(mesh_key) if mesh_key else _secret(self._secrets)
+            self.service_secret = service_secret(self._secret)
+            self._service_secrets.put(IDENTITY_SECRET_KEY, self.service_secret)
             if not self.withheld_until:
                 self._handoff_secrets.put(IDENTITY_SECRET_KEY, self._handoff_secret)
             self._gate.opened()
@@ -131,7 +135,8 @@ class Identities:
         return found.uid if found else ""
 
     def are_current(self) -> bool:
-        opened = (self._pods_map, self._map, self._secrets, self._handoff_secrets)
+        secrets = self._secrets, self._handoff_secrets, self._service_secrets
+        opened = (self._pods_map, self._map, *secrets)
         return all(pinned.is_current() for pinned in opened)
 
     def namespace_id(self, namespace: str) -> bytes:

@@ -62,6 +62,7 @@ class Waypoints:
             namespace_ids={n: self._identities.namespace_id(n) for n in request.client_namespaces},
             account_ids={a: self._identities.account_id(a) for a in request.client_accounts},
             principals=principals,
+            service_secret=self._identities.service_secret,
         )
 
     def _workload(self, uid: str) -> MeshService:

@@ -20,20 +20,20 @@ _Holds = Callable[[_Client], bool | None]
 """Whether a condition is met by a client; None where that is not known yet."""
 
 
-def turned_away(rules: Sequence[Json], vips: Sequence[str]) -> tuple[list[Range], list[Range]]:
+def turned_away(rules: Sequence[Json], vips: Sequence[str], secret: bytes) -> tuple[list[Range], list[Range]]:
     """Ranges of told addresses: where there may be somebody to let in, and where there is nobody.
 
     `rules`: of the port's RBAC filters. The longest range counts: each that a rule names stands for itself,
     and whoever is in none of them for all the others of his namespace, or of all.
     """
-    unknown = (Range(told_address(ip_from_text(vip)), ALL_BITS) for vip in vips)
-    ranges = {*everybodys(vips), *unknown}
+    unknown = (Range(told_address(ip_from_text(vip), secret), ALL_BITS) for vip in vips)
+    ranges = {*everybodys(vips, secret), *unknown}
     refusals = [_refusal(one, ranges) for one in rules]
     let_in, out = list[Range](), list[Range]()
     for told in sorted(ranges):
         client = int(ipaddress.IPv6Address(told.address)), told.bits
         (out if any(refuses(client) for refuses in refusals) else let_in).append(told)
-    return (let_in, out) if out else (everybodys(vips), [])
+    return (let_in, out) if out else (everybodys(vips, secret), [])
 
 
 def _refusal(rules: Json, ranges: set[Range]) -> Callable[[_Client], bool]:

@@ -285,7 +285,7 @@ class WaypointMgr:
 
         users = [service for service in mesh.services if may_come(service)]
         family = 6 if ":" in self.members.address else 4
-        clients = Clients(mesh.namespace_ids, mesh.account_ids, family)
+        clients = Clients(mesh.namespace_ids, mesh.account_ids, family, mesh.service_secret)
         found = await anyio.to_thread.run_sync(
             self._translate, name, waypoint, users, known, objects, clients
         )

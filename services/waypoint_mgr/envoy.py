@@ -56,9 +56,9 @@ class Range(NamedTuple):
     bits: int
 
 
-def everybodys(vips: Iterable[str]) -> list[Range]:
+def everybodys(vips: Iterable[str], secret: bytes) -> list[Range]:
     """What is told of any client's connections to these addresses."""
-    return [Range(told_address(ip_from_text(vip)), SERVICE_BITS) for vip in vips]
+    return [Range(told_address(ip_from_text(vip), secret), SERVICE_BITS) for vip in vips]
 
 
 def listener(address: str, port: int, chains: Sequence[Json]) -> Json:

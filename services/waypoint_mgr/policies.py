@@ -18,7 +18,15 @@ from typing import Final, NamedTuple
 import msgspec
 
 from pykmesh.contracts.address import PORT_MAX
-from pykmesh.contracts.handoff import ALL_BITS, NAMESPACE_BITS, NOBODY, SERVICE_BITS, Identity, told_address
+from pykmesh.contracts.handoff import (
+    ALL_BITS,
+    NAMESPACE_BITS,
+    NO_SERVICE_SECRET,
+    NOBODY,
+    SERVICE_BITS,
+    Identity,
+    told_address,
+)
 from pykmesh.contracts.waypoints import account_name
 from pykmesh.kernel.records import Ip, ip_from_text, ip_to_text
 from pykmesh.manifests.authorization_policy import Action, Operation, Rule, Source, When
@@ -56,14 +64,16 @@ _HEADER: Final = re.compile(r"request\.headers\[(.+)\]")
 
 
 class Clients(msgspec.Struct, frozen=True):
-    """Ids of the namespaces and service accounts that policies name.
+    """What connections are told by: ids of the namespaces and service accounts that policies name.
 
     `family`: of the addresses that Envoy sees of clients, that at which it listens (4 or 6); 0: of both.
+    `service_secret`: with which IPv6 services' addresses are hashed.
     """
 
     namespaces: Mapping[str, bytes] = {}
     accounts: Mapping[str, bytes] = {}
     family: int = 0
+    service_secret: bytes = NO_SERVICE_SECRET
 
 
 class Names(msgspec.Struct, frozen=True):
@@ -184,7 +194,9 @@ class Guard:
     ) -> Json:
         """`before` and `after`: filters about those that let in or not."""
         own = [rbac(rules) for rules in self._rules(at, vips, is_http=True)]
-        return http_chain(at, everybodys(vips), access_log, [*before, *own, *after], tracing)
+        return http_chain(
+            at, everybodys(vips, self._clients.service_secret), access_log, [*before, *own, *after], tracing
+        )
 
     def tcp_chains(
         self,
@@ -196,7 +208,7 @@ class Guard:
     ) -> Iterator[Json]:
         """One for those whose first byte is to be waited for, one that closes what others begin."""
         rules = self._rules(at, vips, is_http=False)
-        let_in, others = turned_away(rules, vips)
+        let_in, others = turned_away(rules, vips, self._clients.service_secret)
         if let_in:
             filters = [*before, *(network_rbac(at, one) for one in rules)]
             yield tcp_chain(at, let_in, access_log, target, filters)
@@ -330,7 +342,12 @@ class _Writer:
         return match
 
     def _told(self, vip: Ip, client: Identity, bits: int) -> Json:
-        return {"destinationIp": {"addressPrefix": told_address(vip, client), "prefixLen": bits}}
+        return {
+            "destinationIp": {
+                "addressPrefix": told_address(vip, self._clients.service_secret, client),
+                "prefixLen": bits,
+            }
+        }
 
     def _operation(self, operation: Operation) -> Iterator[Json]:
         yield from self._pair("ports", operation.ports, operation.not_ports, self._port)

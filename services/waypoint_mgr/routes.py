@@ -127,7 +127,8 @@ def translate(
     """
     mesh = Mesh(users, known, services, domain)
     attached = attach(waypoint, mesh, wanted.routes)
-    guard = Guard(waypoint, mesh, wanted.policies, clients or Clients())
+    clients = clients or Clients()
+    guard = Guard(waypoint, mesh, wanted.policies, clients)
     destinations = Destinations(
         waypoint, wanted.destinations, wanted.backend_tls, roots=wanted.roots, only_tls=wanted.only_tls
     )
@@ -136,7 +137,7 @@ def translate(
     logs = waypoint.metadata.annotations.get(ACCESS_LOG) == "true"
     tracing = spans.tracing(f"{waypoint.name}.{waypoint.namespace}") if spans else None
     first = [principals.script(names)] if names else []
-    taken, conflicts = _owners(mesh), list[str]()
+    told = _Told(mesh, clients.service_secret)
     chains, configurations = list[Json](), dict[str, Json]()
     protocols, backends = dict[Port, AppProtocol](), set[Port]()
     as_backend: dict[Port, AppProtocol] = {}
@@ -145,7 +146,7 @@ def translate(
             own = attached.to_ports.get(at, [])
             protocol = protocols[at] = mesh.protocol(at, carried(own))
             backends.add(at)
-            vips = _free(user.vips, at, taken, conflicts)
+            vips = told.free(user.vips, at)
             if not vips:
                 continue
             routed, limits = own or attached.of_gateway(protocol), rate_limit(services.get(user.name), at)
@@ -170,7 +171,7 @@ def translate(
                 as_backend[backend] = max(
                     as_backend.get(backend, AppProtocol.TCP), carried(routed), min(protocol, AppProtocol.HTTP)
                 )
-    passing = list(_passing(mesh, guard, logs, taken, conflicts))
+    passing = list(_passing(mesh, guard, logs, told))
     for at in backends - protocols.keys():
         protocols[at] = mesh.protocol(at, as_backend[at])
     ways = {at: destinations.encryption(at, protocols[at], mesh.port_name(at)) for at in sorted(backends)}
@@ -192,7 +193,7 @@ def translate(
         destinations=tuple(destinations.conditions()),
         virtuals=tuple(virtuals.conditions()),
         authentications=tuple(tokens.conditions()),
-        conflicts=tuple(conflicts),
+        conflicts=tuple(told.conflicts),
         misread=(
             *principals.misread(waypoint.metadata.annotations),
             *(one for name in mesh.users for one in misread(name, services.get(name))),
@@ -200,9 +201,7 @@ def translate(
     )
 
 
-def _passing(
-    mesh: Mesh, guard: Guard, logs: bool, taken: dict[tuple[str, int], str], conflicts: list[str]
-) -> Iterator[Json]:
+def _passing(mesh: Mesh, guard: Guard, logs: bool, told: _Told) -> Iterator[Json]:
     """What is meant for a workload at a port of no service: no HTTP is looked for in it.
 
     Envoy looks by the port first: a port that any chain is for needs one of its own here.
@@ -214,7 +213,7 @@ def _passing(
         for vip in user.vips:
             for port in sorted(used - {each.port for each in user.ports}):
                 at = Port(user.name, port, subset=vip)
-                if _free([vip], at, taken, conflicts):
+                if told.free([vip], at):
                     yield from guard.tcp_chains(at, [vip], logs, envoy.PASSING, [envoy.passed_to(vip)])
 
 
@@ -232,37 +231,37 @@ def _tcp_target(at: Port, routes: Sequence[Route], mesh: Mesh) -> Target:
     return tcp_target(rule, partial(mesh.resolve, namespace=routes[0].namespace))
 
 
-def _owners(mesh: Mesh) -> dict[tuple[str, int], str]:
-    """Of what is told of connections to an address and port, whose that is in the eyes of the kernel.
+class _Told:
+    """Of what is told of connections to an address and port, whose that is: first in the eyes of the kernel.
 
     Nobody's where it stands for addresses of two: neither shall get what is meant for the other.
     """
-    found: dict[tuple[str, int], str] = {}
-    for user in mesh.users.values():
-        for vip in user.owned:
-            for at in mesh.ports(user):
-                key = told_address(ip_from_text(vip)), at.port
-                if found.setdefault(key, user.name) != user.name:
-                    found[key] = _NOBODYS
-    return found
 
+    def __init__(self, mesh: Mesh, secret: bytes) -> None:
+        self._secret = secret
+        self._owners: dict[tuple[str, int], str] = {}
+        self.conflicts: list[str] = []
+        for user in mesh.users.values():
+            for vip in user.owned:
+                for at in mesh.ports(user):
+                    key = told_address(ip_from_text(vip), secret), at.port
+                    if self._owners.setdefault(key, user.name) != user.name:
+                        self._owners[key] = _NOBODYS
 
-def _free(
-    vips: Iterable[str], at: Port, taken: dict[tuple[str, int], str], conflicts: list[str]
-) -> list[str]:
-    """The addresses at which nobody else is, each once: Envoy refuses a listener with two chains for one."""
-    free: dict[str, str] = {}
-    for vip in vips:
-        told = told_address(ip_from_text(vip))
-        owner = taken.setdefault((told, at.port), at.service)
-        if owner == at.service:
-            free.setdefault(told, vip)
-        elif owner == _NOBODYS:
-            like = "cannot be told from an address of another service"
-            conflicts.append(f"{at.service}: {vip} port {at.port} {like}: nobody is served there")
-        else:
-            conflicts.append(f"{at.service}: {vip} port {at.port} is {owner}'s")
-    return list(free.values())
+    def free(self, vips: Iterable[str], at: Port) -> list[str]:
+        """The addresses at which nobody else is, each once: Envoy refuses a listener with two chains for one."""
+        free: dict[str, str] = {}
+        for vip in vips:
+            told = told_address(ip_from_text(vip), self._secret)
+            owner = self._owners.setdefault((told, at.port), at.service)
+            if owner == at.service:
+                free.setdefault(told, vip)
+            elif owner == _NOBODYS:
+                like = "cannot be told from an address of another service"
+                self.conflicts.append(f"{at.service}: {vip} port {at.port} {like}: nobody is served there")
+            else:
+                self.conflicts.append(f"{at.service}: {vip} port {at.port} is {owner}'s")
+        return list(free.values())
 
 
 _NOBODYS: Final = ""

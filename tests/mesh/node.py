@@ -181,6 +181,12 @@ def python(pod: Pod, code: str, timeout_s: float = 20.0) -> str:
     return result.stdout.strip()
 
 
+def service_secret_of(node: Node) -> bytes:
+    """What IPv6 services' addresses are hashed with, for its waypoints."""
+    with PinnedMap(pins.maps_dir(node.pin_dir), "service_secrets") as held:
+        return held.get(bytes(4)) or b""
+
+
 def with_resolv_conf(path: Path, *words: str) -> list[str]:
     """A program for which this file is /etc/resolv.conf."""
     command = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'

@@ -14,14 +14,14 @@ from typing import NamedTuple
 import pytest
 
 from pykmesh.contracts.enrollment import Action, ask_for_cgroup
-from pykmesh.contracts.handoff import NOBODY, Identity, told_address
+from pykmesh.contracts.handoff import NO_SERVICE_SECRET, NOBODY, Identity, told_address
 from pykmesh.demo.pods import Pod
 from pykmesh.kernel import pins
 from pykmesh.kernel.layout import HandoffPrefix, Reason
 from pykmesh.kernel.maps import PinnedMap
 from pykmesh.kernel.records import HANDOFF_KEY, HANDOFF_VALUE, IDENTITY_VALUE, ip_from_text
 from tests.mesh.manifests import Object, host, pod, service, text
-from tests.mesh.node import Node, python, serve, until
+from tests.mesh.node import Node, python, serve, service_secret_of, until
 
 VIP4, VIP6 = "10.96.0.10", "fd96::10"
 PORT = 15400
@@ -158,7 +158,7 @@ def client_of(mesh: Mesh) -> Identity:
 def told(mesh: Mesh, vip: str) -> str:
     client = client_of(mesh)
     assert client != NOBODY
-    return told_address(ip_from_text(vip), client)
+    return told_address(ip_from_text(vip), service_secret_of(mesh.node), client)
 
 
 def hear(mesh: Mesh, address: str = VIP4) -> str:
@@ -180,7 +180,7 @@ def test_the_waypoint_is_told_what_was_asked_for_and_who_asks_before_a_byte_is_s
 
 def test_who_asks_follows_what_is_said_of_the_pod_at_its_address(handed_over: Mesh) -> None:
     node, client = handed_over.node, handed_over.client
-    known, nobody = told(handed_over, VIP4), told_address(ip_from_text(VIP4))
+    known, nobody = told(handed_over, VIP4), told_address(ip_from_text(VIP4), NO_SERVICE_SECRET)
     other = pod("other", str(client.address4), app="other")
     other["spec"]["serviceAccountName"] = "other"
 

@@ -18,7 +18,7 @@ from pykmesh.kernel.layout import HandoffPrefix
 from pykmesh.kernel.maps import PinnedMap
 from pykmesh.kernel.records import HANDOFF_SECRET, IDENTITY_VALUE, V4_PREFIX, ip_from_text
 from tests.mesh.manifests import Object, pod, text
-from tests.mesh.node import Node, python, until
+from tests.mesh.node import Node, python, service_secret_of, until
 from tests.mesh.test_handoff import COOKIES, RESTED_PORT
 from tests.mesh.waypoints import SHOP4, SHOP6, Mesh, ask, until_handed_over, waypoint_mesh
 
@@ -237,7 +237,7 @@ def test_the_syn_says_what_was_asked_for_and_who_asks_to_whoever_has_the_key(
     who = identity(nodes.far.node)
     assert who
     assert claim[4:6] == (80).to_bytes(2, "big")
-    told = ip_from_text(told_address(ip_from_text(vip), who))
+    told = ip_from_text(told_address(ip_from_text(vip), service_secret_of(nodes.far.node), who))
     assert claim[:4] + claim[6:] == told[2:]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import msgspec
 import pytest
 
-from pykmesh.contracts.handoff import told_address
+from pykmesh.contracts.handoff import service_secret, told_address
 from pykmesh.contracts.waypoints import Endpoint, MeshService, ServicePort
 from pykmesh.kernel.records import ip_from_text
 from pykmesh.manifests.objects import KINDS, AuthorizationPolicy, ObjectRef, Protocol, from_plain
@@ -26,7 +27,16 @@ from services.waypoint_mgr.protocols import AppProtocol, protocol_of
 from services.waypoint_mgr.routes import ACCESS_LOG, Configuration
 from services.waypoint_mgr.schema import make, schema
 from services.waypoint_mgr.source import Objects, Policy
-from tests.waypoint.world import DOMAIN, World, gateway, http_route, kubernetes_service, mesh_service, named
+from tests.waypoint.world import (
+    DOMAIN,
+    SECRET,
+    World,
+    gateway,
+    http_route,
+    kubernetes_service,
+    mesh_service,
+    named,
+)
 
 V1 = [{"name": "v1", "port": 80}]
 TO_GATEWAY = {"name": "waypoint", "namespace": "shop"}
@@ -57,6 +67,11 @@ def chains(configuration: Configuration) -> dict[str, tuple[list[str], int]]:
     }
 
 
+ALIKE = ("1fd::1:0:0", "1fd::1")
+SUM = struct.pack("<5Q", 0, *[1 << 32] * 4)
+"""A secret under which they are: the sum of the address's parts, in an order in which these are the same."""
+
+
 def said(configuration: Configuration) -> list[str]:
     return [f"{one.type}={one.status} {one.reason}" for one in configuration.conditions]
 
@@ -64,7 +79,7 @@ def said(configuration: Configuration) -> list[str]:
 def test_each_port_has_a_chain_for_all_its_addresses() -> None:
     world = shop({"port": 80, "name": "http"}, {"port": 9, "name": "tcp"}, vips=("10.96.0.1", "fd96::1"))
     made = world.configuration()
-    told = [told_address(ip_from_text(vip)) for vip in ("10.96.0.1", "fd96::1")]
+    told = [told_address(ip_from_text(vip), SECRET) for vip in ("10.96.0.1", "fd96::1")]
     assert chains(made) == {port(80).cluster: (told, 80), port(9).cluster: (told, 9)}
     lengths = [one["prefixLen"] for one in made.chains[0]["filterChainMatch"]["prefixRanges"]]
     assert lengths == [48, 48]
@@ -483,24 +498,33 @@ def test_the_bytes_are_those_that_the_classes_read() -> None:
 
 def test_an_address_that_a_service_has_twice_has_one_chain() -> None:
     """Two that are told alike, as these of IPv6 are, are one, too."""
-    world = shop(vips=("10.96.0.1", "10.96.0.1", "1fd::100:0", "2fd::e2ce:7aea"))
+    world = shop(vips=("10.96.0.1", "10.96.0.1", *ALIKE))
+    world.clients = Clients(service_secret=SUM)
     (chain,) = world.configuration().chains
     ranges = [one["addressPrefix"] for one in chain["filterChainMatch"]["prefixRanges"]]
     assert len(ranges) == len(set(ranges)) == 2
 
 
 def test_of_two_services_whose_addresses_are_told_alike_neither_is_served() -> None:
-    """Whoever can choose an address could else take what is meant for another one."""
-    world = shop(vips=("1fd::100:0",))
+    """By chance, since nobody can choose so."""
+    world = shop(vips=ALIKE[:1])
+    world.clients = Clients(service_secret=SUM)
     (web,) = world.users
-    evil = mesh_service("aaa", "evil", {80: [], 81: []}, ["2fd::e2ce:7aea"])
+    evil = mesh_service("aaa", "evil", {80: [], 81: []}, [*ALIKE[1:]])
     world.users = [msgspec.structs.replace(each, owned=each.vips) for each in (evil, web)]
     made = world.configuration()
     assert chains(made).keys() == {Port(named("aaa", "evil"), 81).cluster}
-    assert sorted(made.conflicts) == [
+    assert sorted(made.conflicts) == sorted(
         f"{name}: {vip} port 80 cannot be told from an address of another service: nobody is served there"
-        for name, vip in ((named("aaa", "evil"), "2fd::e2ce:7aea"), (named("shop", "web"), "1fd::100:0"))
-    ]
+        for name, vip in zip((named("shop", "web"), named("aaa", "evil")), ALIKE, strict=True)
+    )
+
+
+def test_who_does_not_know_the_secret_cannot_choose_an_address_that_is_told_like_another() -> None:
+    """What is alike under one secret is not under others."""
+    addresses, secrets = [*map(ip_from_text, ALIKE)], [service_secret(bytes([n]) * 32) for n in range(50)]
+    alike = [len({told_address(ip, secret) for ip in addresses}) == 1 for secret in (SUM, *secrets)]
+    assert alike == [True, *[False] * 50]
 
 
 @pytest.mark.parametrize(
@@ -525,7 +549,7 @@ def test_of_addresses_of_a_family_that_envoy_never_sees_a_policy_is_the_stricter
     made = from_plain(obj, KINDS["security.istio.io", "AuthorizationPolicy"])
     assert isinstance(made, AuthorizationPolicy)
     world.policies = [Policy.of(made, DOMAIN, {})]
-    world.clients = Clients(family=4)
+    world.clients = Clients(family=4, service_secret=SECRET)
     found = world.configuration()
     said = [one for one in found.policies if one.type == "PartiallyInvalid"]
     assert bool(said) is (is_met is not None)

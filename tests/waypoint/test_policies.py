@@ -32,7 +32,18 @@ from services.waypoint_mgr.policies import Clients, names_in, unenforced
 from services.waypoint_mgr.source import DRY_RUN, Authentication, Objects, Policy
 
 from .backends import DEADLINE_S, Backend
-from .world import DOMAIN, World, ads_server, at, gateway, kubernetes_service, mesh_service, named, waypoint
+from .world import (
+    DOMAIN,
+    SECRET,
+    World,
+    ads_server,
+    at,
+    gateway,
+    kubernetes_service,
+    mesh_service,
+    named,
+    waypoint,
+)
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60), pytest.mark.usefixtures("one_event_loop")]
 
@@ -56,7 +67,11 @@ def client(name: str) -> Identity:
 
 def clients_of(policies: list[Policy]) -> Clients:
     names = names_in(policies)
-    return Clients({n: an_id(n) for n in names.namespaces}, {p: an_id(p) for p in names.accounts})
+    return Clients(
+        {n: an_id(n) for n in names.namespaces},
+        {p: an_id(p) for p in names.accounts},
+        service_secret=SECRET,
+    )
 
 
 def policy(namespace: str, name: str, spec: dict[str, Any]) -> Policy:

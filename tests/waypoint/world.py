@@ -27,12 +27,14 @@ from .backends import free_port
 DOMAIN = "cluster.local"
 NODE = "waypoint~1"
 DEADLINE_S = 20.0
+SECRET = bytes(range(1, 41))
+"""What addresses of IPv6 are hashed with."""
 TO_WEB = {"group": "", "kind": "Service", "name": "web"}
 
 
 def at(vip: str, client: Identity = NOBODY) -> str:
     """Where a client of a service at `vip` connects to."""
-    return told_address(ip_from_text(vip), client)
+    return told_address(ip_from_text(vip), SECRET, client)
 
 
 def named(namespace: str, name: str) -> str:
@@ -112,7 +114,7 @@ class World:
         self.destinations: list[Destination] = []
         self.virtuals: list[Virtual] = []
         self.authentications: list[Authentication] = []
-        self.clients = Clients()
+        self.clients = Clients(service_secret=SECRET)
         self.spans: Spans | None = None
         self.names: Path | None = None
         self.roots = NO_ROOTS
