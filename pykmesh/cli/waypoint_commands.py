@@ -12,6 +12,7 @@ import click
 from pykmesh.cli.node_commands import Failure
 from pykmesh.cli.output import output_option, show
 from pykmesh.cli.show_commands import require_running
+from pykmesh.files import write_whole
 from pykmesh.node.instance import Instance
 
 CLASS = "pykmesh-waypoint"
@@ -64,10 +65,8 @@ def generate(namespace: str, name: str, for_: str) -> None:
 def apply(instance: Instance, /, namespace: str, name: str, for_: str) -> None:
     """Write the Gateway of a waypoint into the folder that the embedded control plane serves."""
     path = _file(instance, namespace, name)
-    temporary = path.with_name(f".{path.name}.new")
     try:
-        temporary.write_text(_manifest(namespace, name, for_))
-        temporary.rename(path)
+        write_whole(path, _manifest(namespace, name, for_))
     except OSError as error:
         raise Failure(f"{path}: {error.strerror}") from error
     label = f"istio.io/use-waypoint: {name}"

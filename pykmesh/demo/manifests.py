@@ -8,6 +8,7 @@ from typing import Any, Final
 import yaml
 
 from pykmesh.demo.pods import Pod
+from pykmesh.files import write_whole
 
 NAMESPACE: Final = "shop"
 WEB4, WEB6 = "10.96.0.10", "fd96::10"
@@ -22,9 +23,7 @@ HTTP_PORT, UDP_PORT = 8080, 9090
 
 def write(folder: Path, name: str, objects: list[dict[str, Any]]) -> None:
     """One file, there at once and whole."""
-    temporary = folder / f".{name}.new"
-    temporary.write_text(yaml.safe_dump_all(objects, sort_keys=False))
-    temporary.rename(folder / f"{name}.yaml")
+    write_whole(folder / f"{name}.yaml", yaml.safe_dump_all(objects, sort_keys=False))
 
 
 def service(

@@ -29,6 +29,8 @@ from typing import Final
 
 import msgspec
 
+from pykmesh.files import temporary_of, write_whole
+
 DEFAULT_NAME: Final = "default"
 PORT_MAX: Final = 65535
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,29}[a-z0-9])?")
@@ -208,11 +210,12 @@ def _directories(instance: Instance) -> list[Path]:
 
 def _files(instance: Instance, processes: Iterable[str]) -> list[Path]:
     names = [*processes, "supervisor"]
-    files = [instance.run_dir / name for name in ("instance.json", "instance.new", "lock", "nats.conf")]
+    files = [instance.run_dir / "lock", instance.run_dir / "nats.conf"]
     files += [instance.enroll_socket, instance.supervisor_socket]
-    for path in (instance.previous, instance.journal):
-        files += [path, path.with_suffix(".new")]
-    files += [instance.secret(name + suffix) for name in names for suffix in ("", ".new")]
+    for path in (
+        instance.run_dir / "instance.json", instance.previous, instance.journal, *map(instance.secret, names),
+    ):  # fmt: skip
+        files += [path, temporary_of(path)]
     return files + [instance.log(name).with_suffix(suffix) for name in names for suffix in (".log", ".old")]
 
 
@@ -247,16 +250,9 @@ def write(instance: Instance, processes: list[str]) -> None:
     try:
         for process in processes:
             if not _has_content(instance.secret(process)):
-                temporary = instance.secret(f"{process}.new")
-                temporary.touch(0o600)
-                temporary.write_text(secrets.token_urlsafe(24))
-                temporary.rename(instance.secret(process))
-        target = instance.run_dir / "instance.json"
-        temporary = target.with_suffix(".new")
-        temporary.write_bytes(
-            msgspec.json.encode(msgspec.structs.replace(instance, pid=os.getpid()), enc_hook=str)
-        )
-        temporary.rename(target)
+                write_whole(instance.secret(process), secrets.token_urlsafe(24), 0o600)
+        own = msgspec.structs.replace(instance, pid=os.getpid())
+        write_whole(instance.run_dir / "instance.json", msgspec.json.encode(own, enc_hook=str))
     except OSError as error:
         raise InstanceError(f"run-time directory {instance.run_dir}: {error.strerror}") from error
 

@@ -21,6 +21,7 @@ from typing import Final, NoReturn, TypeVar
 
 import msgspec
 
+from pykmesh.files import write_whole
 from pykmesh.node.ask import fetch
 from pykmesh.node.behind import (
     CHECK,
@@ -298,12 +299,9 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _write(path: Path, what: msgspec.Struct) -> None:
-    """There at once and whole, for its owner alone. InstanceError where it cannot be written."""
-    temporary = path.with_suffix(".new")
+    """For its owner alone. InstanceError where it cannot be written."""
     try:
-        temporary.touch(0o600)
-        temporary.write_bytes(msgspec.json.encode(what))
-        temporary.rename(path)
+        write_whole(path, msgspec.json.encode(what), 0o600)
     except OSError as error:
         raise InstanceError(f"{path}: {error.strerror}") from error
 

@@ -17,6 +17,7 @@ import msgspec
 import yaml
 
 from pykmesh.contracts.waypoints import HANDOFF_PORT
+from pykmesh.files import write_whole
 from pykmesh.manifests.objects import GATEWAY_NAME, USE_WAYPOINT, Gateway, ObjectRef
 from services.waypoint_mgr.attachments import Condition
 
@@ -118,8 +119,5 @@ def _file_name(waypoint: ObjectRef) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    if path.exists() and path.read_text() == text:
-        return
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text)
-    temporary.rename(path)
+    if not path.exists() or path.read_text() != text:
+        write_whole(path, text)

@@ -26,6 +26,7 @@ import structlog
 
 from pykmesh.contracts import enrollment
 from pykmesh.contracts.enrollment import EnrollmentError, ask_for_front, ask_for_fronts_alone
+from pykmesh.files import write_whole
 from services.waypoint_mgr.announce import Place
 from services.waypoint_mgr.fronts import Front, FrontError, listening_socket
 from services.waypoint_mgr.instances import UNHEARD, EnvoyProcess, InstanceError, Spec, adopt, start
@@ -386,11 +387,10 @@ class Fleet:
         return start(spec)
 
     def _note(self, member: Member) -> None:
-        """There at once and whole: without it nobody would know of the Envoy."""
+        """Without it nobody would know of the Envoy."""
         kept = _Kept(member.waypoint, member.port, member.front, member.is_leaving)
         path = self._settings.envoys_dir / member.name / _FILE
-        path.with_suffix(".new").write_bytes(msgspec.json.encode(kept))
-        path.with_suffix(".new").rename(path)
+        write_whole(path, msgspec.json.encode(kept))
 
     async def _watch(self, member: Member, process: EnvoyProcess) -> None:
         """Until it ends."""

@@ -12,6 +12,7 @@ from typing import Final
 import msgspec
 import structlog
 
+from pykmesh.files import write_whole
 from pykmesh.manifests.objects import ObjectRef
 from services.waypoint_mgr.source import Route, Virtual
 
@@ -66,7 +67,5 @@ class LastGood:
             self._is_written = False
         if not self._is_written:
             kept = {name: _Kept.of(one.values()) for name, one in self._found.items()}
-            new = self._path.with_suffix(".new")
-            new.write_bytes(msgspec.json.encode(kept))
-            new.rename(self._path)
+            write_whole(self._path, msgspec.json.encode(kept))
             self._is_written = True

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from pykmesh.files import write_whole
 from services.waypoint_mgr.envoy import Json, named, typed
 
 FORWARD: Final = "pykmesh.io/forward-client-identity"
@@ -114,7 +115,5 @@ def write(names: Path, principals: Mapping[str, bytes]) -> list[str]:
     lines = sorted(f"{principals[name].hex()} {name}\n" for name in kept)
     content = "".join(lines).encode()
     if not names.exists() or names.read_bytes() != content:
-        new = names.with_suffix(".new")
-        new.write_bytes(content)
-        new.rename(names)
+        write_whole(names, content)
     return sorted(left_out)

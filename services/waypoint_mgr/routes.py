@@ -249,7 +249,7 @@ class _Told:
                         self._owners[key] = _NOBODYS
 
     def free(self, vips: Iterable[str], at: Port) -> list[str]:
-        """The addresses at which nobody else is, each once: Envoy refuses a listener with two chains for one."""
+        """The addresses at which nobody else is, each once: Envoy refuses two chains for one."""
         free: dict[str, str] = {}
         for vip in vips:
             told = told_address(ip_from_text(vip), self._secret)
