@@ -93,11 +93,14 @@ class Buffer:
         return set(self.parts(spans.where(self.differs(spans))))
 
     def differs(self, spans: Spans) -> Bools:
-        """Which say something else than the one before. The first does."""
+        """Which may say something else than the one before: no other does. The first does."""
         lengths = spans.end - spans.start
         found = np.ones(len(lengths), np.bool_)
         found[1:] = lengths[1:] != lengths[:-1]
-        for length in _each_once(lengths[~found]):
+        kinds = _each_once(lengths[~found])
+        if len(kinds) > len(lengths) // _ALIKE:
+            return np.ones(len(lengths), np.bool_)  # nobody is the worse for it
+        for length in kinds:
             which = np.flatnonzero((lengths == length) & ~found)
             here, before = (self._at(spans.start[where], length) for where in (which, which - 1))
             found[which] = here != before

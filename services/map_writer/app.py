@@ -53,7 +53,7 @@ from services.map_writer.identities import Identities
 from services.map_writer.locality import Locality
 from services.map_writer.names import Names
 from services.map_writer.pages import Inspection
-from services.map_writer.planner import Limits, Planner, Step
+from services.map_writer.planner import PAUSE, Limits, Planner, Step
 from services.map_writer.waypoints import Waypoints
 from services.map_writer.writer import Maps
 
@@ -266,22 +266,28 @@ class MapWriter:
         mesh = self.follower.mesh
         try:
             if change.sweep:
-                return await self._take(self.planner.sweep(mesh))
-            return await self._take(self.planner.plan(mesh, change.touched))
+                return await self._take(self.planner.sweep_in_pieces(mesh))
+            return await self._take(self.planner.plan_in_pieces(mesh, change.touched))
         except (MapFullError, libbpf.KernelError) as error:
             self._runtime.note_error("map_write_failed", error=error, effect="maps are read again")
             await self._read_maps()
-            return await self._take(self.planner.sweep(mesh))
+            return await self._take(self.planner.sweep_in_pieces(mesh))
 
     async def _take(self, steps: Iterator[Step]) -> Counter[str]:
         """A large step is written in a thread while the next one is planned, and small ones with it.
 
-        One at a time, in order.
+        One at a time, in order. What takes long to plan is left for a moment every few milliseconds.
         """
         written: Counter[str] = Counter()
         writing: Future[None] | None = None
         due: list[Step] = []
+        since = time.monotonic()
         for step in steps:
+            if step is PAUSE:
+                if time.monotonic() - since > GIVE_WAY_S:
+                    await give_way()
+                    since = time.monotonic()
+                continue
             due.append(step)
             written[step.map] += len(step.keys) // self.maps.key_bytes[step.map]
             if len(step.keys) >= SMALL_BYTES:
@@ -394,6 +400,7 @@ def _here(settings: MapWriterSettings) -> Locality:
 
 
 SMALL_BYTES = 4096
+GIVE_WAY_S = 0.004
 """Keys of a plan that is written without a thread: some microseconds, less than the way there."""
 
 

@@ -113,10 +113,6 @@ class Packed(Mapping[bytes, str]):
         self.uids = uids
         self._each: dict[bytes, str] | None = None
 
-    def and_then(self, others: Packed) -> Packed:
-        """None of the others is here."""
-        return Packed(self.packed + others.packed, self.uids + others.uids)
-
     def __getitem__(self, value: bytes) -> str:
         if self._each is None:
             self._each = dict(zip(split(self.packed), self.uids, strict=True))
@@ -474,7 +470,8 @@ def _lists_of_groups(
     service: Service, groups: list[Group], port: int, target: int, id4: int, id6: int
 ) -> Lists:
     """The same of members that are in groups: of each the values differ in the address alone."""
-    lists: list[Mapping[bytes, str]] = [_NOBODY, _NOBODY]
+    values: tuple[list[bytes], list[bytes]] = [], []
+    uids: tuple[list[str], list[str]] = [], []
     for group in groups:
         port_field = port_bytes(own_port(group.ports, port) or target)
         ips, is_6 = group.addresses, not is_v4(group.addresses[:IP_BYTES])
@@ -483,9 +480,13 @@ def _lists_of_groups(
         value = ENDPOINT_VALUE.pack(id6 if is_6 else id4, NO_IP, port_field)
         head, tail = value[:ENDPOINT_ADDRESS], value[ENDPOINT_ADDRESS + IP_BYTES :]
         between = (tail + head).join([ips[at : at + IP_BYTES] for at in range(0, len(ips), IP_BYTES)])
-        found, before = Packed(head + between + tail, group.uids), lists[is_6]
-        lists[is_6] = before.and_then(found) if isinstance(before, Packed) else found
-    return lists[0], lists[1]
+        values[is_6].extend((head, between, tail))
+        uids[is_6].extend(group.uids)
+    return _packed(values[0], uids[0]), _packed(values[1], uids[1])
+
+
+def _packed(values: list[bytes], uids: list[str]) -> Mapping[bytes, str]:
+    return Packed(b"".join(values), uids) if uids else _NOBODY
 
 
 def _usable(mesh: Mesh, service: Service, rules: Rules) -> Iterator[Workload]:

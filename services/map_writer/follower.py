@@ -48,6 +48,8 @@ class Follower:
         """A response has begun, and its last batch has not come."""
         self._waiting: list[Resource] = []
         self._ordinary = Ordinary()
+        self._in_bulk = False
+        """Of this response many are taken together: the rest of it too, also where it is few."""
 
     def offer(self, batch: ConfigBatch) -> Change | None:
         """Takes the next batch. Returns what to write when it completes a response.
@@ -73,11 +75,12 @@ class Follower:
         resolved = self.mesh.resolved
         self.mesh, self._touched = Mesh(self._here), Touched()
         self.mesh.resolved = resolved
-        self._waiting, self._ordinary = [], Ordinary()
+        self._waiting, self._ordinary, self._in_bulk = [], Ordinary(), False
         self.epoch, self.received_seq, self.synced, self._taking = epoch, 0, False, False
 
     def _complete(self, synced: bool) -> Change | None:
         self._put_everything()
+        self._in_bulk = False
         touched, self._touched = self._touched, Touched()
         if self.synced:
             return Change(sweep=False, touched=touched)
@@ -112,7 +115,8 @@ class Follower:
     def _put_waiting(self) -> None:
         """Addresses of several batches are decoded together, and ordinary workloads of more put together."""
         waiting, self._waiting = self._waiting, []
-        if len(waiting) >= MANY or self._ordinary.uids:
+        if len(waiting) >= MANY or self._in_bulk:
+            self._in_bulk = True
             taken = self._ordinary.take([resource.value for resource in waiting])
             waiting = [resource for resource, gone in zip(waiting, taken, strict=True) if not gone]
             if len(self._ordinary) >= GROUPED * MANY:

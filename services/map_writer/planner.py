@@ -133,6 +133,8 @@ class _Batches:
 
     def __init__(self) -> None:
         self.entries: defaultdict[tuple[int, str], tuple[list[bytes], list[bytes]]] = defaultdict(_entries)
+        self.unnamed_endpoints = 0
+        """Of lists that nothing names yet."""
 
     def of(self, rank: int, name: str) -> tuple[list[bytes], list[bytes]]:
         """Keys and values of a step, to append to."""
@@ -148,12 +150,16 @@ class _Batches:
 
     def steps(self, last: int) -> Iterator[Step]:
         """What was collected for the ranks up to `last`, in order; it is then no more here."""
+        self.unnamed_endpoints = 0
         for rank, name in sorted(key for key in self.entries if key[0] <= last):
             keys, values = self.entries.pop((rank, name))
             if keys:
                 yield Step(name, b"".join(keys), b"".join(values))
 
 
+PAUSE: Final = Step("", b"", b"")
+"""Nothing to write: planning goes on for long, and whoever takes steps may do something else in between."""
+PAUSE_SERVICES: Final = 16
 STEP_ENTRIES: Final = 8192
 """Entries of a step that need not wait for others: it is written while what follows is planned."""
 MANY_PLACES: Final = 128
@@ -203,6 +209,14 @@ class Planner:
 
         Planned while they are taken: the mesh must not change before the last one is.
         """
+        return (step for step in self.plan_in_pieces(mesh, touched) if step is not PAUSE)
+
+    def sweep(self, mesh: Mesh) -> Iterator[Step]:
+        """The writes that make the maps say this mesh and nothing else: mark, then delete the rest."""
+        return (step for step in self.sweep_in_pieces(mesh) if step is not PAUSE)
+
+    def plan_in_pieces(self, mesh: Mesh, touched: Touched) -> Iterator[Step]:
+        """As `plan`, with a `PAUSE` every now and then."""
         if touched.policies and self._rules.refuse_unenforced_policy:
             touched.add(mesh.services, mesh.places())
         yield from self._plan_touched(mesh, touched)
@@ -228,8 +242,8 @@ class Planner:
         yield from self._plan_addresses(mesh, touched.places, batches)
         yield from batches.steps(_LEAVE_VIEWS)
 
-    def sweep(self, mesh: Mesh) -> Iterator[Step]:
-        """The writes that make the maps say this mesh and nothing else: mark, then delete the rest."""
+    def sweep_in_pieces(self, mesh: Mesh) -> Iterator[Step]:
+        """As `sweep`, with a `PAUSE` every now and then."""
         self._leaving.clear()
         self._claims.clear()
         self.owner_of_list.clear()
@@ -276,12 +290,12 @@ class Planner:
         yield from batches.steps(_UNNAMED)
 
     def _plan_services(self, mesh: Mesh, names: Iterable[str], batches: _Batches) -> Iterator[Step]:
-        before = self.held.endpoints
-        for name in names:
+        for number, name in enumerate(names):
             self._plan_service(mesh, name, batches)
-            if self.held.endpoints - before >= STEP_ENTRIES:
+            if batches.unnamed_endpoints >= STEP_ENTRIES:
                 yield from batches.steps(_UNNAMED)
-                before = self.held.endpoints
+            if number % PAUSE_SERVICES == 0:
+                yield PAUSE
 
     def _plan_service(self, mesh: Mesh, name: str, batches: _Batches) -> None:
         wanted, refused = desired_service(mesh, name, self._rules), dict[str, str]()
@@ -346,6 +360,7 @@ class Planner:
         keys, values = batches.of(_UNNAMED, "endpoints")
         keys.append(_slot_keys(list_id, 0, len(wanted)))
         values.append(wanted.packed)
+        batches.unnamed_endpoints += len(wanted)
         self.held.lists[list_id] = wanted.packed
         self.held.endpoints += len(wanted)
 
@@ -354,6 +369,8 @@ class Planner:
         rank = _UNNAMED if not before else _FILL if len(after) < len(before) else _ENDPOINTS
         keys, values = batches.of(rank, "endpoints")
         first = len(before)
+        if not before:
+            batches.unnamed_endpoints += len(after)
         if len(after) > first:
             keys.append(_slot_keys(list_id, first, len(after)))
             values.extend(after[first:])
@@ -439,6 +456,7 @@ class Planner:
                     self._plan_address(mesh, place, crowded, batches)
             if len(batches.of(_ADDRESSES, "addresses")[0]) >= STEP_ENTRIES:
                 yield from batches.steps(_ADDRESSES)
+            yield PAUSE
 
     def _plan_new_pods(self, mesh: Mesh, touched: Touched, batches: _Batches) -> Iterator[Step]:
         """What cannot be planned so is left among the other addresses."""
