@@ -24,7 +24,7 @@ _VARINT: Final = 0
 _BYTES: Final = 2
 _VARINT_BYTES: Final = 4
 _PADDING: Final = bytes(16)
-_ALIKE: Final = 16
+ALIKE: Final = 16
 """Parts of one length are cut out together, where so many have it on the average."""
 
 
@@ -80,7 +80,7 @@ class Buffer:
         kinds = _each_once(lengths)
         if len(kinds) == 1:
             return self._cut(spans.start, kinds[0])
-        if len(kinds) > len(lengths) // _ALIKE:
+        if len(kinds) > len(lengths) // ALIKE:
             return map(self.bytes.__getitem__, map(slice, spans.start.tolist(), spans.end.tolist()))
         found = np.empty(len(lengths), np.object_)
         for length in kinds:
@@ -98,7 +98,7 @@ class Buffer:
         found = np.ones(len(lengths), np.bool_)
         found[1:] = lengths[1:] != lengths[:-1]
         kinds = _each_once(lengths[~found])
-        if len(kinds) > len(lengths) // _ALIKE:
+        if len(kinds) > len(lengths) // ALIKE:
             return np.ones(len(lengths), np.bool_)  # nobody is the worse for it
         for length in kinds:
             which = np.flatnonzero((lengths == length) & ~found)

@@ -7,7 +7,7 @@ the IPv4 list: the connection then goes to a v4-mapped address.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from math import lcm
 from typing import Final, NamedTuple
@@ -46,7 +46,7 @@ from pykmesh.kernel.records import (
     view_network,
 )
 from services.map_writer.locality import is_ranked, near
-from services.map_writer.mesh import Mesh, Place, place_of
+from services.map_writer.mesh import Mesh, Place, is_plain_member, place_of
 from services.map_writer.slots import split
 
 NO_FLAG: Final = ServiceFlag(0)
@@ -188,6 +188,65 @@ def _desired_workload(mesh: Mesh, name: str, rules: Rules) -> DesiredService:
     found = DesiredService({}, {}, {}, {})
     verdict, endpoints = _by_waypoint(mesh, (workload.waypoint,), rules, found.weights)
     _add_port(found, name, ANY_PORT, 0, vips, verdict, endpoints, by_waypoint=True)
+    return found
+
+
+def member_changes(
+    mesh: Mesh, service: Service, changed: Mapping[str, Workload | None], rules: Rules
+) -> dict[int, tuple[set[bytes], list[bytes]]] | None:
+    """Of a service of which only members have changed: by list the endpoint values that go, and that come.
+
+    `changed`: by their names what they were. None where that cannot be told without a look at all members:
+    where some are not plain (`is_plain_member`), or what decides is more than which there are.
+    """
+    now = {uid: mesh.workload(uid) if uid in mesh.workloads else None for uid in changed}
+    known = [each for each in (*changed.values(), *now.values()) if each is not None]
+    if (
+        not mesh.has_plain_members(service.name)
+        or not all(map(is_plain_member, known))
+        or not all(mesh.is_nobody_elses(place_of(each.network, each.addresses[0]), changed) for each in known)
+        or service.waypoints
+        or service.mode is Mode.PASSTHROUGH
+        or is_ranked(service)
+        or rules.refuse_unenforced_policy
+        or mesh.view_namespaces
+    ):
+        return None
+    found: dict[int, tuple[set[bytes], list[bytes]]] = {}
+    for port, target in service.ports:
+        ids = PortId(service.name, port, 4).id, PortId(service.name, port, 6).id
+        before = _values(service, changed.values(), rules, port, target, ids)
+        after = _values(service, now.values(), rules, port, target, ids)
+        for list_id in before.keys() | after.keys():
+            was, is_ = before.get(list_id, {}), after.get(list_id, {})
+            gone, come = was.keys() - is_.keys(), [value for value in is_ if value not in was]
+            if gone or come:
+                found[list_id] = gone, come
+    return found
+
+
+def _values(
+    service: Service,
+    workloads: Iterable[Workload | None],
+    rules: Rules,
+    port: int,
+    target: int,
+    ids: tuple[int, int],
+) -> dict[int, dict[bytes, None]]:
+    """The endpoint values of plain members, by list."""
+    found: dict[int, dict[bytes, None]] = {}
+    for workload in workloads:
+        if workload is None or all(name != service.name for name, _ in workload.services):
+            continue
+        is_6 = not is_v4(workload.addresses[0])
+        port_field = port_bytes(target_port(workload.services, service.name, port, target))
+        if (
+            _is_usable(workload, service, rules)
+            and port_field != _NO_PORT
+            and service.families is not (Families.V4 if is_6 else Families.V6)
+        ):
+            value = ENDPOINT_VALUE.pack(ids[is_6], workload.addresses[0], port_field)
+            found.setdefault(ids[is_6], {})[value] = None
     return found
 
 
@@ -491,13 +550,14 @@ def _packed(values: list[bytes], uids: list[str]) -> Mapping[bytes, str]:
 
 def _usable(mesh: Mesh, service: Service, rules: Rules) -> Iterator[Workload]:
     for workload in mesh.members_of(service.name):
-        if not workload.healthy and not service.allows_unhealthy:
-            continue
-        if workload.network != rules.network:
-            continue
         if rules.refuse_unenforced_policy and mesh.has_policy(workload):
             continue
-        yield workload
+        if _is_usable(workload, service, rules):
+            yield workload
+
+
+def _is_usable(workload: Workload, service: Service, rules: Rules) -> bool:
+    return (workload.healthy or service.allows_unhealthy) and workload.network == rules.network
 
 
 def target_port(services: tuple[ServicePorts, ...], service: str, port: int, target: int) -> int:

@@ -42,6 +42,7 @@ Owners = str | tuple[str, ...]
 """Who has an address: nearly every one has one owner."""
 _WHO: Final = Locality._fields.index("node")
 """Of a locality what begins here says which node it is."""
+_SHARED_KNOWN: Final = 64
 _ONE_OWNER: Final = {str}
 _ORDINARY: Final = {bytes}
 
@@ -86,6 +87,8 @@ class Touched:
 
     def __init__(self) -> None:
         self.services: dict[str, None] = {}
+        self.members: dict[str, dict[str, Workload | None]] = {}
+        """Services of which, beside what `services` says, members have changed; and what each was before."""
         self.places: dict[Place, None] = {}
         self.new_pods: list[Place] = []
         """Addresses that were no workload's, and are an ordinary one's now.
@@ -98,6 +101,10 @@ class Touched:
     def add(self, services: Iterable[str], places: Iterable[Place]) -> None:
         self.services.update(dict.fromkeys(services))
         self.places.update(dict.fromkeys(places))
+
+    def add_member(self, service: str, uid: str, before: Workload | None) -> None:
+        """What it was when it was touched first counts."""
+        self.members.setdefault(service, {}).setdefault(uid, before)
 
     def among(self, places: Container[Place]) -> list[Place]:
         """Which of these addresses are touched."""
@@ -131,6 +138,8 @@ class Mesh:
         self.policies: dict[str, Policy] = {}
         self._members: defaultdict[str, dict[str, None]] = defaultdict(dict)
         """Of every other service."""
+        self._odd_members: Counter[str] = Counter()
+        """How many of a service's members are not `is_plain_member`."""
         self.vip_owners: dict[Place, Owners] = {}
         """Every service at an address; a hidden one is in a tuple, also when it is alone."""
         self.scoped: dict[Place, dict[str, Place]] = {}
@@ -147,6 +156,8 @@ class Mesh:
         self.by_hostname: defaultdict[str, dict[str, None]] = defaultdict(dict)
         """Such workloads."""
         self.pod_owners: dict[Place, Owners] = {}
+        self._shared_places: dict[Place, None] = {}
+        """Of these, those that several workloads have."""
         self._policy_scopes: Counter[str] = Counter()
         """Namespaces with policies for all that is in them, and how many; "" for everything."""
         self._dry_run: set[str] = set()
@@ -227,7 +238,7 @@ class Mesh:
             touched.places.update(dict.fromkeys(places))
             for place, uid in zip(places, uids, strict=True):
                 self._touch_by_waypoint(place, touched)
-                _own(self.pod_owners, place, uid)
+                self._own_pod(place, uid)
 
     def _learn_where(self, raw: bytes, touched: Touched) -> None:
         """A workload of this node says where the node is; the last one that does counts.
@@ -262,12 +273,13 @@ class Mesh:
         for service, _ in workload.services:
             self._ungroup(service)
             self._members[service][name] = None
-            touched.services[service] = None
+            self._odd_members[service] += not is_plain_member(workload)
+            touched.add_member(service, name, None)
         if not workload.host_network:
             for ip in workload.addresses:
                 place = place_of(workload.network, ip)
                 self._touch_by_waypoint(place, touched)
-                _own(self.pod_owners, place, name)
+                self._own_pod(place, name)
                 touched.places[place] = None
 
     def _unlink_workload(self, name: str, workload: Workload, touched: Touched) -> None:
@@ -280,13 +292,21 @@ class Mesh:
         for service, _ in workload.services:
             self._ungroup(service)
             _drop(self._members, service, name)
-            touched.services[service] = None
+            self._odd_members[service] -= not is_plain_member(workload)
+            touched.add_member(service, name, workload)
         if not workload.host_network:
             for ip in workload.addresses:
                 place = place_of(workload.network, ip)
                 _disown(self.pod_owners, place, name)
+                if not isinstance(self.pod_owners.get(place), tuple):
+                    self._shared_places.pop(place, None)
                 self._touch_by_waypoint(place, touched)
                 touched.places[place] = None
+
+    def _own_pod(self, place: Place, name: str) -> None:
+        _own(self.pod_owners, place, name)
+        if isinstance(self.pod_owners[place], tuple):
+            self._shared_places[place] = None
 
     def _touch_by_waypoint(self, place: Place, touched: Touched) -> None:
         """Of several workloads at an address who is meant may be another one now."""
@@ -352,7 +372,7 @@ class Mesh:
     def touch_waypoint_users(self, touched: Touched) -> None:
         """Whose waypoint has changed, or an instance of it, has changed."""
         if self._waypoint_users:
-            for name in list(touched.services):
+            for name in [*touched.services, *touched.members]:
                 if (service := self.services.get(name)) is not None:
                     touched.add(self.waypoint_users(service), ())
 
@@ -602,6 +622,18 @@ class Mesh:
             and not self.view_namespaces
         )
 
+    def has_plain_members(self, service: str) -> bool:
+        """And no two of them have the same address: it would weigh twice. Of many such it is not known."""
+        if self._odd_members.get(service) or len(self._shared_places) > _SHARED_KNOWN:
+            return False
+        sharing = (uid for place in self._shared_places for uid in _owners(self.pod_owners, place))
+        return all(service not in dict(self.workload(uid).services) for uid in sharing)
+
+    def is_nobody_elses(self, place: Place, uids: Container[str]) -> bool:
+        """Whether an address is nobody's but one of theirs."""
+        owner = self.pod_owners.get(place)
+        return owner is None or (isinstance(owner, str) and owner in uids)
+
     def members_of(self, service: str) -> Iterable[Workload]:
         return map(self.workload, self._member_names(service))
 
@@ -650,6 +682,11 @@ def _copied(part: Any) -> Any:
     if isinstance(next(iter(part.values()), None), dict | list):
         found.update({key: value.copy() for key, value in part.items()})
     return found
+
+
+def is_plain_member(workload: Workload) -> bool:
+    """Of a service: its one address is its own alone, and it weighs what others do."""
+    return len(workload.addresses) == workload.capacity == 1 and not workload.host_network
 
 
 def raw_of(workload: Workload | bytes) -> bytes:

@@ -27,6 +27,7 @@ from typing import Final, NamedTuple, TypeVar
 from msgspec import Struct
 from msgspec.structs import replace
 
+from pykmesh.contracts.address import Workload
 from pykmesh.kernel.layout import Reason, Switch
 from pykmesh.kernel.records import (
     ADDRESS_KEY,
@@ -49,10 +50,22 @@ from services.map_writer.desired import (
     desired_address,
     desired_service,
     has_view,
+    member_changes,
     with_view_of,
 )
 from services.map_writer.mesh import Mesh, Place, Touched
-from services.map_writer.slots import Slots, arrange, count, plain, split, weighed
+from services.map_writer.slots import (
+    Moved,
+    Slots,
+    arrange,
+    count,
+    pack,
+    plain,
+    rearrange,
+    slot_of,
+    split,
+    weighed,
+)
 
 _K = TypeVar("_K")
 
@@ -233,6 +246,9 @@ class Planner:
         touched.add((), mesh.vip_places(self._refused_services))
         mesh.touch_waypoint_users(touched)
         batches = _Batches()
+        for name, changed in touched.members.items():
+            if name not in touched.services and not self._plan_members(mesh, name, changed, batches):
+                touched.services[name] = None
         before = {name: self._claims.get(name, _NO_CLAIM) for name in touched.services}
         yield from self._plan_views(mesh, touched, batches)
         yield from self._plan_services(mesh, touched.services, batches)
@@ -345,11 +361,61 @@ class Planner:
         self._write_list(list_id, before, after, batches)
         if len(after) < len(before):
             self._lower(list_id, len(after), service, batches)
-            self._drop_slots(list_id, before, len(after), batches)
+            self._drop_slots(list_id, len(before), len(after), batches)
         held.endpoints += max(0, len(after) - len(before))
         held.lists[list_id] = after
         if not after:
             del held.lists[list_id]
+
+    def _plan_members(
+        self, mesh: Mesh, name: str, changed: Mapping[str, Workload | None], batches: _Batches
+    ) -> bool:
+        """Takes what members of a service were into what they are, whatever the number of the others.
+
+        False, and nothing is planned, where the service has to be looked at as a whole.
+        """
+        service, claim = mesh.services.get(name), self._claims.get(name)
+        if service is None or claim is None or name in self._refused_services:
+            return False
+        if not self.held.weighed.isdisjoint(claim.lists):
+            return False
+        changes = member_changes(mesh, service, changed, self._rules)
+        if changes is None:
+            return False
+        moved: dict[int, Moved] = {}
+        for list_id, (gone, come) in changes.items():
+            if list_id not in claim.lists or list_id not in self.held.lists:
+                return False
+            found = rearrange(pack(self.held.lists[list_id]), gone, come)
+            if found is None or not found.packed:
+                return False
+            moved[list_id] = found
+        if sum(len(come) for _, come in changes.values()) > self._free_slots:
+            return False
+        for list_id, found in moved.items():
+            self._move(list_id, found, claim, batches)
+        return True
+
+    def _move(self, list_id: int, moved: Moved, claim: Claim, batches: _Batches) -> None:
+        """Writes what is another in a list that stays one, and how long it is where it is named."""
+        held, before = self.held, count(self.held.lists[list_id])
+        after = count(moved.packed)
+        keys, values = batches.of(_FILL if after < before else _ENDPOINTS, "endpoints")
+        for slot in moved.slots:
+            keys.append(ENDPOINT_KEY.pack(list_id, slot))
+            values.append(slot_of(moved.packed, slot))
+        held.lists[list_id] = moved.packed
+        if after == before:
+            return
+        for key in claim.keys:
+            current = held.services.get(key)
+            if current is not None and SERVICE_VALUE.unpack(current)[0] == list_id:
+                value = held.services[key] = _with_length(key, current, after)
+                batches.put(_LOWER if after < before else _RAISE, "services", key, value)
+        if after < before:
+            self._drop_slots(list_id, before, after, batches)
+        else:
+            held.endpoints += after - before
 
     @property
     def _free_slots(self) -> int:
@@ -391,14 +457,14 @@ class Planner:
         current = self.held.services.get(key)
         return current is not None and bool(SERVICE_VALUE.unpack(current)[0] == list_id)
 
-    def _drop_slots(self, list_id: int, slots: list[bytes], length: int, batches: _Batches) -> None:
-        for slot in range(length, len(slots)):
+    def _drop_slots(self, list_id: int, before: int, length: int, batches: _Batches) -> None:
+        for slot in range(length, before):
             batches.remove(_DROP_ENDPOINTS, "endpoints", ENDPOINT_KEY.pack(list_id, slot))
-        self.held.endpoints -= len(slots) - length
-        self._leaving["endpoints"] += len(slots) - length
+        self.held.endpoints -= before - length
+        self._leaving["endpoints"] += before - length
 
     def _drop_list(self, list_id: int, batches: _Batches) -> None:
-        self._drop_slots(list_id, split(self.held.lists.pop(list_id)), 0, batches)
+        self._drop_slots(list_id, count(self.held.lists.pop(list_id)), 0, batches)
         self.held.weighed.discard(list_id)
 
     def _plan_port(
@@ -550,6 +616,11 @@ def _service_value(key: bytes, length: int, frontend: Frontend) -> bytes:
         frontend.list_id, length, frontend.verdict, frontend.flags, frontend.affinity_s
     )
     return key + packed[len(key) :]
+
+
+def _with_length(key: bytes, value: bytes, length: int) -> bytes:
+    list_id, _, *rest = SERVICE_VALUE.unpack(value)
+    return key + SERVICE_VALUE.pack(list_id, length, *rest)[len(key) :]
 
 
 def _set_or_drop(index: dict[_K, dict[str, str]], key: _K, refused: dict[str, str]) -> None:

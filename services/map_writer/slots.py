@@ -6,6 +6,7 @@ A value's first part says who the endpoint is; how it is weighed follows. Unweig
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from pykmesh.kernel.records import ENDPOINT_OTHER, ENDPOINT_SHARE, ENDPOINT_VALUE
 
@@ -20,6 +21,15 @@ def split(slots: Slots) -> list[bytes]:
     if isinstance(slots, bytes):
         return [slots[at : at + _BYTES] for at in range(0, len(slots), _BYTES)]
     return slots
+
+
+def slot_of(packed: bytes, slot: int) -> bytes:
+    return packed[slot * _BYTES : (slot + 1) * _BYTES]
+
+
+def pack(slots: Slots) -> bytes:
+    """All of them back to back: not of a list with holes."""
+    return slots if isinstance(slots, bytes) else b"".join(slots)
 
 
 def count(slots: Slots) -> int:
@@ -49,6 +59,45 @@ def arrange(before: Sequence[bytes], wanted: Mapping[bytes, object]) -> list[byt
         if slot < len(after):
             after[slot] = last
     return after
+
+
+class Moved(NamedTuple):
+    """A list in which few values came or went: what it is now, and which of its slots say something else."""
+
+    packed: bytes
+    slots: list[int]
+
+
+def rearrange(packed: bytes, gone: Iterable[bytes], come: Sequence[bytes]) -> Moved | None:
+    """What `arrange` makes of it, without a look at each.
+
+    None where not all that goes is there, or some of what comes.
+    """
+    free = [_find(packed, value) for value in gone]
+    if -1 in free or any(_find(packed, value) >= 0 for value in come):
+        return None
+    free.sort()
+    after, changed = bytearray(packed), free[: len(come)]
+    for slot, value in zip(free, come, strict=False):
+        after[slot * _BYTES : (slot + 1) * _BYTES] = value
+    for value in come[len(free) :]:
+        changed.append(len(after) // _BYTES)
+        after += value
+    for slot in reversed(free[len(come) :]):
+        last = bytes(after[-_BYTES:])
+        del after[-_BYTES:]
+        if slot * _BYTES < len(after):
+            after[slot * _BYTES : (slot + 1) * _BYTES] = last
+            changed.append(slot)
+    return Moved(bytes(after), sorted({slot for slot in changed if slot * _BYTES < len(after)}))
+
+
+def _find(packed: bytes, value: bytes) -> int:
+    """-1: it is in none."""
+    at = packed.find(value)
+    while at > 0 and at % _BYTES:
+        at = packed.find(value, at + 1)
+    return at // _BYTES if at >= 0 else -1
 
 
 def plain(value: bytes) -> bytes:

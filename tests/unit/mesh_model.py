@@ -6,7 +6,7 @@ import ipaddress
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -176,10 +176,56 @@ def _workload(draw: random.Random) -> Workload:
     return msgspec.structs.replace(found, raw=message.SerializeToString())
 
 
+def plain_change(seed: int) -> Change:
+    """Of pods like most: they come, go, move and fail. Seldom any change."""
+    draw = random.Random(seed)
+    if draw.random() < 0.03:
+        return change(seed)
+    if draw.random() < 0.3:
+        return Change(draw.choice(UIDS), None)
+    found = _workload(draw)
+    own = ip_from_text(f"10.1.1.{UIDS.index(found.uid)}")
+    found = msgspec.structs.replace(
+        found,
+        network="",
+        addresses=(own if draw.random() < 0.9 else draw.choice(POD_IPS),),
+        host_network=False,
+        waypoint=None,
+        capacity=1,
+    )
+    message = Address()
+    message.workload.uid, message.workload.name = found.uid, repr(found)
+    return Change(found.uid, msgspec.structs.replace(found, raw=message.SerializeToString()))
+
+
+def plain_services(seed: int) -> list[Change]:
+    """All services, like most: without anything that decides for each of their endpoints."""
+    draw = random.Random(seed)
+    drawn = (
+        msgspec.structs.replace(
+            _service(draw),
+            name=name,
+            vips=(("", vip),),
+            ranges=(),
+            mode=Mode.UNSPECIFIED,
+            waypoints=(),
+            hidden=False,
+        )
+        for name, vip in zip(NAMES, VIPS, strict=True)
+    )
+    return [Change(service.name, service) for service in drawn]
+
+
 def responses(*, ranges: bool = True) -> st.SearchStrategy[list[list[Change]]]:
     """What comes in one response each; a response holds no name twice."""
-    one = st.lists(st.integers(0, 1 << 30).map(change if ranges else _rangeless), min_size=1, max_size=8)
-    return st.lists(one.map(lambda found: list({c.name: c for c in found}.values())), max_size=8)
+    seeds = st.integers(0, 1 << 30)
+
+    def several(one: Callable[[int], Change]) -> st.SearchStrategy[list[list[Change]]]:
+        changes = st.lists(seeds.map(one), min_size=1, max_size=8)
+        return st.lists(changes.map(lambda found: list({c.name: c for c in found}.values())), max_size=8)
+
+    plain = st.tuples(seeds.map(plain_services), several(plain_change)).map(lambda both: [both[0], *both[1]])
+    return several(change if ranges else _rangeless) | (plain if ranges else st.nothing())
 
 
 def put(mesh: Mesh, response: Sequence[Change], touched: Touched) -> None:
@@ -225,6 +271,11 @@ def _covers(first: bytes, bits: int, ip: bytes) -> bool:
     if is_v4(first) != is_v4(ip):
         return False
     return int.from_bytes(first, "big") >> 128 - bits == int.from_bytes(ip, "big") >> 128 - bits
+
+
+def _permille(share: float) -> int:
+    """Rounded where no share lies: programs' are off by parts of 2^32."""
+    return int(share * 1000 + 0.37)
 
 
 class Maps:
@@ -347,7 +398,7 @@ def _shares(keys: list[bytes], endpoints: dict[bytes, bytes]) -> list[str]:
         found[_shown(endpoints[key])] += own / len(keys)
         if stays:
             found[_shown(endpoints[keys[other]])] += (1 - own) / len(keys)
-    return sorted(f"{shown} {share * 1000:.0f}" for shown, share in found.items())
+    return sorted(f"{shown} {_permille(share)}" for shown, share in found.items())
 
 
 def _reached(endpoint: bytes, flags: int) -> str:
@@ -532,7 +583,7 @@ def _weights(wanted: list[tuple[str, int]]) -> Counter[str]:
 
 def _expected_shares(wanted: list[tuple[str, int]]) -> list[str]:
     weights = _weights(wanted)
-    return sorted(f"{e} {weight / weights.total() * 1000:.0f}" for e, weight in weights.items())
+    return sorted(f"{e} {_permille(weight / weights.total())}" for e, weight in weights.items())
 
 
 def is_v6(text: str) -> bool:

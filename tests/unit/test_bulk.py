@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pykmesh.contracts import bulk
+from pykmesh.contracts import bulk, wire
 from pykmesh.contracts.address import FieldError, Service, Workload, decode_address, workload_message
 from pykmesh.contracts.bulk import Group, Ordinary, decode_addresses, names_of
 from pykmesh.kernel.records import Ip
@@ -104,6 +104,25 @@ def one_by_one(data: list[bytes]) -> list[Service | Workload | str]:
     return found
 
 
+ALIKE = st.sampled_from([1, 16])
+"""With 1, parts are cut out by their lengths, as those of a large response are; with 16 one by one."""
+
+
+@settings(max_examples=300, database=None, deadline=None)
+@given(
+    st.lists(st.binary(max_size=4) | st.sampled_from([b"ab", b"ab\0", b"\0\0", b"\0"]), max_size=40), ALIKE
+)
+def test_parts_are_what_was_put_together(data: list[bytes], alike: int) -> None:
+    buffer = wire.Buffer(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wire, "ALIKE", alike)
+        assert list(buffer.parts(buffer.spans)) == data
+        assert buffer.distinct(buffer.spans) == set(data)
+        differs = buffer.differs(buffer.spans).tolist()
+    if alike == 1:
+        assert differs == [not n or data[n - 1] != value for n, value in enumerate(data)]
+
+
 def name(found: Service | Workload | str) -> str:
     return found if isinstance(found, str) else found.uid if isinstance(found, Workload) else found.name
 
@@ -113,22 +132,27 @@ def together(data: list[bytes]) -> list[Service | Workload | str]:
 
 
 @settings(max_examples=300, database=None, deadline=None)
-@given(st.lists(values(), max_size=12))
-@example([b""])
-@example([b"\x0a\x00", b"\x0a", b"\x0a\x80\x80\x80\x80\x80", b"\x0b\x0c", b"\x0a\xff\xff\xff\x7f"])
-def test_together_says_what_one_by_one_says(data: list[bytes]) -> None:
+@given(st.lists(values(), max_size=12), ALIKE)
+@example([b""], 16)
+@example([b"\x0a\x00", b"\x0a", b"\x0a\x80\x80\x80\x80\x80", b"\x0b\x0c", b"\x0a\xff\xff\xff\x7f"], 16)
+def test_together_says_what_one_by_one_says(data: list[bytes], alike: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bulk, "FEWEST", 0)
+        patch.setattr(wire, "ALIKE", alike)
         assert together(data) == one_by_one(data)
         assert list(map(str, names_of(data))) == list(map(name, one_by_one(data)))
 
 
 @settings(max_examples=300, database=None, deadline=None)
-@given(st.lists(values(), max_size=12), st.integers(0, 12))
-def test_groups_say_of_ordinary_workloads_what_is_decoded_of_each(data: list[bytes], first: int) -> None:
+@given(st.lists(values(), max_size=12), st.integers(0, 12), ALIKE)
+def test_groups_say_of_ordinary_workloads_what_is_decoded_of_each(
+    data: list[bytes], first: int, alike: int
+) -> None:
     ordinary = Ordinary()
     parts = [part for part in (data[:first], data[first:]) if part]
-    taken = [value for part in parts for value in compress(part, ordinary.take(part))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wire, "ALIKE", alike)
+        taken = [value for part in parts for value in compress(part, ordinary.take(part))]
     wanted = [found for found in map(decoded, data) if isinstance(found, Workload) and is_ordinary(found)]
     try:
         groups = list(ordinary.groups())
