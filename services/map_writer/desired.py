@@ -370,7 +370,7 @@ def _add_port(
     *,
     by_waypoint: bool = False,
 ) -> None:
-    """`families`: what endpoints are of at the most."""
+    """`families`: what endpoints are of at the most. Where no list of IPv6 can be, none has an id (0)."""
     port4, port6, port_field = PortId(name, port, 4, by_waypoint), None, port_bytes(port)
     id4, id6 = port4.id, 0
     if families is not Families.V4 or not all(is_v4(vip.ip) for vip in vips):

@@ -204,14 +204,23 @@ class Mesh:
             self._link_service(name, resource, touched)
 
     def put_ordinary(self, groups: Sequence[Group], touched: Touched) -> None:
-        """`put` for ordinary workloads, none of which comes twice: all groups at once where all are new."""
+        """`put` for ordinary workloads, none of which comes twice: all at once where all are new."""
         uids = [*chain.from_iterable(group.uids for group in groups)]
-        if not (self.workloads.keys().isdisjoint(uids) and self.services.keys().isdisjoint(uids)):
-            for group in groups if len(groups) > 1 else ():
-                self.put_ordinary([group], touched)
-            for uid, raw in zip(uids, groups[0].raws, strict=True) if len(groups) == 1 else ():
-                self.put(uid, _decode(raw), touched)
+        if self._are_new(uids):
+            self._put_new(groups, uids, touched)
             return
+        for group in groups:
+            if self._are_new(group.uids):
+                self._put_new([group], group.uids, touched)
+                continue
+            for uid, raw in zip(group.uids, group.raws, strict=True):
+                self.put(uid, _decode(raw), touched)
+
+    def _are_new(self, uids: list[str]) -> bool:
+        return self.workloads.keys().isdisjoint(uids) and self.services.keys().isdisjoint(uids)
+
+    def _put_new(self, groups: Sequence[Group], uids: list[str], touched: Touched) -> None:
+        """`uids`: of all groups, in their order."""
         self.workloads.update(zip(uids, chain.from_iterable(group.raws for group in groups), strict=True))
         for group in groups:
             if self._on_this_node and self._on_this_node in b"".join(group.raws):
@@ -223,22 +232,25 @@ class Mesh:
             else:
                 self.ordinary_members.setdefault(group.service, []).append(group)
             touched.services[group.service] = None
-        self._own_all(groups, uids, touched)
-
-    def _own_all(self, groups: Sequence[Group], uids: list[str], touched: Touched) -> None:
-        places = [*_places(groups)]
-        if len({*places}) == len(places) and self.pod_owners.keys().isdisjoint(places):
-            self.pod_owners.update(zip(places, uids, strict=True))
-            touched.new_pods += places
-        elif len(groups) > 1:
-            for group in groups:
-                self._own_all([group], group.uids, touched)
-        else:
-            self._ungroup(groups[0].service)
+        if self._own_new([*_places(groups)], uids, touched):
+            return
+        for group in groups:
+            places = [*_places([group])]
+            if self._own_new(places, group.uids, touched):
+                continue
+            self._ungroup(group.service)
             touched.places.update(dict.fromkeys(places))
-            for place, uid in zip(places, uids, strict=True):
+            for place, uid in zip(places, group.uids, strict=True):
                 self._touch_by_waypoint(place, touched)
                 self._own_pod(place, uid)
+
+    def _own_new(self, places: list[Place], uids: list[str], touched: Touched) -> bool:
+        """False, and nothing is done, where one is somebody's, or there twice."""
+        if len({*places}) < len(places) or not self.pod_owners.keys().isdisjoint(places):
+            return False
+        self.pod_owners.update(zip(places, uids, strict=True))
+        touched.new_pods += places
+        return True
 
     def _learn_where(self, raw: bytes, touched: Touched) -> None:
         """A workload of this node says where the node is; the last one that does counts.
