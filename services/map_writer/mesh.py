@@ -285,7 +285,7 @@ class Mesh:
         for service, _ in workload.services:
             self._ungroup(service)
             self._members[service][name] = None
-            self._odd_members[service] += not is_plain_member(workload)
+            self._count_odd(service, workload, 1)
             touched.add_member(service, name, None)
         if not workload.host_network:
             for ip in workload.addresses:
@@ -304,7 +304,7 @@ class Mesh:
         for service, _ in workload.services:
             self._ungroup(service)
             _drop(self._members, service, name)
-            self._odd_members[service] -= not is_plain_member(workload)
+            self._count_odd(service, workload, -1)
             touched.add_member(service, name, workload)
         if not workload.host_network:
             for ip in workload.addresses:
@@ -314,6 +314,12 @@ class Mesh:
                     self._shared_places.pop(place, None)
                 self._touch_by_waypoint(place, touched)
                 touched.places[place] = None
+
+    def _count_odd(self, service: str, workload: Workload, step: int) -> None:
+        if not is_plain_member(workload):
+            self._odd_members[service] += step
+            if not self._odd_members[service]:
+                del self._odd_members[service]
 
     def _own_pod(self, place: Place, name: str) -> None:
         _own(self.pod_owners, place, name)

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pykmesh.kernel.records import ENDPOINT_VALUE, ip_from_text, port_bytes
-from services.map_writer.slots import arrange, plain, share, weighed
+from services.map_writer.slots import arrange, pack, plain, rearrange, share, split, weighed
 
 VALUES = st.lists(st.integers(0, 9).map(lambda n: bytes([n])), max_size=10)
 
@@ -23,6 +23,25 @@ def test_slots_hold_what_is_wanted_once_and_move_only_what_must(
     first = {value: slot for slot, value in reversed(list(enumerate(before)))}
     stays = [value for value in set(wanted) & set(before) if first[value] < len(after)]
     assert all(after[first[value]] == value for value in stays)
+
+
+WHOLE = st.integers(0, 9).map(lambda n: bytes([n % 3] * 7 + [n]) * (ENDPOINT_VALUE.size // 8))
+"""Values of which parts are found in others."""
+
+
+@settings(max_examples=500, database=None)
+@given(st.lists(WHOLE, unique=True), st.sets(WHOLE), st.lists(WHOLE, unique=True))
+def test_a_packed_list_is_rearranged_as_one_that_is_looked_at(
+    before: list[bytes], gone: set[bytes], come: list[bytes]
+) -> None:
+    found = rearrange(pack(before), gone, come)
+    if not gone <= set(before) or set(before) & set(come):
+        assert found is None
+        return
+    after = arrange(before, dict.fromkeys([value for value in before if value not in gone] + come))
+    assert found is not None
+    assert split(found.packed) == after
+    assert found.slots == [n for n, value in enumerate(after) if before[n : n + 1] != [value]]
 
 
 @settings(max_examples=500, database=None)
