@@ -1,4 +1,4 @@
-"""Files that others read while they are written."""
+"""Files that others read while they are written, and locks on files."""
 
 from __future__ import annotations
 
@@ -24,3 +24,14 @@ def write_whole(path: Path, content: str | bytes, mode: int = 0o644) -> None:
 def temporary_of(path: Path) -> Path:
     """What whoever is ended in the midst leaves: no folder of manifests reads it."""
     return path.with_name(f".{path.name}.new")
+
+
+def lock_holder(lock: Path) -> int:
+    """Who has locked a file; 0 where that cannot be told."""
+    found = lock.stat()
+    where = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    for line in Path("/proc/locks").read_text().splitlines():
+        _, kind, *_, pid, place, _, _ = line.split()
+        if (kind, place) == ("FLOCK", where):
+            return int(pid)
+    return 0

@@ -23,6 +23,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from pykmesh.files import lock_holder
 from pykmesh.kernel import libbpf
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -193,7 +194,7 @@ def lock(pin_dir: Path) -> int:
         if error.errno != errno.EWOULDBLOCK:
             raise
         raise PinDirectoryError(
-            f"{pin_dir} is held by another bpf_loader: one instance, one loader"
+            f"{pin_dir} is held by another bpf_loader (pid {lock_holder(pin_dir)}): one instance, one loader"
         ) from error
     return fd
 

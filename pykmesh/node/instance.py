@@ -29,7 +29,7 @@ from typing import Final
 
 import msgspec
 
-from pykmesh.files import temporary_of, write_whole
+from pykmesh.files import lock_holder, temporary_of, write_whole
 
 DEFAULT_NAME: Final = "default"
 PORT_MAX: Final = 65535
@@ -289,20 +289,9 @@ def running(run_dir: Path) -> Instance | None:
         return None
     except (OSError, msgspec.MsgspecError) as error:
         raise InstanceError(
-            f"{path} is damaged ({error}): end the supervisor that wrote it (pid {_holder(lock)}), and start "
-            f"again; traffic goes on"
+            f"{path} is damaged ({error}): end the supervisor that wrote it (pid {lock_holder(lock)}), and "
+            f"start again; traffic goes on"
         ) from error
-
-
-def _holder(lock: Path) -> int:
-    """Who has locked a file; 0 where that cannot be told."""
-    found = lock.stat()
-    where = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
-    for line in Path("/proc/locks").read_text().splitlines():
-        _, kind, *_, pid, place, _, _ = line.split()
-        if (kind, place) == ("FLOCK", where):
-            return int(pid)
-    return 0
 
 
 def _is_locked(path: Path) -> bool:
