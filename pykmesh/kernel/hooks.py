@@ -99,7 +99,7 @@ class Programs:
                 if room := self._room.get(name, 0):
                     wanted = max(wanted or map_layout(name).max_entries, room)
                 self._pin(map_dir, name, wanted)
-            self._write_settings(settings)
+            _write_settings(self._object, settings)
             self._object.load()
         except BaseException:
             self._object.close()
@@ -115,17 +115,6 @@ class Programs:
         self._object.pin_map(name, str(path), pinned)
         if wanted and size != pinned:
             self.kept_sizes.append(KeptSize(name, pinned, wanted))
-
-    def _write_settings(self, settings: ProgramSettings) -> None:
-        values = {
-            "instance_name": settings.instance_name.encode()[:31].ljust(32, b"\0"),
-            "node_network": settings.node_network.to_bytes(4, "little"),
-            "has_set_retval": bytes([settings.has_set_retval]),
-            "has_telemetry": bytes([settings.has_telemetry]),
-            "shun_ns": settings.shun_ns.to_bytes(8, "little"),
-        }
-        for name, data in values.items():
-            self._object.write_rodata(data, setting_offset(name, len(data)))
 
     def pin_again(self, map_dir: Path) -> list[str]:
         """Maps whose pin somebody removed: pinned as they were. Returns their names."""
@@ -150,14 +139,28 @@ def _either(load: Callable[[Traversable], None]) -> tuple[str, str]:
         try:
             load(OBJECT_BEFORE_5_13)
         except libbpf.KernelError as second:
-            raise libbpf.KernelError(second.errno or 0, f"{error}; {second}") from error
-        return OBJECT_BEFORE_5_13.name, str(error)
+            raise libbpf.KernelError(second.errno or 0, f"{error.strerror}; {second.strerror}") from error
+        return OBJECT_BEFORE_5_13.name, str(error.strerror)
     return OBJECT.name, ""
 
 
+def _write_settings(opened: libbpf.BpfObject, settings: ProgramSettings) -> None:
+    values = {
+        "instance_name": settings.instance_name.encode()[:31].ljust(32, b"\0"),
+        "node_network": settings.node_network.to_bytes(4, "little"),
+        "has_set_retval": bytes([settings.has_set_retval]),
+        "has_telemetry": bytes([settings.has_telemetry]),
+        "shun_ns": settings.shun_ns.to_bytes(8, "little"),
+    }
+    for name, data in values.items():
+        opened.write_rodata(data, setting_offset(name, len(data)))
+
+
 def _try(path: Traversable) -> None:
+    """With all that is asked of the kernel where it can do it, as bpf_loader asks."""
     tried = libbpf.BpfObject(str(path))
     try:
+        _write_settings(tried, ProgramSettings("tried", 0, can_set_retval(), has_telemetry=True, shun_ns=1))
         tried.load()
     finally:
         tried.close()
