@@ -24,7 +24,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import anyio
 import msgspec
@@ -609,9 +609,14 @@ def _what_is_left(stage: Stage) -> str:
     return "" if is_whole else f"pinned twice: {twice}; programs that read what is pinned: {hooks}"
 
 
+OTHER_RELEASE: Final = "CHAOS_OTHER_RELEASE"
+
+
 @functools.cache
 def _other_release() -> Path:
-    """Made once; removed at the end of the process."""
+    """Made once; removed at the end of the process. Or one that was made before (`OTHER_RELEASE`)."""
+    if made := os.environ.get(OTHER_RELEASE):
+        return Path(made)
     directory = tempfile.TemporaryDirectory(prefix="release-")
     atexit.register(directory.cleanup)
     make_other(Path(directory.name))

@@ -12,14 +12,17 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, Final
 
 from tests.chaos import traffic
+from tests.chaos.faults import OTHER_RELEASE
 from tests.kernels import packages, vm
 from tests.kernels.dataplane import Look
 from tests.kernels.packages import SERIES, PackagesError
+from tests.mesh.releases import make_other
 
 HERE: Final = Path(__file__).parents[2]
 ENVIRONMENT: Final = {
@@ -30,6 +33,8 @@ ENVIRONMENT: Final = {
 }
 """Patience for a machine that is ten times slower, and may be one of several on this one."""
 RESULT: Final = "result.json"
+OTHER: Final = "other"
+"""The release to upgrade to: made here, where a compiler is ten times faster."""
 BOOTS: Final = 2
 """At most, of one that dies in the emulation."""
 DEADLINE_S: Final = 1500.0
@@ -45,7 +50,7 @@ def look_at(kernel: Path, program: Path, boots: int, *, brief: bool) -> tuple[st
     looks = f"{python} -m tests.kernels.dataplane {path}; first=$?"
     processes = f"{python} -m tests.kernels.processes" + " --brief" * brief
     command = ["sh", "-c", f"{looks}; {processes} && exit $first"]
-    environment = {**ENVIRONMENT, "PATH": os.environ["PATH"]}
+    environment = {**ENVIRONMENT, "PATH": os.environ["PATH"], OTHER_RELEASE: str(kernel.parent / OTHER)}
     for boot in range(1, boots + 1):
         ended = vm.run(kernel, command, HERE, environment, DEADLINE_S, SILENCE_S, words)
         if ended.status is not None:
@@ -103,6 +108,10 @@ def main() -> int:
         print(f"test-kernels: not run: {error}")
         return 0
     program = Path(traffic.build(options.cache))
+    if not options.brief:
+        shutil.rmtree(options.cache / OTHER, ignore_errors=True)
+        (options.cache / OTHER).mkdir()
+        make_other(options.cache / OTHER)
     bad = []
     for kernel in sorted(fetched, key=lambda path: options.only.index(path.name)):
         release, looks, rest = look_at(kernel, program, options.boots, brief=options.brief)
