@@ -30,7 +30,7 @@ from pykmesh.contracts.address import (
     service_ports,
     workload_waypoint,
 )
-from pykmesh.contracts.wire import Bools, Buffer, Fields, Ints, Spans, grouped, rows
+from pykmesh.contracts.wire import Bools, Buffer, Fields, Ints, Spans, changes, grouped, rows
 from pykmesh.kernel.records import IP_BYTES, V4_PREFIX, Ip
 from pykmesh.proto.workload_pb2 import AddressOutline, NetworkAddress
 from pykmesh.proto.workload_pb2 import ServiceOutline as Its
@@ -113,8 +113,7 @@ class Ordinary:
         except UnicodeDecodeError:
             return [False] * len(values)
         lengths = address.end - address.start
-        differs = np.ones(len(lengths), np.bool_)
-        differs[1:] = lengths[1:] != lengths[:-1]
+        differs = changes(lengths)
         texts = entry, network, namespace
         for text in texts:
             differs |= buffer.differs(text)

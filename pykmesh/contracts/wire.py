@@ -95,8 +95,7 @@ class Buffer:
     def differs(self, spans: Spans) -> Bools:
         """Which may say something else than the one before: no other does. The first does."""
         lengths = spans.end - spans.start
-        found = np.ones(len(lengths), np.bool_)
-        found[1:] = lengths[1:] != lengths[:-1]
+        found = changes(lengths)
         kinds = _each_once(lengths[~found])
         if len(kinds) > len(lengths) // ALIKE:
             return np.ones(len(lengths), np.bool_)  # nobody is the worse for it
@@ -198,11 +197,16 @@ class Fields:
         return found
 
 
+def changes(numbers: Ints) -> Bools:
+    """Which are not as the one before. The first is not."""
+    found = np.ones(len(numbers), np.bool_)
+    found[1:] = numbers[1:] != numbers[:-1]
+    return found
+
+
 def _each_once(numbers: Ints) -> list[int]:
     ordered = np.sort(numbers)
-    first = np.ones(len(ordered), np.bool_)
-    first[1:] = ordered[1:] != ordered[:-1]
-    return cast("list[int]", ordered[first].tolist())
+    return cast("list[int]", ordered[changes(ordered)].tolist())
 
 
 def rows(array: npt.NDArray[np.uint8]) -> list[bytes]:

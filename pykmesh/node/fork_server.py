@@ -197,14 +197,15 @@ def serve(door: socket.socket) -> str:
             file.seek(0)
             request = json.load(file)
         command = request.get("command")
+        module = _module(command) if command else ""
         try:
-            answer: dict[str, Any] = {"answer": _fork(command) if command else _exit_status(request["reap"])}
+            answer: dict[str, Any] = {"answer": _fork(module) if command else _exit_status(request["reap"])}
         except OSError as error:
             answer = {"error": str(error)}
         if command and answer == {"answer": 0}:
             door.close()
-            _become(own, command, request["environment"], *descriptors)
-            return _module(command)
+            _become(own, command, module, request["environment"], *descriptors)
+            return module
         for descriptor in descriptors:
             os.close(descriptor)
         door.send(json.dumps(answer).encode())
@@ -214,8 +215,8 @@ def _exit_status(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _fork(command: list[str]) -> int:
-    if module := _module(command):
+def _fork(module: str) -> int:
+    if module:
         with contextlib.suppress(BaseException):  # also an exit: it says so in the fork, in its own log
             importlib.import_module(f"{module}.__main__")
         sys.modules.pop(f"{module}.__main__", None)
@@ -228,8 +229,8 @@ def _module(command: list[str]) -> str:
     return command[-1] if command == python(command[-1]) and not is_replaced() else ""
 
 
-def _become(parent: int, command: list[str], environment: dict[str, str], output: int) -> None:
-    """Returns when the command is a module, to be run in this process."""
+def _become(parent: int, command: list[str], module: str, environment: dict[str, str], output: int) -> None:
+    """Returns when the command is a module that is to be run in this process."""
     os.setsid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
@@ -239,7 +240,7 @@ def _become(parent: int, command: list[str], environment: dict[str, str], output
     os.close(output)
     os.environ.clear()
     os.environ.update(environment)
-    if not _module(command):
+    if not module:
         for number in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)  # which this Python ignores, and what it executes would
         try:

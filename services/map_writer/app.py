@@ -400,8 +400,9 @@ def _here(settings: MapWriterSettings) -> Locality:
 
 
 SMALL_BYTES = 4096
-GIVE_WAY_S = 0.004
 """Keys of a plan that is written without a thread: some microseconds, less than the way there."""
+GIVE_WAY_S = 0.004
+"""So long planning goes on without a moment for others."""
 
 
 async def run(runtime: Runtime[MapWriterSettings]) -> None:

@@ -193,6 +193,7 @@ def with_resolv_conf(path: Path, *words: str) -> list[str]:
     return ["unshare", "--mount", "bash", "-c", command, str(path), *words]
 
 
+# Resolves again and again until told to end; what failed is counted.
 LOOK_UP_ON = """
 import signal, socket, sys, time
 going = True

@@ -100,7 +100,6 @@ for _ in range(2):
 """
 
 
-# Resolves again and again until told to end; what failed is counted.
 class Names(NamedTuple):
     """A node with `--dns`, an enrolled client, one that is not, and two servers of names."""
 
