@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
+import sys
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
@@ -17,7 +18,6 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import anyio
-import anyio.to_thread
 import structlog
 from prometheus_client.core import Metric
 
@@ -189,7 +189,7 @@ class MapWriter:
             await self._write(change)
 
     async def _read_maps(self) -> None:
-        held = await anyio.to_thread.run_sync(self.maps.read)
+        held = await asyncio.wrap_future(self._writer.submit(self.maps.read))  # behind what is to be written
         self.planner = Planner(held, self.maps.limits, self.rules)
         log.info("maps_read", **held.sizes._asdict())
 
@@ -274,12 +274,13 @@ class MapWriter:
             return await self._take(self.planner.sweep_in_pieces(mesh))
 
     async def _take(self, steps: Iterator[Step]) -> Counter[str]:
-        """A large step is written in a thread while the next one is planned, and small ones with it.
+        """Large steps are written in a thread while what follows is planned, and small ones with the next.
 
-        One at a time, in order. What takes long to plan is left for a moment every few milliseconds.
+        In order, and few at a time wait for it. What takes long to plan is left for a moment every few
+        milliseconds.
         """
         written: Counter[str] = Counter()
-        writing: Future[None] | None = None
+        writing: deque[Future[None]] = deque()
         due: list[Step] = []
         since = time.monotonic()
         for step in steps:
@@ -291,12 +292,13 @@ class MapWriter:
             due.append(step)
             written[step.map] += len(step.keys) // self.maps.key_bytes[step.map]
             if len(step.keys) >= SMALL_BYTES:
-                if writing is not None:
-                    await asyncio.wrap_future(writing)
-                writing, due = self._writer.submit(self.maps.apply, *due), []
+                writing.append(self._writer.submit(self.maps.apply, *due))
+                due = []
                 await give_way()
-        if writing is not None:
-            await asyncio.wrap_future(writing)
+                if len(writing) > STEPS_WAITING:
+                    await asyncio.wrap_future(writing.popleft())
+        for step_written in writing:
+            await asyncio.wrap_future(step_written)
         if due:
             self.maps.apply(*due)
         return written
@@ -399,6 +401,10 @@ def _here(settings: MapWriterSettings) -> Locality:
     return Locality(region, zone, subzone, node, settings.cluster_id, settings.network)
 
 
+STEPS_WAITING = 3
+"""To be written, beside the one that is: what follows is planned no further."""
+SWITCH_S = 0.0005
+"""Python's own 5 ms, for which a thread waits until it may write or say so, are as long as a step takes."""
 SMALL_BYTES = 4096
 """Keys of a plan that is written without a thread: some microseconds, less than the way there."""
 GIVE_WAY_S = 0.004
@@ -408,6 +414,7 @@ GIVE_WAY_S = 0.004
 async def run(runtime: Runtime[MapWriterSettings]) -> None:
     """Waits for pins and broker, then follows until cancelled. Exit leaves the maps as they are."""
     check_enums()
+    sys.setswitchinterval(SWITCH_S)
     key_file = runtime.settings.mesh_key_file
     mesh_key = read_mesh_key(key_file) if key_file else None
     for task in ("pins", "maps", "snapshot"):

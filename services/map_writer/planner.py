@@ -2,7 +2,8 @@
 
 Pure. Every step leaves the maps in a state that is right for the connections made meanwhile:
 
-0. endpoints of lists that nothing names yet
+0. endpoints of lists that nothing names yet; in a large push also pods of addresses that are new, which
+   need nothing else
 1. lists that shrink: free slots take what is new and what lies last, then their length is lowered
 2. lists that change or grow: endpoints are overwritten or appended, then their length is raised
 3. new service ports appear when their list is complete, then the addresses that they stand on, then
@@ -251,10 +252,10 @@ class Planner:
                 touched.services[name] = None
         before = {name: self._claims.get(name, _NO_CLAIM) for name in touched.services}
         yield from self._plan_views(mesh, touched, batches)
-        yield from self._plan_services(mesh, touched.services, batches)
+        pods = self._plan_new_pods(mesh, touched)
+        yield from _in_turn(pods, self._plan_services(mesh, touched.services, batches))
         for name, claim in before.items():
             self._drop(name, claim, batches)
-        yield from self._plan_new_pods(mesh, touched, batches)
         yield from self._plan_addresses(mesh, touched.places, batches)
         yield from batches.steps(_LEAVE_VIEWS)
 
@@ -524,16 +525,17 @@ class Planner:
                 yield from batches.steps(_ADDRESSES)
             yield PAUSE
 
-    def _plan_new_pods(self, mesh: Mesh, touched: Touched, batches: _Batches) -> Iterator[Step]:
-        """What cannot be planned so is left among the other addresses."""
+    def _plan_new_pods(self, mesh: Mesh, touched: Touched) -> Iterator[Step]:
+        """Nothing has to be there before these. What cannot be planned so is left among other addresses."""
         places = touched.only_new()
         if mesh.view_namespaces:
             touched.add((), places)
             return
         for first in range(0, len(places), STEP_ENTRIES):
-            yield from batches.steps(_ADDRESSES)
-            many = places[first : first + STEP_ENTRIES]
-            if not self._plan_pods(many, batches):
+            many, batches = places[first : first + STEP_ENTRIES], _Batches()
+            if self._plan_pods(many, batches):
+                yield from batches.steps(_ADDRESSES)
+            else:
                 touched.add((), many)
 
     def _plan_pods(self, places: list[Place], batches: _Batches) -> bool:
@@ -596,6 +598,19 @@ class Planner:
         if key is not None:
             self._leaving["ranges"] += 1
             batches.remove(_DROP_VIEW_RANGES if is_view(place) else _DROP_RANGES, "ranges", key)
+
+
+def _in_turn(*plans: Iterator[Step]) -> Iterator[Step]:
+    """A step of one, then one of the next, and so on: one may be slow to plan, another slow to write."""
+    left = [*plans]
+    while left:
+        for plan in tuple(left):
+            for step in plan:
+                yield step
+                if step is not PAUSE:
+                    break
+            else:
+                left.remove(plan)
 
 
 _slots: list[bytes] = []

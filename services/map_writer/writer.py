@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 from typing import Final
 
-from pykmesh.kernel import pins
+from pykmesh.kernel import libbpf, pins
 from pykmesh.kernel.layout import Switch
-from pykmesh.kernel.maps import PinError, PinnedMap
+from pykmesh.kernel.maps import MapFullError, PinError, PinnedMap
 from pykmesh.kernel.records import ADDRESS_KEY, ENDPOINT_KEY, RANGE_VALUE, SWITCH_KEY
 from pykmesh.kernel.upgrade import Gate
 from services.map_writer.planner import Held, Limits, Step
@@ -23,6 +23,7 @@ class Maps:
 
     def __init__(self, pin_dir: Path) -> None:
         """Two writers would undo each other's work: the second gets PinError."""
+        self._failed: Exception | None = None
         self._lock = _lock(pins.links_dir(pin_dir))
         directory = pins.maps_dir(pin_dir)
         with contextlib.ExitStack() as opened:
@@ -40,6 +41,7 @@ class Maps:
 
     def read(self) -> Held:
         """Blocks for as long as the maps are large: for a thread."""
+        self._failed = None
         held = Held()
         held.services.update(self._maps["services"].items())
         for key, value in self._maps["addresses"].items():
@@ -64,16 +66,22 @@ class Maps:
         return dict(self._maps["ranges"].items())
 
     def apply(self, *steps: Step) -> None:
-        """In order; blocks. After a MapFullError or KernelError no step may follow: read the maps again.
+        """In order; blocks. After a MapFullError or KernelError every call ends with it, until maps are read.
 
         MovedOnError when another release has its maps in the place of these: whoever writes must begin anew.
         """
+        if self._failed is not None:
+            raise self._failed
         with self._gate.writing():
-            for step in steps:
-                if step.values:
-                    self._maps[step.map].write(step.keys, step.values)
-                else:
-                    self._maps[step.map].erase(step.keys)
+            try:
+                for step in steps:
+                    if step.values:
+                        self._maps[step.map].write(step.keys, step.values)
+                    else:
+                        self._maps[step.map].erase(step.keys)
+            except (MapFullError, libbpf.KernelError) as error:
+                self._failed = error
+                raise
 
     def are_current(self) -> bool:
         """False when bpf_loader has made a map anew: the programs then read another than is written here."""

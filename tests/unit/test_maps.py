@@ -175,6 +175,11 @@ def test_a_plan_is_applied_in_order_and_read_again(maps_dir: Path, addresses: Pi
         with pytest.raises(MapFullError):
             found.apply(Step("addresses", *batch(range(100))))
         assert addresses.get(key(0)) == value(0)
+        with pytest.raises(MapFullError):  # what was planned behind it does not follow
+            found.apply(Step("addresses", key(0), b""))
+        assert found.read().addresses
+        found.apply(Step("addresses", key(0), b""))
+        assert addresses.get(key(0)) is None
         assert found.memory_bytes()["addresses"] > 0
     finally:
         found.close()
