@@ -13,7 +13,6 @@ import sys
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -53,9 +52,9 @@ from services.map_writer.identities import Identities
 from services.map_writer.locality import Locality
 from services.map_writer.names import Names
 from services.map_writer.pages import Inspection
-from services.map_writer.planner import PAUSE, Limits, Planner, Step
+from services.map_writer.planner import Limits, Planner
 from services.map_writer.waypoints import Waypoints
-from services.map_writer.writer import Maps
+from services.map_writer.writer import Maps, Writing
 
 log = structlog.get_logger(__name__)
 
@@ -110,7 +109,7 @@ class MapWriter:
         self._applied = ("", 0)
         self.last_write: dict[str, Any] = {}
         self.last_sync = 0.0
-        self._writer = ThreadPoolExecutor(1, "maps")
+        self._writing = Writing(maps)
         self._origins: deque[Headers] = deque(maxlen=ORIGINS_MAX)
         """Of the responses that are written next: the first full state is of several."""
         self._lost = True
@@ -189,7 +188,7 @@ class MapWriter:
             await self._write(change)
 
     async def _read_maps(self) -> None:
-        held = await asyncio.wrap_future(self._writer.submit(self.maps.read))  # behind what is to be written
+        held = await self._writing.read_again()
         self.planner = Planner(held, self.maps.limits, self.rules)
         log.info("maps_read", **held.sizes._asdict())
 
@@ -266,42 +265,12 @@ class MapWriter:
         mesh = self.follower.mesh
         try:
             if change.sweep:
-                return await self._take(self.planner.sweep_in_pieces(mesh))
-            return await self._take(self.planner.plan_in_pieces(mesh, change.touched))
+                return await self._writing.take(self.planner.sweep_in_pieces(mesh))
+            return await self._writing.take(self.planner.plan_in_pieces(mesh, change.touched))
         except (MapFullError, libbpf.KernelError) as error:
             self._runtime.note_error("map_write_failed", error=error, effect="maps are read again")
             await self._read_maps()
-            return await self._take(self.planner.sweep_in_pieces(mesh))
-
-    async def _take(self, steps: Iterator[Step]) -> Counter[str]:
-        """Large steps are written in a thread while what follows is planned, and small ones with the next.
-
-        In order, and few at a time wait for it. What takes long to plan is left for a moment every few
-        milliseconds.
-        """
-        written: Counter[str] = Counter()
-        writing: deque[Future[None]] = deque()
-        due: list[Step] = []
-        since = time.monotonic()
-        for step in steps:
-            if step is PAUSE:
-                if time.monotonic() - since > GIVE_WAY_S:
-                    await give_way()
-                    since = time.monotonic()
-                continue
-            due.append(step)
-            written[step.map] += len(step.keys) // self.maps.key_bytes[step.map]
-            if len(step.keys) >= SMALL_BYTES:
-                writing.append(self._writer.submit(self.maps.apply, *due))
-                due = []
-                await give_way()
-                if len(writing) > STEPS_WAITING:
-                    await asyncio.wrap_future(writing.popleft())
-        for step_written in writing:
-            await asyncio.wrap_future(step_written)
-        if due:
-            self.maps.apply(*due)
-        return written
+            return await self._writing.take(self.planner.sweep_in_pieces(mesh))
 
     async def report(self) -> None:
         """A report that is lost is made up for by the next one."""
@@ -401,14 +370,8 @@ def _here(settings: MapWriterSettings) -> Locality:
     return Locality(region, zone, subzone, node, settings.cluster_id, settings.network)
 
 
-STEPS_WAITING = 3
-"""To be written, beside the one that is: what follows is planned no further."""
 SWITCH_S = 0.0005
 """Python's own 5 ms, for which a thread waits until it may write or say so, are as long as a step takes."""
-SMALL_BYTES = 4096
-"""Keys of a plan that is written without a thread: some microseconds, less than the way there."""
-GIVE_WAY_S = 0.004
-"""So long planning goes on without a moment for others."""
 
 
 async def run(runtime: Runtime[MapWriterSettings]) -> None:

@@ -306,14 +306,15 @@ class Mesh:
             _drop(self._members, service, name)
             self._count_odd(service, workload, -1)
             touched.add_member(service, name, workload)
-        if not workload.host_network:
-            for ip in workload.addresses:
-                place = place_of(workload.network, ip)
-                _disown(self.pod_owners, place, name)
-                if not isinstance(self.pod_owners.get(place), tuple):
-                    self._shared_places.pop(place, None)
-                self._touch_by_waypoint(place, touched)
-                touched.places[place] = None
+        for ip in workload.addresses:
+            place = place_of(workload.network, ip)
+            touched.places[place] = None  # a node's too: it may be a pod's now, behind what leads there
+            if workload.host_network:
+                continue
+            _disown(self.pod_owners, place, name)
+            if not isinstance(self.pod_owners.get(place), tuple):
+                self._shared_places.pop(place, None)
+            self._touch_by_waypoint(place, touched)
 
     def _count_odd(self, service: str, workload: Workload, step: int) -> None:
         if not is_plain_member(workload):

@@ -436,7 +436,7 @@ class WaypointMgr:
             "virtual_services": [_told("virtual_service", condition) for condition in found.virtuals],
             "authentications": [_told("authentication", condition) for condition in found.authentications],
             "destinations": [_told("destination", condition) for condition in found.destinations],
-            "conflicts": list(found.conflicts),
+            "conflicts": [*self._anothers(name), *found.conflicts],
             "reduced": self._reduced.get(name, ""),
             "scaling": group.status() if group else None,
             "namespaces_turned_away": sorted((self._objects or Objects()).turned_away(gateway)),
@@ -447,6 +447,11 @@ class WaypointMgr:
                 *found.misread,
             ],
         }
+
+    def _anothers(self, name: str) -> list[str]:
+        if self._objects is None or not self._objects.is_anothers(name):
+            return []
+        return [f"{name} is a Service of its own: what would go by way of the waypoint is refused"]
 
 
 def _instance(member: Member, state: NodeStatus | None) -> dict[str, Any]:

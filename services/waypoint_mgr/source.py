@@ -18,6 +18,7 @@ from pykmesh.manifests.destination_rule import ClientTLS, DestinationRuleSpec
 from pykmesh.manifests.folder import Folder
 from pykmesh.manifests.http_route import HTTPRouteSpec
 from pykmesh.manifests.objects import (
+    GATEWAY_NAME,
     USE_WAYPOINT,
     USE_WAYPOINT_NAMESPACE,
     WAYPOINT_CLASSES,
@@ -369,6 +370,11 @@ class Objects(msgspec.Struct, frozen=True):
         """Namespaces that name it, which it does not let in."""
         named = self._named_by(waypoint)
         return {one for one in named if not waypoint.lets_in(one, self.namespaces.get(one, {}))}
+
+    def is_anothers(self, name: str) -> bool:
+        """A Service of a waypoint's name is there that is none of its own: it is asked in its place."""
+        found = self.services.get(name)
+        return found is not None and found.labels.get(GATEWAY_NAME) != self.waypoints[name].name
 
     def _named_by(self, waypoint: Gateway) -> set[str]:
         return {

@@ -24,6 +24,7 @@ from pykmesh.contracts.address import (
     Workload,
     workload_message,
 )
+from pykmesh.contracts.bulk import Ordinary
 from pykmesh.contracts.waypoints import HANDOFF_PORT
 from pykmesh.kernel.explain import Chooser, Client
 from pykmesh.kernel.layout import AddressKind, Reason, ServiceFlag
@@ -176,6 +177,9 @@ def _workload(draw: random.Random) -> Workload:
     return msgspec.structs.replace(found, raw=message.SerializeToString())
 
 
+_MEMBERSHIP = ((NAMES[0], ()),)
+
+
 def plain_change(seed: int) -> Change:
     """Of pods like most: they come, go, move and fail. Seldom any change."""
     draw = random.Random(seed)
@@ -193,9 +197,23 @@ def plain_change(seed: int) -> Change:
         waypoint=None,
         capacity=1,
     )
+    if draw.random() < 0.7:
+        found = msgspec.structs.replace(found, healthy=True, services=(found.services or _MEMBERSHIP)[:1])
+    return Change(found.uid, msgspec.structs.replace(found, raw=encoded(found)))
+
+
+def encoded(found: Workload) -> bytes:
+    """What is decoded as this workload: one of those that `plain_change` makes."""
     message = Address()
-    message.workload.uid, message.workload.name = found.uid, repr(found)
-    return Change(found.uid, msgspec.structs.replace(found, raw=message.SerializeToString()))
+    said = message.workload
+    said.uid, said.namespace = found.uid, found.namespace
+    said.addresses.extend(ip[-4:] if is_v4(ip) else ip for ip in found.addresses)
+    said.status, said.tunnel_protocol = 0 if found.healthy else 1, int(found.prefers_hbone)
+    for name, ports in found.services:
+        entry = said.services[name]
+        for port, target in ports:
+            entry.ports.add(service_port=port, target_port=target)
+    return message.SerializeToString(deterministic=True)
 
 
 def plain_services(seed: int) -> list[Change]:
@@ -229,13 +247,18 @@ def responses(*, ranges: bool = True) -> st.SearchStrategy[list[list[Change]]]:
 
 
 def put(mesh: Mesh, response: Sequence[Change], touched: Touched) -> None:
-    """As the follower does: removals first."""
+    """As the follower does with a large response: removals first, ordinary workloads together at the end."""
     for name, resource in response:
         if resource is None:
             mesh.remove(name, touched)
-    for name, resource in response:
-        if isinstance(resource, Service | Workload):
+    resources = [resource for _, resource in response if isinstance(resource, Service | Workload)]
+    raws = [resource.raw if isinstance(resource, Workload) else b"" for resource in resources]
+    ordinary = Ordinary()
+    for resource, is_taken in zip(resources, ordinary.take(raws), strict=True):
+        if not is_taken:
+            name = resource.uid if isinstance(resource, Workload) else resource.name
             mesh.put(name, resource, touched)
+    mesh.put_ordinary([*ordinary.groups()], touched)
 
 
 _PORTS = {

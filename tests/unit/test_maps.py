@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
 import pytest
 
 from pykmesh.kernel import hooks, layout, libbpf, maps, pins
 from pykmesh.kernel.maps import MapFullError, PinError, PinnedMap
 from pykmesh.kernel.records import ADDRESS_KEY, ADDRESS_VALUE, OPEN_KEY, Ip
+from services.map_writer import writer
 from services.map_writer.planner import Step
-from services.map_writer.writer import Maps
+from services.map_writer.writer import Maps, Writing
 
 pytestmark = pytest.mark.kernel
 
@@ -177,9 +181,67 @@ def test_a_plan_is_applied_in_order_and_read_again(maps_dir: Path, addresses: Pi
         assert addresses.get(key(0)) == value(0)
         with pytest.raises(MapFullError):  # what was planned behind it does not follow
             found.apply(Step("addresses", key(0), b""))
-        assert found.read().addresses
+        assert found.read_again().addresses
         found.apply(Step("addresses", key(0), b""))
         assert addresses.get(key(0)) is None
         assert found.memory_bytes()["addresses"] > 0
     finally:
         found.close()
+
+
+@pytest.fixture
+def written(
+    maps_dir: Path, addresses: PinnedMap, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Writing, PinnedMap]]:
+    """Every step goes through the thread."""
+    monkeypatch.setattr(writer, "SMALL_BYTES", 1)
+    found = Maps(maps_dir.parent)
+    try:
+        yield Writing(found), addresses
+    finally:
+        found.close()
+
+
+def steps(*batches: range) -> list[Step]:
+    return [Step("addresses", *batch(numbers)) for numbers in batches]
+
+
+def test_nothing_is_written_behind_a_step_that_fails_until_maps_are_read_again(
+    written: tuple[Writing, PinnedMap],
+) -> None:
+    writing, addresses = written
+
+    async def run() -> None:
+        with pytest.raises(MapFullError):
+            await writing.take(steps(range(4), range(4, 40), range(50, 51), range(51, 52)))
+        assert addresses.get(key(50)) is None
+        addresses.erase(batch(range(4, 40))[0])
+        with pytest.raises(MapFullError):
+            await writing.take(steps(range(60, 61)))
+        assert len((await writing.read_again()).addresses) == 4
+        assert await writing.take(steps(range(60, 61), range(61, 63))) == {"addresses": 3}
+
+    asyncio.run(run())
+    assert set(dict(addresses.items())) == {*map(key, (*range(4), 60, 61, 62))}
+
+
+def test_steps_that_wait_are_written_in_order_or_not_at_all_when_the_process_ends(
+    written: tuple[Writing, PinnedMap],
+) -> None:
+    """One that were taken back before its turn would be missing before those behind it."""
+    writing, addresses = written
+    held_up = threading.Event()
+    writing._thread.submit(held_up.wait)
+
+    async def run() -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(writing.take, steps(*(range(n, n + 1) for n in range(10))))
+            await anyio.sleep(0.05)
+            tasks.cancel_scope.cancel()
+            threading.Timer(0.05, held_up.set).start()
+
+    asyncio.run(run())
+    writing._thread.shutdown()
+    found = [number for number in range(10) if addresses.get(key(number))]
+    assert found
+    assert found == list(range(len(found)))

@@ -23,6 +23,7 @@ from pykmesh.kernel.records import (
     network_id,
     range_to_text,
 )
+from services.map_writer import planner
 from services.map_writer.desired import Rules, desired_service
 from services.map_writer.mesh import Mesh, Touched, place_of
 from services.map_writer.planner import Held, Limits, Planner
@@ -35,6 +36,15 @@ ROOMY = Limits(1000, 1000, 1000)
 EXAMPLES = settings(
     max_examples=150, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _in_small_steps() -> Iterator[None]:
+    """What goes on only in large plans does in these too."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("STEP_ENTRIES", "MANY_PLACES", "PAUSE_SERVICES"):
+            patch.setattr(planner, name, 2)
+        yield
 
 
 class World:
@@ -213,6 +223,26 @@ def member(uid: str, service: Service) -> Workload:
         capacity=1,
         raw=uid.encode(),
     )
+
+
+def test_an_address_of_the_nodes_is_a_pods_when_no_service_leads_there_any_more() -> None:
+    world, address = World(), ip_from_text("10.1.1.0")
+    (old, stays, new), shop = model.UIDS[:3], made("shop/a.shop", vips=(("", ip_from_text("10.96.0.1")),))
+    of_node = msgspec.structs.replace(member(old, shop), host_network=True)
+    pod = msgspec.structs.replace(
+        member(new, made("shop/b.shop")), addresses=(address,), prefers_hbone=False, waypoint=None
+    )
+    pod = msgspec.structs.replace(pod, raw=model.encoded(pod))
+    world.take([Change(shop.name, shop), Change(old, of_node), Change(stays, member(stays, shop))])
+    touched, place = Touched(), place_of("", address)
+    model.put(world.mesh, [Change(old, None), Change(new, pod)], touched)
+    assert touched.new_pods == [place]
+    for _ in world.maps.writes(world.planner.plan(world.mesh, touched)):
+        leads_there = any(
+            text.startswith("10.1.1.0 ") for found in world.maps.reachable().values() for text in found
+        )
+        assert not (leads_there and place in world.maps.maps["addresses"])
+    assert place in world.maps.maps["addresses"]
 
 
 @EXAMPLES

@@ -97,3 +97,24 @@ def test_destination_rules_are_for_hosts_that_a_waypoint_speaks_to() -> None:
     assert why(RULE.format(host="nobody", rest="")).startswith("there is no host that a waypoint speaks to")
     selector = "workloadSelector: {matchLabels: {app: a}}"
     assert why(RULE.format(host="shop", rest=selector)) == "workloadSelector: it is for sidecars"
+
+
+def test_a_service_in_a_waypoints_place_is_told_and_its_own_is_not() -> None:
+    waypoint = f"shop/wp.shop.svc.{DOMAIN}"
+    for labels, is_anothers in (
+        ("{}", True),
+        ("{gateway.networking.k8s.io/gateway-name: other}", True),
+        ("{gateway.networking.k8s.io/gateway-name: wp}", False),
+    ):
+        there = f"""
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: wp, namespace: shop, labels: {labels}}}
+spec: {{clusterIP: 10.96.0.3, ports: [{{port: 80}}]}}
+"""
+        found = parse((OBJECTS + there).encode(), "a.yaml")
+        objects = Objects.of((each.object for each in found.objects), DOMAIN)
+        assert objects.is_anothers(waypoint) == is_anothers
+    found = parse(OBJECTS.encode(), "a.yaml")
+    assert not Objects.of((each.object for each in found.objects), DOMAIN).is_anothers(waypoint)
