@@ -205,17 +205,20 @@ class Publisher:
         return (report.received_seq if received else report.applied_seq) >= seq
 
     async def until_applied(self, seq: int, deadline_s: float) -> bool:
-        """True once the maps hold what was published; False when map_writer is away or late."""
-        with anyio.move_on_after(deadline_s):
-            while self._may_report and not self._has(seq):
-                await self._reported.wait()
+        """True once the maps hold what was published; False when map_writer is away or late.
+
+        That it is late is seen at the next heartbeat: a timer for each change costs more than its wait.
+        """
+        until = time.monotonic() + deadline_s
+        while self._may_report and not self._has(seq) and time.monotonic() < until:
+            await self._reported.wait()
         return self._has(seq)
 
     async def heartbeat(self) -> None:
         """Repeats the head of the log, so that a reader notices what it missed. Runs until cancelled."""
         while True:
-            await self._send(self._store.heartbeat(), {})
             self._look_again()
+            await self._send(self._store.heartbeat(), {})
             await anyio.sleep(HEARTBEAT_S)
 
 
