@@ -103,7 +103,7 @@ def http_chain(
     manager = typed("filters.network.http_connection_manager.v3.HttpConnectionManager") | {
         "statPrefix": at.stat_name,
         "rds": {"routeConfigName": at.cluster, "configSource": _ADS},
-        "httpFilters": [*filters, _extension("filters.http.router.v3.Router")],
+        "httpFilters": [*filters, _router()],
         # As Istio's waypoints, an inner hop: x-forwarded-for and -proto of the edge go on unchanged (without
         # this extension the peer would be added). So to Envoy whoever is named there last is the client:
         # nothing may be decided by its "remote" address, which anybody can write, but by the peer's.
@@ -125,6 +125,13 @@ def http_chain(
         **({"tracing": tracing} if tracing else {}),
     }
     return _chain(at, ranges, named("envoy.filters.network.http_connection_manager", manager))
+
+
+def _router() -> Json:
+    """Without a cluster's own statistics of response codes, which nobody reads: `_request_log` has them."""
+    return named(
+        "envoy.filters.http.router", typed("filters.http.router.v3.Router") | {"dynamicStats": False}
+    )
 
 
 PASSING: Final = "passing"
