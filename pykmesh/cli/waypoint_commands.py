@@ -163,7 +163,7 @@ def _file(instance: Instance, namespace: str, name: str) -> Path:
     """Failure where waypoints are an API server's."""
     said = _status(instance)
     if said["kubeconfig"]:
-        how = "pykmesh waypoint generate NAME | kubectl apply -f -; kubectl delete gateway NAME"
+        how = "pykmesh waypoint generate --name NAME | kubectl apply -f -; kubectl delete gateway NAME"
         raise Failure(f"waypoints are in the API server of {said['kubeconfig']}: {how}")
     return Path(said["config_dir"]) / f"waypoint-{namespace}-{name}.yaml"
 

@@ -62,7 +62,7 @@ class MethodMatch(_Part, frozen=True, kw_only=True):
         if self.type is ValueMatchType.EXACT and self.service:
             kind = PathMatchType.EXACT if self.method else PathMatchType.PATH_PREFIX
             return PathMatch(type=kind, value=f"/{self.service}" + (f"/{self.method}" if self.method else ""))
-        pattern = f"/{self.service or _ANY}/{self.method or _ANY}"
+        pattern = f"/(?:{self.service or _ANY})/(?:{self.method or _ANY})"
         return PathMatch(type=PathMatchType.REGULAR_EXPRESSION, value=pattern)
 
 

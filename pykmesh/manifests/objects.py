@@ -436,12 +436,18 @@ class Gateway(_Object, frozen=True, kw_only=True):
         known = self._is_for in ("service", "workload", "all", "none")
         return [] if known else [f"label {WAYPOINT_FOR}: {self._is_for!r} is not known, so it is for nothing"]
 
-    def lets_in(self, namespace: str, labels: Labels) -> bool:
-        """Whether services of a namespace, which has these labels, may go by way of it."""
+    def lets_in(
+        self, namespace: str, labels: Labels, listeners: Iterable[GatewayListener] | None = None
+    ) -> bool:
+        """Whether services and routes of a namespace, which has these labels, may come: to any listener.
+
+        `listeners`: to one of these.
+        """
         if namespace == self.namespace:
             return True
         own_name = {NAMESPACE_NAME: namespace}  # as an API server labels each namespace
-        return any(listener.lets_in(labels | own_name) for listener in self.spec.listeners)
+        asked = self.spec.listeners if listeners is None else listeners
+        return any(listener.lets_in(labels | own_name) for listener in asked)
 
 
 class HTTPRoute(_Object, frozen=True, kw_only=True):

@@ -112,12 +112,17 @@ class WaypointMgr:
             raise KeysError(f"Envoy refuses them: {why}")
 
     def configured(self, objects: Objects) -> None:
-        """From the source. Nothing is done until it was whole once: a policy may be in what is missing."""
+        """From the source. Nothing is done until it was whole once: a policy may be in what is missing.
+
+        And nothing that guards goes while it is not whole.
+        """
         self._errors = objects.errors
         if self._objects is None and not objects.is_whole:
             for error in objects.errors:
                 self._runtime.note_error("configuration_not_whole", error=error)
             return
+        if self._objects is not None and not objects.is_whole:
+            objects = objects.with_guards_of(self._objects)
         self._objects = objects
         self.keys.want(rule for each in objects.authentications for rule in each.spec.jwt_rules)
         roots = {path for each in objects.destinations for path in tls.files(each.spec)}
@@ -320,10 +325,11 @@ class WaypointMgr:
             self.keys.errors,
             objects.backend_tls,
             self.root_files.roots,
+            namespaces=objects.namespaces,
         )
         names = self._names if principals.is_forwarded(waypoint.metadata.annotations) else None
         if name in self._reduced:
-            wanted, names = wanted.reduced, None
+            wanted = wanted.reduced
         spans, _ = self._spans(waypoint)
         found = translate(waypoint, users, known, services, wanted, domain, clients, spans, names)
         refused = found.refused

@@ -1,13 +1,14 @@
 """Which routes are for which ports of a waypoint's services, and what their authors are told.
 
-A route attaches to a Service or ServiceEntry whose traffic goes by way of the waypoint, or to its Gateway.
+A route attaches to a Service or ServiceEntry whose traffic goes by way of the waypoint, or to its Gateway, if
+that lets its namespace in: then it is for the Gateway's services, or, of another namespace, for its own.
 Backends in other namespaces need no ReferenceGrant, and policies for them are not asked: those are for what
 comes to a service by way of its own waypoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Final, NamedTuple, TypeVar
 
@@ -15,7 +16,7 @@ import msgspec
 
 from pykmesh.contracts.waypoints import Endpoint, MeshService, ServicePort
 from pykmesh.manifests.http_route import BackendObjectRef, ParentRef
-from pykmesh.manifests.objects import Gateway, ObjectRef, Service, ref_of
+from pykmesh.manifests.objects import Gateway, Labels, ObjectRef, Service, ref_of
 from services.waypoint_mgr.envoy import Port
 from services.waypoint_mgr.protocols import AppProtocol, is_only_udp, protocol_of, says_tcp
 from services.waypoint_mgr.rules import Unresolved, action_of, errors_in
@@ -55,7 +56,10 @@ class Mesh:
         known: Mapping[str, MeshService],
         services: Mapping[str, Service],
         domain: str,
+        namespaces: Mapping[str, Labels],
     ) -> None:
+        """`namespaces`: the labels of each."""
+        self.namespaces = namespaces
         self.users = {user.name: user for user in sorted(users, key=lambda user: user.name)}
         self._known = {**known, **self.users}
         self._services = services
@@ -155,10 +159,14 @@ class Attached(msgspec.Struct, frozen=True):
     to_gateway: list[Route]
     conditions: list[Condition]
 
-    def of_gateway(self, protocol: AppProtocol) -> list[Route]:
-        """Those that route what a port carries."""
+    def of_gateway(self, protocol: AppProtocol, namespaces: Container[str]) -> list[Route]:
+        """Those of these namespaces that route what a port carries."""
         is_tcp = protocol is AppProtocol.TCP
-        return [route for route in self.to_gateway if (route.carries is AppProtocol.TCP) == is_tcp]
+        return [
+            route
+            for route in self.to_gateway
+            if (route.carries is AppProtocol.TCP) == is_tcp and route.namespace in namespaces
+        ]
 
 
 class _Refusal(NamedTuple):
@@ -231,12 +239,18 @@ def _refusal(
     route: Route, parent: ParentRef, ref: ObjectRef, waypoint: Gateway, mesh: Mesh, attached: Attached
 ) -> _Refusal | None:
     if ref.kind == "Gateway":
-        any_listener = not parent.section_name and parent.port is None
-        has_listener = any_listener or any(
-            parent.section_name in ("", item.name) and parent.port in (None, item.port)
+        listeners = [
+            item
             for item in waypoint.spec.listeners
-        )
-        return None if has_listener else _Refusal("NoMatchingParent", "the Gateway has no such listener")
+            if parent.section_name in ("", item.name) and parent.port in (None, item.port)
+        ]
+        if not listeners and (parent.section_name or parent.port is not None):
+            return _Refusal("NoMatchingParent", "the Gateway has no such listener")
+        labels = mesh.namespaces.get(route.namespace, {})
+        if not waypoint.lets_in(route.namespace, labels, listeners):
+            what = f"no listener lets routes of namespace {route.namespace} in (allowedRoutes)"
+            return _Refusal("NotAllowedByListeners", what)
+        return None
     if ref.namespace != route.namespace:
         what = f"a route for clients of one namespace (the {ref.kind} is in another)"
         return _Refusal("NotAllowedByParent", f"{what} is not honoured by waypoints")

@@ -6,6 +6,7 @@ it is for: one broken policy must neither let anybody in nor hold up the waypoin
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, Final, NamedTuple
@@ -73,6 +74,8 @@ RETRY_S: Final = 0.5
 RETRY_MAX_S: Final = 30.0
 MISSING_S: Final = 30.0
 """How often a kind is asked for that the server does not have."""
+GONE_S: Final = 60.0
+"""For so long a server that had objects of a kind, and says that there is no such kind, is not believed."""
 SETTLE_S: Final = 0.02
 CHUNK: Final = 500
 FORBIDDEN: Final = 403
@@ -168,6 +171,7 @@ class Cluster:
         self._changed = changed
         self._note_error = note_error
         self._held: dict[Kind, dict[ObjectRef, _Read]] = {}
+        self._missing_since: dict[Kind, float] = {}
         self._due = anyio.Event()
 
     def plain(self, ref: ObjectRef) -> Plain | None:
@@ -224,7 +228,11 @@ class Cluster:
             wait_s = min(2 * wait_s, RETRY_MAX_S)
 
     async def _changes(self, kind: Kind) -> AsyncIterator[bool]:
-        """Takes a list (true), then what changes. TimeoutError: it is to be listed anew."""
+        """Takes a list (true), then what changes. TimeoutError: it is to be listed anew.
+
+        A server that starts may not know yet what it has: its policies would be gone meanwhile.
+        """
+        missing: httpx2.HTTPStatusError | None = None
         for version in kind.versions:
             found = resource(kind, version)
             listed = self._client.list(found, chunk_size=CHUNK, **everywhere(found))
@@ -232,6 +240,7 @@ class Cluster:
                 self._take_all(kind, [each async for each in listed])
             except httpx2.HTTPStatusError as error:
                 if error.response.status_code == NOT_FOUND:
+                    missing = error
                     continue
                 is_forbidden = error.response.status_code == FORBIDDEN
                 if is_forbidden and kind.is_optional and kind not in self._held:
@@ -239,6 +248,7 @@ class Cluster:
                     self._note_error("kind_not_followed", kind=kind.name, effect=effect, error=error)
                     break
                 raise
+            self._missing_since.pop(kind, None)
             yield True
             watch = self._client.watch(
                 found, resource_version=listed.resourceVersion, server_timeout=WATCH_S, **everywhere(found)
@@ -250,6 +260,10 @@ class Cluster:
                 if event in _EVENTS:
                     self._take(kind, plain, is_gone=event == "DELETED")
                     yield False
+        if missing is not None and self._held.get(kind):
+            since = self._missing_since.setdefault(kind, time.monotonic())
+            if time.monotonic() - since < GONE_S:
+                raise missing
         self._take_all(kind, [])
         yield True
         await anyio.sleep(MISSING_S)

@@ -6,7 +6,9 @@ What was good and cannot be read any more stays good; what never was is an error
 from __future__ import annotations
 
 import math
+import os
 import ssl
+import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
@@ -68,7 +70,10 @@ def _read(paths: frozenset[str], before: Roots) -> Roots:
 
 def _certificates(path: Path, known: str | None) -> str:
     """ValueError for what is no PEM with certificates, OSError for what cannot be read."""
-    with path.open("rb") as file:
+    # A FIFO would be waited for: whoever may say a path would end all reading.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("no regular file")
         data = file.read(BYTES_MAX + 1)
     if len(data) > BYTES_MAX:
         raise ValueError(f"more than {BYTES_MAX} bytes")

@@ -14,10 +14,10 @@ from typing import Final
 import msgspec
 
 from pykmesh.contracts.handoff import told_address
-from pykmesh.contracts.waypoints import MeshService, is_workload
+from pykmesh.contracts.waypoints import MeshService, is_workload, namespace_of
 from pykmesh.kernel.records import ip_from_text
 from pykmesh.manifests.http_route import RouteMatch
-from pykmesh.manifests.objects import Gateway, ObjectRef, Service
+from pykmesh.manifests.objects import Gateway, Labels, ObjectRef, Service
 from services.waypoint_mgr import envoy, principals
 from services.waypoint_mgr.attachments import (
     ACCEPTED,
@@ -102,6 +102,8 @@ class Wanted(msgspec.Struct, frozen=True):
     roots: Roots = NO_ROOTS
     only_tls: bool = False
     """Nothing of DestinationRules counts but what they close."""
+    namespaces: Mapping[str, Labels] = {}
+    """The labels of each that is said."""
 
     @property
     def reduced(self) -> Wanted:
@@ -125,7 +127,7 @@ def translate(
 
     `names`: where clients' names are, if they are forwarded.
     """
-    mesh = Mesh(users, known, services, domain)
+    mesh = Mesh(users, known, services, domain, wanted.namespaces)
     attached = attach(waypoint, mesh, wanted.routes)
     clients = clients or Clients()
     guard = Guard(waypoint, mesh, wanted.policies, clients)
@@ -149,7 +151,9 @@ def translate(
             vips = told.free(user.vips, at)
             if not vips:
                 continue
-            routed, limits = own or attached.of_gateway(protocol), rate_limit(services.get(user.name), at)
+            # A guest's route on the Gateway is for the guest's own services.
+            behind = attached.of_gateway(protocol, (waypoint.namespace, namespace_of(user.name)))
+            routed, limits = own or behind, rate_limit(services.get(user.name), at)
             if is_workload(user.name):
                 routed = []
             before = [*first, *tokens.filters(at)]
@@ -172,13 +176,16 @@ def translate(
                     as_backend.get(backend, AppProtocol.TCP), carried(routed), min(protocol, AppProtocol.HTTP)
                 )
     passing = list(_passing(mesh, guard, logs, told))
-    for at in backends - protocols.keys():
-        protocols[at] = mesh.protocol(at, as_backend[at])
-    ways = {at: destinations.encryption(at, protocols[at], mesh.port_name(at)) for at in sorted(backends)}
+    # Of a port that is reached straight too, what is spoken to its endpoints is what routes to it carry.
+    spoken = protocols | {
+        at: max(protocols.get(at, AppProtocol.TCP), mesh.protocol(at, carries))
+        for at, carries in as_backend.items()
+    }
+    ways = {at: destinations.encryption(at, spoken[at], mesh.port_name(at)) for at in sorted(backends)}
     return Configuration(
         chains=(*chains, *passing),
         routes=configurations,
-        clusters={at.cluster: _cluster(at, protocols[at], destinations, ways[at]) for at in sorted(backends)}
+        clusters={at.cluster: _cluster(at, spoken[at], destinations, ways[at]) for at in sorted(backends)}
         | ({CLUSTER: spans.cluster} if spans else {})
         | ({envoy.PASSING: envoy.passing_cluster()} if passing else {}),
         assignments={
@@ -187,7 +194,7 @@ def translate(
             )
             for at in sorted(backends)
         },
-        protocols=protocols,
+        protocols=spoken | protocols,
         conditions=tuple(attached.conditions),
         policies=tuple(guard.conditions()),
         destinations=tuple(destinations.conditions()),

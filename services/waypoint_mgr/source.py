@@ -135,8 +135,10 @@ class Authentication(msgspec.Struct, frozen=True):
         return cls(ref_of(obj), obj.spec, *_targets(obj, domain, entry_hosts))
 
     def with_keys_of_nobody(self, keys: str) -> Authentication:
-        """The same issuers, of which no token is good."""
-        return self._with(JWTRule(issuer=rule.issuer, jwks=keys) for rule in self.spec.jwt_rules)
+        """The same rules, with what they look for and the headers that they take away. No token is good."""
+        return self._with(
+            msgspec.structs.replace(rule, jwks=keys, jwks_uri="") for rule in self.spec.jwt_rules
+        )
 
     def with_keys(self, found: Mapping[str, str]) -> Authentication:
         """With the keys of places that are known, as if they stood in it."""
@@ -297,6 +299,9 @@ def _hosts_of(entry: ServiceEntry) -> Iterator[tuple[str, EntryHost]]:
         yield f"{entry.namespace}/{host}", EntryHost(metadata=entry.metadata, spec=ServiceSpec(ports=ports))
 
 
+_Guard = TypeVar("_Guard", Policy, Authentication, Destination)
+
+
 class Objects(msgspec.Struct, frozen=True):
     """Waypoints and services by their names in the mesh (a waypoint is named as its own service is)."""
 
@@ -366,6 +371,17 @@ class Objects(msgspec.Struct, frozen=True):
         """Those whose services may come by way of it any moment: its own, and guests that name it."""
         return {waypoint.namespace} | (self._named_by(waypoint) - self.turned_away(waypoint))
 
+    def with_guards_of(self, before: Objects) -> Objects:
+        """What guarded before and is not here any more guards on: it may be in a file that cannot be read."""
+        by = {each.by for each in self.backend_tls}
+        return msgspec.structs.replace(
+            self,
+            policies=_with_lost(self.policies, before.policies),
+            authentications=_with_lost(self.authentications, before.authentications),
+            destinations=_with_lost(self.destinations, before.destinations),
+            backend_tls=self.backend_tls + tuple(each for each in before.backend_tls if each.by not in by),
+        )
+
     def turned_away(self, waypoint: Gateway) -> set[str]:
         """Namespaces that name it, which it does not let in."""
         named = self._named_by(waypoint)
@@ -388,6 +404,11 @@ class Objects(msgspec.Struct, frozen=True):
         yield from self.namespaces.items()
         for service in self.services.values():
             yield service.namespace, service.labels
+
+
+def _with_lost(now: tuple[_Guard, ...], before: tuple[_Guard, ...]) -> tuple[_Guard, ...]:
+    there = {each.ref for each in now}
+    return now + tuple(each for each in before if each.ref not in there)
 
 
 def _by_mesh_name(objects: Iterable[_T], domain: str) -> dict[str, _T]:

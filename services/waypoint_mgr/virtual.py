@@ -1,6 +1,7 @@
 """VirtualServices as Envoy's routes: in the order in which they are written, the first match counts. Pure.
 
-Which one is a service's: of those that name its host the one that says the most, then the oldest. A service
+Which one is a service's: of those that name its host, and are of its namespace, the waypoint's or the root
+namespace, the one that says the most, then one of its own namespace, then the oldest. A service
 whose port has HTTPRoutes (for connections: TCPRoutes) goes by those. What cannot be honoured is never passed
 over: a match that asks what is not known never matches, a destination that is none is answered with 503 (a
 connection: closed); both are told.
@@ -60,7 +61,7 @@ from services.waypoint_mgr.destinations import Destinations
 from services.waypoint_mgr.envoy import Json, Port, typed
 from services.waypoint_mgr.regexes import error_in
 from services.waypoint_mgr.rules import REDIRECT_CODES, Target, Unresolved, action_of, tcp_target
-from services.waypoint_mgr.source import Virtual
+from services.waypoint_mgr.source import ROOT_NAMESPACE, Virtual
 
 CORS: Final = "envoy.filters.http.cors"
 FAULT: Final = "envoy.filters.http.fault"
@@ -107,7 +108,10 @@ class VirtualServices:
         self._told: dict[ObjectRef, dict[str, dict[str, None]]] = {}
 
     def of(self, at: Port, *, is_overridden: bool) -> Routed | None:
-        """None where nothing of HTTP is said of the service; `is_overridden`: its port has HTTPRoutes."""
+        """None where nothing of HTTP is said of the service, or of other ports alone (as Istio has it).
+
+        `is_overridden`: its port has HTTPRoutes.
+        """
         found = self._best(at, "http")
         if found is None:
             return None
@@ -117,13 +121,17 @@ class VirtualServices:
         self._used.append(found)
         self._tell(found, "left out")
         routes, backends, names = list[Json](), set[Port](), dict[str, None]()
+        is_elsewhere = True
         for part in self._delegates.parts(found):
             one = _Route(part, at, self._mesh, self._destinations)
             routes += one.routes(f"{part.of.ref.namespace}/{part.of.ref.name}/{part.name}")
             backends |= one.backends
             names |= dict.fromkeys(one.filters)
+            is_elsewhere &= one.is_elsewhere
             for kind, texts in (("left out", one.dropped), ("unresolved", one.unresolved)):
                 self._tell(part.of, kind, *(f"http[{part.name}]: {text}" for text in texts))
+        if is_elsewhere and not routes:
+            return None
         filters = tuple(config for name, config in FILTERS.items() if name in names)
         return Routed(tuple(routes), frozenset(backends), filters)
 
@@ -170,19 +178,28 @@ class VirtualServices:
         found = [
             each
             for each in self._found
-            if getattr(each.spec, what) and each.says_of(hostname) and each.is_seen_in(namespace)
+            if getattr(each.spec, what) and each.says_of(hostname) and self._counts_in(namespace, each)
         ]
-        return min(
-            found,
-            key=lambda each: (-each.says_of(hostname), each.created, each.ref.namespace, each.ref.name),
-            default=None,
-        )
+
+        def order(each: Virtual) -> tuple[object, ...]:
+            is_guests = each.ref.namespace != namespace
+            return -each.says_of(hostname), is_guests, each.created, each.ref.namespace, each.ref.name
+
+        return min(found, key=order, default=None)
+
+    def _counts_in(self, namespace: str, of: Virtual) -> bool:
+        """As for Istio's waypoints, nobody else says how a namespace's services are reached."""
+        may_say = (namespace, self._waypoint.namespace, ROOT_NAMESPACE)
+        return of.ref.namespace in may_say and of.is_seen_in(namespace)
 
     def _idle(self, of: Virtual) -> str:
         """Why nothing goes by one that names a service's host; "" of one that names none."""
         parts = (user.partition("/") for user in self._mesh.users if not is_workload(user))
-        if not any(of.says_of(host) and of.is_seen_in(namespace) for namespace, _, host in parts):
+        named = [namespace for namespace, _, host in parts if of.says_of(host) and of.is_seen_in(namespace)]
+        if not named:
             return ""
+        if not any(self._counts_in(namespace, of) for namespace in named):
+            return "it is of another namespace than the service, and not of the waypoint's"
         said = [name for name in ("http", "tcp") if getattr(of.spec, name)]
         if not said:
             return "it routes neither requests nor connections"
@@ -193,8 +210,10 @@ class VirtualServices:
         parent = ref_of(self._waypoint)
         asked = {each.ref for first in self._used for each in self._delegates.wrong(first)}
         for each, message in self._broken:
-            hosts = (user.partition("/")[2] for user in self._mesh.users)
-            if each.ref in asked or any(map(each.says_of, hosts)):
+            parts = (user.partition("/") for user in self._mesh.users)
+            if each.ref in asked or any(
+                each.says_of(host) and self._counts_in(ns, each) for ns, _, host in parts
+            ):
                 yield Condition(each.ref, parent, ACCEPTED, False, UNSUPPORTED_VALUE, message)
         specs = {each.ref: each.spec for each in self._found}
         for each in self._found:
@@ -242,13 +261,17 @@ class _Route:
         self.filters: list[str] = []
         self.dropped: list[str] = [part.dropped] if part.dropped else []
         self.unresolved: list[str] = [part.lost] if part.lost else []
+        self.is_elsewhere = False
+        """It has no match but for other ports or gateways."""
 
     def routes(self, name: str) -> Iterator[Json]:
         """One for each of its matches."""
         if self._part.dropped:
             return
         action = self._action()
-        for match in self._route.match or (HTTPMatch(),):
+        matches = self._route.match or (HTTPMatch(),)
+        self.is_elsewhere = not any(map(self._is_for_here, matches))
+        for match in matches:
             if not self._can_match(match):
                 continue
             fields = {"name": name, "match": _match(match)} | action
@@ -263,9 +286,10 @@ class _Route:
         if unknown := [name for name, said in asked.items() if said]:
             self.dropped.append(f"match.{unknown[0]} (it never matches)")
             return False
-        if match.gateways and "mesh" not in match.gateways:
-            return False
-        return match.port in (None, self._at.port)
+        return self._is_for_here(match)
+
+    def _is_for_here(self, match: HTTPMatch) -> bool:
+        return (not match.gateways or "mesh" in match.gateways) and match.port in (None, self._at.port)
 
     def _action(self) -> Json:
         route = self._route

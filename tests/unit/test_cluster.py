@@ -14,6 +14,7 @@ import pytest
 from pykmesh.contracts.waypoints import node_of_front, slice_name
 from pykmesh.manifests.authorization_policy import Action
 from pykmesh.manifests.objects import AuthorizationPolicy, HTTPRoute, ObjectRef
+from services.waypoint_mgr import cluster
 from services.waypoint_mgr.attachments import Condition
 from services.waypoint_mgr.cluster import READ, Cluster, _read, _ref, _stand_in, resource, status_of
 from services.waypoint_mgr.cluster_status import CONTROLLER, gateway_status, route_parents
@@ -221,6 +222,58 @@ async def test_who_may_not_list_policies_gets_no_configuration_but_for_those_tha
         tasks.cancel_scope.cancel()
     assert bool(configured) is is_configured
     assert told == is_told_of
+
+
+class Starting(Server):
+    """Has one policy, and then says for good that there is no such kind."""
+
+    def __init__(self) -> None:
+        super().__init__("AuthorizationPolicy", http.HTTPStatus.OK)
+        self.lists = 0
+
+    def list(self, found: Any, **_: Any) -> Any:
+        if found.__name__ != self._kind:
+            return Listed(http.HTTPStatus.OK)
+        self.lists += 1
+        return Policies() if self.lists == 1 else Listed(http.HTTPStatus.NOT_FOUND)
+
+    async def watch(self, found: Any, **_: Any) -> AsyncIterator[Any]:
+        if found.__name__ != self._kind:
+            await anyio.sleep_forever()
+        await anyio.sleep(0.05)
+        raise TimeoutError
+        yield
+
+
+class Policies:
+    resourceVersion = "1"  # noqa: N815
+
+    async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
+        yield {
+            "metadata": {"name": "p", "namespace": "shop", "resourceVersion": "1"},
+            "spec": {"action": "DENY"},
+        }
+
+
+@pytest.mark.anyio
+async def test_a_server_that_forgets_a_kind_is_not_believed_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cluster, "RETRY_MAX_S", 0.02)
+    monkeypatch.setattr(cluster, "GONE_S", 1.0)
+    told, configured, server = list[str](), list[Objects](), Starting()
+    found = Cluster(server, "cluster.local", configured.append, lambda event, **_: told.append(event))  # type: ignore[arg-type]
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(found.run)
+        with anyio.fail_after(5):
+            while server.lists < 4:  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+        assert [len(each.policies) for each in configured] == [1] * len(configured)
+        assert "api_server_not_followed" in told
+        with anyio.fail_after(5):
+            while configured[-1].policies:  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+        tasks.cancel_scope.cancel()
 
 
 def test_each_port_of_a_parent_is_told_what_is_of_it() -> None:

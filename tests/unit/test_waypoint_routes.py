@@ -11,7 +11,14 @@ import pytest
 from pykmesh.contracts.handoff import service_secret, told_address
 from pykmesh.contracts.waypoints import Endpoint, MeshService, ServicePort
 from pykmesh.kernel.records import ip_from_text
-from pykmesh.manifests.objects import KINDS, AuthorizationPolicy, ObjectRef, Protocol, from_plain
+from pykmesh.manifests.objects import (
+    KINDS,
+    AuthorizationPolicy,
+    ObjectRef,
+    Protocol,
+    VirtualService,
+    from_plain,
+)
 from pykmesh.manifests.parse import parse
 from services.waypoint_mgr.encode import (
     CLUSTER_TYPE,
@@ -26,12 +33,13 @@ from services.waypoint_mgr.policies import Clients
 from services.waypoint_mgr.protocols import AppProtocol, protocol_of
 from services.waypoint_mgr.routes import ACCESS_LOG, Configuration
 from services.waypoint_mgr.schema import make, schema
-from services.waypoint_mgr.source import Objects, Policy
+from services.waypoint_mgr.source import Objects, Policy, Virtual
 from tests.waypoint.world import (
     DOMAIN,
     SECRET,
     World,
     gateway,
+    grpc_route,
     http_route,
     kubernetes_service,
     mesh_service,
@@ -566,3 +574,96 @@ def test_an_address_is_its_owners_whatever_the_names() -> None:
     made = world.configuration()
     assert chains(made).keys() == {port(80).cluster}
     assert "aaa/evil" in made.conflicts[0]
+
+
+def virtual(namespace: str, *hosts: str) -> Virtual:
+    spec = {
+        "hosts": list(hosts),
+        "http": [{"route": [{"destination": {"host": "steal.evil.svc.cluster.local"}}]}],
+    }
+    plain = {"metadata": {"name": "a", "namespace": namespace}, "spec": spec}
+    made = from_plain(plain, KINDS["networking.istio.io", "VirtualService"])
+    assert isinstance(made, VirtualService)
+    return Virtual.of(made, DOMAIN)
+
+
+def leads_to(configuration: Configuration, service: str = "web") -> str:
+    (host,) = configuration.routes[port(80, service).cluster]["virtualHosts"]
+    cluster = host["routes"][0]["route"]["cluster"]
+    assert isinstance(cluster, str)
+    return cluster.rpartition("|")[2] or cluster
+
+
+def stolen() -> World:
+    world = shop()
+    world.add_backend(mesh_service("evil", "steal", {80: [Endpoint("10.9.9.9", 80)]}))
+    return world
+
+
+@pytest.mark.parametrize("host", ["web.shop.svc.cluster.local", "*.shop.svc.cluster.local", "*"])
+@pytest.mark.parametrize(("namespace", "counts"), [("evil", False), ("shop", True), ("istio-system", True)])
+def test_nobody_else_says_by_a_virtual_service_how_a_namespaces_services_are_reached(
+    namespace: str, counts: bool, host: str
+) -> None:
+    world = stolen()
+    straight = leads_to(world.configuration())
+    world.virtuals.append(virtual(namespace, host))
+    made = world.configuration()
+    assert (leads_to(made) != straight) == counts
+    told = [one.message for one in made.virtuals if one.type == "PartiallyInvalid"]
+    assert bool(told) != counts
+    assert counts or "of another namespace than the service" in told[0]
+
+
+def test_of_virtual_services_a_namespaces_own_goes_before_the_root_namespaces() -> None:
+    world = stolen()
+    world.add_backend(mesh_service("shop", "v2", {80: [Endpoint("10.0.0.3", 80)]}))
+    own = virtual("shop", "web.shop.svc.cluster.local")
+    world.virtuals += [virtual("istio-system", "web.shop.svc.cluster.local"), own]
+    said = {one.of: one.message for one in world.configuration().virtuals if one.type == "PartiallyInvalid"}
+    assert own.ref not in said
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(("lets_in", "is_accepted"), [("Same", False), ("All", True)])
+def test_a_strangers_route_on_the_gateway_is_for_the_strangers_own_services_at_the_most(
+    lets_in: str, is_accepted: bool
+) -> None:
+    world = stolen()
+    straight = leads_to(world.configuration())
+    world.gateway = gateway(lets_in=lets_in)
+    ports = {80: [Endpoint("10.9.9.8", 80)]}
+    world.add_user(
+        mesh_service("evil", "own", ports, ("10.96.9.9",)),
+        kubernetes_service("evil", "own", {"port": 80, "name": "http"}),
+    )
+    spec = {
+        "parentRefs": [{"name": "waypoint", "namespace": "shop"}],
+        "rules": [{"backendRefs": [{"name": "steal", "port": 80}]}],
+    }
+    world.routes.append(http_route("evil", "grab", spec))
+    made = world.configuration()
+    assert said(made)[0] == (
+        "Accepted=True Accepted" if is_accepted else "Accepted=False NotAllowedByListeners"
+    )
+    assert leads_to(made) == straight
+    own = made.routes[Port(named("evil", "own"), 80).cluster]["virtualHosts"][0]["routes"][0]["route"][
+        "cluster"
+    ]
+    assert ("steal" in own) == is_accepted
+
+
+@pytest.mark.parametrize("is_user", [False, True])
+def test_a_backend_of_a_grpc_route_is_spoken_to_as_grpc_also_where_it_is_asked_by_way_of_the_waypoint(
+    is_user: bool,
+) -> None:
+    world = shop({"port": 80})
+    if is_user:
+        own = mesh_service("shop", "v1", {80: [Endpoint("10.0.0.2", 80)]}, ("10.96.0.2",))
+        world.add_user(own, kubernetes_service("shop", "v1", {"port": 80}))
+    world.routes.append(grpc_route("shop", "g", {"rules": [{"backendRefs": [{"name": "v1", "port": 80}]}]}))
+    made = world.configuration()
+    options = made.clusters[port(80, "v1").cluster]["typedExtensionProtocolOptions"]
+    (spoken,) = options.values()
+    assert spoken["explicitHttpConfig"].keys() == {"http2ProtocolOptions"}
+    assert not is_user or made.protocols[port(80, "v1")] is AppProtocol.TCP

@@ -118,3 +118,35 @@ spec: {{clusterIP: 10.96.0.3, ports: [{{port: 80}}]}}
         assert objects.is_anothers(waypoint) == is_anothers
     found = parse(OBJECTS.encode(), "a.yaml")
     assert not Objects.of((each.object for each in found.objects), DOMAIN).is_anothers(waypoint)
+
+
+def test_what_guards_stays_while_it_may_be_in_a_file_that_cannot_be_read() -> None:
+    guards = """
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: p, namespace: shop}
+spec: {action: DENY, targetRefs: [{kind: Gateway, group: gateway.networking.k8s.io, name: wp}], rules: [{}]}
+---
+apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {name: a, namespace: shop}
+spec:
+  targetRefs: [{kind: Gateway, group: gateway.networking.k8s.io, name: wp}]
+  jwtRules: [{issuer: i, jwks: "{}"}]
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: d, namespace: shop}
+spec: {host: shop, trafficPolicy: {tls: {mode: SIMPLE}}}
+"""
+
+    def objects(text: str) -> Objects:
+        found = parse((OBJECTS + text).encode(), "a.yaml")
+        assert not found.errors
+        return Objects.of((each.object for each in found.objects), DOMAIN)
+
+    before, now = objects(guards), objects("")
+    assert now.with_guards_of(before) == before
+    assert before.with_guards_of(before) == before
+    assert before.with_guards_of(now) == before

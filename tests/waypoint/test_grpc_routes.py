@@ -96,11 +96,13 @@ def method(**said: str) -> dict[str, Any]:
 async def test_service_method_and_header_choose(folder: Path) -> None:
     cart = method(service="shop.Cart")
     regular = method(type="RegularExpression", service=r"old\..*", method="Get.*")
+    either = method(type="RegularExpression", service="new|newer", method="Go|Run")
     rules = [
         {"matches": [method(service="shop.Cart", method="Add")], "backendRefs": [V1]},
         {"matches": [cart], "backendRefs": [V2]},
         {"matches": [method(method="Ping")], "backendRefs": [V1]},
         {"matches": [regular], "backendRefs": [V2]},
+        {"matches": [either], "backendRefs": [V1]},
         {"matches": [cart | {"headers": [{"name": "x-canary", "value": "yes"}]}], "backendRefs": [V1]},
     ]
     async with routed(folder, *rules) as caller:
@@ -111,6 +113,9 @@ async def test_service_method_and_header_choose(folder: Path) -> None:
             "/any.Thing/Ping": "v1",
             "/old.Thing/GetAll": "v2",
             "/old.Thing/SetAll": "UNIMPLEMENTED",
+            "/new/Run": "v1",
+            "/newer/Go": "v1",
+            "/new": "UNIMPLEMENTED",
         }.items():
             (said,) = await caller.call(asked)
             assert said.split()[0] == expected, asked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -195,6 +196,13 @@ async def test_files_of_roots_are_read_again_and_a_bad_one_takes_nothing_back(
         before = changes
         await anyio.sleep(0.1)
         assert changes == before
+        fifo = tmp_path / "fifo"
+        os.mkfifo(fifo)
+        files.want([str(good), str(fifo)])
+        with anyio.fail_after(10):
+            while str(fifo) not in files.roots.errors:  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+        assert files.roots.errors[str(fifo)] == f"{fifo}: no regular file"
         files.want([])
         with anyio.fail_after(10):
             while files.roots != Roots():  # noqa: ASYNC110

@@ -85,12 +85,14 @@ async def served(
     backends: dict[str, Backend],
     *authentications: Authentication,
     policies: tuple[Policy, ...] = (),
+    is_reduced: bool = False,
 ) -> AsyncIterator[tuple[Ask, tuple[Condition, ...]]]:
     async with ads_server(folder / "ads") as server, waypoint(server, folder) as envoy:
         world = World()
         own = mesh_service("shop", "web", {envoy.port: [backends["own"].endpoint]}, [ADDRESS])
         world.add_user(own, kubernetes_service("shop", "web", {"port": envoy.port, "name": "http"}))
         world.authentications, world.policies = list(authentications), list(policies)
+        world.is_reduced = is_reduced
         made = world.configuration()
         assert not (await envoy.apply(made)).refusals
         await envoy.ready()
@@ -243,6 +245,22 @@ async def test_tokens_whose_keys_are_not_known_are_refused_and_others_served(
         assert (await asked(token())).status == 200
         assert (await asked()).status == 200
         assert f"issuer https://lost.test: {why}, so its tokens are refused" in told[-1].message
+
+
+async def test_a_configuration_that_is_reduced_lets_nobody_in_who_writes_what_a_token_would_say(
+    folder: Path, backends: dict[str, Backend]
+) -> None:
+    found = rule(
+        fromHeaders=[{"name": "x-jwt"}], outputClaimToHeaders=[{"header": "x-group", "claim": "group"}]
+    )
+    asks = policy(when=[{"key": "request.headers[x-group]", "values": ["admin"]}])
+    for is_reduced, good in ((False, 200), (True, 401)):
+        async with served(
+            folder, backends, authentication(found), policies=(asks,), is_reduced=is_reduced
+        ) as (asked, _):
+            assert (await asked(**{"x-jwt": token(group="admin")})).status == good
+            assert (await asked(**{"x-group": "admin"})).status == 403
+            assert (await asked(**{"x-jwt": "a.b.c", "x-group": "admin"})).status == 401
 
 
 async def test_keys_that_were_fetched_count_as_if_they_stood_in_it(

@@ -41,12 +41,19 @@ def named(namespace: str, name: str) -> str:
     return f"{namespace}/{name}.{namespace}.svc.{DOMAIN}"
 
 
-def gateway(annotations: Mapping[str, str] | None = None) -> Gateway:
+def gateway(annotations: Mapping[str, str] | None = None, lets_in: str = "Same") -> Gateway:
     plain = {
         "metadata": {"name": "waypoint", "namespace": "shop", "annotations": dict(annotations or {})},
         "spec": {
             "gatewayClassName": "pykmesh-waypoint",
-            "listeners": [{"name": "mesh", "port": 15019, "protocol": "TCP"}],
+            "listeners": [
+                {
+                    "name": "mesh",
+                    "port": 15019,
+                    "protocol": "TCP",
+                    "allowedRoutes": {"namespaces": {"from": lets_in}},
+                }
+            ],
         },
     }
     made = from_plain(plain, Gateway)
@@ -118,6 +125,7 @@ class World:
         self.spans: Spans | None = None
         self.names: Path | None = None
         self.roots = NO_ROOTS
+        self.is_reduced = False
 
     def add_user(self, service: MeshService, kubernetes: Service) -> None:
         self.users.append(service)
@@ -140,7 +148,7 @@ class World:
             self.users,
             self.known,
             self.services,
-            wanted,
+            wanted.reduced if self.is_reduced else wanted,
             DOMAIN,
             self.clients,
             self.spans,
