@@ -25,6 +25,7 @@ import structlog
 from pykmesh import programs
 from pykmesh.logs import LOG_BYTES_MAX
 from services.waypoint_mgr.envoy import LISTENER
+from services.waypoint_mgr.regexes import STEPS_MAX
 
 DRAIN_S: Final = 45
 """As Istio's: how long connections of a chain that changed may go on."""
@@ -35,8 +36,7 @@ END_DEADLINE_S: Final = 5.0
 POLL_S: Final = 0.1
 SOCKET_PATH_BYTES_MAX: Final = 107
 
-_RUNTIME: Final = {"re2.max_program_size.error_level": 32768}
-"""Istio's: without it expressions of a few dozen characters are refused."""
+_RUNTIME: Final = {"re2.max_program_size.error_level": STEPS_MAX}
 _START: Final = (
     'read -r stat < /proc/$$/stat && printf "%s\\n" "$stat" > "$0"'
     ' && if [ -n "$1" ]; then echo $$ > "$1"; fi && shift && exec "$@"'

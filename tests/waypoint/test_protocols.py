@@ -133,9 +133,11 @@ async def test_services_of_both_families_come_in_at_one_listener(
 
 
 TAKEN = ("/a/[^/]+", r"\d{3}-\w*?", "(?i)abc", "(?P<n>a|b)+", r"[[:alpha:]]\.", r"([0-9a-f]{4}-){3}x{12}",
-         "/tenants/[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?/items")  # fmt: skip
+         "/tenants/[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?/items", ".{1000}" * 8, "(?:a|bc|d){500}",
+         "/[a-z0-9-]{1,63}(/[^/]{1,63}){0,9}", r"(?i)[\w.]{999}")  # fmt: skip
 REFUSED = ("(", "a**", "[b-a]", "(?=a)", "(?<!a)b", r"(a)\1", "(?P<n>a)(?P=n)", "(?>a)", "a++", "a{1001}",
-           "[[:foo:]]", "(?P<é>x)", "(?x)a", "(?#c)", r"a\Z", r"[\b]", r"\é", "(a{100}){100}")  # fmt: skip
+           "[[:foo:]]", "(?P<é>x)", "(?x)a", "(?#c)", r"a\Z", r"[\b]", r"\é", "(a{100}){100}",
+           ".{1000}" * 17, "[a-z_]{999}" * 17, r"(?:\W{10}){99}" * 8, "(?:(?:x{30}y?){30})" * 40)  # fmt: skip
 
 
 async def test_envoy_takes_and_refuses_the_same_regular_expressions(
