@@ -6,6 +6,7 @@ it is for: one broken policy must neither let anybody in nor hold up the waypoin
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from functools import cache
@@ -36,11 +37,13 @@ from lightkube.generic_resource import (
 
 from pykmesh.contracts.settings import IN_CLUSTER
 from pykmesh.manifests.authorization_policy import Action
+from pykmesh.manifests.destination_rule import TLSMode
 from pykmesh.manifests.http_route import GATEWAY_GROUP
 from pykmesh.manifests.objects import (
     CLUSTER_CLASSES,
     KINDS,
     AuthorizationPolicy,
+    DestinationRule,
     Gateway,
     Object,
     ObjectRef,
@@ -208,6 +211,8 @@ class Cluster:
                 objects.append(each.object)
             elif ref.kind == AuthorizationPolicy.__name__:
                 objects.append(_stand_in(ref, each.plain, gateways))
+            elif ref.kind == DestinationRule.__name__ and (closing := _closing(ref, each.plain)):
+                objects.append(closing)
         return Objects.of(objects, self._domain, errors=errors, classes=CLUSTER_CLASSES)
 
     async def _follow(self, kind: Kind) -> None:
@@ -313,6 +318,20 @@ def _stand_in(ref: ObjectRef, plain: Plain, gateways: Iterable[ObjectRef]) -> Ob
     if named and not targets:
         targets = [{"group": GATEWAY_GROUP, "kind": one.kind, "name": one.name} for one in own]
     return _denial(ref, targets)
+
+
+def _closing(ref: ObjectRef, plain: Plain) -> Object | None:
+    """What a rule that cannot be read and speaks of TLS is taken for: its host is not spoken to."""
+    said = plain.get("spec")
+    if not isinstance(said, dict) or '"tls"' not in json.dumps(said, default=str):
+        return None
+    tls = {"mode": TLSMode.MUTUAL.value}  # which nobody is spoken to in, here
+    metadata = {"name": ref.name, "namespace": ref.namespace}
+    spec = {"host": said.get("host"), "trafficPolicy": {"tls": tls}}
+    try:
+        return from_plain({"metadata": metadata, "spec": spec}, DestinationRule)
+    except msgspec.ValidationError:
+        return None
 
 
 def _denial(ref: ObjectRef, targets: list[Any]) -> Object:

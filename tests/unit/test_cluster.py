@@ -13,12 +13,16 @@ import pytest
 
 from pykmesh.contracts.waypoints import node_of_front, slice_name
 from pykmesh.manifests.authorization_policy import Action
-from pykmesh.manifests.objects import AuthorizationPolicy, HTTPRoute, ObjectRef
+from pykmesh.manifests.objects import AuthorizationPolicy, DestinationRule, HTTPRoute, ObjectRef
 from services.waypoint_mgr import cluster
 from services.waypoint_mgr.attachments import Condition
-from services.waypoint_mgr.cluster import READ, Cluster, _read, _ref, _stand_in, resource, status_of
+from services.waypoint_mgr.cluster import READ, Cluster, _closing, _read, _ref, _stand_in, resource, status_of
 from services.waypoint_mgr.cluster_status import CONTROLLER, gateway_status, route_parents
-from services.waypoint_mgr.source import Objects
+from services.waypoint_mgr.destinations import Destinations
+from services.waypoint_mgr.envoy import Port
+from services.waypoint_mgr.protocols import AppProtocol
+from services.waypoint_mgr.source import Destination, Objects
+from tests.waypoint.world import DOMAIN, gateway, named
 
 BEFORE, NOW = "2026-01-01T00:00:00Z", "2026-02-02T00:00:00Z"
 KINDS = {kind.name: kind for kind in READ}
@@ -98,6 +102,27 @@ def test_one_that_could_counts_as_it_was_until_it_can_be_read_again() -> None:
     assert _read(
         kind, _ref(kind, good), good | {"metadata": good["metadata"] | {"resourceVersion": "3"}}, second
     ) == (first._replace(plain=good | {"metadata": good["metadata"] | {"resourceVersion": "3"}}, version="3"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "host"),
+    [
+        ({"host": "web", "trafficPolicy": {"tls": {"mode": "SIMPLE"}, "loadBalancer": 7}}, "web"),
+        ({"host": "web", "subsets": [{"name": 1, "trafficPolicy": {"tls": {"mode": "SIMPLE"}}}]}, "web"),
+        ({"host": "web", "trafficPolicy": {"loadBalancer": 7}}, ""),
+        ({"host": 1, "trafficPolicy": {"tls": {"mode": "SIMPLE"}}}, ""),
+        ("nothing", ""),
+    ],
+)
+def test_who_is_to_be_spoken_to_in_tls_by_a_rule_that_cannot_be_read_is_not_spoken_to(
+    spec: Any, host: str
+) -> None:
+    made = _closing(ObjectRef("DestinationRule", "shop", "d"), {"spec": spec})
+    assert (made is not None) == bool(host)
+    if isinstance(made, DestinationRule):
+        assert made.spec.host == host
+        rules = Destinations(gateway(), [Destination.of(made, DOMAIN)])
+        assert rules.encryption(Port(named("shop", "web"), 80), AppProtocol.HTTP).is_closed
 
 
 def test_a_route_that_cannot_be_read_is_told_and_missing() -> None:
