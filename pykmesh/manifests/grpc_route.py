@@ -28,6 +28,8 @@ from pykmesh.manifests.http_route import (
 _SERVICE: Final = re.compile(r"\.?[A-Za-z_][A-Za-z_0-9]*(\.[A-Za-z_][A-Za-z_0-9]*)*")
 _METHOD: Final = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
 _ANY: Final = "[^/]+"
+ANY_SERVICE: Final = f"/(?:{_ANY})/"
+"""What the path of a match begins with that names a method alone."""
 _FILTERS: Final = frozenset(
     {
         FilterType.REQUEST_HEADER_MODIFIER,
@@ -62,7 +64,8 @@ class MethodMatch(_Part, frozen=True, kw_only=True):
         if self.type is ValueMatchType.EXACT and self.service:
             kind = PathMatchType.EXACT if self.method else PathMatchType.PATH_PREFIX
             return PathMatch(type=kind, value=f"/{self.service}" + (f"/{self.method}" if self.method else ""))
-        pattern = f"/(?:{self.service or _ANY})/(?:{self.method or _ANY})"
+        service = f"/(?:{self.service})/" if self.service else ANY_SERVICE
+        pattern = f"{service}(?:{self.method or _ANY})"
         return PathMatch(type=PathMatchType.REGULAR_EXPRESSION, value=pattern)
 
 

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from pykmesh.manifests.grpc_route import ANY_SERVICE
 from pykmesh.manifests.http_route import (
     BackendObjectRef,
     BackendRef,
@@ -92,9 +93,15 @@ def straight_to(at: Port) -> Json:
 
 def rank(match: RouteMatch) -> Rank:
     order = (PathMatchType.EXACT, PathMatchType.REGULAR_EXPRESSION, PathMatchType.PATH_PREFIX)
+    path_type, length = match.path.type, len(match.path.value.rstrip("/"))
+    if path_type is PathMatchType.REGULAR_EXPRESSION and match.path.value.startswith(ANY_SERVICE):
+        path_type, length = (
+            PathMatchType.PATH_PREFIX,
+            1,
+        )  # a GRPCRoute's: any service that is named goes before
     return Rank(
-        order.index(match.path.type),
-        -len(match.path.value.rstrip("/")),
+        order.index(path_type),
+        -length,
         match.method is None,
         -len(match.headers),
         -len(match.query_params),

@@ -103,6 +103,7 @@ async def test_service_method_and_header_choose(folder: Path) -> None:
         {"matches": [method(method="Ping")], "backendRefs": [V1]},
         {"matches": [regular], "backendRefs": [V2]},
         {"matches": [either], "backendRefs": [V1]},
+        {"matches": [method(service="best.Thing")], "backendRefs": [V2]},
         {"matches": [cart | {"headers": [{"name": "x-canary", "value": "yes"}]}], "backendRefs": [V1]},
     ]
     async with routed(folder, *rules) as caller:
@@ -111,6 +112,7 @@ async def test_service_method_and_header_choose(folder: Path) -> None:
             "/shop.Cart/Remove": "v2",
             "/shop.Cartoon/Add": "UNIMPLEMENTED",
             "/any.Thing/Ping": "v1",
+            "/best.Thing/Ping": "v2",
             "/old.Thing/GetAll": "v2",
             "/old.Thing/SetAll": "UNIMPLEMENTED",
             "/new/Run": "v1",
