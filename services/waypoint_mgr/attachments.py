@@ -206,18 +206,42 @@ def _attach_route(
     for parent, ref in parents:
         found = _Refusal(UNSUPPORTED_VALUE, "; ".join(errors)) if errors else None
         found = found or _refusal(route, parent, ref, waypoint, mesh, attached)
+        ports = [] if found else list(_ports_of(route, parent, ref, mesh, attached))
+        others = {
+            port: other for port in ports if (other := _goes_before(route, attached.to_ports.get(port, ())))
+        }
+        if others and len(others) == len(ports):
+            found = _Refusal("Conflicted", _told_of(others))
         if found:
             said = [Condition(route.ref, ref, ACCEPTED, False, found.reason, found.message)]
         else:
             said = [Condition(route.ref, ref, ACCEPTED, True, ACCEPTED), *_what_is_left_out(route, ref, mesh)]
+            if others:
+                said.append(
+                    Condition(route.ref, ref, PARTIALLY_INVALID, True, UNSUPPORTED_VALUE, _told_of(others))
+                )
         at = {"section": parent.section_name, "port": parent.port or 0}
         attached.conditions.extend(msgspec.structs.replace(each, **at) for each in said)
         if found:
             continue
         if ref.kind == "Gateway":
             _add(attached.to_gateway, route)
-        for port in _ports_of(route, parent, ref, mesh, attached):
-            _add(attached.to_ports.setdefault(port, []), route)
+        for port in ports:
+            if port not in others:
+                _add(attached.to_ports.setdefault(port, []), route)
+
+
+def _goes_before(route: Route, there: Sequence[Route]) -> Route | None:
+    """One that is older, where two cannot be for one port: of another kind, or TCPRoutes."""
+    is_alone = route.carries is AppProtocol.TCP
+    others = (each for each in there if each is not route and (is_alone or each.ref.kind != route.ref.kind))
+    return next(others, None)
+
+
+def _told_of(others: Mapping[Port, Route]) -> str:
+    return "; ".join(
+        f"port {port.port} goes by {other.ref}, which is older" for port, other in others.items()
+    )
 
 
 def _add(routes: list[Route], route: Route) -> None:

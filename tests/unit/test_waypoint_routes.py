@@ -44,6 +44,7 @@ from tests.waypoint.world import (
     kubernetes_service,
     mesh_service,
     named,
+    tcp_route,
 )
 
 V1 = [{"name": "v1", "port": 80}]
@@ -576,6 +577,9 @@ def test_an_address_is_its_owners_whatever_the_names() -> None:
     assert "aaa/evil" in made.conflicts[0]
 
 
+TO_V1 = {"backendRefs": [{"name": "v1", "port": 80}]}
+
+
 def virtual(namespace: str, *hosts: str) -> Virtual:
     spec = {
         "hosts": list(hosts),
@@ -667,3 +671,32 @@ def test_a_backend_of_a_grpc_route_is_spoken_to_as_grpc_also_where_it_is_asked_b
     (spoken,) = options.values()
     assert spoken["explicitHttpConfig"].keys() == {"http2ProtocolOptions"}
     assert not is_user or made.protocols[port(80, "v1")] is AppProtocol.TCP
+
+
+def test_of_two_that_cannot_both_be_for_a_port_the_older_is_and_the_other_is_told() -> None:
+    """TCPRoutes, and routes of different kinds (GEP-1294); of a folder the first by name is the older."""
+    for protocol, routes in (
+        ("tcp", [tcp_route("shop", name, {"name": "v1", "port": 80}) for name in ("a", "b")]),
+        ("", [http_route("shop", "a", {"rules": [TO_V1]}), grpc_route("shop", "b", {"rules": [TO_V1]})]),
+    ):
+        world = shop({"port": 80, "name": protocol})
+        world.routes = routes
+        made = world.configuration()
+        told = {(one.of.name, one.type): one for one in made.conditions}
+        assert told["a", "Accepted"].status
+        refused = told["b", "Accepted"]
+        assert (refused.status, refused.reason) == (False, "Conflicted")
+        assert refused.message == f"port 80 goes by {routes[0].ref}, which is older"
+
+
+def test_one_that_is_for_some_of_its_ports_alone_is_told_which_not() -> None:
+    world = shop({"port": 80, "name": "http"}, {"port": 81, "name": "http-b"})
+    parent = {"kind": "Service", "group": "", "name": "web"}
+    world.routes = [
+        grpc_route("shop", "a", {"parentRefs": [parent | {"port": 80}], "rules": [TO_V1]}),
+        http_route("shop", "b", {"parentRefs": [parent], "rules": [TO_V1]}),
+    ]
+    made = world.configuration()
+    (told,) = [one for one in made.conditions if one.type == "PartiallyInvalid"]
+    assert (told.of.name, told.message) == ("b", f"port 80 goes by {world.routes[0].ref}, which is older")
+    assert "v1" in str(made.routes[port(81).cluster])
