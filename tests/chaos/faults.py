@@ -649,6 +649,16 @@ class KillEnvoy(_Step, tag="kill envoy"):
         os.kill(stage.chance.choice(stage.instances())["pid"], signal.SIGKILL)
 
 
+class LimitEnvoy(_Step, tag="limit envoy"):
+    """One of them, drawn, gets no more memory, and is ended by the kernel for what it asks for."""
+
+    def act(self, stage: Stage) -> None:
+        stage.may_fail["shop"] += stage.under_way("shop") + IN_A_MOMENT
+        pid = stage.chance.choice(stage.instances())["pid"]
+        _limit_memory(stage, pid, 0)
+        wait_until(lambda: pid not in [each["pid"] for each in stage.instances()], "the Envoy to be ended")
+
+
 # -- what has to be seen
 
 
@@ -798,5 +808,5 @@ Step = (
     Wait | Settled | Repeat | Together | Kill | KillAll | Stop | Down | Up | Limit | Hog | Disk | Scale
     | Services | Folder | Wire | ControlPlane | Flood | Password | Stranger | Unpin | Bystander | Upgrade
     | KillAtCalls | KilledUpgrades | NotEnrolled | Entries | Restarted | Resolves | Instances | KillEnvoy
-    | Says | LooksUp | Metric
+    | LimitEnvoy | Says | LooksUp | Metric
 )  # fmt: skip
