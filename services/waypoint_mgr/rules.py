@@ -95,10 +95,8 @@ def rank(match: RouteMatch) -> Rank:
     order = (PathMatchType.EXACT, PathMatchType.REGULAR_EXPRESSION, PathMatchType.PATH_PREFIX)
     path_type, length = match.path.type, len(match.path.value.rstrip("/"))
     if path_type is PathMatchType.REGULAR_EXPRESSION and match.path.value.startswith(ANY_SERVICE):
-        path_type, length = (
-            PathMatchType.PATH_PREFIX,
-            1,
-        )  # a GRPCRoute's: any service that is named goes before
+        # A method alone of a GRPCRoute: any service that is named goes before.
+        path_type, length = PathMatchType.PATH_PREFIX, 1
     return Rank(
         order.index(path_type),
         -length,
