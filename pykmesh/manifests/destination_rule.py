@@ -88,6 +88,7 @@ class LoadBalancer(_Part, frozen=True, kw_only=True):
     simple: SimpleLB | None = None
     consistent_hash: ConsistentHash | None = None
     locality_lb_setting: _Any | None = None
+    zone_aware_lb_setting: _Any | None = None
     warmup: _Any | None = None
     warmup_duration_secs: str | None = None
 
@@ -115,6 +116,7 @@ class HTTPSettings(_Part, frozen=True, kw_only=True):
     h2_upgrade_policy: str | None = None
     use_client_protocol: bool = False
     max_concurrent_streams: Count = 0
+    http2_keep_alive: _Any | None = None
 
 
 class ConnectionPool(_Part, frozen=True, kw_only=True):
@@ -127,11 +129,12 @@ class OutlierDetection(_Part, frozen=True, kw_only=True):
     consecutive_local_origin_failures: Count | None = None
     consecutive_errors: Count | None = None
     consecutive_gateway_errors: Count | None = None
-    consecutive_5xx_errors: Count | None = None
+    consecutive_5xx_errors: Count | None = msgspec.field(name="consecutive5xxErrors", default=None)
     interval: PositiveDuration | None = None
     base_ejection_time: PositiveDuration | None = None
     max_ejection_percent: Percent = 0
     min_health_percent: Percent = 0
+    outlier_detection_http_error_codes: tuple[Any, ...] = ()
 
 
 class TLSMode(Enum):

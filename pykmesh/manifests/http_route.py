@@ -40,6 +40,14 @@ _PATH_CHARACTERS: Final = re.compile(r"(?:[-A-Za-z0-9/._~!$&'()*+,;=:@]|%[0-9a-f
 _PATH_ENDS_REFUSED: Final = ("/..", "/.")
 
 
+_GROUPS: Final = {"Gateway": (GATEWAY_GROUP,), "Service": CORE_GROUPS, "ServiceEntry": (ISTIO_GROUP,)}
+
+
+def whole_kind(group: str, kind: str) -> str:
+    """Such as `example.com/Service`; `Service` alone is that of Kubernetes."""
+    return kind if group in _GROUPS.get(kind, ()) else f"{group}/{kind}"
+
+
 def duration_ms(text: str) -> int:
     """Of a Duration."""
     return sum(int(count) * _UNIT_MS[unit] for count, unit in re.findall(r"([0-9]+)(ms|h|m|s)", text))
@@ -58,12 +66,9 @@ class ParentRef(_Part, frozen=True, kw_only=True):
     port: PortNumber | None = None
 
     @property
-    def is_service(self) -> bool:
-        return self.kind == "Service" and self.group in CORE_GROUPS
-
-    @property
-    def is_gateway(self) -> bool:
-        return self.kind == "Gateway" and self.group == GATEWAY_GROUP
+    def whole_kind(self) -> str:
+        """With its group, unless that is the one which the kind has."""
+        return whole_kind(self.group, self.kind)
 
 
 class PathMatchType(Enum):

@@ -61,6 +61,7 @@ class Metadata(_Manifest, frozen=True, kw_only=True):
     owner_references: tuple[OwnerReference, ...] = ()
     creation_timestamp: str = ""
     deletion_timestamp: str = ""
+    generation: int = 0
     uid: str = ""
 
 
@@ -488,13 +489,15 @@ class TLSTarget(_Manifest, frozen=True, kw_only=True):
 
 
 class TLSName(_Manifest, frozen=True, kw_only=True):
+    type: str = ""
     hostname: str = ""
     uri: str = ""
 
 
 class TLSValidation(_Manifest, frozen=True, kw_only=True):
-    """Whose certificate it should be. Roots in ConfigMaps (`caCertificateRefs`) are not read."""
+    """Whose certificate it should be. Roots in ConfigMaps are not read."""
 
+    ca_certificate_refs: tuple[Any, ...] = ()
     hostname: str = ""
     well_known: str = msgspec.field(default="", name="wellKnownCACertificates")
     subject_alt_names: tuple[TLSName, ...] = ()
@@ -502,7 +505,7 @@ class TLSValidation(_Manifest, frozen=True, kw_only=True):
     @property
     def client(self) -> ClientTLS | None:
         """The same as a DestinationRule says it; None where nobody can be checked so."""
-        if self.well_known != "System" or not self.hostname:
+        if self.well_known != "System" or self.ca_certificate_refs or not self.hostname:
             return None
         names = tuple(each.hostname or each.uri for each in self.subject_alt_names)
         return ClientTLS(mode=TLSMode.SIMPLE, sni=self.hostname, subject_alt_names=names)

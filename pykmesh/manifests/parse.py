@@ -16,6 +16,7 @@ import yaml
 from yaml.constructor import SafeConstructor
 
 from pykmesh.manifests.objects import KINDS, Object, from_plain, ref_of
+from pykmesh.manifests.unknown import unknown_fields
 
 _Loader: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -25,6 +26,7 @@ _PATH_STEP = re.compile(r"\.(?P<name>[^.\[]+)|\[(?P<index>\d+)\]")
 
 _MERGE = "tag:yaml.org,2002:merge"
 _NO_OBJECT = "Expected an object with apiVersion, kind and metadata"
+_NO_FIELD = "There is no such field, or it is not known here"
 _LONGEST_QUOTE = 60
 _TOO_DEEP = "Nested too deeply"
 _ALIASED_NODES_MAX = 100_000
@@ -182,8 +184,10 @@ class _Reader:
             path = (match and match["path"]) or ""
             why = match["why"] if match else str(error)
             self.refuse(_follow(node, path), prefix + path.removeprefix("."), why)
-        else:
-            self.objects.append(Located(obj, self._file, node.start_mark.line + 1))
+            return
+        for path in unknown_fields(plain, KINDS[kind]):
+            self.refuse(_follow(node, path), prefix + path.removeprefix("."), _NO_FIELD)
+        self.objects.append(Located(obj, self._file, node.start_mark.line + 1))
 
     def refuse(self, node: yaml.Node, field: str, why: str) -> None:
         """Notes an error at a node."""

@@ -88,8 +88,16 @@ class Destination(_Part, frozen=True, kw_only=True):
     port: PortSelector | None = None
 
 
+AUTHORITY = ":authority"
+_SetName = Annotated[
+    str,
+    msgspec.Meta(pattern=rf"^(?:{AUTHORITY}|[A-Za-z0-9!#$%&'*+\-.^_`|~]+)\Z", min_length=1, max_length=256),
+]
+"""A header's, or what Envoy calls the host."""
+
+
 class HeaderOperations(_Part, frozen=True, kw_only=True):
-    set: dict[HeaderName, _Printed] = {}
+    set: dict[_SetName, _Printed] = {}
     add: dict[HeaderName, _Printed] = {}
     remove: tuple[HeaderName, ...] = ()
 
@@ -97,6 +105,10 @@ class HeaderOperations(_Part, frozen=True, kw_only=True):
 class Headers(_Part, frozen=True, kw_only=True):
     request: HeaderOperations = HeaderOperations()
     response: HeaderOperations = HeaderOperations()
+
+    def __post_init__(self) -> None:
+        if AUTHORITY in self.response.set:
+            raise ValueError(f"a response has no {AUTHORITY}")
 
 
 class RouteDestination(_Part, frozen=True, kw_only=True):
@@ -111,9 +123,12 @@ class Redirect(_Part, frozen=True, kw_only=True):
     port: PortNumber | None = None
     derive_port: str = ""
     scheme: _Printed = ""
+    prefix_rewrite: _Printed = ""
     redirect_code: int = 301
 
     def __post_init__(self) -> None:
+        if self.uri and self.prefix_rewrite:
+            raise ValueError("only one of uri and prefixRewrite may be given")
         if self.redirect_code not in (301, 302, 303, 307, 308):
             raise ValueError(f"redirectCode must be 301, 302, 303, 307 or 308: {self.redirect_code}")
 
@@ -211,6 +226,7 @@ class HTTPRoute(_Part, frozen=True, kw_only=True):
     mirrors: tuple[Mirror, ...] = ()
     mirror_percentage: Percent | None = None
     mirror_percent: int | None = None
+    mirror_percent_of_old: int | None = msgspec.field(name="mirror_percent", default=None)
     cors_policy: CorsPolicy | None = None
     headers: Headers = Headers()
 

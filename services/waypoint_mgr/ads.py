@@ -183,6 +183,7 @@ class _Stream:
         self.has_taken = False
         """It had all that was published at some time."""
         self._sent_clusters: set[str] = set()
+        """Before endpoints were first asked for."""
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
@@ -220,6 +221,7 @@ class _Stream:
             self._subscriptions[request.type_url] = sub
             if request.type_url == ENDPOINT_TYPE:
                 sub.forget(self._sent_clusters)
+                self._sent_clusters.clear()
         if request.response_nonce:
             sub.answer(request)
             if sub.refusal:
@@ -313,7 +315,6 @@ class _Stream:
             routes.forget(list(routes.sent))  # they may have come for a listener that was refused
         sub.respond(response.nonce, changed, gone)
         if sub.type_url == CLUSTER_TYPE:
-            self._sent_clusters |= changed.keys()
             self._send_endpoints_again(changed)
         log.info(
             "configuration_sent",
@@ -330,6 +331,8 @@ class _Stream:
         endpoints = self._subscriptions.get(ENDPOINT_TYPE)
         if endpoints:
             endpoints.forget(clusters)
+        else:
+            self._sent_clusters.update(clusters)
 
     def _wanted(self, sub: _Subscription) -> _Versions:
         versions = self._published.versions.get(sub.type_url, {}) if self._published else {}

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
-from pykmesh.contracts.waypoints import Endpoint, MeshService, ServicePort
+from pykmesh.contracts.waypoints import Endpoint, MeshService, ServicePort, namespace_of
 from pykmesh.manifests.http_route import BackendObjectRef, ParentRef
 from pykmesh.manifests.objects import Gateway, Labels, ObjectRef, Service, ref_of
 from services.waypoint_mgr.envoy import Port
@@ -45,6 +45,8 @@ class Condition(msgspec.Struct, frozen=True):
     message: str = ""
     section: str = ""
     port: int = 0
+    generation: int = 0
+    """Of the route, as an API server counts."""
 
 
 class Mesh:
@@ -168,6 +170,28 @@ class Attached(msgspec.Struct, frozen=True):
             if (route.carries is AppProtocol.TCP) == is_tcp and route.namespace in namespaces
         ]
 
+    def without_ports(self, protocols: Mapping[Port, AppProtocol], waypoint: Gateway) -> Iterator[Condition]:
+        """What is said of the Gateway's routes that are for none of the ports which come by way of it.
+
+        `protocols`: what each of these carries.
+        """
+        for route in self.to_gateway:
+            is_tcp = route.carries is AppProtocol.TCP
+            found = [
+                (protocol is AppProtocol.TCP) == is_tcp
+                for at, protocol in protocols.items()
+                if route.namespace in (waypoint.namespace, namespace_of(at.service))
+            ]
+            if not found or any(found):
+                continue
+            what = "TCP alone" if is_tcp else "HTTP (a Service says so by a port's name or appProtocol)"
+            message = f"it is for no port: none that goes this way carries {what}"
+            for each in self.conditions:
+                if (each.of, each.parent, each.type) == (route.ref, ref_of(waypoint), ACCEPTED):
+                    yield msgspec.structs.replace(
+                        each, type=PARTIALLY_INVALID, reason=UNSUPPORTED_VALUE, message=message
+                    )
+
 
 class _Refusal(NamedTuple):
     reason: str
@@ -220,7 +244,7 @@ def _attach_route(
                 said.append(
                     Condition(route.ref, ref, PARTIALLY_INVALID, True, UNSUPPORTED_VALUE, _told_of(others))
                 )
-        at = {"section": parent.section_name, "port": parent.port or 0}
+        at = {"section": parent.section_name, "port": parent.port or 0, "generation": route.generation}
         attached.conditions.extend(msgspec.structs.replace(each, **at) for each in said)
         if found:
             continue
@@ -250,7 +274,7 @@ def _add(routes: list[Route], route: Route) -> None:
 
 
 def _parent_ref(route: Route, parent: ParentRef) -> ObjectRef:
-    return ObjectRef(parent.kind, parent.namespace or route.namespace, parent.name)
+    return ObjectRef(parent.whole_kind, parent.namespace or route.namespace, parent.name)
 
 
 def _is_ours(ref: ObjectRef, waypoint: Gateway, mesh: Mesh) -> bool:

@@ -1,7 +1,8 @@
 """What an API server says of waypoints and of what they are for: each kind is listed, then watched.
 
 An object that cannot be read counts as it last was. A policy that never could be is taken to refuse all that
-it is for: one broken policy must neither let anybody in nor hold up the waypoints of others.
+it is for: one broken policy must neither let anybody in nor hold up the waypoints of others. A field that is
+not known, of a newer API, is told.
 """
 
 from __future__ import annotations
@@ -43,13 +44,16 @@ from pykmesh.manifests.objects import (
     CLUSTER_CLASSES,
     KINDS,
     AuthorizationPolicy,
+    BackendTLSPolicy,
     DestinationRule,
     Gateway,
     Object,
     ObjectRef,
+    RequestAuthentication,
     from_plain,
     ref_of,
 )
+from pykmesh.manifests.unknown import unknown_fields
 from services.waypoint_mgr.source import Objects
 
 log = structlog.get_logger(__name__)
@@ -83,6 +87,7 @@ SETTLE_S: Final = 0.02
 CHUNK: Final = 500
 FORBIDDEN: Final = 403
 NOT_FOUND: Final = 404
+_NAME_MAX: Final = 253
 _EVENTS: Final = ("ADDED", "MODIFIED", "DELETED")
 
 
@@ -209,10 +214,8 @@ class Cluster:
                 errors.append(each.error)
             if each.object is not None:
                 objects.append(each.object)
-            elif ref.kind == AuthorizationPolicy.__name__:
-                objects.append(_stand_in(ref, each.plain, gateways))
-            elif ref.kind == DestinationRule.__name__ and (closing := _closing(ref, each.plain)):
-                objects.append(closing)
+            elif (found := _in_place_of(ref, each.plain, gateways)) is not None:
+                objects.append(found)
         return Objects.of(objects, self._domain, errors=errors, classes=CLUSTER_CLASSES)
 
     async def _follow(self, kind: Kind) -> None:
@@ -303,21 +306,62 @@ def _read(kind: Kind, ref: ObjectRef, plain: Plain, before: _Read | None) -> _Re
         return _Read(plain, version, before.object if before else None, f"{ref}: {error}")
     if ref_of(found) != ref:
         return _Read(plain, version, None, f"{ref}: is read as {ref_of(found)}")
-    return _Read(plain, version, found, "")
+    unknown = unknown_fields(plain, type(found))
+    return _Read(plain, version, found, f"{ref}: not known here: {', '.join(unknown)}" if unknown else "")
 
 
-def _stand_in(ref: ObjectRef, plain: Plain, gateways: Iterable[ObjectRef]) -> Object:
-    """What a policy that cannot be read is taken for: it refuses everybody at the targets that can be.
+def _in_place_of(ref: ObjectRef, plain: Plain, gateways: Iterable[ObjectRef]) -> Object | None:
+    """What an object that never could be read is taken for, if it may guard something."""
+    match ref.kind:
+        case AuthorizationPolicy.__name__:
+            return _refusing(ref, plain, gateways)
+        case RequestAuthentication.__name__:
+            # Whose headers, which a token is to fill, anybody could.
+            own = ObjectRef(AuthorizationPolicy.__name__, ref.namespace, f"unread-{ref.name}"[:_NAME_MAX])
+            return _refusing(own, plain, gateways)
+        case DestinationRule.__name__:
+            return _closing(ref, plain)
+        case BackendTLSPolicy.__name__:
+            return _closing_by_policy(ref, plain)
+    return None
+
+
+def _refusing(ref: ObjectRef, plain: Plain, gateways: Iterable[ObjectRef]) -> Object:
+    """A policy that refuses everybody at the targets that can be read.
 
     If none can, at all waypoints of its namespace.
     """
-    said = plain.get("spec", {})
-    named = said.get("targetRefs") or ([said["targetRef"]] if said.get("targetRef") else [])
     own = [one for one in gateways if one.namespace == ref.namespace]
-    targets = [one for one in named if _is_target(one, ref)] if isinstance(named, list) else []
+    named = _targets(plain)
+    targets = [one for one in named if _is_target(one, ref)]
     if named and not targets:
         targets = [{"group": GATEWAY_GROUP, "kind": one.kind, "name": one.name} for one in own]
     return _denial(ref, targets)
+
+
+def _targets(plain: Plain) -> list[Any]:
+    said = plain.get("spec")
+    if not isinstance(said, dict):
+        return []
+    named = said.get("targetRefs") or ([said["targetRef"]] if said.get("targetRef") else [])
+    return named if isinstance(named, list) else [named]
+
+
+def _closing_by_policy(ref: ObjectRef, plain: Plain) -> Object:
+    """A BackendTLSPolicy for the targets that can be read, which nobody can be checked by."""
+
+    def made(targets: list[Any]) -> Object:
+        metadata = {"name": ref.name, "namespace": ref.namespace}
+        return from_plain({"metadata": metadata, "spec": {"targetRefs": targets}}, BackendTLSPolicy)
+
+    def is_target(one: Any) -> bool:
+        try:
+            made([one])
+        except msgspec.ValidationError:
+            return False
+        return True
+
+    return made([one for one in _targets(plain) if is_target(one)])
 
 
 def _closing(ref: ObjectRef, plain: Plain) -> Object | None:

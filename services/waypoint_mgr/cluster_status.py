@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
+from pykmesh.manifests.http_route import GATEWAY_GROUP, whole_kind
 from pykmesh.manifests.objects import ObjectRef
 from services.waypoint_mgr.attachments import ACCEPTED, Condition
 
@@ -40,13 +41,13 @@ def gateway_status(
     else:
         said.append(_condition(PROGRAMMED, False, _PENDING, why or "nobody takes connections yet"))
     others = [each for each in found if each["type"] not in (ACCEPTED, PROGRAMMED)]
-    return {"addresses": known, "conditions": [*_dated(said, found, gateway, now), *others]}
+    return {"addresses": known, "conditions": [*_dated(said, found, _generation(gateway), now), *others]}
 
 
 def class_status(gateway_class: Plain, now: str) -> Plain:
     said = [_condition(ACCEPTED, True, ACCEPTED, "waypoint_mgr runs its Gateways")]
     before = gateway_class.get("status", {}).get("conditions", ())
-    return {"conditions": _dated(said, before, gateway_class, now)}
+    return {"conditions": _dated(said, before, _generation(gateway_class), now)}
 
 
 def route_parents(route: Plain, said: Iterable[Condition], now: str) -> list[Plain]:
@@ -57,17 +58,18 @@ def route_parents(route: Plain, said: Iterable[Condition], now: str) -> list[Pla
     found = []
     conditions = [*said]
     for parent in route.get("spec", {}).get("parentRefs", ()):
-        own = [_told(each) for each in conditions if _is(each, parent, route)]
+        own = [each for each in conditions if _is(each, parent, route)]
         if own:
             old = ours.get(_key(parent), {}).get("conditions", ())
-            dated = _dated(own, old, route, now)
+            dated = _dated(map(_told, own), old, max(each.generation for each in own), now)
             found.append({"parentRef": parent, "controllerName": CONTROLLER, "conditions": dated})
     return kept + found
 
 
 def _is(condition: Condition, parent: Plain, route: Plain) -> bool:
     namespace = parent.get("namespace") or route["metadata"].get("namespace", "")
-    ref = ObjectRef(parent.get("kind", "Gateway"), namespace, parent["name"])
+    kind = whole_kind(parent.get("group", GATEWAY_GROUP), parent.get("kind", "Gateway"))
+    ref = ObjectRef(kind, namespace, parent["name"])
     at = parent.get("sectionName") or "", parent.get("port") or 0
     return (condition.parent, condition.section, condition.port) == (ref, *at)
 
@@ -80,14 +82,19 @@ def _condition(kind: str, status: bool, reason: str, message: str) -> Plain:
     return {"type": kind, "status": str(status), "reason": reason, "message": message}
 
 
-def _dated(said: Iterable[Plain], before: Iterable[Plain], of: Plain, now: str) -> list[Plain]:
+def _generation(of: Plain) -> int:
+    found: int = of["metadata"].get("generation", 0)
+    return found
+
+
+def _dated(said: Iterable[Plain], before: Iterable[Plain], generation: int, now: str) -> list[Plain]:
     """With the generation that they are of, and since when they are so."""
     known = {each["type"]: each for each in before}
     found = []
     for each in {one["type"]: one for one in said}.values():
         old = known.get(each["type"], {})
         since = old[_TIME] if old.get("status") == each["status"] and _TIME in old else now
-        found.append({**each, "observedGeneration": of["metadata"].get("generation", 0), _TIME: since})
+        found.append({**each, "observedGeneration": generation, _TIME: since})
     return found
 
 

@@ -249,6 +249,8 @@ def _left_out(policy: PortPolicy | TrafficPolicy, roots: tls.Roots) -> Iterator[
     balancer = policy.load_balancer or LoadBalancer()
     if balancer.locality_lb_setting:
         yield "loadBalancer.localityLbSetting"
+    if balancer.zone_aware_lb_setting:
+        yield "loadBalancer.zoneAwareLbSetting"
     if balancer.warmup or balancer.warmup_duration_secs:
         yield "loadBalancer.warmup"
     if balancer.simple is SimpleLB.PASSTHROUGH:
@@ -258,6 +260,8 @@ def _left_out(policy: PortPolicy | TrafficPolicy, roots: tls.Roots) -> Iterator[
         yield "loadBalancer.consistentHash.httpCookie.attributes"
     if policy.outlier_detection and policy.outlier_detection.consecutive_errors is not None:
         yield "outlierDetection.consecutiveErrors"
+    if policy.outlier_detection and policy.outlier_detection.outlier_detection_http_error_codes:
+        yield "outlierDetection.outlierDetectionHttpErrorCodes"
     pool = policy.connection_pool or ConnectionPool()
     if pool.tcp.tcp_keepalive:
         yield "connectionPool.tcp.tcpKeepalive"
@@ -271,6 +275,8 @@ def _left_out(policy: PortPolicy | TrafficPolicy, roots: tls.Roots) -> Iterator[
         yield "connectionPool.http.useClientProtocol"
     if pool.http.max_concurrent_streams:
         yield "connectionPool.http.maxConcurrentStreams"
+    if pool.http.http2_keep_alive:
+        yield "connectionPool.http.http2KeepAlive"
 
 
 def _tls_alone(found: Destination) -> Destination:

@@ -31,6 +31,8 @@ TIMEOUT_S: Final = 5.0
 TIMEOUT_MAX_S: Final = 30.0
 BYTES_MAX: Final = 1 << 20
 AT_ONCE: Final = 16
+PLACES_MAX: Final = 1024
+"""Everybody who may write a RequestAuthentication may have this process ask somewhere."""
 CHECK_S: Final = 30.0
 ERROR_MAX: Final = 300
 _DISCOVERY: Final = "/.well-known/openid-configuration"
@@ -77,18 +79,22 @@ class Keys:
         self._limit = anyio.Semaphore(AT_ONCE)
 
     def want(self, rules: Iterable[JWTRule]) -> None:
-        """Those of all rules, and no others."""
-        self._timeouts = {
+        """Those of all rules, and no others; of too many those that come first."""
+        timeouts = {
             place: min(rule.timeout.seconds if rule.timeout else 0, TIMEOUT_MAX_S) or TIMEOUT_S
             for rule in rules
             if (place := place_of(rule))
         }
+        self._timeouts = dict([*timeouts.items()][:PLACES_MAX])
         now = time.monotonic()
         self._due = {place: self._due.get(place, now) for place in self._timeouts}
         self.found = {place: keys for place, keys in self.found.items() if place in self._due}
         for known in (self.errors, self._retry_s):
             for place in known.keys() - self._due.keys():
                 del known[place]
+        too_many = f"keys of {PLACES_MAX} places are asked for already"
+        self.errors = {place: why for place, why in self.errors.items() if why != too_many}
+        self.errors |= dict.fromkeys(timeouts.keys() - self._timeouts.keys(), too_many)
 
     async def run(self) -> None:
         """Until cancelled."""

@@ -76,7 +76,7 @@ def _steps(pattern: str) -> int:
         if part == ")":
             last = whole + 2
             whole = (outer.pop() if outer else 0) + last
-        elif part.startswith("{"):
+        elif part.startswith("{") and len(part) > 1:
             more = last * (max(map(int, re.findall(r"\d+", part))) - 1)
             whole, last = whole + max(more, 0), last + max(more, 0)
         elif part in "*+?|":

@@ -195,7 +195,7 @@ def translate(
             for at in sorted(backends)
         },
         protocols=spoken | protocols,
-        conditions=tuple(attached.conditions),
+        conditions=(*attached.conditions, *attached.without_ports(protocols, waypoint)),
         policies=tuple(guard.conditions()),
         destinations=tuple(destinations.conditions()),
         virtuals=tuple(virtuals.conditions()),

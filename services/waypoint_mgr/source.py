@@ -16,7 +16,7 @@ import msgspec
 from pykmesh.manifests.authorization_policy import Action, AuthorizationPolicySpec
 from pykmesh.manifests.destination_rule import ClientTLS, DestinationRuleSpec
 from pykmesh.manifests.folder import Folder
-from pykmesh.manifests.http_route import HTTPRouteSpec
+from pykmesh.manifests.http_route import HTTPRouteSpec, whole_kind
 from pykmesh.manifests.objects import (
     GATEWAY_NAME,
     USE_WAYPOINT,
@@ -69,12 +69,13 @@ class Route(msgspec.Struct, frozen=True):
     spec: HTTPRouteSpec
     carries: AppProtocol = AppProtocol.HTTP
     """What it routes."""
+    generation: int = 0
 
     @classmethod
     def of(cls, obj: HTTPRoute | GRPCRoute | TCPRoute) -> Route:
         carries = {GRPCRoute: AppProtocol.HTTP2, TCPRoute: AppProtocol.TCP}.get(type(obj), AppProtocol.HTTP)
         spec = obj.spec if isinstance(obj, HTTPRoute) else obj.spec.as_http
-        return cls(ref_of(obj), obj.metadata.creation_timestamp, spec, carries)
+        return cls(ref_of(obj), obj.metadata.creation_timestamp, spec, carries, obj.metadata.generation)
 
     @property
     def namespace(self) -> str:
@@ -273,9 +274,10 @@ def _backends_of(
     policy: BackendTLSPolicy, domain: str, entry_hosts: Mapping[ObjectRef, tuple[str, ...]]
 ) -> Iterator[BackendTLS]:
     for target in policy.spec.targets:
-        hosts = entry_hosts.get(ObjectRef(target.kind, policy.namespace, target.name), ())
+        kind = whole_kind(target.group, target.kind)
+        hosts = entry_hosts.get(ObjectRef(kind, policy.namespace, target.name), ())
         names = [f"{policy.namespace}/{host}" for host in hosts]
-        if target.kind == "Service":
+        if kind == "Service":
             names = [mesh_name(policy.namespace, target.name, domain)]
         tls = policy.spec.validation.client
         yield from (BackendTLS(name, target.section_name, ref_of(policy), tls) for name in names)

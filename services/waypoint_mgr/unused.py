@@ -49,13 +49,14 @@ def _lost_parents(
     """Those that are no waypoint, nor anything that goes by way of one."""
     for parent in route.spec.parent_refs:
         namespace = parent.namespace or route.namespace
-        what, name = f"{parent.kind} {namespace}/{parent.name}", mesh_name(namespace, parent.name, domain)
-        if parent.kind == "Gateway":
+        kind = parent.whole_kind
+        what, name = f"{kind} {namespace}/{parent.name}", mesh_name(namespace, parent.name, domain)
+        if kind == "Gateway":
             if name not in objects.waypoints:
                 yield f"{what} is no waypoint"
             continue
-        names = entries.get(ObjectRef(parent.kind, namespace, parent.name), [])
-        if parent.kind == "Service":
+        names = entries.get(ObjectRef(kind, namespace, parent.name), [])
+        if kind == "Service":
             names = [name] if name in objects.services else []
         if not names:
             yield f"there is no {what}"

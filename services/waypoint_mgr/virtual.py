@@ -32,6 +32,7 @@ from pykmesh.manifests.http_route import (
 from pykmesh.manifests.http_route import FilterType as Filter
 from pykmesh.manifests.objects import Gateway, ObjectRef, ref_of
 from pykmesh.manifests.virtual_service import (
+    AUTHORITY,
     CorsPolicy,
     Destination,
     Fault,
@@ -332,7 +333,8 @@ class _Route:
         route = self._route
         mirrors: tuple[Mirror, ...] = route.mirrors
         if route.mirror:
-            percent = Percent(value=float(route.mirror_percent)) if route.mirror_percent is not None else None
+            whole = route.mirror_percent_of_old if route.mirror_percent is None else route.mirror_percent
+            percent = Percent(value=float(whole)) if whole is not None else None
             mirrors = (Mirror(destination=route.mirror, percentage=route.mirror_percentage or percent),)
         for mirror in mirrors:
             share = Fraction(numerator=_of_million(mirror.percentage), denominator=MILLION)
@@ -365,6 +367,8 @@ class _Route:
         fields: Json = {"responseCode": REDIRECT_CODES[redirect.redirect_code]}
         if redirect.uri:
             fields["pathRedirect"] = redirect.uri
+        if redirect.prefix_rewrite:
+            fields["prefixRewrite"] = redirect.prefix_rewrite
         if redirect.authority:
             fields["hostRedirect"] = redirect.authority
         if redirect.scheme:
@@ -532,7 +536,8 @@ def _modifier(operations: HeaderOperations) -> HeaderModifier:
 
 
 def _headers(said: Mapping[str, str]) -> Iterable[Header]:
-    return (Header(name=name, value=value) for name, value in said.items())
+    names = {AUTHORITY: "Host"}
+    return (Header(name=names.get(name, name), value=value) for name, value in said.items())
 
 
 def _of_million(share: Percent | None) -> int:

@@ -18,6 +18,8 @@ from pykmesh.manifests.parse import Parsed, parse, without_duplicates
 
 SERVICE = "apiVersion: v1\nkind: Service\nmetadata: {name: web}\n"
 POD = "apiVersion: v1\nkind: Pod\nmetadata: {name: web-1}\n"
+ROUTE = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: a}\nspec:\n"
+POLICY = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: a}\nspec:\n"
 
 BROKEN = {
     "bad indentation": ("a: b\n  c: d\n", "f.yaml:2: Not YAML: mapping values are not allowed"),
@@ -66,6 +68,14 @@ BROKEN = {
     "a Python object": ("a: !!python/object:os.system {}\n", "f.yaml:1: could not determine a constructor"),
     "a circle": ("a: &a [*a]\n", "f.yaml:1: found unconstructable recursive node"),
     "a list as key": ("? [1]\n: 2\n", "f.yaml:1: Expected a text as key"),
+    "a field that there is not": (
+        f"{ROUTE}  rules:\n  - matches: []\n    backends: []\n",
+        "f.yaml:7: spec.rules[0].backends: There is no such field",
+    ),
+    "a field that a policy has not": (
+        f"{POLICY}  rules: [form: []]\n",
+        "f.yaml:5: spec.rules[0]: Object contains unknown field `form`",
+    ),
     "brackets without end": ("[" * 5000, "f.yaml:1: Not YAML: exceeded maximum nesting depth"),
 }
 

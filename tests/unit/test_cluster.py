@@ -16,7 +16,7 @@ from pykmesh.manifests.authorization_policy import Action
 from pykmesh.manifests.objects import AuthorizationPolicy, DestinationRule, HTTPRoute, ObjectRef
 from services.waypoint_mgr import cluster
 from services.waypoint_mgr.attachments import Condition
-from services.waypoint_mgr.cluster import READ, Cluster, _closing, _read, _ref, _stand_in, resource, status_of
+from services.waypoint_mgr.cluster import READ, Cluster, _in_place_of, _read, _ref, resource, status_of
 from services.waypoint_mgr.cluster_status import CONTROLLER, gateway_status, route_parents
 from services.waypoint_mgr.destinations import Destinations
 from services.waypoint_mgr.envoy import Port
@@ -41,7 +41,7 @@ def route(*parents: dict[str, Any]) -> dict[str, Any]:
 
 def said(kind: str, *, status: bool = True) -> Condition:
     of, parent = ObjectRef("HTTPRoute", "shop", "r"), ObjectRef("Service", "shop", "shop")
-    return Condition(of, parent, kind, status, kind)
+    return Condition(of, parent, kind, status, kind, generation=7)
 
 
 def ours(kind: str, status: str, since: str) -> dict[str, Any]:
@@ -81,10 +81,10 @@ def test_it_does_so_where_its_targets_can_be_read_else_at_its_namespaces_waypoin
     assert denied(policy("1", action="ALLOW", rules=[{"nobody": "knows"}], targetRefs=targets)) == expected
 
 
-def denied(plain: dict[str, Any]) -> list[str]:
+def denied(plain: dict[str, Any], kind: str = "AuthorizationPolicy") -> list[str]:
     """Whose clients a policy refuses, all of them."""
     gateways = [ObjectRef("Gateway", *each) for each in (("shop", "wp"), ("shop", "wp2"), ("other", "wp3"))]
-    made = _stand_in(ObjectRef("AuthorizationPolicy", "shop", "p"), plain, gateways)
+    made = _in_place_of(ObjectRef(kind, "shop", "p"), plain, gateways)
     assert isinstance(made, AuthorizationPolicy)
     assert made.spec.action is Action.DENY
     assert [rule.from_ for rule in made.spec.rules] == [()]
@@ -117,12 +117,40 @@ def test_one_that_could_counts_as_it_was_until_it_can_be_read_again() -> None:
 def test_who_is_to_be_spoken_to_in_tls_by_a_rule_that_cannot_be_read_is_not_spoken_to(
     spec: Any, host: str
 ) -> None:
-    made = _closing(ObjectRef("DestinationRule", "shop", "d"), {"spec": spec})
+    made = _in_place_of(ObjectRef("DestinationRule", "shop", "d"), {"spec": spec}, ())
     assert (made is not None) == bool(host)
     if isinstance(made, DestinationRule):
         assert made.spec.host == host
         rules = Destinations(gateway(), [Destination.of(made, DOMAIN)])
         assert rules.encryption(Port(named("shop", "web"), 80), AppProtocol.HTTP).is_closed
+
+
+@pytest.mark.parametrize(
+    "of_target", [{"group": "", "kind": "Service", "name": "web"}, {"group": "x", "kind": "Y", "name": "web"}]
+)
+def test_a_backend_whose_tls_policy_cannot_be_read_is_not_spoken_to(of_target: dict[str, str]) -> None:
+    ref = ObjectRef("BackendTLSPolicy", "shop", "b")
+    plain = {"spec": {"targetRefs": [of_target, 7], "validation": 5}}
+    made = _in_place_of(ref, plain, ())
+    assert made is not None
+    rules = Destinations(gateway(), [], Objects.of([made], DOMAIN).backend_tls)
+    is_closed = rules.encryption(Port(named("shop", "web"), 80), AppProtocol.HTTP).is_closed
+    assert is_closed == (of_target["group"] == "")
+
+
+def test_tokens_whose_rules_cannot_be_read_are_asked_of_nobody_for_nobody_gets_in() -> None:
+    target = {"kind": "Service", "group": "", "name": "web"}
+    assert denied(policy("1", jwtRules=[{"who": "knows"}], targetRefs=[target]), "RequestAuthentication") == [
+        "web"
+    ]
+
+
+def test_a_field_that_is_not_known_is_told_and_the_rest_counts() -> None:
+    kind = KINDS["HTTPRoute"]
+    plain = {**route(), "spec": {"rules": [{"matches": [{"path": {"value": "/a"}}], "backends": []}]}}
+    found = _read(kind, _ref(kind, plain), plain, None)
+    assert found.object is not None
+    assert found.error == "HTTPRoute shop/r: not known here: .spec.rules[0].backends"
 
 
 def test_a_route_that_cannot_be_read_is_told_and_missing() -> None:
@@ -131,6 +159,19 @@ def test_a_route_that_cannot_be_read_is_told_and_missing() -> None:
     found = _read(kind, _ref(kind, plain), plain, None)
     assert found.object is None
     assert "soon" in found.error or "timeouts" in found.error
+
+
+def test_conditions_are_of_the_generation_that_was_read() -> None:
+    plain = route(ours("Accepted", "True", BEFORE))
+    plain["metadata"]["generation"] = 8
+    (found,) = route_parents(plain, [said("Accepted")], NOW)
+    assert found["conditions"][0]["observedGeneration"] == 7
+
+
+def test_a_parent_of_another_group_is_another() -> None:
+    plain = route()
+    plain["spec"]["parentRefs"] = [SERVICE | {"group": "example.com"}]
+    assert not route_parents(plain, [said("Accepted")], NOW)
 
 
 def test_what_others_say_of_a_route_stays_and_what_stays_so_keeps_its_time() -> None:

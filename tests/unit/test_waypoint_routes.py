@@ -14,6 +14,7 @@ from pykmesh.kernel.records import ip_from_text
 from pykmesh.manifests.objects import (
     KINDS,
     AuthorizationPolicy,
+    DestinationRule,
     ObjectRef,
     Protocol,
     VirtualService,
@@ -33,7 +34,7 @@ from services.waypoint_mgr.policies import Clients
 from services.waypoint_mgr.protocols import AppProtocol, protocol_of
 from services.waypoint_mgr.routes import ACCESS_LOG, Configuration
 from services.waypoint_mgr.schema import make, schema
-from services.waypoint_mgr.source import Objects, Policy, Virtual
+from services.waypoint_mgr.source import Destination, Objects, Policy, Virtual
 from tests.waypoint.world import (
     DOMAIN,
     SECRET,
@@ -185,6 +186,29 @@ def test_a_route_of_the_gateway_is_for_http_services_without_routes_of_their_own
     assert names == {port(80).cluster: "shop/all/0", port(80, "own").cluster: "shop/own/0"}
     assert made.protocols[port(9)] is AppProtocol.TCP
     assert said(made) == ["Accepted=True Accepted", "ResolvedRefs=True ResolvedRefs"] * 2
+
+
+@pytest.mark.parametrize(("name", "is_told"), [("", True), ("tcp", True), ("http", False)])
+def test_a_route_of_the_gateway_that_is_for_no_port_is_told_so(name: str, is_told: bool) -> None:
+    world = shop({"port": 80, "name": name})
+    world.routes.append(
+        http_route("shop", "all", {"parentRefs": [TO_GATEWAY], "rules": [{"backendRefs": V1}]})
+    )
+    told = [one.message for one in world.configuration().conditions if one.type == "PartiallyInvalid"]
+    assert bool(told) == is_told
+    assert all(one.startswith("it is for no port: none that goes this way carries HTTP") for one in told)
+    world.users.clear()
+    assert said(world.configuration())[2:] == [], "nothing goes this way yet"
+
+
+def test_an_endpoint_is_left_out_after_as_many_errors_as_are_said() -> None:
+    world = shop()
+    rule = {"host": "web", "trafficPolicy": {"outlierDetection": {"consecutive5xxErrors": 3}}}
+    made = from_plain({"metadata": {"name": "d", "namespace": "shop"}, "spec": rule}, DestinationRule)
+    assert isinstance(made, DestinationRule)
+    world.destinations.append(Destination.of(made, DOMAIN))
+    found = world.configuration().clusters[port(80).cluster]["outlierDetection"]
+    assert (found["consecutive5xx"], found["enforcingConsecutive5xx"]) == (3, 100)
 
 
 def test_a_listener_that_the_gateway_does_not_have_is_no_parent() -> None:

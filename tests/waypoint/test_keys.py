@@ -232,3 +232,12 @@ async def test_what_is_wanted_no_more_is_forgotten() -> None:
         tasks.cancel_scope.cancel()
     assert found.found == {"http://two/": "two"}
     assert places.asked[0] == ("http://one/", keys.TIMEOUT_S)
+
+
+async def test_of_too_many_places_the_rest_is_told() -> None:
+    found = Keys(lambda: None, Places([]))
+    rules = [JWTRule(issuer="i", jwks_uri=f"http://here/{n}") for n in range(keys.PLACES_MAX + 2)]
+    found.want(rules)
+    assert found.errors.keys() == {rule.jwks_uri for rule in rules[-2:]}
+    found.want(rules[1:])
+    assert found.errors.keys() == {rules[-1].jwks_uri}
