@@ -51,6 +51,8 @@ class Source(_Part, frozen=True, kw_only=True):
     not_namespaces: Values = ()
     service_accounts: tuple[ServiceAccount, ...] = ()
     not_service_accounts: tuple[ServiceAccount, ...] = ()
+    trust_domains: Values = ()
+    not_trust_domains: Values = ()
     ip_blocks: tuple[IPRange, ...] = ()
     not_ip_blocks: tuple[IPRange, ...] = ()
     remote_ip_blocks: tuple[IPRange, ...] = ()

@@ -129,6 +129,10 @@ def _by_service_account(value: str, own: str) -> _Client | None:
     return None if "*" in value else (namespace or own, account_name(namespace or own, account))
 
 
+def _by_trust_domain(_: str, __: str) -> None:
+    """Whoever is known is of the mesh's own."""
+
+
 _IDENTITIES: Final[Mapping[str, _ReadClient]] = {
     "source.principal": _by_principal,
     "source.namespace": _by_namespace,
@@ -142,6 +146,7 @@ def _identities_of(source: Source) -> tuple[tuple[str, Sequence[str], Sequence[s
         ("principals", source.principals, source.not_principals, _by_principal),
         ("namespaces", source.namespaces, source.not_namespaces, _by_namespace),
         ("serviceAccounts", source.service_accounts, source.not_service_accounts, _by_service_account),
+        ("trustDomains", source.trust_domains, source.not_trust_domains, _by_trust_domain),
     )
 
 
@@ -326,7 +331,7 @@ class _Writer:
         """What matches a client of a principal, namespace or account; "*" is whoever is known."""
 
         def match(value: str) -> Json | None:
-            if value == "*":
+            if value == "*" or (read is _by_trust_domain and value == _OWN_DOMAIN):
                 return _ANY
             found = read(value, self._policy.ref.namespace)
             if found is None:

@@ -15,7 +15,6 @@ from pykmesh.manifests.unknown import WHOLE
 from .binaries import FOLDER, find
 
 NOT_READ = {
-    "AuthorizationPolicy": {".rules[].from[].source.notTrustDomains", ".rules[].from[].source.trustDomains"},
     "RequestAuthentication": {".jwtRules[].jwks_uri"},
     "BackendTLSPolicy": {".options"},
 }
