@@ -389,6 +389,7 @@ static __always_inline enum reason choose(const struct destination *to, const st
 				   .port = to->port };
 	struct service_value service = {};
 	enum reason verdict = REASON_NO_PORT;
+	bool avoided = false;
 	__u64 networks;
 	bool found;
 	int attempt;
@@ -418,13 +419,17 @@ static __always_inline enum reason choose(const struct destination *to, const st
 			choice->service = service.id;
 			continue;
 		}
-		if (!shun_ns || !is_shunned(&choice->endpoint))
+		if (!shun_ns || !is_shunned(&choice->endpoint)) {
+			if (avoided)
+				count(REASON_SHUNNED);
 			goto routed;
-		if (attempt >= SHUN_DRAWS && !find_unshunned(&service, choice))
+		}
+		avoided = true;
+		if (attempt >= SHUN_DRAWS) {
+			if (find_unshunned(&service, choice))
+				count(REASON_SHUNNED);
 			goto routed;
-		count(REASON_SHUNNED);
-		if (attempt >= SHUN_DRAWS)
-			goto routed;
+		}
 	}
 	return REASON_ENDPOINT_VANISHED;
 routed:

@@ -160,7 +160,9 @@ def main(name: str, kind: type[_S], app: App[_S]) -> None:
     code = anyio.run(_run, Runtime(name, settings), app, backend_options={"use_uvloop": True})
     if isinstance(provider, TracerProvider):
         provider.shutdown()
-    sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a thread that waits for somebody silent, such as a name server, is not waited for
 
 
 async def _run(runtime: Runtime[_S], app: App[_S]) -> int:

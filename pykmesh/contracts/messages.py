@@ -74,6 +74,8 @@ class ConfigBatch(_Message, frozen=True):
     """The last batch of what the control plane sent in one response: a reader acts now, not before."""
     synced: bool
     """With this batch the control plane's first full state since the epoch began is complete."""
+    rejected: list[str] = []
+    """Names of the response that were not accepted: who has older copies of them keeps these."""
 
     @property
     def is_heartbeat(self) -> bool:
@@ -101,6 +103,8 @@ class SnapshotPage(_Message, frozen=True):
     resources: list[Resource]
     next_cursor: str
     """Empty on the last page."""
+    rejected: list[str] = []
+    """Names of the type that were not accepted when the control plane said them last."""
 
 
 class MapReport(_Message, frozen=True):

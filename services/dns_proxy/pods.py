@@ -41,6 +41,9 @@ log = structlog.get_logger(__name__)
 
 BEAT_S: Final = 0.2
 LOOK_S: Final = 0.5
+REFILL_S: Final = 1.0
+"""The first time; twice as long each time after."""
+REFILL_MAX_S: Final = 60.0
 
 
 class Pins:
@@ -66,6 +69,9 @@ class Pod:
         self.client = client
         self.slots = slots
         self.scope = anyio.CancelScope()
+        self.refill_s = REFILL_S
+        self.refill_at = time.monotonic() + REFILL_S
+        """When slots that could not be had are tried again."""
         self._slot_scopes: dict[Slot, anyio.CancelScope] = {}
         self._tasks: anyio.abc.TaskGroup
 
@@ -179,6 +185,7 @@ class Pods:
             await self._open(missing, found, tasks)
         for pod in self._pods.values():
             await self._free_one(pod)
+            await self._refill(pod)
 
     def _remove_strays(self, cookies: Collection[int]) -> None:
         """What is written of pods that went."""
@@ -244,6 +251,18 @@ class Pods:
                 continue
             if all(self._server_of(slot) is not None for slot in slots):
                 await self._free(pod, resting)
+
+    async def _refill(self, pod: Pod) -> None:
+        """A pod whose loopback comes up late has had none of a family until then."""
+        now, there = time.monotonic(), {DNS_KEY.unpack(slot.key)[1] for slot in pod.slots}
+        missing = [(number, 0) for number in range(DNS_SLOTS) if number not in there]
+        if not missing or now < pod.refill_at:
+            return
+        pod.refill_s = min(2 * pod.refill_s, REFILL_MAX_S)
+        pod.refill_at = now + pod.refill_s
+        with contextlib.suppress(OSError):
+            for slot in await anyio.to_thread.run_sync(listen, pod.client.netns_fd, pod.cookie, missing):
+                pod.begin(slot, self._resolver)
 
     async def _free(self, pod: Pod, resting: Slot) -> None:
         number = DNS_KEY.unpack(resting.key)[1]

@@ -79,10 +79,10 @@ class Item(NamedTuple):
 
 
 class Resolved(NamedTuple):
-    """What a host name stands for now."""
+    """What a host name stands for now; None: it could not be found."""
 
     hostname: str
-    addresses: tuple[Ip, ...]
+    addresses: tuple[Ip, ...] | None
 
 
 class MapWriter:
@@ -125,7 +125,7 @@ class MapWriter:
 
     def is_settled(self) -> bool:
         """The mesh is whole, and what was received of it is in the maps."""
-        return self.follower.synced and self.applied_seq == self.follower.received_seq
+        return self.follower.synced and self._applied == (self.follower.epoch, self.follower.received_seq)
 
     async def receive(self, data: bytes, headers: Headers) -> None:
         """From the bus. A full inbox drops the batch: the gap is found by its number."""
@@ -177,7 +177,7 @@ class MapWriter:
             elif batch.seq % REPORT_EVERY_BATCHES == 0:
                 await self.report()
 
-    async def resolved(self, hostname: str, addresses: tuple[Ip, ...]) -> None:
+    async def resolved(self, hostname: str, addresses: tuple[Ip, ...] | None) -> None:
         """From whoever looks host names up. Waits its turn, as a batch does."""
         await self._inbox.put(Resolved(hostname, addresses))
 
@@ -263,6 +263,7 @@ class MapWriter:
         A write that fails leaves other maps than the planner thinks: they are read and swept anew.
         """
         mesh = self.follower.mesh
+        self.planner.stand_in_hosts(mesh, is_first=change.sweep)
         try:
             if change.sweep:
                 return await self._writing.take(self.planner.sweep_in_pieces(mesh))

@@ -460,14 +460,26 @@ def _lists_of_near(
     id4: int,
     id6: int,
 ) -> Lists:
-    """Of those that serve the port, the nearest (xds.md 3.3): where all of them weigh nothing, none."""
+    """Of those that serve the port, the nearest (xds.md 3.3): where all of them weigh nothing, none.
+
+    Who connects by IPv4 can be sent to IPv4 alone, so those are ranked by themselves too.
+    """
     serving = [
-        workload
+        (workload, {is_v4(ip) for ip in ips})
         for workload in usable
-        if mesh.addresses_of(workload) and target_port(workload.services, service.name, port, target)
+        if (ips := mesh.addresses_of(workload)) and target_port(workload.services, service.name, port, target)
     ]
-    found = [workload for workload in near(service, serving, mesh.here) if workload.capacity]
-    return _lists(mesh, service, found, weights, port, target, id4, id6)
+    found = []
+    for wanted in (True, False):
+        may_be_other = not wanted and service.families is not Families.V6
+        some = [workload for workload, families in serving if wanted in families or may_be_other]
+        own, nearest = dict[bytes, int](), near(service, some, mesh.here)
+        lists = _lists(
+            mesh, service, [each for each in nearest if each.capacity], own, port, target, id4, id6
+        )
+        found.append(lists[not wanted])
+        weights.update((value, own[value]) for value in found[-1] if value in own)
+    return found[0], found[1]
 
 
 def _nothing(_port: int, _target: int, _id4: int, _id6: int) -> Lists:

@@ -83,14 +83,17 @@ def _with_wildcards(name: str) -> Iterator[str]:
 def look_up(
     mesh: Mesh, directory: Directory, client: Workload, name: str, domain: str, *, is_6: bool
 ) -> Meaning | None:
-    """What a client means by a name in lower case, without the last dot; None: nothing of the mesh."""
+    """What a client means by a name in lower case, without the last dot; None: nothing of the mesh.
+
+    What has no address means nothing, unless it is a headless Kubernetes Service.
+    """
     for candidate in candidates(name, client.namespace, domain):
         for hostname in _with_wildcards(candidate.name):
-            service = _preferred(directory.services(mesh, hostname), client.namespace)
+            is_kubernetes = hostname.endswith(f".svc.{domain}")
+            found = (s for s in directory.services(mesh, hostname) if s.vips or is_kubernetes)
+            service = _preferred(found, client.namespace)
             if service is None:
                 continue
-            if not service.vips and not hostname.endswith(f".svc.{domain}"):
-                return None
             alias = "" if hostname.startswith("*.") else candidate.stripped
             return Meaning(_addresses(mesh, service, client, is_6=is_6), alias)
     return None

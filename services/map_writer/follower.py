@@ -1,7 +1,8 @@
 """Follows xds_client's log: batches in sequence, and a snapshot whenever the sequence breaks.
 
 Pure but for the call that it is given. A mesh is only swept into the maps when xds_client called it
-complete.
+complete; until then the one before counts, for all who look something up. What the control plane says wrongly
+of a resource leaves that as it was, also where xds_client has begun anew and never saw it.
 """
 
 from __future__ import annotations
@@ -37,11 +38,15 @@ class Follower:
 
     def __init__(self, here: Locality = NOWHERE) -> None:
         self._here = here
-        self.mesh = Mesh(here)
+        self.mesh = self._taken = Mesh(here)
+        self._rejected: set[str] = set()
+        """Of the mesh that is being taken."""
         self.epoch = ""
         self.received_seq = 0
         self.synced = False
-        """The mesh is complete: it may replace what the maps hold."""
+        """The mesh is complete: of what is followed, or was."""
+        self._is_whole = False
+        """What is taken is: it may replace what the maps hold."""
         self.resyncs = 0
         self._touched = Touched()
         self._taking = False
@@ -72,32 +77,52 @@ class Follower:
         return self._complete(batch.synced) if batch.complete else None
 
     def _begin(self, epoch: str) -> None:
-        resolved = self.mesh.resolved
-        self.mesh, self._touched = Mesh(self._here), Touched()
-        self.mesh.resolved = resolved
+        self._taken, self._touched = Mesh(self._here), Touched()
+        self._taken.resolved, self._taken.stand_ins = self.mesh.resolved, self.mesh.stand_ins
+        self._rejected, self._is_whole = set(), False
+        if not self.synced:
+            self.mesh = self._taken
         self._waiting, self._ordinary, self._in_bulk = [], Ordinary(), False
-        self.epoch, self.received_seq, self.synced, self._taking = epoch, 0, False, False
+        self.epoch, self.received_seq, self._taking = epoch, 0, False
 
     def _complete(self, synced: bool) -> Change | None:
         self._put_everything()
         self._in_bulk = False
-        touched, self._touched = self._touched, Touched()
-        if self.synced:
-            return Change(sweep=False, touched=touched)
-        if not synced:
+        if not self._is_whole and not synced:
+            self._touched = Touched()
             return None
-        self.synced = True
-        return Change(sweep=True, touched=touched)
+        is_new, self._is_whole = not self._is_whole, True
+        if is_new:
+            self._keep_rejected()
+            self.mesh, self.synced = self._taken, True
+        touched, self._touched = self._touched, Touched()
+        return Change(sweep=is_new, touched=touched)
+
+    def _keep_rejected(self) -> None:
+        """As they were in the mesh before, where that had them and this one does not."""
+        before, taken = self.mesh, self._taken
+        for name in self._rejected if before is not taken else ():
+            if name in before.policies and name not in taken.policies:
+                taken.put_policy(before.policies[name], self._touched)
+            elif name not in taken.services and name not in taken.workloads:
+                if name in before.services:
+                    taken.put(name, before.services[name], self._touched)
+                elif name in before.workloads:
+                    taken.put(name, before.workload(name), self._touched)
+        self._rejected.clear()
 
     def _take(self, batch: ConfigBatch) -> None:
         if batch.type is ResourceType.ADDRESS:
             if batch.removed:
                 self._put_everything()
             for name in batch.removed:
-                self.mesh.remove(name, self._touched)
+                self._taken.remove(name, self._touched)
         else:
             for name in batch.removed:
-                self.mesh.remove_policy(name, self._touched)
+                self._taken.remove_policy(name, self._touched)
+        if not self._is_whole:
+            self._rejected.difference_update(batch.removed)
+            self._rejected.update(batch.rejected)
         self._put(batch.type, batch.upserts)
 
     def _put(self, kind: ResourceType, resources: list[Resource]) -> None:
@@ -108,7 +133,7 @@ class Follower:
             return
         for resource in resources:
             try:
-                self.mesh.put_policy(decode_policy(resource.name, resource.value), self._touched)
+                self._taken.put_policy(decode_policy(resource.name, resource.value), self._touched)
             except FieldError as error:
                 _not_understood(resource.name, error)
 
@@ -128,7 +153,7 @@ class Follower:
             if isinstance(address, FieldError):
                 _not_understood(name, address)
             else:
-                self.mesh.put(name, address, self._touched)
+                self._taken.put(name, address, self._touched)
 
     def _put_everything(self) -> None:
         self._put_waiting()
@@ -139,14 +164,20 @@ class Follower:
             return
         ordinary, self._ordinary = self._ordinary, Ordinary()
         try:
-            self.mesh.put_ordinary([*ordinary.groups()], self._touched)
+            self._taken.put_ordinary([*ordinary.groups()], self._touched)
         except (FieldError, ValueError):
             self._put_each(ordinary.uids, ordinary.raws)
 
-    def resolve(self, hostname: str, addresses: tuple[Ip, ...]) -> Change | None:
-        """Takes what a host name stands for. Nothing is to be written while a response is being taken."""
+    def resolve(self, hostname: str, addresses: tuple[Ip, ...] | None) -> Change | None:
+        """Takes what a host name stands for. Nothing is to be written while a response is being taken.
+
+        None: it could not be found, so it is what it was, but for one that never was found.
+        """
+        if addresses is None:
+            self.mesh.unlooked.discard(hostname)
+            addresses = () if hostname in self.mesh.stand_ins else self.mesh.resolved.get(hostname, ())
         self.mesh.resolve(hostname, addresses, self._touched)
-        if not self.synced or self._taking or not (self._touched.services or self._touched.places):
+        if not self._is_whole or self._taking or not (self._touched.services or self._touched.places):
             return None
         touched, self._touched = self._touched, Touched()
         return Change(sweep=False, touched=touched)
@@ -159,6 +190,7 @@ class Follower:
         self._begin(epoch)
         while True:
             self._put(page.type, page.resources)
+            self._rejected.update(page.rejected)
             if not page.next_cursor:
                 break
             page = await fetch(page.next_cursor)

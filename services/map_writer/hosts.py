@@ -1,8 +1,9 @@
 """Looks up the host names of workloads that have no address, again and again, and beside all else.
 
 The node's own resolver answers, as its resolv.conf and hosts file say. A name that fails keeps what it
-stood for, and is tried again sooner; one that never was found has no endpoints. It is told once, and
-again when it fails after it was found. Names that failed or were slow leave room for the others.
+stood for, also for who was there before this process, and is tried again sooner; one that never was found has
+no endpoints. It is told once, and again when it fails after it was found. Names that failed or were slow
+leave room for the others.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ AT_ONCE: Final = 16
 DOUBTFUL_AT_ONCE: Final = AT_ONCE // 2
 """Of these, such as failed or were slow the last time."""
 SLOW_S: Final = 1.0
-Tell = Callable[[str, tuple[Ip, ...]], Awaitable[None]]
+Tell = Callable[[str, tuple[Ip, ...] | None], Awaitable[None]]
 
 
 class HostNames:
@@ -47,7 +48,7 @@ class HostNames:
         self._doubtful_limit = anyio.CapacityLimiter(DOUBTFUL_AT_ONCE)
 
     async def run(self, tell: Tell) -> None:
-        """`tell` takes what a name stands for, each time. Runs until cancelled."""
+        """`tell` takes what a name stands for, each time, or None: not found. Runs until cancelled."""
         async with anyio.create_task_group() as tasks:
             while True:
                 now, names = time.monotonic(), self._follower.mesh.by_hostname
@@ -69,6 +70,7 @@ class HostNames:
                 log.warning("hostname_not_found", hostname=name, error=str(error))
             self._failed[name] = str(error)
             self._due[name] = time.monotonic() + min(RETRY_S, self._refresh_s)
+            await tell(name, None)
             return
         self._failed.pop(name, None)
         self._due[name] = time.monotonic() + self._refresh_s
@@ -78,7 +80,9 @@ class HostNames:
         """As `addresses_of`, in a thread when there is one for it."""
         is_doubtful = name in self._failed or name in self._slow
         async with self._doubtful_limit if is_doubtful else contextlib.nullcontext():
-            found, took_s = await anyio.to_thread.run_sync(_timed, name, limiter=self._limit)
+            found, took_s = await anyio.to_thread.run_sync(
+                _timed, name, limiter=self._limit, abandon_on_cancel=True
+            )
         if took_s < SLOW_S:
             self._slow.discard(name)
         else:

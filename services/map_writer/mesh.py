@@ -153,6 +153,10 @@ class Mesh:
         """How many views each namespace has."""
         self.resolved: dict[str, tuple[Ip, ...]] = {}
         """What is known of the host names of workloads that have no address of their own."""
+        self.unlooked: set[str] = set()
+        """Of host names that have come, those that nobody has looked up since."""
+        self.stand_ins: set[str] = set()
+        """Such as were never found, and have what others stood for until it is known what they are."""
         self.by_hostname: defaultdict[str, dict[str, None]] = defaultdict(dict)
         """Such workloads."""
         self.pod_owners: dict[Place, Owners] = {}
@@ -194,6 +198,8 @@ class Mesh:
             self.workloads[name] = resource
             if resource.hostname:
                 self.by_hostname[resource.hostname][name] = None
+                if resource.hostname not in self.resolved:
+                    self.unlooked.add(resource.hostname)
             self._learn_where(resource.raw, touched)
             self._link_workload(name, resource, touched)
         else:
@@ -599,6 +605,8 @@ class Mesh:
 
     def resolve(self, hostname: str, addresses: tuple[Ip, ...], touched: Touched) -> None:
         """Takes what a host name stands for now; nothing: it is known no more."""
+        self.unlooked.discard(hostname)
+        self.stand_ins.discard(hostname)
         if self.resolved.get(hostname, ()) == addresses:
             return
         if addresses:
@@ -607,6 +615,12 @@ class Mesh:
             del self.resolved[hostname]
         for name in self.by_hostname.get(hostname, ()):
             touched.add((service for service, _ in self.workload(name).services), ())
+
+    def with_unlooked(self) -> Iterator[tuple[str, set[str]]]:
+        """Host names that nobody has looked up yet, and the services that have an endpoint of the name."""
+        for hostname in sorted(self.unlooked):
+            names = self.by_hostname.get(hostname, ())
+            yield hostname, {service for name in names for service, _ in self.workload(name).services}
 
     def addresses_of(self, workload: Workload) -> tuple[Ip, ...]:
         """Its own, or those of its host name."""

@@ -34,10 +34,12 @@ from pykmesh.kernel.records import (
     ADDRESS_KEY,
     ENDPOINT_KEY,
     ENDPOINT_SLOT,
+    ENDPOINT_VALUE,
     RANGE_VALUE,
     SERVICE_VALUE,
     SWITCH_KEY,
     SWITCH_VALUE,
+    Ip,
     is_view,
 )
 from services.map_writer.desired import (
@@ -217,6 +219,34 @@ class Planner:
     def refusals_of(self, service: str) -> list[str]:
         """What of a service does not fit: of its ports or its endpoints."""
         return sorted(set(self._refused_services.get(service, {}).values()))
+
+    def stand_in_hosts(self, mesh: Mesh, *, is_first: bool) -> None:
+        """Gives host names that nobody has looked up yet what the maps have for them, before it is planned.
+
+        In services all of whose endpoints are host names: those that no other endpoint of the service has.
+        `is_first`: these are names that were there before. Else such as others stood for that are gone.
+        """
+        if not mesh.unlooked:
+            return
+        gone = {ip for name in mesh.resolved.keys() - mesh.by_hostname.keys() for ip in mesh.resolved[name]}
+        for hostname, services in [*mesh.with_unlooked()]:
+            sets = [self._unclaimed(mesh, name, hostname) for name in services & mesh.services.keys()]
+            found = set.intersection(*sets) if sets else set()
+            if found := found if is_first else found & gone:
+                mesh.resolve(hostname, tuple(sorted(found)), Touched())
+                if not is_first:
+                    mesh.stand_ins.add(hostname)
+
+    def _unclaimed(self, mesh: Mesh, service: str, hostname: str) -> set[Ip]:
+        members = [*mesh.members_of(service)]
+        if not all(each.hostname for each in members):
+            return set()
+        ports = [port for port, _ in mesh.services[service].ports]
+        lists = [PortId(service, port, family).id for port in ports for family in (4, 6)]
+        values = chain.from_iterable(split(self.held.lists.get(each, [])) for each in lists)
+        held = {ENDPOINT_VALUE.unpack(plain(value))[1] for value in values if value}
+        others = (each for each in members if each.hostname != hostname)
+        return held.difference(*map(mesh.addresses_of, others))
 
     def plan(self, mesh: Mesh, touched: Touched) -> Iterator[Step]:
         """The writes for what was touched, and for what was refused before and may have room now.

@@ -9,7 +9,6 @@ import asyncio
 import gc
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from itertools import chain
 from typing import Any, NamedTuple
 
 import anyio
@@ -191,7 +190,11 @@ class XdsClient:
             response = await self._parse(data)
             self.control_plane = response.control_plane.identifier or self.control_plane
             try:
-                reading = protocol.Reading(response, is_whole=response.type_url in self._whole)
+                reading = protocol.Reading(
+                    response,
+                    is_whole=response.type_url in self._whole,
+                    is_first=response.type_url not in self._begun,
+                )
             except protocol.UnknownTypeError:
                 rejected = {"type_url": f"{response.type_url!r} was not asked for"}
                 return Taken(response.type_url, response.nonce, self._store.seq, None, rejected)
@@ -206,8 +209,6 @@ class XdsClient:
                 gc.enable()
             self._freezes |= bulk and response.type_url not in self._begun
             self._begun.add(response.type_url)
-            named = chain(reading.names, reading.removed, (protocol.NO_NAME,))
-            self._store.note_rejected(reading.type, named, reading.rejected, is_whole=reading.is_whole)
             return Taken(reading.type_url, reading.nonce, seq, reading, reading.rejected)
 
     @staticmethod

@@ -7,7 +7,7 @@ response counts even when it is empty (envoy xds_protocol, and what istiod insis
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Final
 
@@ -61,9 +61,10 @@ class Reading:
     A bad resource is rejected by name and leaves its neighbours alone.
     """
 
-    def __init__(self, response: Response, *, is_whole: bool = False) -> None:
+    def __init__(self, response: Response, *, is_whole: bool = False, is_first: bool = False) -> None:
         """`is_whole`: the response is all that there is of its type, and names nothing that is gone.
 
+        `is_first`: of its type on the stream: all that differs from what is held is in it.
         Raises UnknownTypeError; the response is then to be answered with a NACK for its own type.
         """
         kind = _TYPES.get(response.type_url)
@@ -73,6 +74,7 @@ class Reading:
         self.type_url = response.type_url
         self.nonce = response.nonce
         self.is_whole = is_whole
+        self.is_first = is_first or is_whole
         self.removed = list(response.removed_resources)
         self.names: dict[str, None] = {}
         self.rejected: dict[str, str] = {}
@@ -93,6 +95,12 @@ class Reading:
         if not self.is_whole or "" in self.names:
             return []
         return [name for name in held if name not in self.names]
+
+    def unspoken(self, rejected: Iterable[str], held: Container[str]) -> list[str]:
+        """What was rejected and is not held, and is no more: its removal is told to nobody."""
+        if not self.is_first or "" in self.names:
+            return []
+        return [name for name in rejected if name not in self.names and name not in held]
 
     def _part(self, resources: Sequence[bytes]) -> list[tuple[str, Held]]:
         found = unwrap(resources)

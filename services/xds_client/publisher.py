@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 
 import anyio
 import anyio.to_thread
@@ -31,8 +31,8 @@ from pykmesh.contracts.messages import (
     SnapshotRequest,
     Subject,
 )
-from services.xds_client.protocol import Reading
-from services.xds_client.store import Held, Store, pages
+from services.xds_client.protocol import NO_NAME, Reading
+from services.xds_client.store import REJECTED_KEPT, Held, Store, pages
 
 log = structlog.get_logger(__name__)
 
@@ -169,11 +169,17 @@ class Publisher:
                     await self._keep_pace(store.seq)
                     removed, waiting, size = [], [], 0
         removed += await self._remove(kind, reading.absent(store.held[kind]), headers)
+        removed += store.remove(kind, reading.unspoken(store.rejected[kind], store.held[kind]))
+        named = chain(reading.names, reading.removed, (NO_NAME,))
+        is_first = reading.is_first and "" not in reading.names
+        store.note_rejected(kind, named, reading.rejected, is_first=is_first)
         was_synced = store.synced
         store.answered.add(kind)
-        store.in_response = False
-        if removed or waiting or store.seq != first or was_synced != store.synced:
-            await self._send(store.batch(kind, removed, waiting, complete=True), headers)
+        is_awaited, store.in_response, store.was_asked_in_response = store.was_asked_in_response, False, False
+        if removed or waiting or is_awaited or store.seq != first or was_synced != store.synced:
+            rejected = [*islice(reading.rejected, REJECTED_KEPT)]
+            last = store.batch(kind, removed, waiting, complete=True, rejected=rejected)
+            await self._send(last, headers)
         return count
 
     async def _remove(self, kind: ResourceType, names: list[str], headers: Headers) -> list[str]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
 from pykmesh.contracts.messages import BATCH_BYTES, VERSION, ConfigBatch, Resource, ResourceType, SnapshotPage
 
 SNAPSHOTS_KEPT = 8
+NOTHING: Final[list[str]] = []
 REJECTED_KEPT = 10_000
 """Names of one type: of more, those that were rejected last are shown."""
 
@@ -34,6 +35,8 @@ class Store:
         self.answered: set[ResourceType] = set()
         self.in_response = False
         """Part of a response is stored and its last batch not numbered: a snapshot is not whole."""
+        self.was_asked_in_response = False
+        """Who took such a snapshot waits for a last batch, also of a response that says nothing new."""
         self.held: dict[ResourceType, dict[str, Held]] = {kind: {} for kind in ResourceType}
         self.rejected: dict[ResourceType, dict[str, str]] = {kind: {} for kind in ResourceType}
         """What the control plane said last of a name and was not accepted, and why."""
@@ -48,10 +51,13 @@ class Store:
         """What a new stream tells the control plane that it still has."""
         return {name: held.version for name, held in self.held[kind].items()}
 
-    def remove(self, kind: ResourceType, names: list[str]) -> list[str]:
-        """Returns those that were held: the control plane also removes what it never sent."""
-        held = self.held[kind]
-        return [name for name in names if held.pop(name, None) is not None]
+    def remove(self, kind: ResourceType, names: Iterable[str]) -> list[str]:
+        """Returns those that were held, or rejected (map_writer may have them of an epoch before).
+
+        The control plane also removes what it never sent.
+        """
+        held, rejected = self.held[kind], self.rejected[kind]
+        return [name for name in names if held.pop(name, None) is not None or name in rejected]
 
     def put(self, kind: ResourceType, upserts: list[tuple[str, Held]]) -> list[Resource]:
         """Returns what is new or differs: resources often come again unchanged."""
@@ -64,11 +70,14 @@ class Store:
         return changed
 
     def note_rejected(
-        self, kind: ResourceType, named: Iterable[str], rejected: dict[str, str], *, is_whole: bool
+        self, kind: ResourceType, named: Iterable[str], rejected: dict[str, str], *, is_first: bool
     ) -> None:
-        """`named`: what a response spoke of, of which all that is not rejected is good, or gone."""
+        """`named`: what a response spoke of, of which all that is not rejected is good, or gone.
+
+        `is_first`: of its type on a stream. What it does not speak of is no more as it was when rejected.
+        """
         before = self.rejected[kind]
-        if is_whole:
+        if is_first:
             before.clear()
         for name in before.keys() & named if before else ():
             del before[name]
@@ -82,11 +91,19 @@ class Store:
             self.held[kind][name] = Held("", held.value)
 
     def batch(
-        self, kind: ResourceType, removed: list[str], changed: list[Resource], *, complete: bool
+        self,
+        kind: ResourceType,
+        removed: list[str],
+        changed: list[Resource],
+        *,
+        complete: bool,
+        rejected: list[str] = NOTHING,
     ) -> ConfigBatch:
         """The log's next batch; `complete` marks the last one of a response."""
         self.seq += 1
-        return ConfigBatch(VERSION, self.epoch, self.seq, kind, removed, changed, complete, self.synced)
+        return ConfigBatch(
+            VERSION, self.epoch, self.seq, kind, removed, changed, complete, self.synced, rejected
+        )
 
     def heartbeat(self) -> ConfigBatch:
         return ConfigBatch(
@@ -118,11 +135,14 @@ class Store:
             type=kind,
             resources=[Resource(name, held.value) for name, held in resources],
             next_cursor="" if last else f"{name}.{index + 1}",
+            rejected=found.rejected.pop(kind, NOTHING),
         )
 
     def _open_snapshot(self) -> str:
         """What is held never changes, it is replaced: the snapshot names what there is now."""
-        found = _Snapshot(self.seq, self.synced and not self.in_response, [])
+        self.was_asked_in_response |= self.in_response
+        rejected = {kind: [*names] for kind, names in self.rejected.items()}
+        found = _Snapshot(self.seq, self.synced and not self.in_response, [], rejected)
         for kind, held in self.held.items():
             sized = ((name, len(name) + len(resource.value)) for name, resource in held.items())
             for names in pages(sized):
@@ -138,6 +158,8 @@ class _Snapshot(NamedTuple):
     seq: int
     synced: bool
     pages: list[tuple[ResourceType, list[tuple[str, Held]]]]
+    rejected: dict[ResourceType, list[str]]
+    """For the first page of each type."""
 
 
 def pages(sized: Iterable[tuple[str, int]]) -> Iterator[list[str]]:

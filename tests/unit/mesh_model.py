@@ -621,24 +621,35 @@ def _text(ip: Ip) -> str:
 def _endpoints(mesh: Mesh, service: Service, port: int, target: int) -> list[tuple[str, int]]:
     """Endpoints of those workloads that are near enough, and weights: a workload's is its addresses'."""
     found = []
-    for workload in _near(mesh, service, port, target):
-        own = _own_port(workload, service, port, target)
-        for family in (Families.V4, Families.V6):
+    for family in (Families.V4, Families.V6):
+        if service.families not in (Families.AUTOMATIC, Families.DUAL, family):
+            continue
+        # An IPv6 socket can be sent to IPv4, where the service has it, and not the other way round.
+        only_6 = family is Families.V6 and service.families is family
+        reachable = {Families.V4: {False}, Families.V6: {True} if only_6 else {True, False}}[family]
+        for workload in _near(mesh, service, port, target, reachable):
+            own = _own_port(workload, service, port, target)
             texts = [text for ip in workload.addresses if is_v6(text := _text(ip)) == (family is Families.V6)]
-            if own and workload.capacity and service.families in (Families.AUTOMATIC, Families.DUAL, family):
+            if own and workload.capacity:
                 found += [(f"{text} {own}", workload.capacity * 60 // len(texts)) for text in texts]
     return found
 
 
-def _near(mesh: Mesh, service: Service, port: int, target: int) -> list[Workload]:
-    """Of those that serve the port."""
+def _near(mesh: Mesh, service: Service, port: int, target: int, reachable: set[bool]) -> list[Workload]:
+    """Of those that serve the port, at addresses that are (true) or are not of IPv6."""
     usable = [
         workload
         for workload in mesh.all_workloads()
         if service.name in dict(workload.services)
         and (workload.healthy or service.allows_unhealthy)
         and not workload.network
-        and (not _is_ranked(service) or (workload.addresses and _own_port(workload, service, port, target)))
+        and (
+            not _is_ranked(service)
+            or (
+                reachable & {is_v6(_text(ip)) for ip in workload.addresses}
+                and _own_port(workload, service, port, target)
+            )
+        )
     ]
     best = max((_matches(service, w, mesh.here) for w in usable), default=0)
     if service.mode is Mode.STRICT:

@@ -10,7 +10,16 @@ from pathlib import Path
 import anyio
 import pytest
 
-from pykmesh.kernel.records import DNS_KEY, DNS_LISTENER, NO_IP, POD_KEY, POD_VALUE, ip_from_text, port_number
+from pykmesh.kernel.records import (
+    DNS_KEY,
+    DNS_LISTENER,
+    DNS_SLOTS,
+    NO_IP,
+    POD_KEY,
+    POD_VALUE,
+    ip_from_text,
+    port_number,
+)
 from services.dns_proxy import pods
 from services.dns_proxy.health import Health
 from services.dns_proxy.pods import Pods
@@ -108,3 +117,25 @@ async def test_what_is_written_of_a_pod_goes_when_it_has_gone(pins: FakePins) ->
     pins.pods.entries.clear()
     await run(pins, lambda: None)
     assert pins.listening() == {}
+
+
+@pytest.mark.anyio
+async def test_slots_that_could_not_be_had_are_had_later(
+    pins: FakePins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listen, is_up = pods.listen, False
+
+    def late(netns_fd: int, cookie: int, wanted: Sequence[tuple[int, int]]) -> list[Slot]:
+        return listen(netns_fd, cookie, wanted if is_up else wanted[:1])
+
+    monkeypatch.setattr(pods, "listen", late)
+    monkeypatch.setattr(pods, "REFILL_S", 0.05)
+    found = Pods(pins, Path("/"), Resolver(None, None, Health()), 60.0, print)  # type: ignore[arg-type]
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(found.run)
+            assert pins.listening().keys() == {0}
+            is_up = True
+            while len(pins.listening()) < DNS_SLOTS // 2:  # noqa: ASYNC110  (it does not say when)
+                await anyio.sleep(0.05)
+            tasks.cancel_scope.cancel()

@@ -367,3 +367,58 @@ def test_only_what_differs_is_published_and_only_what_was_held_is_removed() -> N
     store.forget_version(ResourceType.ADDRESS, "never")
     assert store.versions(ResourceType.ADDRESS) == {"a": "", "b": "2"}
     assert store.remove(ResourceType.ADDRESS, ["never", "b", "b"]) == ["b"]
+
+
+def snapshot(
+    epoch: str, *resources: Resource, synced: bool, rejected: list[str] | None = None
+) -> SnapshotPage:
+    return SnapshotPage(VERSION, epoch, 1, synced, ResourceType.ADDRESS, [*resources], "", rejected or [])
+
+
+def taking(follower: Follower, page: SnapshotPage) -> Change | None:
+    async def fetch(_: str) -> SnapshotPage:
+        return page
+
+    return run(follower.resync(fetch))
+
+
+def said(found: Any) -> Resource:
+    return Resource(found.name, found.resource.value)
+
+
+def test_the_mesh_before_is_answered_with_until_another_is_whole() -> None:
+    follower = Follower()
+    web, api = said(service("web", "10.96.0.1")), said(service("api", "10.96.0.2"))
+    assert taking(follower, snapshot("e", web, synced=True))
+    assert taking(follower, snapshot("f", synced=False)) is None
+    assert follower.synced
+    assert follower.mesh.services.keys() == {web.name}
+    upsert = ConfigBatch(VERSION, "f", 2, ResourceType.ADDRESS, [], [api], complete=True, synced=True)
+    change = follower.offer(upsert)
+    assert change is not None
+    assert change.sweep
+    assert follower.mesh.services.keys() == {api.name}
+
+
+@pytest.mark.parametrize("by_snapshot", [True, False])
+def test_what_a_new_epoch_has_wrong_stays_as_it_was_and_goes_when_that_is_said(*, by_snapshot: bool) -> None:
+    follower = Follower()
+    web, p0 = said(service("web", "10.96.0.1")), said(pod("p-0", "10.1.0.1", services=["web"]))
+    assert taking(follower, snapshot("e", web, p0, synced=True))
+    names = [web.name, p0.name, "never/there"]
+    if by_snapshot:
+        change = taking(follower, snapshot("f", synced=True, rejected=names))
+    else:
+        assert taking(follower, snapshot("f", synced=False)) is None
+        change = follower.offer(
+            ConfigBatch(VERSION, "f", 2, ResourceType.ADDRESS, [], [], True, True, names)
+        )
+    assert change is not None
+    assert change.sweep
+    assert follower.mesh.services.keys() == {web.name}
+    assert [w.uid for w in follower.mesh.members_of(web.name)] == [p0.name]
+    seq = follower.received_seq + 1
+    gone = ConfigBatch(VERSION, "f", seq, ResourceType.ADDRESS, names, [], complete=True, synced=True)
+    assert follower.offer(gone) is not None
+    assert not follower.mesh.services
+    assert not follower.mesh.workloads

@@ -16,10 +16,12 @@ from pykmesh.kernel.layout import AddressKind, Reason
 from pykmesh.kernel.records import (
     ADDRESS_KEY,
     ENDPOINT_KEY,
+    ENDPOINT_VALUE,
     RANGE_KEY,
     RANGE_VALUE,
     Ip,
     ip_from_text,
+    ip_to_text,
     network_id,
     range_to_text,
 )
@@ -508,3 +510,68 @@ def test_a_service_may_name_a_range_twice() -> None:
     world.take([Change(service.name, service)])
     world.take([Change(service.name, None)])
     assert world.maps.plain() == {"services": {}, "addresses": {}, "ranges": {}}
+
+
+HERE, THERE = ip_from_text("10.5.0.1"), ip_from_text("10.5.0.2")
+
+
+def outside(hostname: str, service: Service) -> Workload:
+    return msgspec.structs.replace(
+        member(model.UIDS[0], service), uid=hostname, hostname=hostname, addresses=()
+    )
+
+
+def host_world() -> tuple[World, Service]:
+    world, service = World(), made("shop/out.example.com", vips=(("", ip_from_text("240.0.0.1")),))
+    touched = Touched()
+    world.mesh.put(service.name, service, touched)
+    world.mesh.put("a", outside("a.test", service), touched)
+    world.mesh.resolve("a.test", (HERE,), touched)
+    world.maps.apply(world.planner.plan(world.mesh, touched))
+    return world, service
+
+
+def endpoints(world: World) -> set[str]:
+    lists = world.planner.held.lists.values()
+    return {ip_to_text(ENDPOINT_VALUE.unpack(value)[1]) for found in lists for value in split(found)}
+
+
+def test_a_host_name_is_what_it_was_for_who_was_there_before_until_it_is_looked_up() -> None:
+    world, service = host_world()
+    assert endpoints(world) == {"10.5.0.1"}
+    mesh, planner = Mesh(), Planner(held(world.maps), ROOMY, Rules())
+    mesh.put(service.name, service, Touched())
+    mesh.put("a", outside("a.test", service), Touched())
+    planner.stand_in_hosts(mesh, is_first=True)
+    assert mesh.resolved == {"a.test": (HERE,)}
+    assert not mesh.stand_ins
+    assert not mesh.unlooked
+
+
+def test_one_that_comes_in_place_of_another_stands_for_the_same_until_it_is_looked_up() -> None:
+    world, service = host_world()
+    touched = Touched()
+    world.mesh.remove("a", touched)
+    world.mesh.put("b", outside("b.test", service), touched)
+    world.planner.stand_in_hosts(world.mesh, is_first=False)
+    world.maps.apply(world.planner.plan(world.mesh, touched))
+    assert endpoints(world) == {"10.5.0.1"}
+    assert world.mesh.stand_ins == {"b.test"}
+    world.mesh.resolve("b.test", (THERE,), touched := Touched())
+    world.maps.apply(world.planner.plan(world.mesh, touched))
+    assert endpoints(world) == {"10.5.0.2"}
+    assert not world.mesh.stand_ins
+
+
+def test_it_stands_for_nothing_that_a_pod_left() -> None:
+    world, service = host_world()
+    touched = Touched()
+    world.mesh.remove("a", touched)
+    world.mesh.resolve("a.test", (), touched)
+    world.mesh.put("p", msgspec.structs.replace(member(model.UIDS[1], service), addresses=(THERE,)), touched)
+    world.maps.apply(world.planner.plan(world.mesh, touched))
+    touched = Touched()
+    world.mesh.remove("p", touched)
+    world.mesh.put("b", outside("b.test", service), touched)
+    world.planner.stand_in_hosts(world.mesh, is_first=False)
+    assert not world.mesh.resolved

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 
 from pykmesh.bus import Answer, Headers, Receive
@@ -47,14 +50,20 @@ class World:
         self._publisher = Publisher(self.store, self.log, 64, 0.0)
 
     async def respond(
-        self, *resources: Resource, is_whole: bool = False, kind: ResourceType = ResourceType.ADDRESS
+        self,
+        *resources: Resource,
+        is_whole: bool = False,
+        is_first: bool = False,
+        kind: ResourceType = ResourceType.ADDRESS,
+        gone: Sequence[str] = (),
     ) -> list[ConfigBatch]:
         """What one response puts on the log."""
         self.log.batches = []
-        sent = protocol.discovery_pb2.DeltaDiscoveryResponse(type_url=TYPE_URLS[kind], resources=resources)
-        await self._publisher.publish(
-            protocol.Reading(protocol.parse(sent.SerializeToString()), is_whole=is_whole)
+        sent = protocol.discovery_pb2.DeltaDiscoveryResponse(
+            type_url=TYPE_URLS[kind], resources=resources, removed_resources=gone
         )
+        parsed = protocol.parse(sent.SerializeToString())
+        await self._publisher.publish(protocol.Reading(parsed, is_whole=is_whole, is_first=is_first))
         return self.log.batches
 
     def held(self, kind: ResourceType = ResourceType.ADDRESS) -> set[str]:
@@ -99,6 +108,55 @@ async def test_what_is_rejected_in_a_whole_response_is_not_gone(world: World) ->
     (batch,) = await world.respond(bad, is_whole=True)
     assert uid("p-1") not in batch.removed
     assert world.held() == {uid("p-1")}
+
+
+def broken(name: str) -> Resource:
+    found = service(name, "10.96.0.99")
+    found.resource.value = b""
+    return found
+
+
+async def test_what_was_rejected_and_never_held_is_removed_all_the_same(world: World) -> None:
+    """map_writer may have it of an epoch before."""
+    (batch,) = await world.respond(broken("a"), broken("b"), broken("c"), service("d", "10.96.0.4"))
+    names = [broken(name).name for name in "abc"]
+    assert batch.rejected == names
+    (batch,) = await world.respond(gone=names[:1])
+    assert batch.removed == names[:1]
+    (batch,) = await world.respond(broken("b"), is_first=True)
+    assert batch.removed == names[2:], "the control plane says it no more, and never learnt that it was held"
+    assert [*world.store.rejected[ResourceType.ADDRESS]] == names[1:2]
+    assert await world.respond(broken("b"), is_first=True) == []
+
+
+async def test_what_was_put_back_to_what_is_held_is_rejected_no_more(world: World) -> None:
+    bad = pod("p-1", "10.1.0.1")
+    bad.resource.value = b""
+    await world.respond(bad)
+    assert world.store.rejected[ResourceType.ADDRESS]
+    assert await world.respond(is_first=True) == [], "it is as it was, so it is not said"
+    assert not world.store.rejected[ResourceType.ADDRESS]
+    assert uid("p-1") in world.held()
+
+
+async def test_who_took_a_snapshot_in_the_midst_gets_a_last_batch(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a response that says nothing new: without it he would wait for one."""
+    put, taken = world.store.put, list[bool]()
+
+    def put_while_asked(*said: Any) -> list[messages.Resource]:
+        page = world.store.snapshot("")
+        assert page is not None
+        taken.append(page.synced)
+        return put(*said)
+
+    monkeypatch.setattr(world.store, "put", put_while_asked)
+    (batch,) = await world.respond(service("web", "10.96.0.1"))
+    assert taken == [False]
+    assert (batch.complete, batch.synced, batch.upserts) == (True, True, [])
+    monkeypatch.undo()
+    assert await world.respond(service("web", "10.96.0.1")) == []
 
 
 async def test_nothing_is_taken_for_gone_while_a_resource_has_no_name(world: World) -> None:
