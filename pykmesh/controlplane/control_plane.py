@@ -59,11 +59,11 @@ class ControlPlane:
     def __init__(self, settings: ControlPlaneSettings) -> None:
         self._settings = settings
         self._mesh, self._ranges = MeshSettings.of(settings), AddressRanges.of(settings)
-        self._folder = Folders(filter(None, (settings.config_dir, settings.waypoints_dir)))
+        self._folder = Folders(settings.config_dir, filter(None, [settings.waypoints_dir]))
         self._server = DeltaServer()
         self._content: Content | None = None
         self._whole = anyio.Event()
-        """Set by the first content in which no file is missing, and that is of a file at all."""
+        """Set by the first content in which no file is missing."""
         self._translation = Translation({}, ())
         self._started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._generation = 0
@@ -127,8 +127,6 @@ class ControlPlane:
 
     async def _read(self, sight: Sights, refused: Callable[[Sequence[ConfigError]], None]) -> None:
         content = await anyio.to_thread.run_sync(self._folder.read, sight)
-        if not (any(one.files for one in sight) or content.refused or self._whole.is_set()):
-            content = self._nothing_yet()
         if content == self._content:
             return
         if content.refused and not self._whole.is_set():
@@ -138,12 +136,6 @@ class ControlPlane:
             return
         await self._publish(content)
         self._whole.set()
-
-    def _nothing_yet(self) -> Content:
-        """An empty folder at the start: a volume that is not mounted looks like that."""
-        why = f"No YAML file in {self._settings.config_dir} yet (for an empty mesh: one with a comment)"
-        errors = (ConfigError(".", 0, "", why),)
-        return Content(errors=errors, refused=errors)
 
     async def _publish(self, content: Content) -> None:
         begin = time.monotonic()

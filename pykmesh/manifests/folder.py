@@ -6,7 +6,8 @@ one that never could has none, and is told apart (`Content.refused`) from one th
 goes for a file with an object that another file has: the object stays with the file that had it first.
 
 Files that are removed are gone, all of them too. But when the folder itself went, and none or an empty one
-is in its place (a volume that was unmounted), nothing was removed: what was read still counts.
+is in its place (a volume that was unmounted), nothing was removed: what was read still counts. And one that
+is empty from the start has not been read: it may be a volume that is not mounted yet.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ log = structlog.get_logger(__name__)
 
 _SUFFIXES = (".yaml", ".yml")
 _REPLACED = "Another folder, and empty: what was in the one before counts until there is a file"
+_FOR_NOTHING = "(for an empty mesh: one with a comment)"
 _RACY_NS = 50_000_000
 """A file written this short before it was read may change again unseen: file clocks tick coarsely."""
 
@@ -77,8 +79,11 @@ class _File(msgspec.Struct, frozen=True):
 class Folder:
     """The YAML files below a directory; hidden files and directories are left alone."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, may_be_empty: bool = False) -> None:
+        """`may_be_empty`: from the start, as a folder of our own is."""
         self._path = path
+        self._is_awaited = not may_be_empty
+        """It was never whole."""
         self._files: dict[str, _File] = {}
         self._counted: dict[str, Parsed] = {}
         """Of each file what counts; no object is in two of them."""
@@ -154,6 +159,8 @@ class Folder:
         )
         ignored = frozenset[str]().union(*(file.good.ignored for file in in_order))
         self._log_ignored(ignored)
+        if self._is_awaited and not (self._files or self._folder_errors):
+            clashes = [ConfigError(".", 0, "", f"No YAML file in {self._path} yet {_FOR_NOTHING}")]
         errors = [*clashes, *(error for file in in_order for error in file.errors)]
         content = Content(
             objects,
@@ -161,6 +168,7 @@ class Folder:
             refused=(*self._folder_errors, *sorted(errors)),
             ignored=ignored,
         )
+        self._is_awaited &= bool(content.refused)
         self._log_new_errors(content.errors)
         return content
 
@@ -276,10 +284,11 @@ Sights: TypeAlias = tuple[Sight, ...]
 
 
 class Folders:
-    """Several folders as one: an object that two of them have is that of the first."""
+    """Several folders as one: an object that two of them have is that of the first, which is the user's."""
 
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self._folders = [Folder(path) for path in paths]
+    def __init__(self, path: Path, own: Iterable[Path] = ()) -> None:
+        """`own`: others, that may be empty."""
+        self._folders = [Folder(path), *(Folder(each, may_be_empty=True) for each in own)]
 
     def look(self) -> Sights:
         return tuple(folder.look() for folder in self._folders)
