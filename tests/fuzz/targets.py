@@ -35,7 +35,7 @@ from pykmesh.manifests.folder import Content
 from pykmesh.manifests.parse import parse as parse_manifests
 from services.dns_proxy import wire
 from services.map_writer.desired import Rules
-from services.map_writer.follower import Change, Follower, GapError
+from services.map_writer.follower import Change, Follower
 from services.map_writer.planner import Held, Limits, Planner
 from services.waypoint_mgr.encode import resources
 from services.waypoint_mgr.routes import Wanted, translate
@@ -64,15 +64,23 @@ BUS: Final[tuple[type[Message], ...]] = (
 
 
 class _Maps:
-    """What map_writer does with a mesh, without a kernel."""
+    """What map_writer does with a mesh, without a kernel, from the first batch on."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: ConfigBatch) -> None:
         self.follower = Follower()
         self.planner = Planner(Held(), LIMITS, Rules())
+        page = SnapshotPage(VERSION, first.epoch, first.seq - 1, False, ResourceType.ADDRESS, [], "")
+
+        async def fetch(_: str) -> SnapshotPage:
+            return page
+
+        with contextlib.suppress(StopIteration):
+            self.follower.resync(fetch).send(None)
 
     def take(self, batch: ConfigBatch) -> None:
-        with contextlib.suppress(GapError):
-            self._write(self.follower.offer(batch))
+        """All of it is taken, but for a repetition."""
+        self._write(self.follower.offer(batch))
+        assert self.follower.received_seq == batch.seq
 
     def _write(self, change: Change | None) -> None:
         if change is None:
@@ -90,7 +98,7 @@ def xds(data: bytes) -> None:
         taken = [upsert for part in reading.parts() for upsert in part]
         found = [Resource(name, held.value) for name, held in taken]
         batch = ConfigBatch(VERSION, "e", 1, reading.type, reading.removed, found, complete=True, synced=True)
-        maps = _Maps()
+        maps = _Maps(batch)
         maps.take(batch)
         maps.take(msgspec.structs.replace(batch, seq=2, removed=[name for name, _ in taken], upserts=[]))
 
@@ -100,7 +108,7 @@ def address(data: bytes) -> None:
     for kind, name in ((ResourceType.ADDRESS, "ns/name"), (ResourceType.AUTHORIZATION, "ns/policy")):
         batch = ConfigBatch(VERSION, "e", 1, kind, [], [Resource(name, data)], complete=True, synced=True)
         with contextlib.suppress(FieldError):
-            _Maps().take(batch)
+            _Maps(batch).take(batch)
 
 
 def bus(data: bytes) -> None:
@@ -108,8 +116,8 @@ def bus(data: bytes) -> None:
     for kind in BUS:
         with contextlib.suppress(ContractError):
             found: Any = messages.decode(kind, data)
-            if isinstance(found, ConfigBatch):
-                _Maps().take(found)
+            if isinstance(found, ConfigBatch) and not found.is_heartbeat:
+                _Maps(found).take(found)
 
 
 def manifests(data: bytes) -> None:
