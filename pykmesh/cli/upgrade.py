@@ -26,6 +26,7 @@ def upgrade(instance: Instance, output: str, *, dry_run: bool, roll_back: bool) 
     import msgspec
 
     from pykmesh.kernel import hooks, upgrade
+    from pykmesh.kernel.layout import LayoutError, check_enums, check_objects
     from pykmesh.kernel.libbpf import KernelError
     from pykmesh.node.upgrade import check, exchange
     from pykmesh.node.upgrade import roll_back as go_back
@@ -34,6 +35,8 @@ def upgrade(instance: Instance, output: str, *, dry_run: bool, roll_back: bool) 
         if roll_back:
             words = shlex.split(command(instance, "upgrade", "-o", output))[1:]
             go_back(instance, [*words, *(["--dry-run"] if dry_run else [])])
+        check_enums()
+        check_objects()
         plan = upgrade.plan(instance.pin_dir)
         problems = [*plan.problems]
         try:
@@ -51,6 +54,8 @@ def upgrade(instance: Instance, output: str, *, dry_run: bool, roll_back: bool) 
         if not dry_run:
             exchanged = exchange(instance)
             done |= {**msgspec.structs.asdict(exchanged), "copied": _copied(instance)}
+    except LayoutError as error:
+        raise Failure(f"not begun: {error}") from error
     except (InstanceError, KernelError, OSError) as error:
         raise Failure(str(error)) from error
     if output != "table":

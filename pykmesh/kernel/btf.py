@@ -192,9 +192,10 @@ def _settings(btf: Btf) -> dict[str, list[int]]:
 
 
 def main(arguments: list[str]) -> None:
-    source, target = map(Path, arguments)
-    elf = source.read_bytes()
-    found = {"object": hashlib.sha256(elf).hexdigest(), **layout(elf)}
+    """The objects, of which the first is read (the others are the same for other kernels), and the layout."""
+    *sources, target = map(Path, arguments)
+    objects = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
+    found = {"objects": objects, **layout(sources[0].read_bytes())}
     target.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 

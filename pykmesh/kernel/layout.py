@@ -7,6 +7,7 @@ map's pin is named after the hash of its layout, so a service cannot open one of
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import struct
 from enum import IntEnum, IntFlag
@@ -83,10 +84,19 @@ def is_replaced() -> bool:
         return True
 
 
-def check_object() -> None:
-    """LayoutError where the object on disk is no more the one whose layout was read."""
+def check_objects() -> None:
+    """LayoutError where the objects on disk are not, or no more, those whose layout was read."""
     if is_replaced():
         raise LayoutError("the files of this release were replaced: this process is of the one before")
+    for name, wanted in _document()["objects"].items():
+        path = _OBJECTS / name
+        try:
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise LayoutError(f"{path}: {error.strerror}") from error
+        if found != wanted:
+            what = "is not of the build that layout.json is of"
+            raise LayoutError(f"{path} {what}: it is being replaced, or is to be built again (make build)")
 
 
 def setting_offset(name: str, size: int) -> int:

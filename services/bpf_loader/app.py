@@ -15,7 +15,7 @@ import structlog
 from pykmesh.contracts.settings import LoaderSettings
 from pykmesh.kernel import cgroups, pins
 from pykmesh.kernel.hooks import HOOKS, Programs, ProgramSettings, can_set_retval
-from pykmesh.kernel.layout import check_enums, check_object
+from pykmesh.kernel.layout import check_enums, check_objects
 from pykmesh.kernel.records import DNS_SLOTS, network_id
 from pykmesh.kernel.upgrade import Copied, Staging, pin_again
 from pykmesh.process import Runtime, raise_file_limit
@@ -72,7 +72,7 @@ def take_over(settings: LoaderSettings) -> TakenOver:
     Blocks. Whoever is ended in its midst leaves what the next one goes on from.
     """
     check_enums()
-    check_object()
+    check_objects()
     root = settings.cgroup_root or cgroups.find_root()
     if pins.prepare(settings.pin_dir):
         log.info("bpffs_mounted", pin_dir=str(settings.pin_dir))

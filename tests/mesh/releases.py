@@ -68,9 +68,8 @@ def build(release: Path) -> None:
         ]
         _run(*compile_, "-c", str(release / "bpf" / "mesh.bpf.c"), "-o", str(built))
         _run("bpftool", "gen", "object", str(objects / f"{name}.bpf.o"), str(built))
-    _run(
-        sys.executable, "-m", "pykmesh.kernel.btf", str(objects / "mesh.bpf.o"), str(objects / "layout.json")
-    )
+    made = (objects / name for name in ("mesh.bpf.o", "mesh_before_5_13.bpf.o", "layout.json"))
+    _run(sys.executable, "-m", "pykmesh.kernel.btf", *map(str, made))
 
 
 def _run(*words: str) -> None:
