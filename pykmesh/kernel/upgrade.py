@@ -46,8 +46,11 @@ _ARRAY_TYPES: Final = (2, 6)
 _SOCKETS, _LOADS = "sockets", "loads"
 _CANNOT_BE_COPIED: Final = {
     _RING_BUFFER: "records that were not read",
-    _SK_STORAGE: "what is known of sockets that are open: their close is not recorded",
+    _SK_STORAGE: "what is known of sockets that are open: their close is not recorded, their peer is the "
+    "endpoint, and what begins in that moment by way of a waypoint is closed",
 }
+_READ_ONCE: Final = {"handoffs": "what begins in that moment by way of a waypoint is closed"}
+"""Notes from one program to another, which are exchanged one after the other."""
 
 
 class UpgradeError(Exception):
@@ -148,7 +151,7 @@ def plan(pin_dir: Path) -> Plan:
             try:
                 conversion = _Conversion(before, layout)
                 conversion.check()
-                lost = conversion.lost
+                lost = "; ".join(filter(None, (conversion.lost, _READ_ONCE.get(name))))
             except UpgradeError as error:
                 problems.append(str(error))
             moves.append(Move(name, Fate.COPIED, before.name, lost, stale))

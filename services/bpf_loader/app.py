@@ -83,8 +83,10 @@ def take_over(settings: LoaderSettings) -> TakenOver:
     with staging.taken_over() as copied:
         enrollment = Enrollment(settings.pin_dir, root, settings.instance, settings.network, programs)
         waypoints = Waypoints(settings.pin_dir, programs)
-        updated = enrollment.adopt() + waypoints.adopt()
-        others = pins.remove_others(pins.links_dir(settings.pin_dir), {hook.program for hook in HOOKS})
+        updated = enrollment.exchange() + waypoints.exchange()
+    enrollment.mend()
+    waypoints.sweep()
+    others = pins.remove_others(pins.links_dir(settings.pin_dir), {hook.program for hook in HOOKS})
     if others:
         log.info("programs_of_another_release_removed", programs=others)
     if copied is not None:

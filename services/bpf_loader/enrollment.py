@@ -53,12 +53,25 @@ class Enrollment:
         self._held.close()
 
     def adopt(self) -> int:
-        """Gives the links that are there the programs loaded now, after a sweep.
+        """Goes on from what is there: returns how many links got the programs loaded now."""
+        updated = self.exchange()
+        self.mend()
+        return updated
 
-        Returns how many links were updated. Each is replaced in one step: nothing is detached.
-        """
+    def mend(self) -> None:
+        """After an `exchange`."""
         self._adopt_cookies()
         self.sweep()
+
+    def exchange(self) -> int:
+        """Gives the links that are there the programs loaded now, and looks at nothing else: it takes long.
+
+        Returns how many links were updated. Each is replaced in one step: nothing is detached. What is not
+        as it should be is left to `mend`, but for hooks that the release before did not have: what undoes a
+        rewrite is there before what rewrites.
+        """
+        if not all((each.path / hook.program).exists() for each in self._all_links() for hook in HOOKS):
+            self.mend()
         return sum(
             pinned.adopt(each.path / hook.program, hook, self._programs)
             for each in self._all_links()

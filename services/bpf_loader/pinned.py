@@ -98,17 +98,19 @@ def _target_and_type(pin: Path) -> tuple[int, int]:
 
 
 def adopt(pin: Path, hook: Hook, programs: Programs) -> int:
-    """Gives a link the program that is loaded now, in one step. Returns how many were updated: 1 or 0."""
+    """Gives a link the program that is loaded now, in one step. Returns how many were updated: 1 or 0.
+
+    None where its target has gone, or it is of another type: an update does not look at that.
+    """
     if not pin.exists():
         return 0
     with libbpf.closing(libbpf.obj_get(str(pin))) as fd:
-        attach_type = libbpf.link_info(fd)[2]
-        if attach_type != hook.attach_type:
-            raise libbpf.KernelError(22, f"{pin} is attached as type {attach_type}, not {hook.attach_type}")
+        if libbpf.link_info(fd)[2] != hook.attach_type:
+            return 0
         try:
             libbpf.link_update(fd, programs.fds[hook])
         except libbpf.KernelError as error:
-            if error.errno != errno.ENOLINK:  # its target went just now
+            if error.errno != errno.ENOLINK:
                 raise
             return 0
     return 1

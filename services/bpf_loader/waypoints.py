@@ -45,9 +45,8 @@ class Waypoints:
     def _listeners(self) -> PinnedMap:
         return PinnedMap(self._maps, "listeners")
 
-    def adopt(self) -> int:
+    def exchange(self) -> int:
         """Gives the links that are there the programs loaded now; returns how many."""
-        self.sweep()
         found = pins.read_links(self._links).cgroups
         return sum(
             pinned.adopt(each.path / hook.program, hook, self._programs)

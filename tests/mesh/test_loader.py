@@ -278,7 +278,7 @@ def test_a_start_takes_up_what_is_left_of_a_cgroup_that_goes_meanwhile(
     monkeypatch.setattr(cgroups, "paths_of", lambda root, ids: {k: v for i in ids for k, v in
                                                                 go_then_tell(root, i).items()})  # fmt: skip
     assert loader.again().adopt() == 0
-    assert loader.enrollment.sweep() == 1
+    loader.enrollment.sweep()
     assert loader.names() == []
 
 
@@ -512,7 +512,7 @@ def test_a_link_of_another_type_is_put_right_before_it_gets_a_program(loader: Lo
     for fd, name in zip(fds, reversed(names), strict=True):
         libbpf.obj_pin(fd, str(links / name))
         os.close(fd)
-    assert loader.again().adopt() == len(HOOKS)
+    assert loader.again().adopt() == len(HOOKS) - len(names)
     for hook in HOOKS:
         with libbpf.closing(libbpf.obj_get(str(links / hook.program))) as fd:
             assert libbpf.link_info(fd)[2] == hook.attach_type

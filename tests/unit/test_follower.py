@@ -410,9 +410,7 @@ def test_what_a_new_epoch_has_wrong_stays_as_it_was_and_goes_when_that_is_said(*
         change = taking(follower, snapshot("f", synced=True, rejected=names))
     else:
         assert taking(follower, snapshot("f", synced=False)) is None
-        change = follower.offer(
-            ConfigBatch(VERSION, "f", 2, ResourceType.ADDRESS, [], [], True, True, names)
-        )
+        change = follower.offer(ConfigBatch(VERSION, "f", 2, ResourceType.ADDRESS, [], [], True, True, names))
     assert change is not None
     assert change.sweep
     assert follower.mesh.services.keys() == {web.name}
