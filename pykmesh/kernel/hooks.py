@@ -35,6 +35,10 @@ HOOKS: Final = (
     Hook("pykmesh_conn6", 11),
 )
 
+NOTING_HOOKS: Final = tuple(hook for hook in HOOKS if hook.program == "pykmesh_sockops")
+"""They note what a connection is for, before it comes to a waypoint."""
+SILENT_HOOKS: Final = tuple(hook for hook in HOOKS if hook not in NOTING_HOOKS)
+
 # Of a waypoint's cgroup.
 WAYPOINT_HOOKS: Final = (Hook("pykmesh_origdst", 21), Hook("pykmesh_arrived", 3))
 

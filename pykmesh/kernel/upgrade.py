@@ -49,8 +49,8 @@ _CANNOT_BE_COPIED: Final = {
     _SK_STORAGE: "what is known of sockets that are open: their close is not recorded, their peer is the "
     "endpoint, and what begins in that moment by way of a waypoint is closed",
 }
-_READ_ONCE: Final = {"handoffs": "what begins in that moment by way of a waypoint is closed"}
-"""Notes from one program to another, which are exchanged one after the other."""
+_READ_ONCE: Final = {"handoffs": "what begins in that moment by way of a waypoint may be closed"}
+"""Notes from one program to another, which cannot be exchanged at once."""
 
 
 class UpgradeError(Exception):

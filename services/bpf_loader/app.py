@@ -14,7 +14,14 @@ import structlog
 
 from pykmesh.contracts.settings import LoaderSettings
 from pykmesh.kernel import cgroups, pins
-from pykmesh.kernel.hooks import HOOKS, Programs, ProgramSettings, can_set_retval
+from pykmesh.kernel.hooks import (
+    HOOKS,
+    NOTING_HOOKS,
+    SILENT_HOOKS,
+    Programs,
+    ProgramSettings,
+    can_set_retval,
+)
 from pykmesh.kernel.layout import check_enums, check_objects
 from pykmesh.kernel.records import DNS_SLOTS, network_id
 from pykmesh.kernel.upgrade import Copied, Staging, pin_again
@@ -83,7 +90,8 @@ def take_over(settings: LoaderSettings) -> TakenOver:
     with staging.taken_over() as copied:
         enrollment = Enrollment(settings.pin_dir, root, settings.instance, settings.network, programs)
         waypoints = Waypoints(settings.pin_dir, programs)
-        updated = enrollment.exchange() + waypoints.exchange()
+        # Who writes notes to waypoints comes right after who reads them.
+        updated = enrollment.exchange(SILENT_HOOKS) + waypoints.exchange() + enrollment.exchange(NOTING_HOOKS)
     enrollment.mend()
     waypoints.sweep()
     others = pins.remove_others(pins.links_dir(settings.pin_dir), {hook.program for hook in HOOKS})

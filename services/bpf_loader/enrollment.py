@@ -16,7 +16,7 @@ import structlog
 
 from pykmesh.contracts.enrollment import Enrolled, EnrollmentError
 from pykmesh.kernel import cgroups, libbpf, pins
-from pykmesh.kernel.hooks import HOOKS, Programs, count_pinned
+from pykmesh.kernel.hooks import HOOKS, Hook, Programs, count_pinned
 from pykmesh.kernel.netns import own_cookie
 from pykmesh.kernel.pins import CgroupLinks
 from pykmesh.kernel.records import NO_IP, ip_to_text, network_id
@@ -54,7 +54,7 @@ class Enrollment:
 
     def adopt(self) -> int:
         """Goes on from what is there: returns how many links got the programs loaded now."""
-        updated = self.exchange()
+        updated = self.exchange(HOOKS)
         self.mend()
         return updated
 
@@ -63,8 +63,8 @@ class Enrollment:
         self._adopt_cookies()
         self.sweep()
 
-    def exchange(self) -> int:
-        """Gives the links that are there the programs loaded now, and looks at nothing else: it takes long.
+    def exchange(self, hooks: tuple[Hook, ...]) -> int:
+        """Gives these links the programs loaded now, and looks at nothing else: it takes long.
 
         Returns how many links were updated. Each is replaced in one step: nothing is detached. What is not
         as it should be is left to `mend`, but for hooks that the release before did not have: what undoes a
@@ -75,7 +75,7 @@ class Enrollment:
         return sum(
             pinned.adopt(each.path / hook.program, hook, self._programs)
             for each in self._all_links()
-            for hook in HOOKS
+            for hook in hooks
         )
 
     def _adopt_cookies(self) -> None:

@@ -46,6 +46,8 @@ UNDER_WAY_S: Final = 0.1
 SUBNET: Final = 40
 MARKED_PORT: Final = 81
 FIRST_MARK: Final = 20_000
+MARKS: Final = 500
+"""What processes remember of them is then as much as it will be."""
 
 
 class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -189,7 +191,7 @@ class Stage:
     def write_web(self) -> None:
         """With a target port that has not been before: no earlier state is taken for this one."""
         objects = [_pod(each, "web") for each in self.web if each.name in self.wanted]
-        self._mark += 1
+        self._mark = FIRST_MARK + (self._mark + 1 - FIRST_MARK) % MARKS
         ports = {80: traffic.PORT, 9090: traffic.UDP_PORT, MARKED_PORT: self._mark}
         services = [
             service("web", WEB4, WEB6, app="web", ports=ports),
