@@ -91,6 +91,9 @@ class Programs:
         self.fds = {
             hook: self._object.program_fd(hook.program) for hook in (*HOOKS, *WAYPOINT_HOOKS, FRONT_HOOK)
         }
+        for hook in (HOOKS[-1], WAYPOINT_HOOKS[0]):
+            for name in map_names():  # also those that no program reads: whose pin goes is found by these
+                libbpf.bind_map(self.fds[hook], self._object.map_fd(name))
 
     def _load(
         self, path: Traversable, map_dir: Path, sizes: Mapping[str, int], settings: ProgramSettings

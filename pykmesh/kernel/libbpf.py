@@ -240,6 +240,11 @@ def program_name_and_maps(program_id: int) -> tuple[str, list[int]]:
         os.close(fd)
 
 
+def bind_map(program_fd: int, map_fd: int) -> None:
+    """The map lives as long as the program, though that does not read it."""
+    _checked(_L.bpf_prog_bind_map(program_fd, map_fd, None), "bind a map to a program")
+
+
 def map_fd_by_id(map_id: int) -> int:
     return _checked(_L.bpf_map_get_fd_by_id(map_id), f"map {map_id}")
 

@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import anyio
@@ -226,7 +227,22 @@ def _fork(module: str) -> int:
 
 def _module(command: list[str]) -> str:
     """What a fork can run. Nothing where another release lies in the place of what is imported here."""
-    return command[-1] if command == python(command[-1]) and not is_replaced() else ""
+    is_another = is_replaced() or _sources() != _OWN_SOURCES
+    return "" if command != python(command[-1]) or is_another else command[-1]
+
+
+def _sources() -> frozenset[tuple[str, int, int]]:
+    """Of what is run here: each file, when it was written, and its size."""
+    packages = Path(__file__).parents[2]
+    files = [path for name in ("pykmesh", "services") for path in (packages / name).rglob("*.py")]
+    with contextlib.suppress(FileNotFoundError):  # it is being replaced
+        return frozenset(
+            (str(path), found.st_mtime_ns, found.st_size) for path in files for found in [path.stat()]
+        )
+    return frozenset()
+
+
+_OWN_SOURCES: Final = _sources()
 
 
 def _become(parent: int, command: list[str], module: str, environment: dict[str, str], output: int) -> None:

@@ -207,13 +207,13 @@ class MapWriter:
                 continue
             finally:
                 gc.enable()
-        self._runtime.readiness.done("snapshot")
         self._origins.clear()
         if change is not None:
             await self._write(change)
         else:
             self._runtime.readiness.wait_for("control plane")
             await self.report()
+        self._runtime.readiness.done("snapshot")
 
     def _drop_batches(self) -> None:
         """What was received until now is in a snapshot that is asked for now."""

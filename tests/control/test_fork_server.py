@@ -12,6 +12,7 @@ import anyio
 import pytest
 
 from pykmesh.contracts.settings import EXIT_SETTINGS
+from pykmesh.node import fork_server
 from pykmesh.node import supervisor as module
 from pykmesh.node.fork_server import ForkServer, Process, python
 from pykmesh.node.instance import InstanceError, ports_of_no_client
@@ -196,3 +197,10 @@ async def test_what_does_not_end_in_time_is_killed(server: ForkServer) -> None:
     assert await process.receive() == b"ready\n"
     await process.end(0.2)
     assert not (Path("/proc") / str(process.pid)).exists()
+
+
+def test_nothing_is_forked_of_files_that_were_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = python("services.map_writer")
+    assert fork_server._module(command) == "services.map_writer"
+    monkeypatch.setattr(fork_server, "_OWN_SOURCES", frozenset())
+    assert fork_server._module(command) == ""

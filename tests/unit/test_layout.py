@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +36,24 @@ def types() -> Types:
 def test_the_object_for_old_kernels_has_the_same_layout() -> None:
     found, older = (btf.layout(path.read_bytes()) for path in (layout.OBJECT, layout.OBJECT_BEFORE_5_13))
     assert older == found
+
+
+def test_an_object_of_another_build_than_the_layout_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = tmp_path / "objects"
+    shutil.copytree(layout.OBJECT.parent, objects)  # type: ignore[arg-type, attr-defined]  (a Path here)
+    monkeypatch.setattr(layout, "_OBJECTS", objects)
+    layout.check_objects()
+    for name in ("mesh.bpf.o", "mesh_before_5_13.bpf.o"):
+        path, before = objects / name, (objects / name).read_bytes()
+        path.write_bytes(before + b"\0")
+        with pytest.raises(LayoutError, match=rf"{name} is not of the build that layout\.json is of"):
+            layout.check_objects()
+        path.write_bytes(before)
+    path.unlink()
+    with pytest.raises(LayoutError, match="No such file"):
+        layout.check_objects()
 
 
 def named(types: Types, kind: str, name: str) -> dict[str, Any]:
