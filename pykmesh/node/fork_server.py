@@ -92,6 +92,8 @@ class ForkServer:
     async def _ask(self, request: dict[str, Any], *descriptors: int) -> int:
         async with self._turn:
             door = self._door or self._begin()
+            if self._server is not None:
+                self._server.send_signal(signal.SIGCONT)  # one that somebody stopped would answer nothing
             try:
                 answer = await anyio.to_thread.run_sync(
                     _asked, door, json.dumps(request).encode(), descriptors
@@ -109,7 +111,8 @@ class ForkServer:
         self._door.settimeout(ANSWER_DEADLINE_S)
         with its_door:
             self._server = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "TERM", *python(__name__), str(its_door.fileno())],
+                # By what also ends one that is stopped: its processes end with it.
+                ["setpriv", "--pdeathsig", "KILL", *python(__name__), str(its_door.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[its_door.fileno()],
                 start_new_session=True,

@@ -133,6 +133,14 @@ async def test_a_server_that_is_killed_takes_its_processes_along_and_the_next_is
     assert await outcome(await server.start(["echo", "again"], dict(os.environ))) == ("again\n", 0)
 
 
+async def test_a_server_that_was_stopped_goes_on_at_the_next_request(server: ForkServer) -> None:
+    process = await server.start(["sleep", "60"], dict(os.environ))
+    os.kill(parent_of(process), signal.SIGSTOP)
+    with anyio.fail_after(10):
+        assert await outcome(await server.start(["echo", "on"], dict(os.environ))) == ("on\n", 0)
+        await process.end(5)
+
+
 async def test_an_environment_may_be_large(server: ForkServer) -> None:
     """As large as execve(2) takes; each text 128 KiB at most."""
     environment = {"PATH": os.environ["PATH"], **{f"SERVICE_{n}": "x" * 100_000 for n in range(10)}}
