@@ -94,6 +94,7 @@ class Samples:
 
     def take(self, found: Stage) -> None:
         pids = {found.node.instance.pid: "supervisor", found.node.fork_server(): "fork_server"}
+        pids |= {each["pid"]: "envoy" for each in found.instances()[:1]}
         for pid, name in {**pids, **found.node.children()}.items():
             with contextlib.suppress(OSError):  # it was killed just now
                 self.descriptors.setdefault(name, []).append(len(list(Path(f"/proc/{pid}/fd").iterdir())))
