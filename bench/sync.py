@@ -5,8 +5,8 @@
 sync: the response handed to gRPC until the control plane reads the answer, which waits for the last
 map write; the processes are warm and hold nothing before. floor: parsing the same response and each
 address in it, in one process of the same run. push: one change, from sent to seen in the kernel's map
-(looked at each 50 us), and to answered. Memory: Pss of all processes, the maps' own, and what was
-resident at the most.
+(looked at each 50 us), and to answered; paced: the same at a rate. Memory: Pss of all processes, the
+maps' own, and what was resident at the most.
 """
 
 from __future__ import annotations
@@ -141,9 +141,10 @@ def measure(services: int, pods: int, pushes: int, rate: float) -> dict[str, Any
         }  # fmt: skip
         found["total_mib"] = round(sum(found["pss_mib"].values()) + found["maps_mib"], 1)
         with PinnedMap(pins.maps_dir(node.pin_dir), "services") as held:
-            found["push"] = _pushes(plane, held, pushes)
+            found["push"] = _pushes(plane, held, range(pushes))
+            found["paced"] = _pushes(plane, held, range(pushes, 2 * pushes), rate)
         before, started = cpu_s(list(children)), time.monotonic()
-        found["replace"] = _replacements(plane, pushes, rate)
+        found["replace"] = _replacements(plane, pushes, rate, 2 * pushes)
         found["replace"]["cpu_percent"] = round(
             (cpu_s(list(children)) - before) / (time.monotonic() - started) * 100, 1
         )
@@ -159,11 +160,14 @@ def room(services: int, pods: int) -> list[str]:
     return [word for setting in words for word in ("--set", setting)]
 
 
-def _pushes(plane: ControlPlane, held: PinnedMap, count: int) -> dict[str, Any]:
-    """One change at a time, half of them removals from a list, half additions."""
+def _pushes(plane: ControlPlane, held: PinnedMap, numbers: range, rate: float = 0) -> dict[str, Any]:
+    """One change at a time, half of them removals from a list, half additions. `rate` 0: at once."""
+    started = time.monotonic()
     seen: dict[bool, list[float]] = {True: [], False: []}
     answered: dict[bool, list[float]] = {True: [], False: []}
-    for number in range(count):
+    for number in numbers:
+        if rate:
+            time.sleep(max(0.0, started + (number - numbers.start) / rate - time.monotonic()))
         healthy, key = bool(number % 2), meshes.service_key(number // 2)
         before = held.get(key)
         plane.tell(health=number // 2, healthy=healthy)
@@ -179,7 +183,7 @@ def _pushes(plane: ControlPlane, held: PinnedMap, count: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _replacements(plane: ControlPlane, count: int, rate: float) -> dict[str, Any]:
+def _replacements(plane: ControlPlane, count: int, rate: float, before: int) -> dict[str, Any]:
     """Pods replaced at a rate; each push is timed from its sending."""
     taken, start = [], time.monotonic()
     for number in range(count):
@@ -187,7 +191,7 @@ def _replacements(plane: ControlPlane, count: int, rate: float) -> dict[str, Any
         if delay > 0:
             time.sleep(delay)
         plane.tell(replace=number)
-        taken.append(plane.until_acked(f"push-{count + number + 1}"))
+        taken.append(plane.until_acked(f"push-{before + number + 1}"))
     return {"rate": round(count / (time.monotonic() - start), 1), **spread(taken)}
 
 
