@@ -23,10 +23,27 @@ def upgrade(instance: Instance, output: str, *, dry_run: bool, roll_back: bool) 
 
     What cannot be done is said before anything is.
     """
+    from pykmesh.kernel.layout import LayoutError, check_enums, check_objects
+
+    try:
+        check_enums()
+        check_objects()
+        done = _upgrade(instance, output, dry_run=dry_run, roll_back=roll_back)
+    except LayoutError as error:
+        raise Failure(f"not begun: {error}") from error
+    if output != "table":
+        show(output, done, (), ())
+    else:
+        _tell(instance, done)
+    if done["problems"]:
+        sys.exit(1)
+
+
+def _upgrade(instance: Instance, output: str, *, dry_run: bool, roll_back: bool) -> dict[str, Any]:
+    """What was done, or would be. Failure."""
     import msgspec
 
     from pykmesh.kernel import hooks, upgrade
-    from pykmesh.kernel.layout import LayoutError, check_enums, check_objects
     from pykmesh.kernel.libbpf import KernelError
     from pykmesh.node.upgrade import check, exchange
     from pykmesh.node.upgrade import roll_back as go_back
@@ -35,8 +52,6 @@ def upgrade(instance: Instance, output: str, *, dry_run: bool, roll_back: bool) 
         if roll_back:
             words = shlex.split(command(instance, "upgrade", "-o", output))[1:]
             go_back(instance, [*words, *(["--dry-run"] if dry_run else [])])
-        check_enums()
-        check_objects()
         plan = upgrade.plan(instance.pin_dir)
         problems = [*plan.problems]
         try:
@@ -54,16 +69,9 @@ def upgrade(instance: Instance, output: str, *, dry_run: bool, roll_back: bool) 
         if not dry_run:
             exchanged = exchange(instance)
             done |= {**msgspec.structs.asdict(exchanged), "copied": _copied(instance)}
-    except LayoutError as error:
-        raise Failure(f"not begun: {error}") from error
     except (InstanceError, KernelError, OSError) as error:
         raise Failure(str(error)) from error
-    if output != "table":
-        show(output, done, (), ())
-    else:
-        _tell(instance, done)
-    if problems:
-        sys.exit(1)
+    return done
 
 
 def _moves(plan: Any) -> list[dict[str, str]]:

@@ -29,6 +29,8 @@ SERVICES = ("bpf_loader", "map_writer", "xds_client", "telemetry")
 DNS = "dns_proxy"
 WAYPOINTS = "waypoint_mgr"
 PROCESSES = ("nats", "control_plane", *SERVICES, DNS, WAYPOINTS)
+MODULES = ("pykmesh.controlplane", *(f"services.{name}" for name in (*SERVICES, DNS, WAYPOINTS)))
+"""Of those that are Python's."""
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):

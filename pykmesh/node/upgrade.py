@@ -34,9 +34,13 @@ from pykmesh.node.behind import (
     ready_deadline_s,
 )
 from pykmesh.node.instance import Instance, InstanceError, command, running
+from pykmesh.node.mesh import MODULES
 
 CONNECT_DEADLINE_S: Final = 3.0
 """In which xds_client begins another stream, where the control plane is there."""
+_IMPORT: Final = (
+    "import importlib, sys; [importlib.import_module(f'{name}.__main__') for name in sys.argv[1:]]"
+)
 _T = TypeVar("_T")
 
 
@@ -146,18 +150,19 @@ def _check(instance: Instance, before: Supervised, environment: dict[str, str]) 
         )
     if not Path(before.directory).is_dir():
         raise InstanceError(f"{before.directory} is gone, in which the instance was started")
-    done = subprocess.run(
-        [sys.executable, "-m", "pykmesh", *before.arguments, CHECK],
-        cwd=before.directory,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["without a word"]
-        why = said[0].removeprefix("Error: ")
-        raise InstanceError(f"not begun: this release does not start as the one before: {why}")
+    for words in (["-m", "pykmesh", *before.arguments, CHECK], ["-c", _IMPORT, *MODULES]):
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=before.directory,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            said = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["without a word"]
+            why = said[0].removeprefix("Error: ")
+            raise InstanceError(f"not begun: this release does not start as the one before: {why}")
 
 
 def _away(instance: Instance) -> str:
