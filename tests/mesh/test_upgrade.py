@@ -212,7 +212,10 @@ def test_a_release_that_does_not_start_leaves_the_one_before(
     main = upgrades.other / "services" / "telemetry" / "__main__.py"
     said = main.read_text()
     try:
-        main.write_text("import sys\nsys.exit('no such luck')\n")
+        main.write_text("import nobody\n")
+        assert "not begun: " in upgrades.upgrade(upgrades.other, check=False).stderr
+        assert upgrades.pins() == before
+        main.write_text("import sys\nif __name__ == '__main__':\n    sys.exit('no such luck')\n")
         monkeypatch.setenv("PYKMESH_READY_DEADLINE_S", "soon")
         assert "not a number of seconds" in upgrades.upgrade(upgrades.other, check=False).stderr
         monkeypatch.setenv("PYKMESH_READY_DEADLINE_S", "5")
