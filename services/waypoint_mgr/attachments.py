@@ -28,6 +28,8 @@ PARTIALLY_INVALID: Final = "PartiallyInvalid"
 UNSUPPORTED_VALUE: Final = "UnsupportedValue"
 _P = TypeVar("_P", Policy, Authentication)
 _NO_PORT: Final = ServicePort(0)
+_KINDS: Final = (AppProtocol.HTTP2, AppProtocol.HTTP, AppProtocol.TCP)
+"""GRPCRoutes, HTTPRoutes and TCPRoutes."""
 
 
 class Condition(msgspec.Struct, frozen=True):
@@ -199,9 +201,9 @@ class _Refusal(NamedTuple):
 
 
 def attach(waypoint: Gateway, mesh: Mesh, routes: Sequence[Route]) -> Attached:
-    """TCPRoutes come last: a port that others route carries HTTP."""
+    """Of several kinds for one port the first counts, whatever their age (GEP-1294)."""
     attached = Attached({}, [], [])
-    for route in sorted(routes, key=lambda route: (route.carries is AppProtocol.TCP, *age(route))):
+    for route in sorted(routes, key=lambda route: (_KINDS.index(route.carries), *age(route))):
         parents = [(parent, _parent_ref(route, parent)) for parent in route.spec.parent_refs]
         ours = [(parent, ref) for parent, ref in parents if _is_ours(ref, waypoint, mesh)]
         if ours:
@@ -229,8 +231,8 @@ def _attach_route(
     errors = [error for rule in route.spec.rules for error in errors_in(rule)]
     for parent, ref in parents:
         found = _Refusal(UNSUPPORTED_VALUE, "; ".join(errors)) if errors else None
-        found = found or _refusal(route, parent, ref, waypoint, mesh, attached)
-        ports = [] if found else list(_ports_of(route, parent, ref, mesh, attached))
+        found = found or _refusal(route, parent, ref, waypoint, mesh)
+        ports = [] if found else list(_ports_of(route, parent, ref, mesh))
         others = {
             port: other for port in ports if (other := _goes_before(route, attached.to_ports.get(port, ())))
         }
@@ -256,7 +258,7 @@ def _attach_route(
 
 
 def _goes_before(route: Route, there: Sequence[Route]) -> Route | None:
-    """One that is older, where two cannot be for one port: of another kind, or TCPRoutes."""
+    """One that came first, where two cannot be for one port: of another kind, or TCPRoutes."""
     is_alone = route.carries is AppProtocol.TCP
     others = (each for each in there if each is not route and (is_alone or each.ref.kind != route.ref.kind))
     return next(others, None)
@@ -264,7 +266,7 @@ def _goes_before(route: Route, there: Sequence[Route]) -> Route | None:
 
 def _told_of(others: Mapping[Port, Route]) -> str:
     return "; ".join(
-        f"port {port.port} goes by {other.ref}, which is older" for port, other in others.items()
+        f"port {port.port} goes by {other.ref}, which goes before" for port, other in others.items()
     )
 
 
@@ -284,7 +286,7 @@ def _is_ours(ref: ObjectRef, waypoint: Gateway, mesh: Mesh) -> bool:
 
 
 def _refusal(
-    route: Route, parent: ParentRef, ref: ObjectRef, waypoint: Gateway, mesh: Mesh, attached: Attached
+    route: Route, parent: ParentRef, ref: ObjectRef, waypoint: Gateway, mesh: Mesh
 ) -> _Refusal | None:
     if ref.kind == "Gateway":
         listeners = [
@@ -302,13 +304,13 @@ def _refusal(
     if ref.namespace != route.namespace:
         what = f"a route for clients of one namespace (the {ref.kind} is in another)"
         return _Refusal("NotAllowedByParent", f"{what} is not honoured by waypoints")
-    if not _ports_of(route, parent, ref, mesh, attached):
+    if not _ports_of(route, parent, ref, mesh):
         what = " that carries nothing but TCP" if route.carries is AppProtocol.TCP else " that may carry HTTP"
         return _Refusal("NoMatchingParent", f"the {ref.kind} has no such port{what}")
     return None
 
 
-def _ports_of(route: Route, parent: ParentRef, ref: ObjectRef, mesh: Mesh, attached: Attached) -> list[Port]:
+def _ports_of(route: Route, parent: ParentRef, ref: ObjectRef, mesh: Mesh) -> list[Port]:
     """Of a Service or ServiceEntry; none of a Gateway, which stands behind all."""
     found = (
         port
@@ -319,11 +321,7 @@ def _ports_of(route: Route, parent: ParentRef, ref: ObjectRef, mesh: Mesh, attac
     if route.carries is not AppProtocol.TCP:
         is_named = parent.port is not None or bool(parent.section_name)
         return [port for port in found if is_named or not mesh.says_tcp(port)]
-    return [port for port in found if _is_tcp(port, mesh, attached)]
-
-
-def _is_tcp(at: Port, mesh: Mesh, attached: Attached) -> bool:
-    return mesh.protocol(at, carried(attached.to_ports.get(at, ()))) is AppProtocol.TCP
+    return [port for port in found if mesh.protocol(port, AppProtocol.TCP) is AppProtocol.TCP]
 
 
 def _what_is_left_out(route: Route, parent: ObjectRef, mesh: Mesh) -> Iterator[Condition]:
@@ -336,6 +334,8 @@ def _what_is_left_out(route: Route, parent: ObjectRef, mesh: Mesh) -> Iterator[C
     message = "; ".join(one.message for one in unresolved)
     yield Condition(route.ref, parent, RESOLVED_REFS, not unresolved, reason, message)
     dropped = [f"rules[{i}]: {what}" for i, action in enumerate(actions) for what in action.dropped]
+    if route.spec.hostnames and parent.kind != "Gateway":
+        dropped.append(f"hostnames (a route of a {parent.kind} is for whatever host is asked for there)")
     if dropped:
         message = f"not honoured: {'; '.join(dropped)}"
         yield Condition(route.ref, parent, PARTIALLY_INVALID, True, UNSUPPORTED_VALUE, message)

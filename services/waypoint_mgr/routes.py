@@ -169,7 +169,9 @@ def translate(
                 configurations[at.cluster] = _with_hosts(at, [_virtual_host(_ANY_HOST, kept)])
             else:
                 chains.append(guard.http_chain(at, vips, logs, tracing, before, limits))
-                configurations[at.cluster], used = _route_configuration(at, routed, mesh, destinations)
+                configurations[at.cluster], used = _route_configuration(
+                    at, routed, mesh, destinations, is_by_host=not own
+                )
             backends |= used
             for backend in used:
                 as_backend[backend] = max(
@@ -277,21 +279,25 @@ _NOBODYS: Final = ""
 class _Entry(msgspec.Struct, frozen=True):
     """One match of one rule."""
 
-    route: Route
+    hosts: tuple[str, ...]
     order: tuple[object, ...]
     """Among all entries of a host."""
     fields: Json
 
 
 def _route_configuration(
-    at: Port, routes: Sequence[Route], mesh: Mesh, destinations: Destinations
+    at: Port, routes: Sequence[Route], mesh: Mesh, destinations: Destinations, *, is_by_host: bool
 ) -> tuple[Json, frozenset[Port]]:
-    """Without routes, straight to the service. Also returns the backends that it names."""
+    """Without routes, straight to the service. Also returns the backends that it names.
+
+    `is_by_host`: host names of the routes count. Not those of a Service's (GEP-1294).
+    """
     if not routes:
         hosts = [_virtual_host(_ANY_HOST, [_kept(straight_to(at), [at], destinations)])]
         return _with_hosts(at, hosts), frozenset()
     entries, backends = list[_Entry](), set[Port]()
     for route in routes:
+        asked = (is_by_host and route.spec.hostnames) or (_ANY_HOST,)
         resolve = partial(mesh.resolve, namespace=route.namespace)
         for index, rule in enumerate(route.spec.rules):
             action = action_of(rule, at, resolve, route.carries)
@@ -300,8 +306,8 @@ def _route_configuration(
             for match in rule.matches or (RouteMatch(),):
                 fields = name | {"match": match_fields(match)} | action.fields
                 fields = _kept(fields, sorted(action.backends), destinations)
-                entries.append(_Entry(route, (rank(match), age(route), len(entries)), fields))
-    names = sorted({name for route in routes for name in route.spec.hostnames or (_ANY_HOST,)})
+                entries.append(_Entry(asked, (rank(match), age(route), len(entries)), fields))
+    names = sorted({name for entry in entries for name in entry.hosts})
     return _with_hosts(at, [_host(name, entries) for name in names]), frozenset(backends)
 
 
@@ -321,9 +327,7 @@ def _host(name: str, entries: Iterable[_Entry]) -> Json:
     """Requests of a host go by the routes that name it, then by those that name it less exactly."""
     found = []
     for entry in entries:
-        nearness = [
-            near for host in entry.route.spec.hostnames or (_ANY_HOST,) if (near := _covers(host, name))
-        ]
+        nearness = [near for host in entry.hosts if (near := _covers(host, name))]
         if nearness:
             found.append((-max(nearness), entry.order, entry.fields))
     found.sort(key=lambda item: item[:2])

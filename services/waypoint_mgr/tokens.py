@@ -30,6 +30,8 @@ from services.waypoint_mgr.source import Authentication
 
 _FILTER: Final = "envoy.filters.http.jwt_authn"
 _PAYLOAD: Final = "payload"
+_LISTS_IN_A_TEXT: Final = ("permission", "scope")
+"""Claims whose words Istio always takes one by one."""
 _CLAIMS: Final = re.compile(r"request\.auth\.claims((?:\[[^\[\]]+\])+)")
 _OF_A_TOKEN: Final = {"request.auth.audiences": ("aud",), "request.auth.presenter": ("azp",)}
 _KEY_PARTS: Final = {"RSA": ("n", "e"), "EC": ("x", "y"), "OKP": ("x",), "oct": ("k",)}
@@ -100,13 +102,15 @@ class Tokens:
                 why = f"no keys yet: {self._key_errors.get(place, f'{place} is asked')}"
             self._drop(of, f"issuer {rule.issuer}: {why}, so its tokens are refused")
             keys = NO_KEYS
-        if rule.space_delimited_claims:
-            self._drop(of, f"issuer {rule.issuer}: spaceDelimitedClaims")
         provider: Json = {
             "issuer": rule.issuer,
             "localJwks": {"inlineString": keys},
             "payloadInMetadata": _PAYLOAD,
             "forward": rule.forward_original_token,
+            "normalizePayloadInMetadata": {
+                "spaceDelimitedClaims": sorted({*_LISTS_IN_A_TEXT, *rule.space_delimited_claims})
+            },
+            "clearRouteCache": True,  # routes may ask for headers that the token fills
         }
         if rule.audiences:
             provider["audiences"] = list(rule.audiences)

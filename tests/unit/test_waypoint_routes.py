@@ -697,11 +697,25 @@ def test_a_backend_of_a_grpc_route_is_spoken_to_as_grpc_also_where_it_is_asked_b
     assert not is_user or made.protocols[port(80, "v1")] is AppProtocol.TCP
 
 
-def test_of_two_that_cannot_both_be_for_a_port_the_older_is_and_the_other_is_told() -> None:
-    """TCPRoutes, and routes of different kinds (GEP-1294); of a folder the first by name is the older."""
+def test_of_two_that_cannot_both_be_for_a_port_one_is_and_the_other_is_told() -> None:
+    """The older TCPRoute (of a folder the first by name), and by their kinds: gRPC, HTTP, TCP (GEP-1294)."""
+    to_v1, at_80 = {"name": "v1", "port": 80}, {"group": "", "kind": "Service", "name": "web", "port": 80}
     for protocol, routes in (
-        ("tcp", [tcp_route("shop", name, {"name": "v1", "port": 80}) for name in ("a", "b")]),
-        ("", [http_route("shop", "a", {"rules": [TO_V1]}), grpc_route("shop", "b", {"rules": [TO_V1]})]),
+        ("tcp", [tcp_route("shop", name, to_v1) for name in ("a", "b")]),
+        (
+            "",
+            [
+                grpc_route("shop", "a", {"rules": [TO_V1]}),
+                http_route("shop", "b", {"rules": [TO_V1]}, "2020"),
+            ],
+        ),
+        (
+            "",
+            [
+                http_route("shop", "a", {"parentRefs": [at_80], "rules": [TO_V1]}),
+                tcp_route("shop", "b", to_v1, parentRefs=[at_80]),
+            ],
+        ),
     ):
         world = shop({"port": 80, "name": protocol})
         world.routes = routes
@@ -710,7 +724,7 @@ def test_of_two_that_cannot_both_be_for_a_port_the_older_is_and_the_other_is_tol
         assert told["a", "Accepted"].status
         refused = told["b", "Accepted"]
         assert (refused.status, refused.reason) == (False, "Conflicted")
-        assert refused.message == f"port 80 goes by {routes[0].ref}, which is older"
+        assert refused.message == f"port 80 goes by {routes[0].ref}, which goes before"
 
 
 def test_one_that_is_for_some_of_its_ports_alone_is_told_which_not() -> None:
@@ -722,5 +736,5 @@ def test_one_that_is_for_some_of_its_ports_alone_is_told_which_not() -> None:
     ]
     made = world.configuration()
     (told,) = [one for one in made.conditions if one.type == "PartiallyInvalid"]
-    assert (told.of.name, told.message) == ("b", f"port 80 goes by {world.routes[0].ref}, which is older")
+    assert (told.of.name, told.message) == ("b", f"port 80 goes by {world.routes[0].ref}, which goes before")
     assert "v1" in str(made.routes[port(81).cluster])

@@ -151,9 +151,9 @@ async def test_what_has_no_backend_is_unavailable_and_told(folder: Path) -> None
         }
 
 
-async def test_of_hostnames_the_authority_decides(folder: Path) -> None:
+async def test_of_a_services_route_no_host_is_asked(folder: Path) -> None:
     async with routed(folder, {"backendRefs": [V1]}, hostnames=["elsewhere.example"]) as caller:
-        assert (await caller.call("/a.B/C")).keys() == {"UNIMPLEMENTED"}
+        assert (await caller.call("/a.B/C")).keys() == {"v1 /a.B/C -"}
 
 
 @pytest.mark.parametrize(

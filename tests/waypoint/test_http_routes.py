@@ -24,6 +24,7 @@ from .world import (
     World,
     ads_server,
     at,
+    gateway,
     http_route,
     kubernetes_service,
     mesh_service,
@@ -97,6 +98,7 @@ async def routed(
 ) -> AsyncIterator[Routed]:
     folder = tmp_path_factory.mktemp("w")
     world = World()
+    world.gateway = gateway(lets_in="All")
     with refusing() as nobody:
         endpoints = {name: backend.endpoint for name, backend in backends.items()} | {"refusing": nobody}
         world.add_backend(mesh_service("elsewhere", "v2", {80: [endpoints["v2"]]}))

@@ -102,10 +102,10 @@ def test_a_port_that_carries_http_has_no_tcp_routes(backends: dict[str, Backend]
     by_route = world(
         backends, 80, route, http_route("shop", "http", {"parentRefs": [TO_WEB | {"port": 80}]})
     ).configuration()
-    for made in (by_name, by_route):
+    for made, why in ((by_name, "nothing but TCP"), (by_route, "port 80 goes by HTTPRoute")):
         (condition,) = (one for one in made.conditions if one.of.kind == "TCPRoute")
         assert (condition.type, condition.status) == ("Accepted", False)
-        assert "nothing but TCP" in condition.message
+        assert why in condition.message
     of_all = tcp_route("shop", "all", V2, parentRefs=[GATEWAY])
     routes = world(backends, 80, of_all, name="http").configuration().routes
     assert "v2" not in str(routes)
