@@ -303,6 +303,7 @@ class ServiceEntrySpec(_Manifest, frozen=True, kw_only=True):
     resolution: Resolution = Resolution.NONE
     endpoints: tuple[WorkloadEntrySpec, ...] = ()
     workload_selector: WorkloadSelector | None = None
+    export_to: tuple[str, ...] = ()
     subject_alt_names: tuple[str, ...] = ()
 
 

@@ -19,7 +19,8 @@ from services.telemetry.ledger import Describe, Ledger
 from services.telemetry.names import Names
 
 FORGET_S: Final = 3600.0
-"""An Envoy of which nothing was heard for so long has ended."""
+"""An Envoy of which nothing was heard for so long has ended, or nobody could tell of it."""
+FORGOTTEN_MAX: Final = 10_000
 
 
 class Grown(NamedTuple):
@@ -101,12 +102,14 @@ class Requests:
         self._clock = clock
         self.ledger: Ledger[RequestEdge, Served] = Ledger(of_requests(names), _without_names, clock)
         self._envoys: dict[tuple[str, float], _Envoy] = {}
+        self._forgotten: dict[tuple[str, float], None] = {}
+        """Whose sums were counted until nothing was heard of them any more, the latest last."""
 
     def take(self, sums: RequestSums) -> None:
         """Raises ValueError for an address that is none; nothing of the message is counted then."""
         said = [(_edge(series), _served(series)) for series in sums.series]
-        is_older = sums.began_s < self._began_s
         key = sums.instance, sums.began_s
+        is_older = sums.began_s < self._began_s or key in self._forgotten
         envoy = self._envoys.setdefault(key, _Envoy(sums.look if is_older else None))
         envoy.heard_s = self._clock()
         for edge, served in said:
@@ -123,6 +126,9 @@ class Requests:
         old = [key for key, envoy in self._envoys.items() if envoy.heard_s + FORGET_S < self._clock()]
         for key in old:
             del self._envoys[key]
+            self._forgotten[key] = None
+        while len(self._forgotten) > FORGOTTEN_MAX:
+            del self._forgotten[next(iter(self._forgotten))]
 
     def status(self) -> dict[str, Any]:
         return {**self.ledger.status(), "envoys": len(self._envoys)}

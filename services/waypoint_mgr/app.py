@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -227,7 +227,7 @@ class WaypointMgr:
             namespaces,
             sorted(names.namespaces),
             sorted(names.accounts),
-            sorted({name for each in objects.virtuals for name in each.backends(with_subsets=True)}),
+            sorted(self._behind(objects, with_subsets=True)),
             sorted(set().union(*map(objects.namespaces_of, of_workloads))),
             any(principals.is_forwarded(each.metadata.annotations) for each in objects.waypoints.values()),
         )
@@ -270,9 +270,16 @@ class WaypointMgr:
         )
         hosts = {ref.name for _, ref in refs if ref.is_hostname}
         found |= dict.fromkeys(name for name in objects.services if name.partition("/")[2] in hosts)
-        for virtual in objects.virtuals:
-            found |= dict.fromkeys(virtual.backends())
+        found |= dict.fromkeys(self._behind(objects))
         return [*{**found, **dict.fromkeys(objects.waypoints)}]
+
+    @staticmethod
+    def _behind(objects: Objects, *, with_subsets: bool = False) -> Iterator[str]:
+        """What VirtualServices lead to: a host of any namespace may be meant."""
+        named = [pair for each in objects.virtuals for pair in each.backends(with_subsets=with_subsets)]
+        hosts = {host for _, host in named}
+        yield from dict.fromkeys(name for name, _ in named)
+        yield from (name for name in objects.services if name.partition("/")[2] in hosts)
 
     async def _configure(self, name: str, waypoint: Gateway, objects: Objects, mesh: WaypointsReply) -> None:
         """Also for services that may come by way of it: their connections must find it ready for them."""

@@ -20,7 +20,7 @@ from pykmesh.manifests.objects import Gateway, Labels, ObjectRef, Service, ref_o
 from services.waypoint_mgr.envoy import Port
 from services.waypoint_mgr.protocols import AppProtocol, is_only_udp, protocol_of, says_tcp
 from services.waypoint_mgr.rules import Unresolved, action_of, errors_in
-from services.waypoint_mgr.source import Authentication, EntryHost, Policy, Route, mesh_name
+from services.waypoint_mgr.source import Authentication, EntryHost, Policy, Route, is_exported, mesh_name
 
 ACCEPTED: Final = "Accepted"
 RESOLVED_REFS: Final = "ResolvedRefs"
@@ -114,6 +114,10 @@ class Mesh:
         found = self._port(at).endpoints
         return found if revision is None else [each for each in found if each.revision == revision]
 
+    def _is_seen_in(self, name: str, namespace: str) -> bool:
+        found = self._services.get(name)
+        return not isinstance(found, EntryHost) or is_exported(found.export_to, found.namespace, namespace)
+
     def _is_entry(self, name: str) -> bool:
         return isinstance(self._services.get(name), EntryHost)
 
@@ -122,7 +126,11 @@ class Mesh:
 
         Of several that have the host it is the one in the namespace, else a Kubernetes Service.
         """
-        found = [name for name in self._known if name.partition("/")[2] == host]
+        found = [
+            name
+            for name in self._known
+            if name.partition("/")[2] == host and self._is_seen_in(name, namespace)
+        ]
         if not found:
             return None
         name = min(found, key=lambda name: (name.partition("/")[0] != namespace, self._is_entry(name), name))

@@ -180,6 +180,8 @@ class Cluster:
         self._note_error = note_error
         self._held: dict[Kind, dict[ObjectRef, _Read]] = {}
         self._missing_since: dict[Kind, float] = {}
+        self.gone: Callable[[ObjectRef], None] = lambda _: None
+        """Told of each object that somebody deleted."""
         self._due = anyio.Event()
 
     def plain(self, ref: ObjectRef) -> Plain | None:
@@ -282,11 +284,14 @@ class Cluster:
         for plain in listed:
             ref = _ref(kind, plain)
             self._held[kind][ref] = _read(kind, ref, dict(plain), before.get(ref))
+        for ref in before.keys() - self._held[kind].keys():
+            self.gone(ref)
 
     def _take(self, kind: Kind, plain: Mapping[str, Any], *, is_gone: bool) -> None:
         ref, held = _ref(kind, plain), self._held[kind]
         if is_gone:
             held.pop(ref, None)
+            self.gone(ref)
         else:
             held[ref] = _read(kind, ref, dict(plain), held.get(ref))
 

@@ -66,6 +66,7 @@ class ClusterWriter:
     ) -> None:
         self._client = client
         self._cluster = cluster
+        cluster.gone = self._make_again
         self._node = node
         self._label = (
             node if len(node) <= LABEL_MAX else hashlib.sha256(node.encode()).hexdigest()[:LABEL_MAX]
@@ -88,6 +89,12 @@ class ClusterWriter:
     def say(self, said: Said) -> None:
         if said != self._said:
             self._said = said
+            self._due.set()
+
+    def _make_again(self, ref: ObjectRef) -> None:
+        """At once, if it is ours: without its Service a waypoint has no address."""
+        if self._applied.pop(ref, None) is not None:
+            self._ours.discard(ref)
             self._due.set()
 
     async def run(self) -> None:

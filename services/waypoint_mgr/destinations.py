@@ -9,7 +9,7 @@ endpoints. A BackendTLSPolicy goes before what a rule says of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
@@ -58,6 +58,9 @@ class Encryption(NamedTuple):
     is_closed: bool = False
 
 
+_BY_CLIENT: Final = LoadBalancer(consistent_hash=ConsistentHash(use_source_ip=True))
+
+
 class Destinations:
     """The rules for what a waypoint reaches, and what is told of them."""
 
@@ -69,11 +72,18 @@ class Destinations:
         *,
         roots: tls.Roots = tls.NO_ROOTS,
         only_tls: bool = False,
+        affine: Container[str] = (),
     ) -> None:
-        """`only_tls`: nothing of rules counts but what they close, and all that is to be encrypted is."""
+        """`only_tls`: nothing of rules counts but what they close, and all that is to be encrypted is.
+
+        `affine`: services whose clients keep to an endpoint, where no rule says how they are balanced.
+        """
         self._waypoint = waypoint
+        self._affine = affine
         self._only_tls = only_tls
         self._roots = roots
+        self._unhashed: dict[ObjectRef, set[int]] = {}
+        """Ports of connections, of which nothing but their source can be hashed."""
         self._nameless: dict[ObjectRef, dict[int, str]] = {}
         """Ports that a rule closes for want of a name, and why."""
         self._backend_tls: dict[str, list[BackendTLS]] = {}
@@ -89,6 +99,23 @@ class Destinations:
 
     def policy(self, at: Port) -> PortPolicy | TrafficPolicy:
         """Of a service's port, of a subset's with what that says itself; else Istio's default."""
+        found = self._said(at)
+        if found.load_balancer is None and at.service in self._affine:
+            return msgspec.structs.replace(found, load_balancer=_BY_CLIENT)
+        return found
+
+    def is_by_source(self, backends: Iterable[Port]) -> bool:
+        """Whether connections keep to an endpoint by who makes them. Told are other ways, of connections."""
+        found = False
+        for at in backends:
+            balancer = self.policy(at).load_balancer
+            hashes = balancer.consistent_hash if balancer else None
+            if hashes and not hashes.use_source_ip and (best := self._best(at)) is not None:
+                self._unhashed.setdefault(best.ref, set()).add(at.port)
+            found |= bool(hashes and hashes.use_source_ip)
+        return found
+
+    def _said(self, at: Port) -> PortPolicy | TrafficPolicy:
         best = self._best(at)
         if best is None:
             return TrafficPolicy()
@@ -197,6 +224,10 @@ class Destinations:
             left_out += [
                 f"tls of TCP port {port} ({why}: its endpoints get nothing)"
                 for port, why in sorted(self._nameless.get(ref, {}).items())
+            ]
+            left_out += [
+                f"loadBalancer.consistentHash of TCP port {port} (but useSourceIp)"
+                for port in sorted(self._unhashed.get(ref, ()))
             ]
             if left_out:
                 message = f"not honoured: {', '.join(left_out)}"

@@ -164,13 +164,19 @@ def tcp_chain(
     access_log: bool,
     target: str | list[Json],
     filters: Sequence[Json] = (),
+    *,
+    is_by_source: bool = False,
 ) -> Json:
-    """`target`: a cluster, or a split. `filters` are asked when the client's first byte comes."""
+    """`target`: a cluster, or a split. `filters` are asked when the client's first byte comes.
+
+    `is_by_source`: a client's connections keep to an endpoint.
+    """
     to: Json = {"cluster": target} if isinstance(target, str) else {"weightedClusters": {"clusters": target}}
     proxy = typed("filters.network.tcp_proxy.v3.TcpProxy") | {
         "statPrefix": at.stat_name,
         **to,
         "accessLog": _access_log(access_log),
+        **({"hashPolicy": [{"sourceIp": {}}]} if is_by_source else {}),
     }
     return _chain(at, ranges, *filters, named("envoy.filters.network.tcp_proxy", proxy))
 

@@ -210,13 +210,15 @@ class Guard:
         access_log: bool,
         target: str | list[Json],
         before: Sequence[Json] = (),
+        *,
+        is_by_source: bool = False,
     ) -> Iterator[Json]:
         """One for those whose first byte is to be waited for, one that closes what others begin."""
         rules = self._rules(at, vips, is_http=False)
         let_in, others = turned_away(rules, vips, self._clients.service_secret)
         if let_in:
             filters = [*before, *(network_rbac(at, one) for one in rules)]
-            yield tcp_chain(at, let_in, access_log, target, filters)
+            yield tcp_chain(at, let_in, access_log, target, filters, is_by_source=is_by_source)
         if others:
             yield closing_chain(at, others)
 

@@ -17,7 +17,7 @@ from pykmesh.contracts.handoff import told_address
 from pykmesh.contracts.waypoints import MeshService, is_workload, namespace_of
 from pykmesh.kernel.records import ip_from_text
 from pykmesh.manifests.http_route import RouteMatch
-from pykmesh.manifests.objects import Gateway, Labels, ObjectRef, Service
+from pykmesh.manifests.objects import Gateway, Labels, ObjectRef, Service, SessionAffinity
 from services.waypoint_mgr import envoy, principals
 from services.waypoint_mgr.attachments import (
     ACCEPTED,
@@ -132,7 +132,14 @@ def translate(
     clients = clients or Clients()
     guard = Guard(waypoint, mesh, wanted.policies, clients)
     destinations = Destinations(
-        waypoint, wanted.destinations, wanted.backend_tls, roots=wanted.roots, only_tls=wanted.only_tls
+        waypoint,
+        wanted.destinations,
+        wanted.backend_tls,
+        roots=wanted.roots,
+        only_tls=wanted.only_tls,
+        affine={
+            name for name, each in services.items() if each.spec.session_affinity is SessionAffinity.CLIENT_IP
+        },
     )
     tokens = Tokens(waypoint, mesh, wanted.authentications, wanted.key_errors)
     virtuals = VirtualServices(waypoint, mesh, wanted.virtuals, destinations)
@@ -159,8 +166,9 @@ def translate(
             before = [*first, *tokens.filters(at)]
             if protocol is AppProtocol.TCP:
                 said = virtuals.tcp_of(at, is_overridden=bool(own)) or _tcp_target(at, routed, mesh)
-                chains += guard.tcp_chains(at, vips, logs, said.to)
                 used = said.backends
+                by_source = destinations.is_by_source(used or (at,))
+                chains += guard.tcp_chains(at, vips, logs, said.to, is_by_source=by_source)
             elif (virtual := virtuals.of(at, is_overridden=bool(own))) is not None:
                 after = [*limits, *virtual.filters]
                 chains.append(guard.http_chain(at, vips, logs, tracing, before, after))

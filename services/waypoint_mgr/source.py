@@ -226,11 +226,12 @@ class Virtual(msgspec.Struct, frozen=True):
     def is_seen_in(self, namespace: str) -> bool:
         return is_exported(self.spec.export_to, self.ref.namespace, namespace)
 
-    def backends(self, *, with_subsets: bool = False) -> Iterator[str]:
-        """The hosts that it leads to, or to subsets of which, by their names in the mesh."""
+    def backends(self, *, with_subsets: bool = False) -> Iterator[tuple[str, str]]:
+        """The hosts that it leads to, or to subsets of which: by their names in the mesh, and as they are."""
         for destination in self.spec.destinations:
             if not with_subsets or destination.subset:
-                yield self._mesh_name(self.whole(destination.host))
+                host = self.whole(destination.host)
+                yield self._mesh_name(host), host
 
     def _mesh_name(self, host: str) -> str:
         parts = host.removesuffix(f".svc.{self.domain}").split(".")
@@ -286,6 +287,8 @@ def _backends_of(
 class EntryHost(Service, frozen=True, kw_only=True):
     """A host of a ServiceEntry, with that's name, as a Service of its ports."""
 
+    export_to: tuple[str, ...] = ()
+
 
 def _hosts_of(entry: ServiceEntry) -> Iterator[tuple[str, EntryHost]]:
     ports = tuple(
@@ -298,7 +301,9 @@ def _hosts_of(entry: ServiceEntry) -> Iterator[tuple[str, EntryHost]]:
         for each in entry.spec.ports
     )
     for host in entry.spec.hosts:
-        yield f"{entry.namespace}/{host}", EntryHost(metadata=entry.metadata, spec=ServiceSpec(ports=ports))
+        spec = ServiceSpec(ports=ports)
+        made = EntryHost(metadata=entry.metadata, spec=spec, export_to=entry.spec.export_to)
+        yield f"{entry.namespace}/{host}", made
 
 
 _Guard = TypeVar("_Guard", Policy, Authentication, Destination)

@@ -13,7 +13,7 @@ from pykmesh.kernel.layout import Reason
 from services.telemetry.labels import REQUEST_LABELS
 from services.telemetry.metrics import Exposition, Snapshot
 from services.telemetry.names import Names
-from services.telemetry.requests import Requests
+from services.telemetry.requests import FORGET_S, Requests
 from tests.telemetry.rows import CLIENT, SERVER, Clock, ip, workload
 
 BEGAN_S = 100.0
@@ -76,6 +76,17 @@ def test_an_envoy_that_is_started_again_counts_from_zero(books: Books) -> None:
     books.hear(4, look=2, began_s=BEGAN_S + 50)
     books.hear(1, look=2, envoy="wp-1")
     assert books.counted() == {"200": 15}
+
+
+def test_one_that_was_not_heard_of_for_long_is_not_counted_again(books: Books) -> None:
+    for name in ("wp-0", "wp-1"):
+        books.hear(1000, look=1, envoy=name)
+    books.clock.now += FORGET_S + 1
+    for name in ("wp-0", "wp-1"):
+        books.hear(1000, look=2, envoy=name)
+    assert books.counted() == {"200": 2000}
+    books.hear(1001, look=3, envoy="wp-1")
+    assert books.counted() == {"200": 2001}
 
 
 def test_who_asked_and_who_answered_are_named(books: Books) -> None:

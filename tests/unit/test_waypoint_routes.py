@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from typing import Any
 
@@ -17,10 +18,12 @@ from pykmesh.manifests.objects import (
     DestinationRule,
     ObjectRef,
     Protocol,
+    Service,
     VirtualService,
     from_plain,
 )
 from pykmesh.manifests.parse import parse
+from services.waypoint_mgr.attachments import Mesh
 from services.waypoint_mgr.encode import (
     CLUSTER_TYPE,
     ENDPOINT_TYPE,
@@ -315,6 +318,53 @@ def test_a_host_is_a_backend(name: str, number: int, told: str) -> None:
     backend = {"group": "networking.istio.io", "kind": "Hostname", "name": name, "port": number}
     world.routes = [http_route("shop", "r", {"parentRefs": [OUTSIDE], "rules": [{"backendRefs": [backend]}]})]
     assert told in said(world.configuration())
+
+
+def test_an_entry_that_is_not_exported_to_a_namespace_is_no_backend_there() -> None:
+    plain = {"hosts": ["www.example"], "ports": [{"number": 80, "name": "http"}]}
+    found: dict[str, Service] = {}
+    for namespace, export in (("aaa", ["."]), ("egress", ["*"])):
+        made = from_plain(
+            {"metadata": {"name": "e", "namespace": namespace}, "spec": {**plain, "exportTo": export}},
+            KINDS["networking.istio.io", "ServiceEntry"],
+        )
+        found |= Objects.of([made], DOMAIN).services
+    known = {name: MeshService(name, [], [ServicePort(80, [])]) for name in found}
+    mesh = Mesh([], known, found, DOMAIN, {})
+    assert mesh.at_host("www.example", "shop", 80, 0) == Port("egress/www.example", 80)
+    assert mesh.at_host("www.example", "aaa", 80, 0) == Port("aaa/www.example", 80)
+
+
+@pytest.mark.parametrize(("port_name", "is_tcp"), [("tcp", True), ("http", False)])
+@pytest.mark.parametrize("by", ["rule", "service", "header"])
+def test_clients_keep_to_an_endpoint(by: str, port_name: str, *, is_tcp: bool) -> None:
+    world = shop({"port": 80, "name": port_name})
+    if by == "service":
+        plain = {"sessionAffinity": "ClientIP", "ports": [{"port": 80, "name": port_name}]}
+        metadata = {"name": "web", "namespace": "shop"}
+        made = from_plain({"metadata": metadata, "spec": plain}, KINDS["", "Service"])
+            {"metadata": {"name": "web", "namespace": "shop"}, "spec": plain}, KINDS["", "Service"]
+        )
+        assert isinstance(made, Service)
+        world.services[named("shop", "web")] = made
+    else:
+        hashes = {"useSourceIp": True} if by == "rule" else {"httpHeaderName": "x-user"}
+        rule = {"host": "web", "trafficPolicy": {"loadBalancer": {"consistentHash": hashes}}}
+        found = from_plain({"metadata": {"name": "d", "namespace": "shop"}, "spec": rule}, DestinationRule)
+        assert isinstance(found, DestinationRule)
+        world.destinations.append(Destination.of(found, DOMAIN))
+    made_of = world.configuration()
+    assert made_of.clusters[port(80).cluster]["lbPolicy"] == "RING_HASH"
+    told = [one.message for one in made_of.destinations if one.type == "PartiallyInvalid"]
+    assert told == (
+        ["not honoured: loadBalancer.consistentHash of TCP port 80 (but useSourceIp)"]
+        if by == "header" and is_tcp
+        else []
+    )
+    if is_tcp:
+        assert ('"sourceIp"' in json.dumps(made_of.chains)) == (by != "header")
+    else:
+        assert ("sourceIp" in json.dumps(made_of.routes)) == (by != "header")
 
 
 def test_routes_that_are_wrong_in_themselves_are_named_as_refused() -> None:

@@ -18,10 +18,10 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from pykmesh.manifests.objects import AuthorizationPolicy, RequestAuthentication, from_plain
 from services.waypoint_mgr.attachments import Condition
-from services.waypoint_mgr.source import Authentication, Policy
+from services.waypoint_mgr.source import Authentication, Policy, Route
 
 from .backends import Answer, Backend, ask
-from .world import DOMAIN, World, ads_server, at, kubernetes_service, mesh_service, waypoint
+from .world import DOMAIN, World, ads_server, at, http_route, kubernetes_service, mesh_service, waypoint
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60), pytest.mark.usefixtures("one_event_loop")]
 
@@ -85,6 +85,7 @@ async def served(
     backends: dict[str, Backend],
     *authentications: Authentication,
     policies: tuple[Policy, ...] = (),
+    routes: tuple[Route, ...] = (),
     is_reduced: bool = False,
 ) -> AsyncIterator[tuple[Ask, tuple[Condition, ...]]]:
     async with ads_server(folder / "ads") as server, waypoint(server, folder) as envoy:
@@ -92,7 +93,9 @@ async def served(
         own = mesh_service("shop", "web", {envoy.port: [backends["own"].endpoint]}, [ADDRESS])
         world.add_user(own, kubernetes_service("shop", "web", {"port": envoy.port, "name": "http"}))
         world.authentications, world.policies = list(authentications), list(policies)
-        world.is_reduced = is_reduced
+        world.is_reduced, world.routes = is_reduced, list(routes)
+        for name in ("v1", "v2"):
+            world.add_backend(mesh_service("shop", name, {80: [backends[name].endpoint]}))
         made = world.configuration()
         assert not (await envoy.apply(made)).refusals
         await envoy.ready()
@@ -190,6 +193,10 @@ ALICE = f"{ISSUER}/alice"
         ({"when": {"request.auth.claims[group]": ["adm*"]}}, {"group": "admin"}, 200),
         ({"when": {"request.auth.claims[a][b]": ["*c"]}}, {"a": {"b": "xyc"}}, 200),
         ({"when": {"request.auth.claims[group]": ["*"]}}, {"group": "any"}, 200),
+        ({"when": {"request.auth.claims[scope]": ["admin"]}}, {"scope": "read admin"}, 200),
+        ({"when": {"request.auth.claims[scope]": ["adm"]}}, {"scope": "read admin"}, 403),
+        ({"when": {"request.auth.claims[roles]": ["admin"]}}, {"roles": "read admin"}, 200),
+        ({"when": {"request.auth.claims[name]": ["admin"]}}, {"name": "read admin"}, 403),
         ({"when": {"request.auth.audiences": ["web"]}}, {"aud": ["web"]}, 200),
         ({"when": {"request.auth.audiences": ["web"]}}, {"aud": "shop"}, 403),
         ({"when": {"request.auth.presenter": ["app"]}}, {"azp": "app"}, 200),
@@ -211,9 +218,25 @@ async def test_a_policy_asks_of_the_token(
     bearer = token(**claims) if claims is not None else ""
     for action, expected in (("ALLOW", status), ("DENY", 200 if status == 403 else 403)):
         async with served(
-            folder, backends, authentication(rule()), policies=(policy(action, **asked_of),)
+            folder,
+            backends,
+            authentication(rule(spaceDelimitedClaims=["roles"])),
+            policies=(policy(action, **asked_of),),
         ) as (asked, _):
             assert (await asked(bearer)).status == expected, action
+
+
+async def test_a_route_by_a_header_that_a_token_fills_is_chosen_by_the_token(
+    folder: Path, backends: dict[str, Backend]
+) -> None:
+    to = [{"name": name, "port": 80} for name in ("v1", "v2")]
+    admins = {"matches": [{"headers": [{"name": "x-role", "value": "admin"}]}], "backendRefs": to[:1]}
+    route = http_route("shop", "r", {"rules": [admins, {"backendRefs": to[1:]}]})
+    found = rule(outputClaimToHeaders=[{"header": "x-role", "claim": "role"}])
+    async with served(folder, backends, authentication(found), routes=(route,)) as (asked, _):
+        for said, role, backend in (("admin", "user", "v2"), ("", "admin", "v1"), ("user", "admin", "v1")):
+            answer = await asked(token(role=role), **({"x-role": said} if said else {}))
+            assert answer.told["backend"] == backend
 
 
 async def test_without_a_request_authentication_a_token_says_nothing(
