@@ -165,7 +165,7 @@ def _file(instance: Instance, namespace: str, name: str) -> Path:
     if said["kubeconfig"]:
         how = "pykmesh waypoint generate --name NAME | kubectl apply -f -; kubectl delete gateway NAME"
         raise Failure(f"waypoints are in the API server of {said['kubeconfig']}: {how}")
-    return Path(said["config_dir"]) / f"waypoint-{namespace}-{name}.yaml"
+    return Path(said["config_dir"]) / f"waypoint-{namespace}_{name}.yaml"  # no name has a _
 
 
 def _status(instance: Instance) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def _problems(found: dict[str, Any]) -> list[str]:
     ]
     lines += [f"conflict: {conflict}" for conflict in found["conflicts"]]
     if found["reduced"]:
-        what = "without VirtualServices, DestinationRules, keys of tokens and clients' names: Envoy refused"
+        what = "without VirtualServices, DestinationRules and keys of tokens: Envoy refused"
         lines.append(f"it runs {what}: {found['reduced']}")
     lines += found["annotations_misread"]
     lines += [

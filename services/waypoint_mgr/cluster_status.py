@@ -15,6 +15,8 @@ from services.waypoint_mgr.attachments import ACCEPTED, Condition
 Plain = dict[str, Any]
 CONTROLLER: Final = "pykmesh.io/waypoint"
 """Who writes: the class's controllerName."""
+MESSAGE_MAX: Final = 32768
+"""Of a condition; an API server takes no more."""
 PROGRAMMED: Final = "Programmed"
 _PENDING: Final = "Pending"
 _TIME: Final = "lastTransitionTime"
@@ -79,7 +81,7 @@ def _told(found: Condition) -> Plain:
 
 
 def _condition(kind: str, status: bool, reason: str, message: str) -> Plain:
-    return {"type": kind, "status": str(status), "reason": reason, "message": message}
+    return {"type": kind, "status": str(status), "reason": reason, "message": message[:MESSAGE_MAX]}
 
 
 def _generation(of: Plain) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple
@@ -89,7 +90,7 @@ def _said(tag: str) -> str:
 class Reporter:
     def __init__(self, note_error: Callable[..., None]) -> None:
         self._note_error = note_error
-        self._look = 0
+        self._look = int(time.time())  # later ones than those of who did this before
         self.bus: Bus | None = None
 
     async def run(self, served: Callable[[], Iterable[Served]]) -> None:

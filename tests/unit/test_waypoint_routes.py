@@ -343,8 +343,6 @@ def test_clients_keep_to_an_endpoint(by: str, port_name: str, *, is_tcp: bool) -
         plain = {"sessionAffinity": "ClientIP", "ports": [{"port": 80, "name": port_name}]}
         metadata = {"name": "web", "namespace": "shop"}
         made = from_plain({"metadata": metadata, "spec": plain}, KINDS["", "Service"])
-            {"metadata": {"name": "web", "namespace": "shop"}, "spec": plain}, KINDS["", "Service"]
-        )
         assert isinstance(made, Service)
         world.services[named("shop", "web")] = made
     else:
