@@ -368,7 +368,7 @@ class Fleet:
         settings, state_dir = self._settings, self._settings.envoys_dir / member.name
         state_dir.mkdir(parents=True, exist_ok=True)
         self._note(member)
-        cgroup = settings.cgroup / member.name
+        cgroup, group = settings.cgroup / member.name, self.groups.get(member.waypoint)
         cgroup.mkdir(parents=True, exist_ok=True)
         spec = Spec(
             node_id=member.name,
@@ -377,6 +377,7 @@ class Fleet:
             ads_socket=settings.ads_socket,
             cgroup=cgroup,
             netns=settings.netns,
+            memory_mib=(group.policy if group else Policy()).memory_mib,
         )
         found = adopt(state_dir)
         member.is_adopted = found is not None

@@ -46,6 +46,8 @@ _START_TIME_FIELD: Final = 22
 """In /proc/PID/stat, counted from 1; proc(5)."""
 _CLIENTS: Final = re.compile(r"listener\.(?!admin\.)(?!.*\.worker_).*\.downstream_cx_active")
 _ENDED: Final = ("Z", "X")
+_SHED_AT: Final = {"shrink_heap": 0.9, "stop_accepting_requests": 0.95, "reject_incoming_connections": 0.98}
+"""Parts of an instance's memory at which Envoy does what."""
 _BOOTSTRAP: Final = "bootstrap.json"
 _LOG: Final = "envoy.log"
 
@@ -95,6 +97,8 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     netns: Path | None = None
     log_level: str = "warning"
     drain_s: int = DRAIN_S
+    memory_mib: int = 1024
+    """Of its heap: near it requests are answered with 503, then no connection is taken."""
 
 
 def bootstrap(spec: Spec) -> dict[str, Any]:
@@ -109,6 +113,7 @@ def bootstrap(spec: Spec) -> dict[str, Any]:
         "node": {"id": spec.node_id, "cluster": spec.waypoint},
         "statsFlushInterval": f"{STATISTICS_S}s",
         "layeredRuntime": {"layers": [{"name": "static", "staticLayer": _RUNTIME}]},
+        "overloadManager": _overload_manager(spec.memory_mib),
         "admin": {"address": {"pipe": {"path": str(admin_socket(spec.state_dir))}}},
         "dynamicResources": {
             "adsConfig": {
@@ -141,6 +146,26 @@ def bootstrap(spec: Spec) -> dict[str, Any]:
                 }
             ]
         },
+    }
+
+
+def _overload_manager(memory_mib: int) -> dict[str, Any]:
+    """One tenant's load must not take what others of the node need."""
+    heap = "envoy.resource_monitors.fixed_heap"
+    config = {
+        "@type": "type.googleapis.com/envoy.extensions.resource_monitors.fixed_heap.v3.FixedHeapConfig",
+        "maxHeapSizeBytes": memory_mib << 20,
+    }
+    return {
+        "refreshInterval": "0.25s",
+        "resourceMonitors": [{"name": heap, "typedConfig": config}],
+        "actions": [
+            {
+                "name": f"envoy.overload_actions.{name}",
+                "triggers": [{"name": heap, "threshold": {"value": at}}],
+            }
+            for name, at in _SHED_AT.items()
+        ],
     }
 
 

@@ -19,6 +19,7 @@ MOST: Final = "pykmesh.io/max-instances"
 CPU: Final = "pykmesh.io/target-cpu-percent"
 CONNECTIONS: Final = "pykmesh.io/target-connections"
 SCALE_IN_AFTER: Final = "pykmesh.io/scale-in-after"
+MEMORY: Final = "pykmesh.io/max-memory-mib"
 
 CPU_PERCENT_MAX: Final = 90
 """More could not be exceeded by more than the tolerance."""
@@ -39,6 +40,8 @@ class Policy(msgspec.Struct, frozen=True):
     connections: int | None = None
     """Open connections an instance."""
     scale_in_after_s: float = 60.0
+    memory_mib: int = 1024
+    """Of an instance, which turns requests away before it has more."""
 
     @property
     def window_s(self) -> float:
@@ -99,6 +102,7 @@ def policy_of(annotations: Mapping[str, str]) -> tuple[Policy, list[str]]:
         cpu_percent=number(CPU, plain.cpu_percent, 1, CPU_PERCENT_MAX),
         connections=int(connections) or None,
         scale_in_after_s=number(SCALE_IN_AFTER, plain.scale_in_after_s, 0, 3600),
+        memory_mib=int(number(MEMORY, plain.memory_mib, 64, 1 << 20)),
     )
     return policy, errors
 

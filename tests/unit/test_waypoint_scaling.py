@@ -11,6 +11,7 @@ from services.waypoint_mgr.scaling import (
     CONNECTIONS,
     CPU,
     LEAST,
+    MEMORY,
     MOST,
     SCALE_IN_AFTER,
     Found,
@@ -96,8 +97,8 @@ def test_more_load_never_asks_for_fewer(size: int, processors: float, connection
 
 
 def test_annotations_are_read_and_wrong_ones_told() -> None:
-    said = {LEAST: "2", MOST: "8", CPU: "55.5", CONNECTIONS: "100", SCALE_IN_AFTER: "90s", "other": "x"}
-    assert policy_of(said) == (Policy(2, 8, 55.5, 100, 90.0), [])
+    said = {LEAST: "2", MOST: "8", CPU: "55.5", CONNECTIONS: "100", SCALE_IN_AFTER: "90s", MEMORY: "256"}
+    assert policy_of({**said, "other": "x"}) == (Policy(2, 8, 55.5, 100, 90.0, 256), [])
     assert policy_of({}) == (Policy(), [])
     assert policy_of({LEAST: "6"}) == (Policy(least=6, most=6), [])
 
@@ -105,7 +106,7 @@ def test_annotations_are_read_and_wrong_ones_told() -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [(LEAST, "-1"), (LEAST, "1.5"), (MOST, "0"), (MOST, str(INSTANCES_MAX + 1)), (CPU, "0"), (CPU, "nan"),
-     (CPU, "95"), (CONNECTIONS, "none"), (SCALE_IN_AFTER, "1h"), (SCALE_IN_AFTER, "inf")],
+     (CPU, "95"), (CONNECTIONS, "none"), (SCALE_IN_AFTER, "1h"), (MEMORY, "63"), (SCALE_IN_AFTER, "inf")],
 )  # fmt: skip
 def test_a_number_that_does_not_fit_is_named_and_left_out(name: str, text: str) -> None:
     policy, (error,) = policy_of({name: text})

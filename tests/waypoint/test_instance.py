@@ -311,3 +311,19 @@ async def test_it_runs_in_the_cgroup_and_network_namespace_given(folder: Path) -
                 holder.kill()
     finally:
         cgroup.rmdir()
+
+
+async def test_one_that_has_no_memory_left_turns_requests_away(
+    folder: Path, backends: dict[str, Backend]
+) -> None:
+    async with ads_server(folder / "ads") as server, waypoint(server, folder, memory_mib=1) as envoy:
+        await envoy.apply(canary(backends, envoy.port).configuration())
+        answered: Answer | OSError | None = None
+        with anyio.fail_after(DEADLINE_S):
+            while not isinstance(answered, OSError):  # connections too are refused, as it has more than all
+                try:
+                    answered = await anyio.to_thread.run_sync(ask, at("127.0.1.1"), envoy.port)
+                    assert answered.status in (200, 503)
+                except OSError as error:
+                    answered = error
+                await anyio.sleep(0.1)
