@@ -33,7 +33,7 @@ spec:
   rules: [{{backendRefs: [{{name: shop, port: 80}}]}}]
 """
 SHOP = "{kind: Service, group: '', name: shop}"
-ANOTHERS = "{kind: Service, name: shop}"
+OF_NO_GROUP = "{kind: Service, name: shop}"
 VIRTUAL = """
 ---
 apiVersion: networking.istio.io/v1
@@ -75,7 +75,7 @@ def test_routes_are_for_what_goes_by_way_of_a_waypoint() -> None:
     assert why(route("{kind: Gateway, name: edge}")) == "Gateway shop/edge is no waypoint"
     assert why(route("{kind: Service, group: '', name: nobody}")) == "there is no Service shop/nobody"
     elsewhere = "there is no gateway.networking.k8s.io/Service shop/shop"
-    assert why(route(ANOTHERS)) == elsewhere, "the group that an API server fills in"
+    assert why(route(OF_NO_GROUP)) == elsewhere, "the group that an API server fills in"
     plain = "{kind: Service, group: '', name: plain}"
     assert why(route(plain)) == "Service shop/plain goes by way of no waypoint"
     assert why(route(SHOP, namespace="other")) == "there is no Service other/shop"
