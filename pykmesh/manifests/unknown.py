@@ -34,11 +34,12 @@ def unknown_fields(plain: Any, kind: type[Object]) -> list[str]:
     """Of a manifest that is read as this kind: their paths, such as `.spec.rules[0].filter`."""
     if kind not in WHOLE or not isinstance(plain, dict):
         return []
-    return list(_unknown(plain.get("spec"), _spec_of(kind), ".spec"))
+    return list(_unknown(plain.get("spec"), spec_of(kind), ".spec"))
 
 
 @cache
-def _spec_of(kind: type[Object]) -> inspect.Type:
+def spec_of(kind: type[Object]) -> inspect.Type:
+    """What a kind's spec is read as."""
     described = inspect.type_info(kind)
     assert isinstance(described, inspect.StructType)  # noqa: S101  (a kind is one)
     return next(field.type for field in described.fields if field.name == "spec")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib
 import json
@@ -190,6 +191,7 @@ class Process:
 def serve(door: socket.socket) -> str:
     """Answers until the supervisor has ended. Returns in forks alone: the module to run."""
     own = os.getpid()
+    _own_sources()
     while True:
         data, descriptors, _, _ = socket.recv_fds(door, 1, 2)
         if not data:
@@ -230,7 +232,7 @@ def _fork(module: str) -> int:
 
 def _module(command: list[str]) -> str:
     """What a fork can run. Nothing where another release lies in the place of what is imported here."""
-    is_another = is_replaced() or _sources() != _OWN_SOURCES
+    is_another = is_replaced() or _sources() != _own_sources()
     return "" if command != python(command[-1]) or is_another else command[-1]
 
 
@@ -245,7 +247,8 @@ def _sources() -> frozenset[tuple[str, int, int]]:
     return frozenset()
 
 
-_OWN_SOURCES: Final = _sources()
+_own_sources = functools.cache(_sources)
+"""Those of when this was asked first."""
 
 
 def _become(parent: int, command: list[str], module: str, environment: dict[str, str], output: int) -> None:

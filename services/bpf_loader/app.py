@@ -90,6 +90,7 @@ def take_over(settings: LoaderSettings) -> TakenOver:
     with staging.taken_over() as copied:
         enrollment = Enrollment(settings.pin_dir, root, settings.instance, settings.network, programs)
         waypoints = Waypoints(settings.pin_dir, programs)
+        enrollment.complete()
         # Who writes notes to waypoints comes right after who reads them.
         updated = enrollment.exchange(SILENT_HOOKS) + waypoints.exchange() + enrollment.exchange(NOTING_HOOKS)
     enrollment.mend()

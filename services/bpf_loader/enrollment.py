@@ -54,24 +54,27 @@ class Enrollment:
 
     def adopt(self) -> int:
         """Goes on from what is there: returns how many links got the programs loaded now."""
+        self.complete()
         updated = self.exchange(HOOKS)
         self.mend()
         return updated
 
     def mend(self) -> None:
-        """After an `exchange`."""
+        """All else, after an `exchange`: it takes long."""
         self._adopt_cookies()
         self.sweep()
 
-    def exchange(self, hooks: tuple[Hook, ...]) -> int:
-        """Gives these links the programs loaded now, and looks at nothing else: it takes long.
-
-        Returns how many links were updated. Each is replaced in one step: nothing is detached. What is not
-        as it should be is left to `mend`, but for hooks that the release before did not have: what undoes a
-        rewrite is there before what rewrites.
-        """
+    def complete(self) -> None:
+        """Before an `exchange`, hooks that the release before did not have: what undoes comes first."""
         if not all((each.path / hook.program).exists() for each in self._all_links() for hook in HOOKS):
             self.mend()
+
+    def exchange(self, hooks: tuple[Hook, ...]) -> int:
+        """Gives these links the programs loaded now, and looks at nothing else.
+
+        Returns how many links were updated. Each is replaced in one step: nothing is detached. What is not
+        as it should be is left to `mend`.
+        """
         return sum(
             pinned.adopt(each.path / hook.program, hook, self._programs)
             for each in self._all_links()

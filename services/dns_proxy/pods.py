@@ -254,10 +254,11 @@ class Pods:
 
     async def _refill(self, pod: Pod) -> None:
         """A pod whose loopback comes up late has had none of a family until then."""
-        now, there = time.monotonic(), {DNS_KEY.unpack(slot.key)[1] for slot in pod.slots}
-        missing = [(number, 0) for number in range(DNS_SLOTS) if number not in there]
-        if not missing or now < pod.refill_at:
+        now = time.monotonic()
+        if len(pod.slots) == DNS_SLOTS or now < pod.refill_at:
             return
+        there = {DNS_KEY.unpack(slot.key)[1] for slot in pod.slots}
+        missing = [(number, 0) for number in range(DNS_SLOTS) if number not in there]
         pod.refill_s = min(2 * pod.refill_s, REFILL_MAX_S)
         pod.refill_at = now + pod.refill_s
         with contextlib.suppress(OSError):

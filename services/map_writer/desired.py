@@ -469,17 +469,21 @@ def _lists_of_near(
         for workload in usable
         if (ips := mesh.addresses_of(workload)) and target_port(workload.services, service.name, port, target)
     ]
-    found = []
-    for wanted in (True, False):
-        may_be_other = not wanted and service.families is not Families.V6
-        some = [workload for workload, families in serving if wanted in families or may_be_other]
-        own, nearest = dict[bytes, int](), near(service, some, mesh.here)
-        lists = _lists(
-            mesh, service, [each for each in nearest if each.capacity], own, port, target, id4, id6
-        )
-        found.append(lists[not wanted])
-        weights.update((value, own[value]) for value in found[-1] if value in own)
-    return found[0], found[1]
+
+    def nearest(some: list[Workload], own: dict[bytes, int]) -> Lists:
+        found = [workload for workload in near(service, some, mesh.here) if workload.capacity]
+        return _lists(mesh, service, found, own, port, target, id4, id6)
+
+    for_4 = [workload for workload, families in serving if True in families]
+    is_only_6 = service.families is Families.V6
+    for_6 = [workload for workload, families in serving if not is_only_6 or False in families]
+    if for_4 == for_6:
+        return nearest(for_4, weights)
+    weights4, weights6 = dict[bytes, int](), dict[bytes, int]()
+    list4, list6 = nearest(for_4, weights4)[0], nearest(for_6, weights6)[1]
+    for found, own in ((list4, weights4), (list6, weights6)):
+        weights.update((value, own[value]) for value in found if value in own)
+    return list4, list6
 
 
 def _nothing(_port: int, _target: int, _id4: int, _id6: int) -> Lists:

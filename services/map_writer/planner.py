@@ -229,7 +229,7 @@ class Planner:
         if not mesh.unlooked:
             return
         gone = {ip for name in mesh.resolved.keys() - mesh.by_hostname.keys() for ip in mesh.resolved[name]}
-        for hostname, services in [*mesh.with_unlooked()]:
+        for hostname, services in mesh.with_unlooked():
             sets = [self._unclaimed(mesh, name, hostname) for name in services & mesh.services.keys()]
             found = set.intersection(*sets) if sets else set()
             if found := found if is_first else found & gone:

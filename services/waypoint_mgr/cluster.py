@@ -7,10 +7,11 @@ not known, of a newer API, is told.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any, Final, NamedTuple
 
 import anyio
@@ -338,7 +339,7 @@ def _refusing(ref: ObjectRef, plain: Plain, gateways: Iterable[ObjectRef]) -> Ob
     """
     own = [one for one in gateways if one.namespace == ref.namespace]
     named = _targets(plain)
-    targets = [one for one in named if _is_target(one, ref)]
+    targets = _readable(named, partial(_denial, ref))
     if named and not targets:
         targets = [{"group": GATEWAY_GROUP, "kind": one.kind, "name": one.name} for one in own]
     return _denial(ref, targets)
@@ -359,14 +360,7 @@ def _closing_by_policy(ref: ObjectRef, plain: Plain) -> Object:
         metadata = {"name": ref.name, "namespace": ref.namespace}
         return from_plain({"metadata": metadata, "spec": {"targetRefs": targets}}, BackendTLSPolicy)
 
-    def is_target(one: Any) -> bool:
-        try:
-            made([one])
-        except msgspec.ValidationError:
-            return False
-        return True
-
-    return made([one for one in _targets(plain) if is_target(one)])
+    return made(_readable(_targets(plain), made))
 
 
 def _closing(ref: ObjectRef, plain: Plain) -> Object | None:
@@ -389,9 +383,11 @@ def _denial(ref: ObjectRef, targets: list[Any]) -> Object:
     return from_plain({"metadata": metadata, "spec": spec}, AuthorizationPolicy)
 
 
-def _is_target(plain: Any, ref: ObjectRef) -> bool:
-    try:
-        _denial(ref, [plain])
-    except msgspec.ValidationError:
-        return False
-    return True
+def _readable(targets: list[Any], made: Callable[[list[Any]], Object]) -> list[Any]:
+    """Those that an object which is made for them takes."""
+    found = []
+    for one in targets:
+        with contextlib.suppress(msgspec.ValidationError):
+            made([one])
+            found.append(one)
+    return found

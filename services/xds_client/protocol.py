@@ -74,7 +74,7 @@ class Reading:
         self.type_url = response.type_url
         self.nonce = response.nonce
         self.is_whole = is_whole
-        self.is_first = is_first or is_whole
+        self._is_first = is_first or is_whole
         self.removed = list(response.removed_resources)
         self.names: dict[str, None] = {}
         self.rejected: dict[str, str] = {}
@@ -96,9 +96,14 @@ class Reading:
             return []
         return [name for name in held if name not in self.names]
 
+    @property
+    def says_all(self) -> bool:
+        """That differs from what is held, of a response that was read to its end."""
+        return self._is_first and "" not in self.names
+
     def unspoken(self, rejected: Iterable[str], held: Container[str]) -> list[str]:
         """What was rejected and is not held, and is no more: its removal is told to nobody."""
-        if not self.is_first or "" in self.names:
+        if not self.says_all:
             return []
         return [name for name in rejected if name not in self.names and name not in held]
 

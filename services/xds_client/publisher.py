@@ -171,8 +171,7 @@ class Publisher:
         removed += await self._remove(kind, reading.absent(store.held[kind]), headers)
         removed += store.remove(kind, reading.unspoken(store.rejected[kind], store.held[kind]))
         named = chain(reading.names, reading.removed, (NO_NAME,))
-        is_first = reading.is_first and "" not in reading.names
-        store.note_rejected(kind, named, reading.rejected, is_first=is_first)
+        store.note_rejected(kind, named, reading.rejected, is_all=reading.says_all)
         was_synced = store.synced
         store.answered.add(kind)
         is_awaited, store.in_response, store.was_asked_in_response = store.was_asked_in_response, False, False

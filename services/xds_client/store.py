@@ -70,14 +70,14 @@ class Store:
         return changed
 
     def note_rejected(
-        self, kind: ResourceType, named: Iterable[str], rejected: dict[str, str], *, is_first: bool
+        self, kind: ResourceType, named: Iterable[str], rejected: dict[str, str], *, is_all: bool
     ) -> None:
         """`named`: what a response spoke of, of which all that is not rejected is good, or gone.
 
-        `is_first`: of its type on a stream. What it does not speak of is no more as it was when rejected.
+        `is_all`: what it does not speak of is no more as it was when rejected.
         """
         before = self.rejected[kind]
-        if is_first:
+        if is_all:
             before.clear()
         for name in before.keys() & named if before else ():
             del before[name]

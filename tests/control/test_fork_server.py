@@ -210,5 +210,5 @@ async def test_what_does_not_end_in_time_is_killed(server: ForkServer) -> None:
 def test_nothing_is_forked_of_files_that_were_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     command = python("services.map_writer")
     assert fork_server._module(command) == "services.map_writer"
-    monkeypatch.setattr(fork_server, "_OWN_SOURCES", frozenset())
+    monkeypatch.setattr(fork_server, "_own_sources", frozenset)
     assert fork_server._module(command) == ""

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import inspect
 
 from pykmesh.manifests.objects import KINDS, Object, from_plain
+from pykmesh.manifests.unknown import spec_of
 
 SERVICES: Final = ("web", "v1", "v2")
 NAMESPACE: Final = "shop"
@@ -38,11 +39,8 @@ _TO_WEB: Final = {"group": "", "kind": "Service", "name": "web"}
 def drawn(chance: Random, kind: str, name: str) -> Object:
     """One that is read, of a kind of `KINDS`; for the service web, or of one of its backends."""
     read_as = KINDS[GROUPS[kind], kind]
-    described = inspect.type_info(read_as)
-    assert isinstance(described, inspect.StructType)
-    (spec_type,) = (field.type for field in described.fields if field.name == "spec")
     for _ in range(_TRIES):
-        spec = _aimed(chance, kind, _value(chance, spec_type, ""))
+        spec = _aimed(chance, kind, _value(chance, spec_of(read_as), ""))
         try:
             return from_plain({"metadata": {"name": name, "namespace": NAMESPACE}, "spec": spec}, read_as)
         except msgspec.ValidationError:
