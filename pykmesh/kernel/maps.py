@@ -194,6 +194,9 @@ class PinnedMap:
     def erase(self, keys: bytes) -> None:
         """Removes entries; those that are not there are passed over."""
         size = self.layout.key_size
+        if len(keys) == size:
+            self.remove(keys)
+            return
         start, total = _address(keys), len(keys) // size
         at = 0
         while at < total:

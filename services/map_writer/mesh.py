@@ -17,7 +17,15 @@ from typing import Any, Final, NewType, TypeVar, cast
 
 import numpy as np
 
-from pykmesh.contracts.address import Policy, Range, Service, Waypoint, Workload, decode_address
+from pykmesh.contracts.address import (
+    Policy,
+    Range,
+    Service,
+    Waypoint,
+    Workload,
+    decode_address,
+    differ_in_health_alone,
+)
 from pykmesh.contracts.bulk import Group
 from pykmesh.contracts.wire import rows
 from pykmesh.kernel.records import (
@@ -193,6 +201,9 @@ class Mesh:
             before = self.workloads.get(name)
             if before is not None and raw_of(before) == resource.raw:
                 return
+            if before is not None and differ_in_health_alone(raw_of(before), resource.raw):
+                self._put_health(name, resource, touched)
+                return
             if before is not None or name in self.services:
                 self.remove(name, touched)
             self.workloads[name] = resource
@@ -208,6 +219,13 @@ class Mesh:
             self.remove(name, touched)
             self.services[name] = resource
             self._link_service(name, resource, touched)
+
+    def _put_health(self, name: str, workload: Workload, touched: Touched) -> None:
+        """Only who is chosen of its services is another: where it is, and all that is said of it, stays."""
+        before, self.workloads[name] = self.workload(name), workload
+        for service, _ in workload.services:
+            self._ungroup(service)
+            touched.add_member(service, name, before)
 
     def put_ordinary(self, groups: Sequence[Group], touched: Touched) -> None:
         """`put` for ordinary workloads, none of which comes twice: all at once where all are new."""

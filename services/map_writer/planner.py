@@ -323,6 +323,8 @@ class Planner:
         Those of a namespace that sees what all do again are touched: they look on until all is there.
         """
         namespaces = frozenset(mesh.view_namespaces)
+        if not (namespaces or self._seen_by or self.held.has_views):
+            return
         for place in mesh.places_in(namespaces - self._seen_by):
             value, current = desired_address(mesh, place, self._rules, ()), self.held.addresses.get(place)
             if value and current and has_view(value) and not has_view(current):

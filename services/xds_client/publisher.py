@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain, islice
 
 import anyio
@@ -158,7 +158,8 @@ class Publisher:
         removed = await self._remove(kind, reading.removed, headers)
         waiting: list[Resource] = []
         count = size = 0
-        async for part in _parts(reading):
+        parts = reading.parts()
+        while (part := await _next_part(reading, parts)) is not None:
             fresh = store.put(kind, part)
             count += len(fresh)
             for resource in fresh:
@@ -233,11 +234,8 @@ def batched(names: Iterable[str], size: int) -> Iterator[list[str]]:
         yield page
 
 
-async def _parts(reading: Reading) -> AsyncIterator[list[tuple[str, Held]]]:
+async def _next_part(
+    reading: Reading, parts: Iterator[list[tuple[str, Held]]]
+) -> list[tuple[str, Held]] | None:
     """A large response's in a thread, so that heartbeats and probes go on."""
-    parts = reading.parts()
-    while True:
-        part = await anyio.to_thread.run_sync(next, parts, None) if reading.is_large else next(parts, None)
-        if part is None:
-            return
-        yield part
+    return await anyio.to_thread.run_sync(next, parts, None) if reading.is_large else next(parts, None)

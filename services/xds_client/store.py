@@ -45,7 +45,7 @@ class Store:
     @property
     def synced(self) -> bool:
         """The control plane has sent its state of every type since the epoch began."""
-        return len(self.answered) == len(ResourceType)
+        return len(self.answered) == len(self.held)
 
     def versions(self, kind: ResourceType) -> dict[str, str]:
         """What a new stream tells the control plane that it still has."""

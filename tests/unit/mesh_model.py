@@ -88,11 +88,15 @@ HERE = Locality(node="here", cluster="Kubernetes")
 Plain = dict[str, dict[str, tuple[object, ...]]]
 
 
+class Turned(NamedTuple):
+    """What a workload becomes whose health alone is another; nothing, where there is no such workload."""
+
+
 class Change(NamedTuple):
     """One resource: a name with what it becomes, None for its removal."""
 
     name: str
-    resource: Service | Workload | Policy | None
+    resource: Service | Workload | Policy | Turned | None
 
 
 def change(seed: int) -> Change:
@@ -165,7 +169,8 @@ def _workload(draw: random.Random) -> Workload:
     )
     # The mesh tells one message from another by its bytes, and reads where it runs from them.
     message = Address()
-    message.workload.uid, message.workload.name = found.uid, repr(found)
+    message.workload.uid, message.workload.name = found.uid, repr(msgspec.structs.replace(found, healthy=True))
+    message.workload.status = 0 if found.healthy else 1
     message.workload.locality.region, message.workload.locality.zone = (
         draw.choice(["r", "s"]),
         draw.choice("yz"),
@@ -173,7 +178,7 @@ def _workload(draw: random.Random) -> Workload:
     message.workload.node = draw.choice(["here", "there"])
     if found.waypoint is None and draw.random() < 0.2:
         found = msgspec.structs.replace(found, addresses=(*found.addresses[:1], draw.choice(VIPS[1:3])))
-        message.workload.name = repr(found)
+        message.workload.name = repr(msgspec.structs.replace(found, healthy=True))
     return msgspec.structs.replace(found, raw=message.SerializeToString())
 
 
@@ -239,15 +244,26 @@ def responses(*, ranges: bool = True) -> st.SearchStrategy[list[list[Change]]]:
     seeds = st.integers(0, 1 << 30)
 
     def several(one: Callable[[int], Change]) -> st.SearchStrategy[list[list[Change]]]:
-        changes = st.lists(seeds.map(one), min_size=1, max_size=8)
+        turns = st.sampled_from(UIDS).map(lambda uid: Change(uid, Turned()))
+        changes = st.lists(seeds.map(one) | turns, min_size=1, max_size=8)
         return st.lists(changes.map(lambda found: list({c.name: c for c in found}.values())), max_size=8)
 
     plain = st.tuples(seeds.map(plain_services), several(plain_change)).map(lambda both: [both[0], *both[1]])
     return several(change if ranges else _rangeless) | (plain if ranges else st.nothing())
 
 
+def turned(workload: Workload) -> Workload:
+    message = Address.FromString(workload.raw)
+    message.workload.status = 1 if workload.healthy else 0
+    raw = message.SerializeToString(deterministic=True)
+    return msgspec.structs.replace(workload, healthy=not workload.healthy, raw=raw)
+
+
 def put(mesh: Mesh, response: Sequence[Change], touched: Touched) -> None:
     """As the follower does with a large response: removals first, ordinary workloads together at the end."""
+    turn = [change.name for change in response if isinstance(change.resource, Turned)]
+    workloads = [mesh.workload(name) for name in turn if name in mesh.workloads]
+    response = [*response, *(Change(workload.uid, turned(workload)) for workload in workloads)]
     for name, resource in response:
         if resource is None:
             mesh.remove(name, touched)

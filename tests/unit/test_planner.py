@@ -25,6 +25,7 @@ from pykmesh.kernel.records import (
     network_id,
     range_to_text,
 )
+from pykmesh.proto.workload_pb2 import Address
 from services.map_writer import planner
 from services.map_writer.desired import Rules, desired_service
 from services.map_writer.mesh import Mesh, Touched, place_of
@@ -153,7 +154,8 @@ def test_several_waypoints_share_connections_by_their_weights() -> None:
     assert said() == [Reason.WAYPOINT_UNAVAILABLE]
     world.take([Change(uid, member(uid, new)) for uid in uids[1:3]])
     assert said() == [Reason.ROUTED, "500", "500"]
-    heavy = msgspec.structs.replace(member(uids[2], new), capacity=4, raw=b"heavy")
+    heavy = msgspec.structs.replace(member(uids[2], new), capacity=4)
+    heavy = msgspec.structs.replace(heavy, raw=Address(workload={"uid": uids[2]}).SerializeToString())
     world.take([Change(uids[0], member(uids[0], old)), Change(uids[2], heavy)])
     assert said() == [Reason.ROUTED, "900", "20", "80"]
     world.take([Change(uid, None) for uid in uids[1:3]])
@@ -215,6 +217,7 @@ def test_a_waypoint_of_another_node_serves_where_this_one_has_none_and_the_mesh_
 def member(uid: str, service: Service) -> Workload:
     drawn = (model.change(number).resource for number in range(1000))
     found = next(resource for resource in drawn if isinstance(resource, Workload))
+    message = Address(workload={"uid": uid, "name": repr(service)})
     return msgspec.structs.replace(
         found,
         uid=uid,
@@ -223,7 +226,7 @@ def member(uid: str, service: Service) -> Workload:
         services=((service.name, ()),),
         healthy=True,
         capacity=1,
-        raw=uid.encode(),
+        raw=message.SerializeToString(),
     )
 
 
