@@ -169,7 +169,7 @@ def _workload(draw: random.Random) -> Workload:
     )
     # The mesh tells one message from another by its bytes, and reads where it runs from them.
     message = Address()
-    message.workload.uid, message.workload.name = found.uid, repr(msgspec.structs.replace(found, healthy=True))
+    message.workload.uid, message.workload.name = found.uid, _repr_but_health(found)
     message.workload.status = 0 if found.healthy else 1
     message.workload.locality.region, message.workload.locality.zone = (
         draw.choice(["r", "s"]),
@@ -178,8 +178,12 @@ def _workload(draw: random.Random) -> Workload:
     message.workload.node = draw.choice(["here", "there"])
     if found.waypoint is None and draw.random() < 0.2:
         found = msgspec.structs.replace(found, addresses=(*found.addresses[:1], draw.choice(VIPS[1:3])))
-        message.workload.name = repr(msgspec.structs.replace(found, healthy=True))
+        message.workload.name = _repr_but_health(found)
     return msgspec.structs.replace(found, raw=message.SerializeToString())
+
+
+def _repr_but_health(found: Workload) -> str:
+    return repr(msgspec.structs.replace(found, healthy=True))
 
 
 _MEMBERSHIP = ((NAMES[0], ()),)
