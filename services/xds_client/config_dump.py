@@ -156,8 +156,15 @@ def _service(message: workload_pb2.Service, members: list[workload_pb2.Workload]
     }
     if message.ip_families:
         found["ipFamilies"] = _word(_FAMILIES, message.ip_families)
+    weighted = [each for each in message.weighted_waypoints if each.weight]
+    if weighted:
+        found["weightedWaypoints"] = [
+            {**_gateway(each.destination), "weight": each.weight} for each in weighted
+        ]
     if message.HasField("waypoint"):
         found["waypoint"] = _gateway(message.waypoint)
+    elif weighted:  # istioctl reads this one alone: without it, it would say that there is none
+        found["waypoint"] = _gateway(max(weighted, key=lambda each: each.weight).destination)
     if message.HasField("load_balancing"):
         balancing = message.load_balancing
         scopes = workload_pb2.LoadBalancing.Scope

@@ -203,3 +203,23 @@ def test_what_is_rare_has_ztunnels_words_too() -> None:
     assert web.vips == ["n1/10.0.0.0/16"]
     assert web.load_balancer == LoadBalancer("Failover", ["Network", "Region", "Zone"], "AllowAll")
     assert web.endpoints == {"u": Endpoint("u", "shop/web.example", {80: 8080})}
+
+
+def test_several_waypoints_are_there_with_their_weights_and_the_heaviest_where_istioctl_looks() -> None:
+    service = workload_pb2.Service(name="web", namespace="shop", hostname="web.example")
+    for name, weight in (("old", 10), ("new", 90), ("off", 0)):
+        waypoint = service.weighted_waypoints.add(weight=weight)
+        waypoint.destination.hostname.namespace = "shop"
+        waypoint.destination.hostname.hostname = f"{name}.example"
+    value = workload_pb2.Address(service=service).SerializeToString()
+    held = {ResourceType.ADDRESS: {"shop/web.example": Held("", value)}, ResourceType.AUTHORIZATION: {}}
+    (web,) = config_dump(held)["services"]
+    assert [(each["destination"], each["weight"]) for each in web["weightedWaypoints"]] == [
+        ("shop/old.example", 10),
+        ("shop/new.example", 90),
+    ]
+    assert web["waypoint"]["destination"] == "shop/new.example"
+    service.waypoint.hostname.namespace, service.waypoint.hostname.hostname = "shop", "old.example"
+    value = workload_pb2.Address(service=service).SerializeToString()
+    held[ResourceType.ADDRESS] = {"shop/web.example": Held("", value)}
+    assert config_dump(held)["services"][0]["waypoint"]["destination"] == "shop/old.example"
