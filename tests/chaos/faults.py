@@ -32,7 +32,7 @@ import nats
 from pyroute2 import netns
 
 from pykmesh.demo.pods import Pod
-from pykmesh.kernel import cgroups, pins
+from pykmesh.kernel import cgroups, libbpf, pins
 from pykmesh.kernel.maps import PinnedMap
 from pykmesh.node.ask import supervised
 from pykmesh.node.instance import running
@@ -496,6 +496,24 @@ class Unpin(_Step):
             path.unlink()
 
 
+class Fill(_Step):
+    """Entries that mean nothing to anybody go into a map of the kernel's, until it takes no more."""
+
+    map: str
+
+    def act(self, stage: Stage) -> None:
+        with PinnedMap(pins.maps_dir(stage.node.pin_dir), self.map) as found:
+            key, value = found.layout.key_size, found.layout.value_size
+            try:
+                for _ in range(found.max_entries + 1):
+                    found.put(stage.chance.randbytes(key), bytes(value))
+            except libbpf.KernelError as error:
+                if error.errno == errno.E2BIG:
+                    return
+                raise
+        raise HoldsNotError(f"{self.map} takes more than {found.max_entries} entries")
+
+
 _BYSTANDERS = itertools.cycle(range(100, 250))
 
 
@@ -807,6 +825,6 @@ def _samples(page: str, name: str) -> Iterator[float]:
 Step = (
     Wait | Settled | Repeat | Together | Kill | KillAll | Stop | Down | Up | Limit | Hog | Disk | Scale
     | Services | Folder | Wire | ControlPlane | Flood | Password | Stranger | Unpin | Bystander | Upgrade
-    | KillAtCalls | KilledUpgrades | NotEnrolled | Entries | Restarted | Resolves | Instances | KillEnvoy
+    | KillAtCalls | KilledUpgrades | NotEnrolled | Fill | Entries | Restarted | Resolves | Instances | KillEnvoy
     | LimitEnvoy | Says | LooksUp | Metric
 )  # fmt: skip
