@@ -29,7 +29,15 @@ from pykmesh.contracts.enrollment import EnrollmentError, ask_for_front, ask_for
 from pykmesh.files import write_whole
 from services.waypoint_mgr.announce import Place
 from services.waypoint_mgr.fronts import Front, FrontError, listening_socket
-from services.waypoint_mgr.instances import UNHEARD, EnvoyProcess, InstanceError, Spec, adopt, start
+from services.waypoint_mgr.instances import (
+    UNHEARD,
+    EnvoyProcess,
+    InstanceError,
+    Spec,
+    adopt,
+    start,
+    waypoint_of,
+)
 from services.waypoint_mgr.requests import Served
 from services.waypoint_mgr.scaling import Found, Load, Policy, decide
 
@@ -245,7 +253,12 @@ class Fleet:
         try:
             kept = msgspec.json.decode((directory / _FILE).read_bytes(), type=_Kept)
         except (OSError, msgspec.MsgspecError) as error:
-            log.warning("instance_unknown", directory=str(directory), error=str(error))
+            effect = "it is ended when its connections are"
+            log.warning("instance_unknown", directory=str(directory), error=str(error), effect=effect)
+            member = Member(directory.name, waypoint_of(directory), 0)
+            member.is_steered = True  # for all that is known
+            member.leaving.set()
+            self._add(member)
             return
         member = Member(directory.name, kept.waypoint, kept.port, kept.front)
         member.is_known = kept.leaving
@@ -336,7 +349,8 @@ class Fleet:
 
     async def _keep_running(self, member: Member) -> None:
         """Until it has left."""
-        if member.is_leaving and (process := adopt(self._settings.envoys_dir / member.name)) is not None:
+        place, cgroup = self._settings.envoys_dir / member.name, self._settings.cgroup / member.name
+        if member.is_leaving and (process := adopt(place, cgroup)) is not None:
             member.process = process  # it was told so before this process
             await self._watch(member, process)
         while not member.is_leaving:
@@ -355,9 +369,9 @@ class Fleet:
                 log.warning("instance_ended", instance=member.name)
                 await anyio.sleep(RESTART_S)
         del self.members[member.name]
-        shutil.rmtree(self._settings.envoys_dir / member.name, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
         with contextlib.suppress(OSError):
-            (self._settings.cgroup / member.name).rmdir()
+            cgroup.rmdir()
         log.info("instance_left", instance=member.name)
         self._changed()
 
@@ -379,7 +393,7 @@ class Fleet:
             netns=settings.netns,
             memory_mib=(group.policy if group else Policy()).memory_mib,
         )
-        found = adopt(state_dir)
+        found = adopt(state_dir, cgroup)
         member.is_adopted = found is not None
         if found is not None:
             log.info("instance_adopted", instance=member.name, pid=found.pid)

@@ -201,7 +201,7 @@ def pid_file(state_dir: Path) -> Path:
 
 def start(spec: Spec) -> EnvoyProcess:
     """Starts an instance in a session of its own. Raises `InstanceError` or `OSError`."""
-    found = adopt(spec.state_dir)
+    found = adopt(spec.state_dir, spec.cgroup)
     if found:
         found.close()
         raise InstanceError(f"an Envoy runs already in {spec.state_dir}: pid {found.pid}")
@@ -229,14 +229,23 @@ def start(spec: Spec) -> EnvoyProcess:
     return EnvoyProcess(spec.node_id, spec.state_dir, pid, os.pidfd_open(pid))
 
 
-def adopt(state_dir: Path) -> EnvoyProcess | None:
-    """The instance that runs already from a state directory, if one does."""
+def adopt(state_dir: Path, cgroup: Path | None = None) -> EnvoyProcess | None:
+    """The instance that runs already from a state directory, if one does.
+
+    Where the directory does not say which process that is, the one in its cgroup that was started with the
+    directory's bootstrap is.
+    """
     try:
         began = _Stat.of(pid_file(state_dir).read_text())
-        config = json.loads((state_dir / _BOOTSTRAP).read_text())
-        node_id = str(config["node"]["id"])
+    except (OSError, ValueError):
+        return _found_in(cgroup, state_dir) if cgroup else None
+    return _held(state_dir, began)
+
+
+def _held(state_dir: Path, began: _Stat) -> EnvoyProcess | None:
+    try:
         pidfd = os.pidfd_open(began.pid)
-    except (OSError, ValueError, KeyError):
+    except OSError:
         return None
     # The id cannot be given to another while the descriptor holds the process, so what is read now is its.
     try:
@@ -247,7 +256,33 @@ def adopt(state_dir: Path) -> EnvoyProcess | None:
     if now.start_time != began.start_time or now.state in _ENDED:
         os.close(pidfd)
         return None
-    return EnvoyProcess(node_id, state_dir, began.pid, pidfd)
+    return EnvoyProcess(_said(state_dir, "id") or state_dir.name, state_dir, began.pid, pidfd)
+
+
+def _found_in(cgroup: Path, state_dir: Path) -> EnvoyProcess | None:
+    config = os.fsencode(state_dir / _BOOTSTRAP)
+    try:
+        for pid in (cgroup / "cgroup.procs").read_text().split():
+            process = Path("/proc", pid)
+            if config in (process / "cmdline").read_bytes().split(b"\0"):
+                stat = (process / "stat").read_text()
+                pid_file(state_dir).write_text(stat)
+                return _held(state_dir, _Stat.of(stat))
+    except (OSError, ValueError):
+        return None
+    return None
+
+
+def waypoint_of(state_dir: Path) -> str:
+    """Whose instance it is, by what it was started with; empty where that cannot be read."""
+    return _said(state_dir, "cluster")
+
+
+def _said(state_dir: Path, what: str) -> str:
+    try:
+        return str(json.loads((state_dir / _BOOTSTRAP).read_bytes())["node"][what])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _command(spec: Spec, config: Path) -> list[str]:

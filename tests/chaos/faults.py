@@ -825,6 +825,6 @@ def _samples(page: str, name: str) -> Iterator[float]:
 Step = (
     Wait | Settled | Repeat | Together | Kill | KillAll | Stop | Down | Up | Limit | Hog | Disk | Scale
     | Services | Folder | Wire | ControlPlane | Flood | Password | Stranger | Unpin | Bystander | Upgrade
-    | KillAtCalls | KilledUpgrades | NotEnrolled | Fill | Entries | Restarted | Resolves | Instances | KillEnvoy
-    | LimitEnvoy | Says | LooksUp | Metric
+    | KillAtCalls | KilledUpgrades | NotEnrolled | Fill | Entries | Restarted | Resolves | Instances
+    | KillEnvoy | LimitEnvoy | Says | LooksUp | Metric
 )  # fmt: skip

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -258,6 +259,26 @@ def test_who_comes_after_a_manager_finds_front_and_instances(mesh: Mesh) -> None
     assert counted["failed"] == 0, counted["errors"]
     assert {one["pid"] for one in status(mesh)["instances"]} == {one["pid"] for one in before}
     assert status(mesh)["scaling"]["front"] == front
+
+
+def test_what_an_instance_kept_is_damaged_and_no_envoy_is_left_to_itself(mesh: Mesh) -> None:
+    """Which process it is, its cgroup says too; of one that is nobody's any more another takes the place."""
+    before = sized(mesh, 2, min_instances="2")
+    known, unknown = (mesh.node.run_dir / "envoys" / one["name"] for one in before)
+    prober = probe(mesh.client, SHOP4, 80)
+    os.kill(mesh.node.pid_of("waypoint_mgr"), signal.SIGSTOP)
+    (known / "process.stat").write_text("17")
+    (unknown / "instance.json").write_text("{")
+    (unknown / "process.stat").unlink()
+    mesh.node.kill("waypoint_mgr")
+    mesh.node.until_ready()
+    until(lambda: not unknown.exists(), "the one to leave", 60)
+    after = sized(mesh, 2, min_instances="2")
+    counted = finish(prober)
+    assert counted["failed"] == 0, counted["errors"]
+    assert before[0]["pid"] in [one["pid"] for one in after]
+    left = Path("/proc", str(before[1]["pid"]), "cmdline")
+    assert not left.exists() or not left.read_bytes()  # ended, whether or not somebody has asked for its exit
 
 
 def test_who_comes_after_a_manager_keeps_the_size_for_a_while(mesh: Mesh) -> None:
