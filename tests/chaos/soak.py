@@ -3,15 +3,16 @@
     python -m tests.chaos.soak [--minutes 60] [--seed 1] [--rate 0.2] [--report FILE]
 
 Endpoints, services and pods come and go under traffic, through a waypoint too, and names are asked for. In
-the first half processes are killed too; in the second half each one's memory and descriptors are sampled,
-and how many entries each map has between two rounds. Memory is what it has made itself (RssAnon; what forks
-still share counts in each): its part of files depends on who else has them open. Exit status 1 where a
-process has grown (the last third of its samples against the first: the median of its memory by more than a
-tenth and 4 MiB, the least of its descriptors, since a pod on its way out has some, by more than four; or its
-memory grows on and on: from the second third to the last by more than 1 MiB and a fiftieth, and by more than
-half of what it was from the first to the second), a map has grown (by more than a tenth and 64 entries), a
-process was started again that nobody had killed, a connection failed, an answer was wrong, or the
-maps of configuration hold in the end what they did not in the beginning.
+the first half processes are killed too, and the mesh is upgraded to a release with other maps and back; in
+the second half each one's memory and descriptors are sampled, and how many entries each map has between two
+rounds. Memory is what it has made itself (RssAnon; what forks still share counts in each): its part of
+files depends on who else has them open. Exit status 1 where a process has grown (the last third of its
+samples against the first: the median of its memory by more than a tenth and 4 MiB, the least of its
+descriptors, since a pod on its way out has some, by more than four; or its memory grows on and on: from the
+second third to the last by more than 1 MiB and a fiftieth, and by more than half of what it was from the
+first to the second), a map has grown (by more than a tenth and 64 entries), a process was started again that
+nobody had killed, a connection failed, an answer was wrong, or the maps of configuration hold in the end
+what they did not in the beginning.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import Any, Final
 from pykmesh.kernel import pins
 from pykmesh.kernel.maps import PinnedMap
 from pykmesh.node.ask import supervised
-from tests.chaos.faults import Bystander, Kill, Resolves, Scale, Services
+from tests.chaos.faults import Bystander, Kill, Resolves, Scale, Services, Upgrade
 from tests.chaos.play import judged
 from tests.chaos.scenario import read
 from tests.chaos.stage import Mesh, Stage, stage
@@ -48,6 +49,7 @@ PROCESSES: Final = ["bpf_loader", "map_writer", "xds_client", "telemetry", "nats
 GOES: Final = ("cgroup", "namespace", "both", "unenrolled")
 SAMPLE_S: Final = 2.0
 KILL_S: Final = 15.0
+UPGRADE_S: Final = 45.0
 GROWN, GROWN_MIB = 1.1, 4.0
 GROWS_ON, GROWS_ON_MIB = 1.02, 1.0
 GROWN_DESCRIPTORS = 4
@@ -74,6 +76,14 @@ def change(found: Stage) -> None:
         Resolves(name="web.shop.svc.cluster.local", address="10.96.0.10").act(found)
     Scale(to=(1, 4), now=False).act(found)
     Services(count=0).act(found)
+
+
+def there_and_back(found: Stage) -> None:
+    """To a release whose maps differ, and from it, while endpoints change."""
+    for release in ("other", "this"):
+        Scale(to=(1, 4), now=False).act(found)
+        Upgrade(to=release).act(found)
+    found.settled()
 
 
 def anonymous_mib(pid: int) -> float:
@@ -149,8 +159,8 @@ def soak(minutes: float, seed: int, rate: float) -> dict[str, Any]:
         before, began = entries(found), time.monotonic()
         half, end = began + minutes * 30, began + minutes * 60
         samples, problems, started = Samples(), list[str](), dict[str, int]()
-        rounds = kills = 0
-        killed = sampled = began
+        rounds = kills = upgrades = 0
+        killed = upgraded = sampled = began
         try:
             while (now := time.monotonic()) < end:
                 change(found)
@@ -159,6 +169,9 @@ def soak(minutes: float, seed: int, rate: float) -> dict[str, Any]:
                     Kill(process=PROCESSES).act(found)
                     found.settled()  # who enrols while bpf_loader is away is told so
                     killed, kills = now, kills + 1
+                if now < half and now - upgraded > UPGRADE_S:
+                    there_and_back(found)
+                    upgraded, upgrades = now, upgrades + 2
                 if now >= half and not started:
                     started = restarts(found)
                 if now >= half and now - sampled > SAMPLE_S:
@@ -193,7 +206,7 @@ def soak(minutes: float, seed: int, rate: float) -> dict[str, Any]:
             if last > first * GROWN + GROWN_ENTRIES
         ]
         return {
-            "minutes": minutes, "seed": seed, "rounds": rounds, "kills": kills,
+            "minutes": minutes, "seed": seed, "rounds": rounds, "kills": kills, "upgrades": upgrades,
             "connections": counts.connections, "failed": counts.failed, "wrong": found.wrong,
             "anon_mib": sizes, "descriptors": descriptors, "entries": filled, "problems": problems,
         }  # fmt: skip
@@ -209,8 +222,9 @@ def table(found: dict[str, Any], words: list[str]) -> str:
         "# Change for a long time",
         "",
         f"`python -m tests.chaos.soak {shlex.join(words)}`: {found['rounds']:,} rounds of change,",
-        f"{found['kills']} processes killed (in the first half), {found['connections']:,} connections,",
-        f"{found['failed']} failed, {found['wrong']} wrong answers. In the three thirds of the second half:",
+        f"{found['kills']} processes killed and {found['upgrades']} upgrades (both in the first half),",
+        f"{found['connections']:,} connections, {found['failed']} failed, {found['wrong']} wrong answers.",
+        "In the three thirds of the second half:",
         "",
         "| process | memory of its own, MiB | descriptors |",
         "|---|---|---|",
