@@ -19,7 +19,7 @@ from pykmesh.manifests.addresses import HEADLESS, IP, ClusterIP, IPFamily, IPRan
 from pykmesh.manifests.authorization_policy import AuthorizationPolicySpec, PolicyTargetRef
 from pykmesh.manifests.destination_rule import ClientTLS, DestinationRuleSpec, TLSMode
 from pykmesh.manifests.grpc_route import GRPCRouteSpec
-from pykmesh.manifests.http_route import HTTPRouteSpec
+from pykmesh.manifests.http_route import GATEWAY_GROUP, HTTPRouteSpec
 from pykmesh.manifests.names import Name, PortNumber
 from pykmesh.manifests.request_authentication import RequestAuthenticationSpec
 from pykmesh.manifests.tcp_route import TCPRouteSpec
@@ -379,8 +379,15 @@ class RouteNamespaces(_Manifest, frozen=True, kw_only=True):
     """Without one nobody is chosen."""
 
 
+class RouteGroupKind(_Manifest, frozen=True, kw_only=True):
+    kind: str
+    group: str = GATEWAY_GROUP
+
+
 class AllowedRoutes(_Manifest, frozen=True, kw_only=True):
     namespaces: RouteNamespaces = RouteNamespaces()
+    kinds: tuple[RouteGroupKind, ...] = ()
+    """None: those that there are."""
 
 
 class GatewayListener(_Manifest, frozen=True, kw_only=True):
@@ -388,6 +395,11 @@ class GatewayListener(_Manifest, frozen=True, kw_only=True):
     port: PortNumber
     protocol: str
     allowed_routes: AllowedRoutes = AllowedRoutes()
+
+    def takes(self, kind: str) -> bool:
+        """Routes of a kind of Gateway API's."""
+        kinds = self.allowed_routes.kinds
+        return not kinds or RouteGroupKind(kind=kind) in kinds
 
     def lets_in(self, namespace_labels: Labels) -> bool:
         """Another namespace than the Gateway's own."""

@@ -19,7 +19,7 @@ import yaml
 from pykmesh.contracts.waypoints import HANDOFF_PORT
 from pykmesh.files import write_whole
 from pykmesh.manifests.objects import GATEWAY_NAME, USE_WAYPOINT, Gateway, ObjectRef
-from services.waypoint_mgr.attachments import Condition
+from services.waypoint_mgr.attachments import Condition, Listener
 
 PORT_NAME: Final = "handoff"
 SUFFIX: Final = ".yaml"
@@ -43,6 +43,8 @@ class Announced(msgspec.Struct, frozen=True):
     manifests: list[dict[str, Any]] | None
     is_reachable: bool = False
     """The mesh knows that somebody takes connections there."""
+    listeners: tuple[Listener, ...] | None = None
+    """None: it is not known yet what is said of routes."""
 
 
 class Said(msgspec.Struct, frozen=True):

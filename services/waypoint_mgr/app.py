@@ -34,7 +34,7 @@ from pykmesh.process import Runtime
 from services.waypoint_mgr import announce, fleet, principals, tls
 from services.waypoint_mgr.ads import AdsServer, NodeStatus
 from services.waypoint_mgr.announce import Announced, Announcements, Announcer, Said
-from services.waypoint_mgr.attachments import Condition
+from services.waypoint_mgr.attachments import Condition, listeners_of
 from services.waypoint_mgr.encode import EncodeError, resources
 from services.waypoint_mgr.fleet import Fleet, Member
 from services.waypoint_mgr.instances import InstanceError, refusal
@@ -372,21 +372,32 @@ class WaypointMgr:
                 conditions.setdefault(condition.of, []).append(condition)
         known = {each.name: each for each in self._mesh.services} if self._mesh else {}
         waypoints = tuple(
-            self._announced(name, each, known.get(name)) for name, each in objects.waypoints.items()
+            self._announced(name, each, known.get(name), objects) for name, each in objects.waypoints.items()
         )
         try:
             self.announcer.say(Said(waypoints, {ref: tuple(said) for ref, said in conditions.items()}))
         except OSError as error:
             self._runtime.note_error("instances_not_announced", error=error)
 
-    def _announced(self, name: str, waypoint: Gateway, own: MeshService | None) -> Announced:
+    def _announced(
+        self, name: str, waypoint: Gateway, own: MeshService | None, objects: Objects
+    ) -> Announced:
         """`own`: its Service, as the mesh knows it."""
         places = self.members.places(name) if self.is_enrolled else None
         manifests = None if places is None else announce.objects(waypoint, places)
         known = {(e.address, e.port) for port in own.ports for e in port.endpoints} if own else set()
         is_reachable = any((place.address, place.port) in known for place in places or ())
-        hostname = name.partition("/")[2]
-        return Announced(ref_of(waypoint), waypoint.metadata.uid, hostname, manifests, is_reachable)
+        said, listeners = self._configurations.get(name), None
+        if said is not None:
+            listeners = listeners_of(waypoint, said.conditions, objects.namespaces)
+        return Announced(
+            ref_of(waypoint),
+            waypoint.metadata.uid,
+            name.partition("/")[2],
+            manifests,
+            is_reachable,
+            listeners,
+        )
 
     @property
     def has_waypoints(self) -> bool:

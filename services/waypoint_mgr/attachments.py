@@ -16,7 +16,15 @@ import msgspec
 
 from pykmesh.contracts.waypoints import Endpoint, MeshService, ServicePort, namespace_of
 from pykmesh.manifests.http_route import BackendObjectRef, ParentRef
-from pykmesh.manifests.objects import Gateway, Labels, ObjectRef, Service, ref_of
+from pykmesh.manifests.objects import (
+    Gateway,
+    GatewayListener,
+    Labels,
+    ObjectRef,
+    RouteGroupKind,
+    Service,
+    ref_of,
+)
 from services.waypoint_mgr.envoy import Port
 from services.waypoint_mgr.protocols import AppProtocol, is_only_udp, protocol_of, says_tcp
 from services.waypoint_mgr.rules import Unresolved, action_of, errors_in
@@ -30,6 +38,7 @@ _P = TypeVar("_P", Policy, Authentication)
 _NO_PORT: Final = ServicePort(0)
 _KINDS: Final = (AppProtocol.HTTP2, AppProtocol.HTTP, AppProtocol.TCP)
 """GRPCRoutes, HTTPRoutes and TCPRoutes."""
+_ROUTE_KINDS: Final = ("GRPCRoute", "HTTPRoute", "TCPRoute")
 
 
 class Condition(msgspec.Struct, frozen=True):
@@ -49,6 +58,18 @@ class Condition(msgspec.Struct, frozen=True):
     port: int = 0
     generation: int = 0
     """Of the route, as an API server counts."""
+
+
+class Listener(msgspec.Struct, frozen=True):
+    """What is said of a Gateway's listener."""
+
+    name: str
+    kinds: tuple[str, ...]
+    """Of the routes that it takes."""
+    are_kinds_known: bool
+    """Whether that is all that it is to take."""
+    routes: int
+    """How many it has."""
 
 
 class Mesh:
@@ -283,6 +304,36 @@ def _add(routes: list[Route], route: Route) -> None:
         routes.append(route)
 
 
+def listeners_of(
+    waypoint: Gateway, said: Iterable[Condition], namespaces: Mapping[str, Labels]
+) -> tuple[Listener, ...]:
+    """By what is said of the routes that name it."""
+    accepted = [
+        each for each in said if each.parent == ref_of(waypoint) and each.type == ACCEPTED and each.status
+    ]
+
+    def routes(item: GatewayListener) -> int:
+        found = {
+            each.of
+            for each in accepted
+            if each.section in ("", item.name)
+            and each.port in (0, item.port)
+            and item.takes(each.of.kind)
+            and waypoint.lets_in(each.of.namespace, namespaces.get(each.of.namespace, {}), [item])
+        }
+        return len(found)
+
+    return tuple(
+        Listener(
+            item.name,
+            tuple(filter(item.takes, _ROUTE_KINDS)),
+            {*item.allowed_routes.kinds} <= {RouteGroupKind(kind=kind) for kind in _ROUTE_KINDS},
+            routes(item),
+        )
+        for item in waypoint.spec.listeners
+    )
+
+
 def _parent_ref(route: Route, parent: ParentRef) -> ObjectRef:
     return ObjectRef(parent.whole_kind, parent.namespace or route.namespace, parent.name)
 
@@ -304,8 +355,12 @@ def _refusal(
         ]
         if not listeners and (parent.section_name or parent.port is not None):
             return _Refusal("NoMatchingParent", "the Gateway has no such listener")
+        takers = [item for item in listeners if item.takes(route.ref.kind)]
+        if listeners and not takers:
+            what = f"no listener takes routes of kind {route.ref.kind} (allowedRoutes)"
+            return _Refusal("NotAllowedByListeners", what)
         labels = mesh.namespaces.get(route.namespace, {})
-        if not waypoint.lets_in(route.namespace, labels, listeners):
+        if not waypoint.lets_in(route.namespace, labels, takers):
             what = f"no listener lets routes of namespace {route.namespace} in (allowedRoutes)"
             return _Refusal("NotAllowedByListeners", what)
         return None

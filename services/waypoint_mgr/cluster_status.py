@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from pykmesh.manifests.http_route import GATEWAY_GROUP, whole_kind
 from pykmesh.manifests.objects import ObjectRef
-from services.waypoint_mgr.attachments import ACCEPTED, Condition
+from services.waypoint_mgr.attachments import ACCEPTED, Condition, Listener
 
 Plain = dict[str, Any]
 CONTROLLER: Final = "pykmesh.io/waypoint"
@@ -23,9 +23,16 @@ _TIME: Final = "lastTransitionTime"
 
 
 def gateway_status(
-    gateway: Plain, addresses: Sequence[str], hostname: str, *, is_reachable: bool, why: str = "", now: str
+    gateway: Plain,
+    addresses: Sequence[str],
+    hostname: str,
+    listeners: Iterable[Listener] | None,
+    *,
+    is_reachable: bool,
+    why: str = "",
+    now: str,
 ) -> Plain:
-    """Of a Gateway, as the server has it; `why` it cannot have a Service.
+    """Of a Gateway, as the server has it; `why` it cannot have a Service. `listeners` None: as they were.
 
     `addresses`: of its Service. It has them once somebody answers there, and keeps them, and is programmed
     from then on: a control plane sends traffic past a waypoint that has no address, and other nodes may
@@ -43,7 +50,32 @@ def gateway_status(
     else:
         said.append(_condition(PROGRAMMED, False, _PENDING, why or "nobody takes connections yet"))
     others = [each for each in found if each["type"] not in (ACCEPTED, PROGRAMMED)]
-    return {"addresses": known, "conditions": [*_dated(said, found, _generation(gateway), now), *others]}
+    status: Plain = {
+        "addresses": known,
+        "conditions": [*_dated(said, found, _generation(gateway), now), *others],
+    }
+    if listeners is not None:
+        status["listeners"] = [_listener(gateway, each, said[-1], now) for each in listeners]
+    return status
+
+
+def _listener(gateway: Plain, found: Listener, programmed: Plain, now: str) -> Plain:
+    said = [
+        _condition(ACCEPTED, True, ACCEPTED, "pykmesh runs it"),
+        programmed,
+        _condition("Conflicted", False, "NoConflicts", "a waypoint has one way in"),
+        _condition("ResolvedRefs", True, "ResolvedRefs", "all is there")
+        if found.are_kinds_known
+        else _condition("ResolvedRefs", False, "InvalidRouteKinds", "takes kinds that waypoints do not read"),
+    ]
+    before = gateway.get("status", {}).get("listeners", [])
+    old: Plain = next((each for each in before if each["name"] == found.name), {})
+    return {
+        "name": found.name,
+        "supportedKinds": [{"group": GATEWAY_GROUP, "kind": kind} for kind in found.kinds],
+        "attachedRoutes": found.routes,
+        "conditions": _dated(said, old.get("conditions", ()), _generation(gateway), now),
+    }
 
 
 def class_status(gateway_class: Plain, now: str) -> Plain:

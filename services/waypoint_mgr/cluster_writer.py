@@ -242,7 +242,13 @@ class ClusterWriter:
         why = self._errors.get(str(own), "")
         is_reachable = waypoint.is_reachable and bool(addresses)
         status = gateway_status(
-            plain, addresses or (), waypoint.hostname, is_reachable=is_reachable, why=why, now=now
+            plain,
+            addresses or (),
+            waypoint.hostname,
+            waypoint.listeners,
+            is_reachable=is_reachable,
+            why=why,
+            now=now,
         )
         await self._write_status(waypoint.ref, plain, status)
 

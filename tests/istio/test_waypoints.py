@@ -138,6 +138,9 @@ def test_a_request_is_routed_and_gateway_and_route_say_so(mesh: Mesh, routed: Na
         *own["spec"]["clusterIPs"],
         f"wp.{routed.name}.svc.cluster.local",
     ]
+    (listener,) = until(lambda: routed.get("Gateway", "wp")["status"].get("listeners"), "listeners")
+    assert listener["attachedRoutes"] == 0, "the route is the Service's"
+    assert [each["kind"] for each in listener["supportedKinds"]] == ["GRPCRoute", "HTTPRoute", "TCPRoute"]
     until(lambda: parents(routed).get(CONTROLLER) == {"Accepted": "True", "ResolvedRefs": "True"}, "accepted")
     wanted = {"apiVersion": GATEWAY_API, "kind": "GatewayClass", "metadata": {"name": "pykmesh-waypoint"}}
     assert conditions(routed.api.get(wanted)["status"]) == {"Accepted": "True"}

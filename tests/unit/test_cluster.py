@@ -13,9 +13,16 @@ import pytest
 
 from pykmesh.contracts.waypoints import node_of_front, slice_name
 from pykmesh.manifests.authorization_policy import Action
-from pykmesh.manifests.objects import AuthorizationPolicy, DestinationRule, HTTPRoute, ObjectRef
+from pykmesh.manifests.objects import (
+    WAYPOINT_CLASS,
+    AuthorizationPolicy,
+    DestinationRule,
+    Gateway,
+    HTTPRoute,
+    ObjectRef,
+)
 from services.waypoint_mgr import cluster
-from services.waypoint_mgr.attachments import Condition
+from services.waypoint_mgr.attachments import Condition, Listener, listeners_of
 from services.waypoint_mgr.cluster import READ, Cluster, _in_place_of, _read, _ref, resource, status_of
 from services.waypoint_mgr.cluster_status import CONTROLLER, gateway_status, route_parents
 from services.waypoint_mgr.destinations import Destinations
@@ -194,22 +201,68 @@ def test_a_parent_is_one_of_its_namespace(namespace: str) -> None:
 
 def test_a_gateway_has_addresses_once_it_is_reachable_and_keeps_them() -> None:
     plain: dict[str, Any] = {"metadata": {"generation": 2}}
-    first = gateway_status(plain, ["10.0.0.1"], "wp.shop", is_reachable=False, now=BEFORE)
+    first = gateway_status(plain, ["10.0.0.1"], "wp.shop", None, is_reachable=False, now=BEFORE)
     assert first["addresses"] == []
     assert [(c["type"], c["status"]) for c in first["conditions"]] == [
         ("Accepted", "True"),
         ("Programmed", "False"),
     ]
-    second = gateway_status(plain | {"status": first}, ["10.0.0.1"], "wp.shop", is_reachable=True, now=NOW)
+    second = gateway_status(
+        plain | {"status": first}, ["10.0.0.1"], "wp.shop", None, is_reachable=True, now=NOW
+    )
     assert [each["value"] for each in second["addresses"]] == ["10.0.0.1", "wp.shop"]
     assert [c["lastTransitionTime"] for c in second["conditions"]] == [BEFORE, NOW]
-    third = gateway_status(plain | {"status": second}, [], "wp.shop", is_reachable=False, now="later")
+    third = gateway_status(plain | {"status": second}, [], "wp.shop", None, is_reachable=False, now="later")
     assert third == second, "another node may reach it"
+
+
+def test_each_listener_of_a_gateway_says_what_it_takes_and_how_many_it_has() -> None:
+    kinds = [{"kind": "GRPCRoute"}, {"kind": "TLSRoute"}]
+    listeners = [
+        {"name": "mesh", "port": 15008, "protocol": "HBONE"},
+        {
+            "name": "grpc",
+            "port": 15009,
+            "protocol": "HBONE",
+            "allowedRoutes": {"namespaces": {"from": "All"}, "kinds": kinds},
+        },
+    ]
+    spec = {"gatewayClassName": WAYPOINT_CLASS, "listeners": listeners}
+    found = msgspec.convert({"metadata": {"name": "wp", "namespace": "shop"}, "spec": spec}, Gateway)
+    parent = ObjectRef("Gateway", "shop", "wp")
+    routes = [
+        Condition(ObjectRef(kind, namespace, "r"), parent, "Accepted", accepted, "", section=section)
+        for kind, namespace, accepted, section in (
+            ("HTTPRoute", "shop", True, ""),
+            ("HTTPRoute", "shop", False, "mesh"),
+            ("TCPRoute", "shop", True, "mesh"),
+            ("GRPCRoute", "other", True, ""),
+            ("GRPCRoute", "shop", True, "grpc"),
+        )
+    ]
+    mesh, grpc = listeners_of(found, [*routes, said("Accepted")], {})
+    assert mesh == Listener("mesh", ("GRPCRoute", "HTTPRoute", "TCPRoute"), are_kinds_known=True, routes=2)
+    assert grpc == Listener("grpc", ("GRPCRoute",), are_kinds_known=False, routes=2)
+    plain: dict[str, Any] = {"metadata": {"generation": 2}}
+    status = gateway_status(plain, ["10.0.0.1"], "wp.shop", [mesh, grpc], is_reachable=True, now=NOW)
+    for each, name, refs in zip(status["listeners"], ("mesh", "grpc"), ("True", "False"), strict=True):
+        assert (each["name"], each["attachedRoutes"]) == (name, 2)
+        assert {c["type"]: c["status"] for c in each["conditions"]} == {
+            "Accepted": "True",
+            "Programmed": "True",
+            "Conflicted": "False",
+            "ResolvedRefs": refs,
+        }
+    plain["status"] = status
+    later = gateway_status(plain, ["10.0.0.1"], "wp.shop", [mesh, grpc], is_reachable=True, now="later")
+    assert later == status
+    del plain["status"]
+    assert "listeners" not in gateway_status(plain, [], "wp.shop", None, is_reachable=True, now=NOW)
 
 
 def test_a_gateway_whose_service_cannot_be_made_says_why() -> None:
     found = gateway_status(
-        {"metadata": {}}, [], "wp.shop", is_reachable=False, why="it is another's", now=NOW
+        {"metadata": {}}, [], "wp.shop", None, is_reachable=False, why="it is another's", now=NOW
     )
     assert found["conditions"][1]["message"] == "it is another's"
     assert found["conditions"][1]["status"] == "False"

@@ -729,6 +729,17 @@ def test_a_strangers_route_on_the_gateway_is_for_the_strangers_own_services_at_t
     assert ("steal" in own) == is_accepted
 
 
+@pytest.mark.parametrize(("kind", "is_accepted"), [("GRPCRoute", False), ("HTTPRoute", True)])
+def test_a_listener_takes_the_kinds_of_routes_that_it_names(kind: str, is_accepted: bool) -> None:
+    world = stolen()
+    world.gateway = gateway(kinds=[{"kind": kind}])
+    spec = {"parentRefs": [{"name": "waypoint"}], "rules": [{"backendRefs": [{"name": "web", "port": 80}]}]}
+    world.routes = [http_route("shop", "all", spec)]
+    assert said(world.configuration())[0] == (
+        "Accepted=True Accepted" if is_accepted else "Accepted=False NotAllowedByListeners"
+    )
+
+
 @pytest.mark.parametrize("is_user", [False, True])
 def test_a_backend_of_a_grpc_route_is_spoken_to_as_grpc_also_where_it_is_asked_by_way_of_the_waypoint(
     is_user: bool,

@@ -41,7 +41,11 @@ def named(namespace: str, name: str) -> str:
     return f"{namespace}/{name}.{namespace}.svc.{DOMAIN}"
 
 
-def gateway(annotations: Mapping[str, str] | None = None, lets_in: str = "Same") -> Gateway:
+def gateway(
+    annotations: Mapping[str, str] | None = None,
+    lets_in: str = "Same",
+    kinds: Sequence[Mapping[str, str]] = (),
+) -> Gateway:
     plain = {
         "metadata": {"name": "waypoint", "namespace": "shop", "annotations": dict(annotations or {})},
         "spec": {
@@ -51,7 +55,7 @@ def gateway(annotations: Mapping[str, str] | None = None, lets_in: str = "Same")
                     "name": "mesh",
                     "port": 15019,
                     "protocol": "TCP",
-                    "allowedRoutes": {"namespaces": {"from": lets_in}},
+                    "allowedRoutes": {"namespaces": {"from": lets_in}, "kinds": [*kinds]},
                 }
             ],
         },
