@@ -231,6 +231,35 @@ class RequestMirror(_Part, frozen=True, kw_only=True):
         return 1_000_000 if self.percent is None else self.percent * 10_000
 
 
+_Origin = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^(\*|https?://((\*\.)?([a-zA-Z0-9-]+\.)*[a-zA-Z0-9-]+|\*)(:[0-9]{1,5})?)\Z", max_length=253
+    ),
+]
+_Method = Annotated[
+    str, msgspec.Meta(pattern=r"^(GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH|\*)\Z")
+]
+
+
+class CORSFilter(_Part, frozen=True, kw_only=True):
+    """A `*` stands alone."""
+
+    allow_origins: tuple[_Origin, ...] = ()
+    allow_methods: tuple[_Method, ...] = ()
+    allow_headers: tuple[HeaderName, ...] = ()
+    expose_headers: tuple[HeaderName, ...] = ()
+    allow_credentials: bool = False
+    max_age: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] = 5
+    """In seconds."""
+
+    def __post_init__(self) -> None:
+        for name in ("allow_origins", "allow_methods", "allow_headers"):
+            said = getattr(self, name)
+            if "*" in said and len(said) > 1:
+                raise ValueError(f"{name}: * stands alone")
+
+
 class FilterType(Enum):
     """The value is also the name of the field with the filter's settings, but for its first letters."""
 
@@ -267,7 +296,7 @@ class RouteFilter(_Part, frozen=True, kw_only=True):
     request_redirect: RequestRedirect | None = None
     url_rewrite: URLRewrite | None = None
     extension_ref: dict[str, Any] | None = None
-    cors: dict[str, Any] | None = None
+    cors: CORSFilter | None = None
     external_auth: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from pykmesh.contracts.waypoints import MeshService, is_workload, namespace_of
 from pykmesh.kernel.records import ip_from_text
 from pykmesh.manifests.http_route import RouteMatch
 from pykmesh.manifests.objects import Gateway, Labels, ObjectRef, Service, SessionAffinity
-from services.waypoint_mgr import envoy, principals
+from services.waypoint_mgr import cors, envoy, principals
 from services.waypoint_mgr.attachments import (
     ACCEPTED,
     UNSUPPORTED_VALUE,
@@ -176,7 +176,8 @@ def translate(
                 kept = [_kept(route, sorted(used), destinations) for route in virtual.routes]
                 configurations[at.cluster] = _with_hosts(at, [_virtual_host(_ANY_HOST, kept)])
             else:
-                chains.append(guard.http_chain(at, vips, logs, tracing, before, limits))
+                after = [*limits, *([cors.FILTER] if _has_cors(routed) else [])]
+                chains.append(guard.http_chain(at, vips, logs, tracing, before, after))
                 configurations[at.cluster], used = _route_configuration(
                     at, routed, mesh, destinations, is_by_host=not own
                 )
@@ -293,6 +294,10 @@ class _Entry(msgspec.Struct, frozen=True):
     fields: Json
 
 
+def _has_cors(routes: Iterable[Route]) -> bool:
+    return any(item.cors for route in routes for rule in route.spec.rules for item in rule.filters)
+
+
 def _route_configuration(
     at: Port, routes: Sequence[Route], mesh: Mesh, destinations: Destinations, *, is_by_host: bool
 ) -> tuple[Json, frozenset[Port]]:
@@ -311,8 +316,13 @@ def _route_configuration(
             action = action_of(rule, at, resolve, route.carries)
             backends |= action.backends
             name = {"name": f"{route.namespace}/{route.name}/{rule.name or index}"}
+            shared = [item.cors for item in rule.filters if item.cors]
             for match in rule.matches or (RouteMatch(),):
-                fields = name | {"match": match_fields(match)} | action.fields
+                asked_for = match_fields(match)
+                for refused in filter(None, (cors.refusal(each, asked_for) for each in shared)):
+                    order = (rank(match), age(route), len(entries))
+                    entries.append(_Entry(asked, order, name | refused))
+                fields = name | {"match": asked_for} | action.fields
                 fields = _kept(fields, sorted(action.backends), destinations)
                 entries.append(_Entry(asked, (rank(match), age(route), len(entries)), fields))
     names = sorted({name for entry in entries for name in entry.hosts})

@@ -36,6 +36,7 @@ from pykmesh.manifests.http_route import (
     ValueMatchType,
     duration_ms,
 )
+from services.waypoint_mgr import cors
 from services.waypoint_mgr.envoy import NO_TIMEOUT, Json, Port
 from services.waypoint_mgr.principals import is_identity
 from services.waypoint_mgr.protocols import AppProtocol
@@ -216,6 +217,8 @@ class _Builder:
                 forward |= _rewrite(item.url_rewrite, self._prefix)
             elif item.request_mirror:
                 mirrors += self._mirror(item.request_mirror)
+            elif item.cors:
+                fields["typedPerFilterConfig"] = {cors.NAME: cors.of_filter(item.cors)}
             else:
                 self._drop(f"filter {item.type.value}")
                 failed = True

@@ -49,6 +49,7 @@ from pykmesh.manifests.virtual_service import (
     StringMatch,
     TCPRoute,
 )
+from services.waypoint_mgr import cors
 from services.waypoint_mgr.attachments import (
     ACCEPTED,
     PARTIALLY_INVALID,
@@ -64,11 +65,10 @@ from services.waypoint_mgr.regexes import error_in
 from services.waypoint_mgr.rules import REDIRECT_CODES, Target, Unresolved, action_of, tcp_target
 from services.waypoint_mgr.source import ROOT_NAMESPACE, Virtual
 
-CORS: Final = "envoy.filters.http.cors"
 FAULT: Final = "envoy.filters.http.fault"
 FILTERS: Final[Mapping[str, Json]] = {
-    name: {"name": name, "typedConfig": typed(kind)}
-    for name, kind in ((CORS, "filters.http.cors.v3.Cors"), (FAULT, "filters.http.fault.v3.HTTPFault"))
+    cors.NAME: cors.FILTER,
+    FAULT: {"name": FAULT, "typedConfig": typed("filters.http.fault.v3.HTTPFault")},
 }
 """What routes need of their chain, in the order in which it is asked."""
 RETRY_ON: Final = "connect-failure,refused-stream,unavailable,cancelled"
@@ -384,7 +384,7 @@ class _Route:
         if self._route.fault:
             configs[FAULT] = self._fault(self._route.fault)
         if self._route.cors_policy:
-            configs[CORS] = self._cors(self._route.cors_policy)
+            configs[cors.NAME] = self._cors(self._route.cors_policy)
         self.filters += configs
         return {"typedPerFilterConfig": configs} if configs else {}
 
@@ -411,18 +411,15 @@ class _Route:
 
     def _cors(self, policy: CorsPolicy) -> Json:
         origins = [*policy.allow_origins, *(StringMatch(exact=each) for each in policy.allow_origin)]
-        config = typed("filters.http.cors.v3.CorsPolicy") | {
-            "allowOriginStringMatch": [_text_match(each) for each in origins if not each.is_empty],
-            "allowMethods": ",".join(policy.allow_methods),
-            "allowHeaders": ",".join(policy.allow_headers),
-            "exposeHeaders": ",".join(policy.expose_headers),
-            "forwardNotMatchingPreflights": policy.unmatched_preflights != "IGNORE",
-        }
-        if policy.max_age is not None:
-            config["maxAge"] = str(int(policy.max_age.seconds))
-        if policy.allow_credentials is not None:
-            config["allowCredentials"] = policy.allow_credentials
-        return config
+        return cors.policy(
+            [_text_match(each) for each in origins if not each.is_empty],
+            policy.allow_methods,
+            policy.allow_headers,
+            policy.expose_headers,
+            None if policy.max_age is None else int(policy.max_age.seconds),
+            credentials=policy.allow_credentials,
+            forwards_others=policy.unmatched_preflights != "IGNORE",
+        )
 
 
 def _resolve(
