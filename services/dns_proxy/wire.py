@@ -79,11 +79,12 @@ def answer(query: Query, addresses: Sequence[str], alias: str, max_bytes: int) -
 
     Of more than fit the first come, and the message says so (TC): not every resolver asks again by TCP.
     """
-    whole = _answer(query, addresses, alias).to_wire(max_size=MESSAGE_BYTES_MAX)
-    if len(whole) <= max_bytes:
-        return whole
     each = _RECORD_BYTES[query.is_6]
-    fitting = (max_bytes - len(whole)) // each + len(addresses)
+    tried = addresses[: max_bytes // each + 1]
+    whole = _answer(query, tried, alias).to_wire(max_size=MESSAGE_BYTES_MAX)
+    if len(whole) <= max_bytes and len(tried) == len(addresses):
+        return whole
+    fitting = (max_bytes - len(whole)) // each + len(tried)
     part = _answer(query, addresses[: max(fitting, 0)], alias)
     part.flags |= dns.flags.TC
     return part.to_wire(max_size=max_bytes, prefer_truncation=True)

@@ -20,8 +20,8 @@ from services.map_writer.follower import Follower
 from services.map_writer.mesh import Mesh, place_of
 
 DNS_PORT: Final = 53
-ADDRESSES_MAX: Final = 256
-"""Addresses of one answer: of IPv6 about 7 KiB. Of a service with more a part is drawn."""
+ADDRESSES_MAX: Final = 1024
+"""Addresses of one answer: of IPv6 about 29 KiB. Of a headless service with more a part is drawn."""
 UPSTREAMS_MAX: Final = 16
 SLOTS_MAX: Final = 256
 """Of more endpoints of a server the first ones are drawn from."""

@@ -5,6 +5,7 @@ Accepting checks what decides traffic. A resource whose other parts cannot be re
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final
@@ -20,7 +21,7 @@ from pykmesh.contracts.digest import digest
 from pykmesh.contracts.messages import ResourceType
 from pykmesh.kernel.records import ip_from_wire, ip_to_text
 from pykmesh.proto.authorization_pb2 import Authorization
-from pykmesh.proto.workload_pb2 import Address, AddressOutline
+from pykmesh.proto.workload_pb2 import Address, AddressOutline, Extension
 from services.xds_client.config_dump import config_dump
 from services.xds_client.store import Held, Store
 
@@ -110,7 +111,19 @@ def _decoded(value: bytes) -> tuple[str | None, dict[str, Any]]:
 def _readable(message: Address) -> dict[str, Any]:
     """The message as JSON has it, with addresses as people write them."""
     part = message.workload if message.WhichOneof("type") == "workload" else message.service
-    return MessageToDict(part, preserving_proto_field_name=True) | {"addresses": _addresses(message)}
+    addresses = {"addresses": _addresses(message)}
+    extensions = {"extensions": [_extension(each) for each in part.extensions]} if part.extensions else {}
+    del part.extensions[:]
+    return MessageToDict(part, preserving_proto_field_name=True) | addresses | extensions
+
+
+def _extension(found: Extension) -> dict[str, Any]:
+    """One of a type that is not known here, or that is none of its type, by its bytes."""
+    try:
+        return MessageToDict(found, preserving_proto_field_name=True)
+    except (TypeError, DecodeError):
+        value = base64.b64encode(found.config.value).decode()
+        return {"name": found.name, "config": {"@type": found.config.type_url, "value": value}}
 
 
 def _outlined(outline: AddressOutline, error: str) -> dict[str, Any]:

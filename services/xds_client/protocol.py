@@ -24,6 +24,7 @@ INVALID_ARGUMENT: Final = 3
 DETAIL_CHARACTERS: Final = 4000
 RESOURCE_BYTES_MAX: Final = 4 * 1024 * 1024
 PART_RESOURCES: Final = 4096
+FEW, FEW_BYTES = 512, 256 * 1024
 SLICE_BYTES: Final = 64 * 1024 * 1024
 _LENGTH_DELIMITED: Final = 2
 _VARINT_BITS: Final = 64
@@ -79,7 +80,8 @@ class Reading:
         self.names: dict[str, None] = {}
         self.rejected: dict[str, str] = {}
         self._resources: Sequence[bytes] = response.resources
-        self.is_large = len(self._resources) > PART_RESOURCES
+        self.is_large = len(self._resources) > FEW or sum(map(len, self._resources)) > FEW_BYTES
+        """Reading it takes long enough to be left to a thread."""
 
     def parts(self) -> Iterator[list[tuple[str, Held]]]:
         """What is good, `PART_RESOURCES` at a time, so that other work has its turn in between."""

@@ -94,7 +94,7 @@ def test_of_a_large_headless_service_a_part_is_drawn_and_its_workloads_stay_unde
     mesh, ordinary = Mesh(), Ordinary()
     pods = [
         pod_message(f"p{n}", f"10.1.{n // 250}.{n % 250}", services=["web"]).SerializeToString()
-        for n in range(600)
+        for n in range(2000)
     ]
     assert all(ordinary.take(pods))
     mesh.put_ordinary([*ordinary.groups()], Touched())
