@@ -62,6 +62,8 @@ INBOX_BATCHES = 4096
 INBOX_BYTES = 320 * 1024 * 1024
 """A little more than xds_client lets be under way: 64 batches of a resource of 4 MiB each."""
 REPORT_INTERVAL_S = 1.0
+TOGETHER_BYTES = 32 * 1024
+"""Of responses that are taken in without a moment for others: some hundred small ones, 10 ms."""
 REPORT_EVERY_BATCHES = 16
 MANY_ENTRIES = 10_000
 RETRY_S = 0.2
@@ -116,6 +118,8 @@ class MapWriter:
         """The log cannot be followed: a snapshot is needed."""
         self._inbox_bytes = 0
         self._inbox: asyncio.Queue[Item | Resolved] = asyncio.Queue(INBOX_BATCHES)
+        self._kept: Item | Resolved | None = None
+        """Of the inbox, the next."""
 
     @property
     def applied_seq(self) -> int:
@@ -154,28 +158,47 @@ class MapWriter:
         while True:
             if self._lost:
                 await self._resync()
-            item = await self._inbox.get()
+            item, self._kept = self._kept or await self._inbox.get(), None
             if isinstance(item, Resolved):
                 await self._resolve(item)
                 continue
-            batch, headers, size = item
-            self._inbox_bytes -= size
-            if not (batch.complete or batch.is_heartbeat):
-                gc.disable()  # a large response: until it is written
-            try:
-                change = self.follower.offer(batch)
-            except GapError as gap:
-                log.info("gap_found", gap=str(gap))
-                self._lost = True
-                continue
-            if batch.complete:
-                self._origins.append(headers)
+            change = self._offer(item)
             if change is not None:
                 if not gc.isenabled():  # the end of a large response: taking it in took long
                     await give_way()
+                self._add_what_waits(change)
                 await self._write(change)
-            elif batch.seq % REPORT_EVERY_BATCHES == 0:
+            elif not self._lost and item.batch.seq % REPORT_EVERY_BATCHES == 0:
                 await self.report()
+
+    def _offer(self, item: Item) -> Change | None:
+        """What is to be written when it completes a response. A gap: only a snapshot helps."""
+        batch, headers, size = item
+        self._inbox_bytes -= size
+        if not (batch.complete or batch.is_heartbeat):
+            gc.disable()  # a large response: until it is written
+        try:
+            change = self.follower.offer(batch)
+        except GapError as gap:
+            log.info("gap_found", gap=str(gap))
+            self._lost = True
+            return None
+        if batch.complete:
+            self._origins.append(headers)
+        return change
+
+    def _add_what_waits(self, change: Change) -> None:
+        """Small responses that came meanwhile are written with it: so who is behind catches up."""
+        room = 0 if change.sweep else TOGETHER_BYTES
+        while room > 0 and not (self._lost or self._inbox.empty()):
+            item = self._inbox.get_nowait()
+            if isinstance(item, Resolved) or not item.batch.complete or item.size > room:
+                self._kept = item
+                return
+            room -= item.size
+            more = self._offer(item)
+            if more is not None:
+                change.touched.extend(more.touched)
 
     async def resolved(self, hostname: str, addresses: tuple[Ip, ...] | None) -> None:
         """From whoever looks host names up. Waits its turn, as a batch does."""
@@ -217,11 +240,8 @@ class MapWriter:
 
     def _drop_batches(self) -> None:
         """What was received until now is in a snapshot that is asked for now."""
-        while True:
-            try:
-                item = self._inbox.get_nowait()
-            except asyncio.QueueEmpty:
-                return
+        while self._kept is not None or not self._inbox.empty():
+            item, self._kept = self._kept or self._inbox.get_nowait(), None
             if isinstance(item, Resolved):
                 self.follower.resolve(item.hostname, item.addresses)
             else:

@@ -204,17 +204,17 @@ def member_changes(
     if (
         not mesh.has_plain_members(service.name)
         or not all(map(is_plain_member, known))
-        or not all(mesh.is_nobody_elses(place_of(each.network, each.addresses[0]), changed) for each in known)
+        or not all(mesh.is_nobody_elses(place, changed) for each in known for place in _places(each))
         or service.waypoints
         or service.mode is Mode.PASSTHROUGH
         or is_ranked(service)
         or rules.refuse_unenforced_policy
-        or mesh.view_namespaces
     ):
         return None
+    has_6 = not all(is_v4(ip) for _, ip in service.places)
     found: dict[int, tuple[set[bytes], list[bytes]]] = {}
     for port, target in service.ports:
-        ids = PortId(service.name, port, 4).id, PortId(service.name, port, 6).id
+        ids = PortId(service.name, port, 4).id, PortId(service.name, port, 6).id if has_6 else 0
         before = _values(service, changed.values(), rules, port, target, ids)
         after = _values(service, now.values(), rules, port, target, ids)
         for list_id in before.keys() | after.keys():
@@ -225,6 +225,10 @@ def member_changes(
     return found
 
 
+def _places(workload: Workload) -> Iterator[Place]:
+    return (place_of(workload.network, ip) for ip in workload.addresses)
+
+
 def _values(
     service: Service,
     workloads: Iterable[Workload | None],
@@ -233,20 +237,20 @@ def _values(
     target: int,
     ids: tuple[int, int],
 ) -> dict[int, dict[bytes, None]]:
-    """The endpoint values of plain members, by list."""
+    """The endpoint values of plain members, by list. `ids`: of the two families; 0: there is none of IPv6."""
     found: dict[int, dict[bytes, None]] = {}
+    skipped = {Families.V4: 6, Families.V6: 4}.get(service.families)
     for workload in workloads:
         if workload is None or all(name != service.name for name, _ in workload.services):
             continue
-        is_6 = not is_v4(workload.addresses[0])
         port_field = port_bytes(target_port(workload.services, service.name, port, target))
-        if (
-            _is_usable(workload, service, rules)
-            and port_field != _NO_PORT
-            and service.families is not (Families.V4 if is_6 else Families.V6)
-        ):
-            value = ENDPOINT_VALUE.pack(ids[is_6], workload.addresses[0], port_field)
-            found.setdefault(ids[is_6], {})[value] = None
+        if not _is_usable(workload, service, rules) or port_field == _NO_PORT:
+            continue
+        for ip in workload.addresses:
+            family = 4 if is_v4(ip) else 6
+            list_id = ids[family == 6]
+            if list_id and family != skipped:
+                found.setdefault(list_id, {})[ENDPOINT_VALUE.pack(list_id, ip, port_field)] = None
     return found
 
 

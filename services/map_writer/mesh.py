@@ -36,6 +36,7 @@ from pykmesh.kernel.records import (
     RANGE_NETWORK_BITS,
     Ip,
     ip_to_text,
+    is_v4,
     network_id,
     view_network,
 )
@@ -50,8 +51,9 @@ Owners = str | tuple[str, ...]
 """Who has an address: nearly every one has one owner."""
 _WHO: Final = Locality._fields.index("node")
 """Of a locality what begins here says which node it is."""
-_SHARED_KNOWN: Final = 64
+_SHARED_KNOWN: Final = 1024
 _ONE_OWNER: Final = {str}
+_FAMILIES: Final = 2
 _ORDINARY: Final = {bytes}
 
 
@@ -101,7 +103,7 @@ class Touched:
         self.new_pods: list[Place] = []
         """Addresses that were no workload's, and are an ordinary one's now.
 
-        But for those in `places` nothing else was said of them in the same response.
+        But for those in `places` nothing else was said of them in what is planned together.
         """
         self.policies = False
         """Policies changed: with them, where they decide anything, everything."""
@@ -113,6 +115,15 @@ class Touched:
     def add_member(self, service: str, uid: str, before: Workload | None) -> None:
         """What it was when it was touched first counts."""
         self.members.setdefault(service, {}).setdefault(uid, before)
+
+    def extend(self, later: Touched) -> None:
+        """By what was touched after: both are planned together."""
+        self.add(later.services, later.places)
+        for service, members in later.members.items():
+            for uid, before in members.items():
+                self.add_member(service, uid, before)
+        self.new_pods += later.new_pods
+        self.policies |= later.policies
 
     def among(self, places: Container[Place]) -> list[Place]:
         """Which of these addresses are touched."""
@@ -170,6 +181,8 @@ class Mesh:
         self.pod_owners: dict[Place, Owners] = {}
         self._shared_places: dict[Place, None] = {}
         """Of these, those that several workloads have."""
+        self._sharing: frozenset[str] | None = frozenset()
+        """The services of those workloads; None: that has to be looked at again."""
         self._policy_scopes: Counter[str] = Counter()
         """Namespaces with policies for all that is in them, and how many; "" for everything."""
         self._dry_run: set[str] = set()
@@ -335,6 +348,8 @@ class Mesh:
             touched.places[place] = None  # a node's too: it may be a pod's now, behind what leads there
             if workload.host_network:
                 continue
+            if place in self._shared_places:
+                self._sharing = None
             _disown(self.pod_owners, place, name)
             if not isinstance(self.pod_owners.get(place), tuple):
                 self._shared_places.pop(place, None)
@@ -349,7 +364,7 @@ class Mesh:
     def _own_pod(self, place: Place, name: str) -> None:
         _own(self.pod_owners, place, name)
         if isinstance(self.pod_owners[place], tuple):
-            self._shared_places[place] = None
+            self._shared_places[place] = self._sharing = None
 
     def _touch_by_waypoint(self, place: Place, touched: Touched) -> None:
         """Of several workloads at an address who is meant may be another one now."""
@@ -677,8 +692,10 @@ class Mesh:
         """And no two of them have the same address: it would weigh twice. Of many such it is not known."""
         if self._odd_members.get(service) or len(self._shared_places) > _SHARED_KNOWN:
             return False
-        sharing = (uid for place in self._shared_places for uid in _owners(self.pod_owners, place))
-        return all(service not in dict(self.workload(uid).services) for uid in sharing)
+        if self._sharing is None:
+            uids = (uid for place in self._shared_places for uid in _owners(self.pod_owners, place))
+            self._sharing = frozenset(name for uid in uids for name, _ in self.workload(uid).services)
+        return service not in self._sharing
 
     def is_nobody_elses(self, place: Place, uids: Container[str]) -> bool:
         """Whether an address is nobody's but one of theirs."""
@@ -736,8 +753,10 @@ def _copied(part: Any) -> Any:
 
 
 def is_plain_member(workload: Workload) -> bool:
-    """Of a service: its one address is its own alone, and it weighs what others do."""
-    return len(workload.addresses) == workload.capacity == 1 and not workload.host_network
+    """Of a service: its address is its own alone, or one of each family, and it weighs what others do."""
+    ips = workload.addresses
+    has_one = len(ips) == 1 or (len(ips) == _FAMILIES and is_v4(ips[0]) != is_v4(ips[1]))
+    return has_one and workload.capacity == 1 and not workload.host_network
 
 
 def raw_of(workload: Workload | bytes) -> bytes:

@@ -197,11 +197,12 @@ def plain_change(seed: int) -> Change:
     if draw.random() < 0.3:
         return Change(draw.choice(UIDS), None)
     found = _workload(draw)
-    own = ip_from_text(f"10.1.1.{UIDS.index(found.uid)}")
+    own, own6 = (ip_from_text(f"{head}{UIDS.index(found.uid)}") for head in ("10.1.1.", "fd00:1::"))
+    families = draw.choice([(own,), (own,), (own6,), (own, own6), (own6, own)])
     found = msgspec.structs.replace(
         found,
         network="",
-        addresses=(own if draw.random() < 0.9 else draw.choice(POD_IPS),),
+        addresses=families if draw.random() < 0.9 else (draw.choice(POD_IPS),),
         host_network=False,
         waypoint=None,
         capacity=1,
@@ -236,7 +237,7 @@ def plain_services(seed: int) -> list[Change]:
             ranges=(),
             mode=Mode.UNSPECIFIED,
             waypoints=(),
-            hidden=False,
+            hidden=draw.random() < 0.1,
         )
         for name, vip in zip(NAMES, VIPS, strict=True)
     )

@@ -89,6 +89,24 @@ def test_after_any_changes_the_maps_say_the_mesh_and_every_step_is_safe(script: 
 
 
 @EXAMPLES
+@given(responses(), st.lists(st.integers(1, 3), min_size=8, max_size=8))
+def test_responses_that_are_written_together_come_to_the_same(
+    script: list[list[Change]], sizes: list[int]
+) -> None:
+    world = World()
+    for size in sizes:
+        together, script = script[:size], script[size:]
+        touched = Touched()
+        for response in together:
+            later = Touched()
+            model.put(world.mesh, response, later)
+            touched.extend(later)
+        world.maps.apply(world.planner.plan(world.mesh, touched))
+        assert world.maps.plain() == model.expected(world.mesh)
+    assert world.planner.refused == {}
+
+
+@EXAMPLES
 @given(responses())
 def test_what_stays_is_reachable_at_every_step_and_nobody_else_ever_is(script: list[list[Change]]) -> None:
     """Nothing is deleted before its replacement is there.
