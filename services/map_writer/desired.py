@@ -45,7 +45,7 @@ from pykmesh.kernel.records import (
     stable_id,
     view_network,
 )
-from services.map_writer.locality import is_ranked, near
+from services.map_writer.locality import is_ranked, near, nearness
 from services.map_writer.mesh import Mesh, Place, is_plain_member, place_of
 from services.map_writer.slots import split
 
@@ -97,6 +97,8 @@ class DesiredService(msgspec.Struct, frozen=True, gc=False):
     lists: dict[int, Mapping[bytes, str]]
     ports: dict[int, PortId]
     weights: dict[bytes, int]
+    ranks: dict[int, int] = {}
+    """Of a service that prefers near endpoints, by list: how near those are that were taken for it."""
 
 
 NOTHING = DesiredService({}, {}, {}, {})
@@ -166,7 +168,9 @@ def desired_service(mesh: Mesh, name: str, rules: Rules) -> DesiredService:
         _add_ports_by_waypoint(found, mesh, service, vips, rules)
         return found
     verdict = Reason.PASSTHROUGH if service.mode is Mode.PASSTHROUGH else Reason.ROUTED
-    endpoints = _endpoints(mesh, service, rules, found.weights) if verdict is Reason.ROUTED else _nothing
+    endpoints: EndpointsOf = _nothing
+    if verdict is Reason.ROUTED:
+        endpoints = _endpoints(mesh, service, rules, found.weights, found.ranks)
     if verdict is Reason.ROUTED and endpoints is _nothing:
         verdict = _verdict_without_endpoints(mesh, service, rules)
     for port, target in service.ports:
@@ -192,12 +196,17 @@ def _desired_workload(mesh: Mesh, name: str, rules: Rules) -> DesiredService:
 
 
 def member_changes(
-    mesh: Mesh, service: Service, changed: Mapping[str, Workload | None], rules: Rules
+    mesh: Mesh,
+    service: Service,
+    changed: Mapping[str, Workload | None],
+    rules: Rules,
+    ranks: Mapping[int, int],
 ) -> dict[int, tuple[set[bytes], list[bytes]]] | None:
     """Of a service of which only members have changed: by list the endpoint values that go, and that come.
 
-    `changed`: by their names what they were. None where that cannot be told without a look at all members:
-    where some are not plain (`is_plain_member`), or what decides is more than which there are.
+    `changed`: by their names what they were. `ranks`: as `DesiredService` has them. None where that cannot be
+    told without a look at all members: where some are not plain (`is_plain_member`), one is nearer than those
+    that were taken until now, or what decides is more than which there are.
     """
     now = {uid: mesh.workload(uid) if uid in mesh.workloads else None for uid in changed}
     known = [each for each in (*changed.values(), *now.values()) if each is not None]
@@ -207,16 +216,18 @@ def member_changes(
         or not all(mesh.is_nobody_elses(place, changed) for each in known for place in _places(each))
         or service.waypoints
         or service.mode is Mode.PASSTHROUGH
-        or is_ranked(service)
         or rules.refuse_unenforced_policy
     ):
         return None
+    nearest = ranks if is_ranked(service) else None
     has_6 = not all(is_v4(ip) for _, ip in service.places)
     found: dict[int, tuple[set[bytes], list[bytes]]] = {}
     for port, target in service.ports:
         ids = PortId(service.name, port, 4).id, PortId(service.name, port, 6).id if has_6 else 0
-        before = _values(service, changed.values(), rules, port, target, ids)
-        after = _values(service, now.values(), rules, port, target, ids)
+        before = _values(mesh, service, changed.values(), rules, port, target, ids, nearest)
+        after = _values(mesh, service, now.values(), rules, port, target, ids, nearest)
+        if before is None or after is None:
+            return None
         for list_id in before.keys() | after.keys():
             was, is_ = before.get(list_id, {}), after.get(list_id, {})
             gone, come = was.keys() - is_.keys(), [value for value in is_ if value not in was]
@@ -230,14 +241,19 @@ def _places(workload: Workload) -> Iterator[Place]:
 
 
 def _values(
+    mesh: Mesh,
     service: Service,
     workloads: Iterable[Workload | None],
     rules: Rules,
     port: int,
     target: int,
     ids: tuple[int, int],
-) -> dict[int, dict[bytes, None]]:
-    """The endpoint values of plain members, by list. `ids`: of the two families; 0: there is none of IPv6."""
+    nearest: Mapping[int, int] | None,
+) -> dict[int, dict[bytes, None]] | None:
+    """The endpoint values of plain members, by list; None where one is nearer than is known of the list.
+
+    `ids`: of the two families; 0: there is none of IPv6. `nearest` None: it does not matter where they are.
+    """
     found: dict[int, dict[bytes, None]] = {}
     skipped = {Families.V4: 6, Families.V6: 4}.get(service.families)
     for workload in workloads:
@@ -249,8 +265,15 @@ def _values(
         for ip in workload.addresses:
             family = 4 if is_v4(ip) else 6
             list_id = ids[family == 6]
-            if list_id and family != skipped:
-                found.setdefault(list_id, {})[ENDPOINT_VALUE.pack(list_id, ip, port_field)] = None
+            if not list_id or family == skipped:
+                continue
+            if nearest is not None:
+                own, best = nearness(service, workload, mesh.here), nearest.get(list_id)
+                if best is None or own > best:
+                    return None
+                if own < best:
+                    continue
+            found.setdefault(list_id, {})[ENDPOINT_VALUE.pack(list_id, ip, port_field)] = None
     return found
 
 
@@ -426,9 +449,15 @@ def _verdict_without_endpoints(mesh: Mesh, service: Service, rules: Rules) -> Re
 
 
 def _endpoints(
-    mesh: Mesh, service: Service, rules: Rules, weights: dict[bytes, int], *, is_waypoint: bool = False
+    mesh: Mesh,
+    service: Service,
+    rules: Rules,
+    weights: dict[bytes, int],
+    ranks: dict[int, int] | None = None,
+    *,
+    is_waypoint: bool = False,
 ) -> EndpointsOf:
-    """What makes the lists of a port of this service, and fills in the weights where they differ.
+    """What makes the lists of a port of this service, and fills in the weights where they differ, and ranks.
 
     Of a waypoint: where connections can be handed over from here, other nodes' where this one has none.
     """
@@ -450,7 +479,7 @@ def _endpoints(
     if not usable:
         return _nothing
     if is_ranked(service):
-        return partial(_lists_of_near, mesh, service, usable, weights)
+        return partial(_lists_of_near, mesh, service, usable, weights, {} if ranks is None else ranks)
     return partial(_lists, mesh, service, usable, weights)
 
 
@@ -459,6 +488,7 @@ def _lists_of_near(
     service: Service,
     usable: list[Workload],
     weights: dict[bytes, int],
+    ranks: dict[int, int],
     port: int,
     target: int,
     id4: int,
@@ -474,17 +504,19 @@ def _lists_of_near(
         if (ips := mesh.addresses_of(workload)) and target_port(workload.services, service.name, port, target)
     ]
 
-    def nearest(some: list[Workload], own: dict[bytes, int]) -> Lists:
-        found = [workload for workload in near(service, some, mesh.here) if workload.capacity]
+    def nearest(some: list[Workload], own: dict[bytes, int], *ids: int) -> Lists:
+        found, best = near(service, some, mesh.here)
+        ranks.update(dict.fromkeys(ids, best))
+        found = [workload for workload in found if workload.capacity]
         return _lists(mesh, service, found, own, port, target, id4, id6)
 
     for_4 = [workload for workload, families in serving if True in families]
     is_only_6 = service.families is Families.V6
     for_6 = [workload for workload, families in serving if not is_only_6 or False in families]
     if for_4 == for_6:
-        return nearest(for_4, weights)
+        return nearest(for_4, weights, id4, id6)
     weights4, weights6 = dict[bytes, int](), dict[bytes, int]()
-    list4, list6 = nearest(for_4, weights4)[0], nearest(for_6, weights6)[1]
+    list4, list6 = nearest(for_4, weights4, id4)[0], nearest(for_6, weights6, id6)[1]
     for found, own in ((list4, weights4), (list6, weights6)):
         weights.update((value, own[value]) for value in found if value in own)
     return list4, list6

@@ -53,13 +53,15 @@ def is_ranked(service: Service) -> bool:
     return bool(service.scopes) and service.mode in (Mode.STRICT, Mode.FAILOVER)
 
 
-def near(service: Service, workloads: list[Workload], here: Locality) -> list[Workload]:
-    """STRICT: those that match in everything. FAILOVER: those that match in the most."""
-    if not is_ranked(service):
-        return workloads
-    ranks = [rank(service.scopes, here, locality(workload.raw)) for workload in workloads]
+def nearness(service: Service, workload: Workload, here: Locality) -> int:
+    return rank(service.scopes, here, locality(workload.raw))
+
+
+def near(service: Service, workloads: list[Workload], here: Locality) -> tuple[list[Workload], int]:
+    """STRICT: those that match in everything. FAILOVER: those that match in the most. And in how much."""
+    ranks = [nearness(service, workload, here) for workload in workloads]
     best = len(service.scopes) if service.mode is Mode.STRICT else max(ranks, default=0)
-    return [workload for workload, found in zip(workloads, ranks, strict=True) if found == best]
+    return [workload for workload, found in zip(workloads, ranks, strict=True) if found == best], best
 
 
 @lru_cache(maxsize=REMEMBERED)

@@ -196,6 +196,8 @@ class Planner:
         self._claims: dict[str, Claim] = {}
         self.owner_of_list: dict[int, PortId] = {}
         self._owner_of_key: dict[bytes, str] = {}
+        self._ranks: dict[int, int] = {}
+        """Of lists of services that prefer near endpoints, how near those in it are."""
         self._refused_services: dict[str, dict[str, str]] = {}
         self._refused_places: dict[Place, dict[str, str]] = {}
         self._seen_by: frozenset[str] = frozenset()
@@ -295,6 +297,7 @@ class Planner:
         self._claims.clear()
         self.owner_of_list.clear()
         self._owner_of_key.clear()
+        self._ranks.clear()
         self._refused_services.clear()
         self._refused_places.clear()
         batches = _Batches()
@@ -355,6 +358,9 @@ class Planner:
                 break
         for list_id, values in wanted.lists.items():
             self._plan_list(list_id, values, wanted, batches, refused)
+            self._ranks.pop(list_id, None)
+            if list_id in wanted.ranks:
+                self._ranks[list_id] = wanted.ranks[list_id]
         for key, frontend in wanted.frontends.items():
             if wanted.lists[frontend.list_id] and not self.held.lists.get(frontend.list_id):
                 nothing_fits = replace(frontend, verdict=Reason.NO_ROOM)
@@ -412,7 +418,7 @@ class Planner:
             return False
         if not self.held.weighed.isdisjoint(claim.lists):
             return False
-        changes = member_changes(mesh, service, changed, self._rules)
+        changes = member_changes(mesh, service, changed, self._rules, self._ranks)
         if changes is None:
             return False
         moved: dict[int, Moved] = {}
@@ -527,6 +533,7 @@ class Planner:
                 self._remove_port(key, batches)
         for list_id in before.lists - now.lists:
             self.owner_of_list.pop(list_id, None)
+            self._ranks.pop(list_id, None)
             if list_id in self.held.lists:
                 self._drop_list(list_id, batches)
 

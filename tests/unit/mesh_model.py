@@ -209,13 +209,15 @@ def plain_change(seed: int) -> Change:
     )
     if draw.random() < 0.7:
         found = msgspec.structs.replace(found, healthy=True, services=(found.services or _MEMBERSHIP)[:1])
-    return Change(found.uid, msgspec.structs.replace(found, raw=encoded(found)))
+    where = draw.choice("rs"), draw.choice("yz"), draw.choice(["here", "there"])
+    return Change(found.uid, msgspec.structs.replace(found, raw=encoded(found, where)))
 
 
-def encoded(found: Workload) -> bytes:
-    """What is decoded as this workload: one of those that `plain_change` makes."""
+def encoded(found: Workload, where: tuple[str, str, str] = ("", "", "")) -> bytes:
+    """What is decoded as this workload: one of those that `plain_change` makes. Region, zone, node."""
     message = Address()
     said = message.workload
+    said.locality.region, said.locality.zone, said.node = where
     said.uid, said.namespace = found.uid, found.namespace
     said.addresses.extend(ip[-4:] if is_v4(ip) else ip for ip in found.addresses)
     said.status, said.tunnel_protocol = 0 if found.healthy else 1, int(found.prefers_hbone)
@@ -235,7 +237,8 @@ def plain_services(seed: int) -> list[Change]:
             name=name,
             vips=(("", vip),),
             ranges=(),
-            mode=Mode.UNSPECIFIED,
+            mode=draw.choice([Mode.UNSPECIFIED, Mode.FAILOVER, Mode.STRICT]),
+            scopes=draw.choice([(1,), (1, 2), (2, 1)]),
             waypoints=(),
             hidden=draw.random() < 0.1,
         )

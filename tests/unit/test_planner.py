@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import msgspec
 import pytest
@@ -104,6 +105,54 @@ def test_responses_that_are_written_together_come_to_the_same(
         world.maps.apply(world.planner.plan(world.mesh, touched))
         assert world.maps.plain() == model.expected(world.mesh)
     assert world.planner.refused == {}
+
+
+def test_where_near_endpoints_are_preferred_a_change_that_takes_none_nearer_looks_at_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world, looked = World(), list[str]()
+    service = made("shop/a.shop", vips=(("", ip_from_text("10.96.0.1")),))
+    shop = msgspec.structs.replace(service, mode=Mode.FAILOVER, scopes=(1,))
+    world.mesh.here = model.HERE._replace(region="r")
+
+    def pod(number: int, region: str, *, healthy: bool = True) -> Change:
+        uid = model.UIDS[number]
+        found = msgspec.structs.replace(
+            member(uid, shop), healthy=healthy, waypoint=None, host_network=False, prefers_hbone=True
+        )
+        return Change(uid, msgspec.structs.replace(found, raw=model.encoded(found, (region, "y", "there"))))
+
+    def count() -> int:
+        assert world.maps.plain() == model.expected(world.mesh)
+        return len(world.maps.maps["endpoints"])
+
+    world.take([Change(shop.name, shop), *(pod(n, "r") for n in (0, 1)), *(pod(n, "s") for n in (2, 3))])
+    assert count() == 2
+    whole = world.planner._plan_service
+
+    def plan(mesh: Mesh, name: str, *others: Any) -> None:
+        looked.append(name)
+        whole(mesh, name, *others)
+
+    monkeypatch.setattr(world.planner, "_plan_service", plan)
+    ways = [
+        ([pod(1, "r", healthy=False)], 1),
+        ([pod(2, "s", healthy=False)], 1),
+        ([pod(2, "s")], 1),
+        ([pod(1, "r")], 2),
+        ([pod(4, "r")], 3),
+        ([Change(model.UIDS[4], None)], 2),
+    ]
+    ways += [([pod(0, "s"), pod(1, "s")], 4), ([pod(3, "r")], 1)]
+    for number, (changes, left) in enumerate(ways):
+        touched = Touched()
+        for name, resource in changes:  # as what comes with few others is taken in
+            if isinstance(resource, Workload):
+                world.mesh.put(name, resource, touched)
+            else:
+                world.mesh.remove(name, touched)
+        world.maps.apply(world.planner.plan(world.mesh, touched))
+        assert (count(), looked) == (left, [shop.name] * max(0, number - 5))
 
 
 @EXAMPLES
