@@ -65,6 +65,7 @@ class Group(msgspec.Struct, frozen=True, gc=False):
     ports: tuple[tuple[int, int], ...]
     network: str
     namespace: str
+    policies: tuple[str, ...]
     uids: list[str]
     raws: list[bytes]
     addresses: bytes
@@ -74,13 +75,14 @@ class Group(msgspec.Struct, frozen=True, gc=False):
 class Ordinary:
     """Collects ordinary workloads, many at a time, and groups them in the end.
 
-    Ordinary is what is healthy, has one address and one service, and nothing else that decides anything.
+    Ordinary is what is healthy, has one address and one service, one policy at the most (each has that of a
+    PeerAuthentication for all), and nothing else that decides anything.
     """
 
     def __init__(self) -> None:
         self.uids: list[str] = []
         self.raws: list[bytes] = []
-        self._numbers: dict[tuple[bytes, bytes, bytes, int], int] = {}
+        self._numbers: dict[tuple[bytes, bytes, bytes, bytes, int], int] = {}
         """Kinds of workloads: what those of a group have in common."""
         self._kinds: list[Ints] = []
         self._addresses: list[npt.NDArray[np.uint8]] = []
@@ -98,7 +100,7 @@ class Ordinary:
         taken = np.zeros(len(values), np.bool_)
         taken[plain] = ordinary
         which = taken.tolist()
-        uid, address, entry, network, namespace = (
+        uid, address, entry, network, namespace, policy = (
             fields.spans(number).where(ordinary)
             for number in (
                 Of.UID_FIELD_NUMBER,
@@ -106,6 +108,7 @@ class Ordinary:
                 Of.SERVICES_FIELD_NUMBER,
                 Of.NETWORK_FIELD_NUMBER,
                 Of.NAMESPACE_FIELD_NUMBER,
+                Of.AUTHORIZATION_POLICIES_FIELD_NUMBER,
             )
         )
         try:
@@ -114,7 +117,7 @@ class Ordinary:
             return [False] * len(values)
         lengths = address.end - address.start
         differs = changes(lengths)
-        texts = entry, network, namespace
+        texts = entry, network, namespace, policy
         for text in texts:
             differs |= buffer.differs(text)
         firsts = zip(
@@ -135,7 +138,7 @@ class Ordinary:
         raws = list(map(self.raws.__getitem__, order.tolist()))
         addresses = np.concatenate(self._addresses)[order].tobytes() if self._addresses else b""
         start = 0
-        for (entry, network, namespace, _), count in zip(
+        for (entry, network, namespace, policy, _), count in zip(
             self._numbers, np.bincount(kinds).tolist(), strict=True
         ):
             end = start + count
@@ -143,6 +146,7 @@ class Ordinary:
                 *service_ports[entry],
                 _networks[network],
                 _names[namespace],
+                (_names[policy],) if policy else (),
                 uids[start:end],
                 raws[start:end],
                 addresses[start * IP_BYTES : end * IP_BYTES],
@@ -151,12 +155,14 @@ class Ordinary:
 
 
 def _ordinary(fields: Fields) -> Bools:
-    ones = (Of.ADDRESSES_FIELD_NUMBER, Of.SERVICES_FIELD_NUMBER)
-    nones = (Of.WAYPOINT_FIELD_NUMBER, Of.AUTHORIZATION_POLICIES_FIELD_NUMBER)
     found: Bools = _usual(fields) & (fields.numbers(Of.STATUS_FIELD_NUMBER) == 0)
     found &= fields.numbers(Of.NETWORK_MODE_FIELD_NUMBER) == 0
-    for number, wanted in (*((one, 1) for one in ones), *((none, 0) for none in nones)):
-        found &= fields.repeated(number)[0] == wanted
+    for number in (Of.ADDRESSES_FIELD_NUMBER, Of.SERVICES_FIELD_NUMBER):
+        found &= fields.counts(number) == 1
+    found &= fields.counts(Of.WAYPOINT_FIELD_NUMBER) == 0
+    policies = fields.counts(Of.AUTHORIZATION_POLICIES_FIELD_NUMBER)
+    policy = fields.spans(Of.AUTHORIZATION_POLICIES_FIELD_NUMBER)
+    found &= (policies == 0) | ((policies == 1) & (policy.end > policy.start))
     return found
 
 

@@ -187,9 +187,8 @@ class Mesh:
         """Namespaces with policies for all that is in them, and how many; "" for everything."""
         self._dry_run: set[str] = set()
         """Policies that are only tried."""
-        self._named_policies = 0
-        self._policy_users: Counter[str] = Counter()
-        self._without_policies: Counter[str] = Counter()
+        self._policy_users: Counter[tuple[str, tuple[str, ...]]] = Counter()
+        """How many workloads of a namespace name these policies, perhaps none."""
 
     def as_it_is(self) -> Mesh:
         """Another one that says the same, and stays so: for a thread to read while this one changes."""
@@ -263,7 +262,7 @@ class Mesh:
             if self._on_this_node and self._on_this_node in b"".join(group.raws):
                 for raw in group.raws:
                     self._learn_where(raw, touched)
-            self._without_policies[group.namespace] += len(group.uids)
+            self._count_policies(group.namespace, group.policies, len(group.uids))
             if group.service in self._members:
                 self._members[group.service].update(dict.fromkeys(group.uids))
             else:
@@ -314,7 +313,7 @@ class Mesh:
         return (_decode(w) if isinstance(w, bytes) else w for w in self.workloads.values())
 
     def _link_workload(self, name: str, workload: Workload, touched: Touched) -> None:
-        self._count_policies(workload, 1)
+        self._count_policies(workload.namespace, workload.policies, 1)
         if workload.waypoint is not None:
             self.by_waypoint[name] = touched.services[name] = None
             for reference in _references((workload.waypoint,)):
@@ -332,7 +331,7 @@ class Mesh:
                 touched.places[place] = None
 
     def _unlink_workload(self, name: str, workload: Workload, touched: Touched) -> None:
-        self._count_policies(workload, -1)
+        self._count_policies(workload.namespace, workload.policies, -1)
         if workload.waypoint is not None:
             del self.by_waypoint[name]
             touched.services[name] = None
@@ -714,32 +713,28 @@ class Mesh:
 
     def unenforced(self) -> int:
         """How many workloads have policies, none of which is enforced yet."""
-        if "" in self._policy_scopes:
-            return len(self.workloads)
-        named = self._named_policies
-        if self._dry_run:
-            found = (each for each in self.workloads.values() if not isinstance(each, bytes))
-            named = sum(self.has_policy(each) for each in found if each.policies)
-        return named + sum(self._without_policies[scope] for scope in self._policy_scopes)
+        return sum(users for said, users in self._policy_users.items() if self._is_guarded(*said))
 
     def has_policy(self, workload: Workload) -> bool:
-        if not self._dry_run.issuperset(workload.policies):
+        return self._is_guarded(workload.namespace, workload.policies)
+
+    def _is_guarded(self, namespace: str, policies: tuple[str, ...]) -> bool:
+        if not self._dry_run.issuperset(policies):
             return True
-        return "" in self._policy_scopes or workload.namespace in self._policy_scopes
+        return "" in self._policy_scopes or namespace in self._policy_scopes
 
     def missing_policies(self) -> dict[str, int]:
         """Policies that workloads name and nobody has sent, and how many workloads name each."""
-        return {name: users for name, users in self._policy_users.items() if name not in self.policies}
+        found: Counter[str] = Counter()
+        for (_, policies), users in self._policy_users.items():
+            found.update({name: users for name in policies if name not in self.policies})
+        return dict(found)
 
-    def _count_policies(self, workload: Workload, step: int) -> None:
-        if workload.policies:
-            self._named_policies += step
-        else:
-            self._without_policies[workload.namespace] += step
-        for name in workload.policies:
-            self._policy_users[name] += step
-            if not self._policy_users[name]:
-                del self._policy_users[name]
+    def _count_policies(self, namespace: str, policies: tuple[str, ...], step: int) -> None:
+        said = namespace, policies
+        self._policy_users[said] += step
+        if not self._policy_users[said]:
+            del self._policy_users[said]
 
 
 def _copied(part: Any) -> Any:

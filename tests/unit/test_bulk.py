@@ -166,7 +166,8 @@ def is_ordinary(workload: Workload) -> bool:
     return (
         workload.healthy
         and len(workload.addresses) == len(workload.services) == workload.capacity == 1
-        and not (workload.host_network or workload.waypoint or workload.policies)
+        and (not workload.policies or (len(workload.policies) == 1 and any(workload.policies)))
+        and not (workload.host_network or workload.waypoint)
         and not workload_message(workload.raw).hostname
     )
 
@@ -183,6 +184,7 @@ def members(groups: list[Group]) -> Iterator[Workload]:
                 uid=uid,
                 network=group.network,
                 namespace=group.namespace,
+                policies=group.policies,
                 addresses=(Ip(ip),),
                 services=((group.service, group.ports),),
             )
