@@ -45,7 +45,14 @@ from pykmesh.kernel.records import (
     stable_id,
     view_network,
 )
-from services.map_writer.locality import is_ranked, near, nearness
+from services.map_writer.locality import (
+    Locality,
+    best_of,
+    is_ranked,
+    near,
+    nearness,
+    nearnesses,
+)
 from services.map_writer.mesh import Mesh, Place, is_plain_member, place_of
 from services.map_writer.slots import split
 
@@ -287,7 +294,7 @@ def own_endpoints(
         return workload_message(found.raw).canonical_revision if found else ""
 
     weights: dict[bytes, int] = {}
-    endpoints = _endpoints(mesh, service, rules, weights)
+    endpoints = _endpoints(mesh, service, rules, weights, {})
     found: dict[int, list[Endpoint]] = {}
     for port, target in service.ports:
         weights.clear()
@@ -335,7 +342,7 @@ def _by_waypoint(
             return Reason.WAYPOINT_UNSUPPORTED, _nothing
         if waypoint is not None:
             own_weights: dict[bytes, int] = {}
-            own = _endpoints(mesh, waypoint, rules, own_weights, is_waypoint=True)
+            own = _endpoints(mesh, waypoint, rules, own_weights, {}, is_waypoint=True)
             if any(own(HANDOFF_PORT, target, 0, 0)):
                 found.append(_Share(partial(_at_handoff, own, target), own_weights, said.weight))
     if not found:
@@ -453,7 +460,7 @@ def _endpoints(
     service: Service,
     rules: Rules,
     weights: dict[bytes, int],
-    ranks: dict[int, int] | None = None,
+    ranks: dict[int, int],
     *,
     is_waypoint: bool = False,
 ) -> EndpointsOf:
@@ -462,13 +469,10 @@ def _endpoints(
     Of a waypoint: where connections can be handed over from here, other nodes' where this one has none.
     """
     groups = mesh.ordinary_members.get(service.name)
-    if (
-        groups is not None
-        and not is_waypoint
-        and not rules.refuse_unenforced_policy
-        and not is_ranked(service)
-    ):
+    if groups is not None and not is_waypoint and not rules.refuse_unenforced_policy:
         own = [group for group in groups if group.network == rules.network]
+        if own and is_ranked(service):
+            return partial(_lists_of_near_groups, service, _ranked(service, own, mesh.here), ranks)
         return partial(_lists_of_groups, service, own) if own else _nothing
     usable = list(_usable(mesh, service, rules))
     if not is_ranked(service):
@@ -479,7 +483,7 @@ def _endpoints(
     if not usable:
         return _nothing
     if is_ranked(service):
-        return partial(_lists_of_near, mesh, service, usable, weights, {} if ranks is None else ranks)
+        return partial(_lists_of_near, mesh, service, usable, weights, ranks)
     return partial(_lists, mesh, service, usable, weights)
 
 
@@ -594,6 +598,55 @@ def _lists_of_groups(
         values[is_6].extend((head, between, tail))
         uids[is_6].extend(group.uids)
     return _packed(values[0], uids[0]), _packed(values[1], uids[1])
+
+
+def _ranked(service: Service, groups: list[Group], here: Locality) -> list[_Ranked]:
+    return [
+        _Ranked(group, is_v4(group.addresses[:IP_BYTES]), nearnesses(service, group.raws, here))
+        for group in groups
+    ]
+
+
+class _Ranked(NamedTuple):
+    """A group, and how near each of it is."""
+
+    group: Group
+    is_4: bool
+    ranks: list[int]
+
+    def of_rank(self, rank: int) -> Group | None:
+        """Those of it that are so near."""
+        which = [index for index, found in enumerate(self.ranks) if found == rank]
+        if len(which) == len(self.ranks) or not which:
+            return self.group if which else None
+        group = self.group
+        return replace(
+            group,
+            uids=[group.uids[index] for index in which],
+            raws=[group.raws[index] for index in which],
+            addresses=b"".join(group.addresses[at * IP_BYTES : (at + 1) * IP_BYTES] for at in which),
+        )
+
+
+def _lists_of_near_groups(
+    service: Service,
+    groups: list[_Ranked],
+    ranks: dict[int, int],
+    port: int,
+    target: int,
+    id4: int,
+    id6: int,
+) -> Lists:
+    """As `_lists_of_near`, of members that are in groups."""
+    serving = [each for each in groups if own_port(each.group.ports, port) or target]
+    is_only_6 = service.families is Families.V6
+    for_6 = [each for each in serving if not (is_only_6 and each.is_4)]
+    nearest: list[Group] = []
+    for is_4, some, list_id in ((True, serving, id4), (False, for_6, id6)):
+        own = [each for each in some if each.is_4] if is_4 else some
+        ranks[list_id] = best = best_of(service, (rank for each in own for rank in each.ranks))
+        nearest += filter(None, (each.of_rank(best) for each in own if each.is_4 == is_4))
+    return _lists_of_groups(service, nearest, port, target, id4, id6)
 
 
 def _packed(values: list[bytes], uids: list[str]) -> Mapping[bytes, str]:

@@ -7,7 +7,7 @@ there is no setting for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Final, NamedTuple
 
@@ -57,10 +57,20 @@ def nearness(service: Service, workload: Workload, here: Locality) -> int:
     return rank(service.scopes, here, locality(workload.raw))
 
 
+def nearnesses(service: Service, raws: Iterable[bytes], here: Locality) -> list[int]:
+    """Of workloads that were not decoded."""
+    return [rank(service.scopes, here, locality(raw)) for raw in raws]
+
+
+def best_of(service: Service, ranks: Iterable[int]) -> int:
+    """STRICT: whoever matches in everything. FAILOVER: who matches in the most."""
+    return len(service.scopes) if service.mode is Mode.STRICT else max(ranks, default=0)
+
+
 def near(service: Service, workloads: list[Workload], here: Locality) -> tuple[list[Workload], int]:
-    """STRICT: those that match in everything. FAILOVER: those that match in the most. And in how much."""
+    """The nearest, and how near they are."""
     ranks = [nearness(service, workload, here) for workload in workloads]
-    best = len(service.scopes) if service.mode is Mode.STRICT else max(ranks, default=0)
+    best = best_of(service, ranks)
     return [workload for workload, found in zip(workloads, ranks, strict=True) if found == best], best
 
 
