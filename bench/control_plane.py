@@ -1,8 +1,8 @@
 """A scripted control plane in a process of its own: nothing when asked, then what it is told.
 
-    python -m bench.control_plane SERVICES PODS [at-once]
+    python -m bench.control_plane SERVICES PODS [KIND] [at-once]
 
-at-once: the whole mesh when asked.
+KIND: of pods, by `meshes.KINDS`. at-once: the whole mesh when asked.
 Commands come as JSON lines on standard input: `{"mesh": true}`, the whole mesh in one response;
 `{"health": n, "healthy": b}`, a pod's health; `{"replace": n}`, a pod is replaced. Answers go as JSON
 lines to standard output, `sent` and `acked` in seconds of CLOCK_MONOTONIC.
@@ -30,10 +30,10 @@ SERVICE = "envoy.service.discovery.v3.AggregatedDiscoveryService"
 class Plane:
     """Serves one client at a time."""
 
-    def __init__(self, services: int, pods: int, *, at_once: bool) -> None:
-        self.services, self.pods = services, pods
+    def __init__(self, services: int, pods: int, kind: str, *, at_once: bool) -> None:
+        self.services, self.pods, self.kind = services, pods, kind
         self.at_once = at_once
-        self.mesh = meshes.response(list(meshes.mesh(services, pods)), "mesh")
+        self.mesh = meshes.response(list(meshes.mesh(services, pods, kind)), "mesh")
         self.outbox: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
         self.sent: dict[str, float] = {}
         self.number = 0
@@ -78,14 +78,15 @@ class Plane:
         if "health" in command:
             service, pod = command["health"] % self.services, 0
             healthy = bool(command["healthy"])
-            resources = [meshes.workload(service, pod, service * self.pods + pod, healthy=healthy)]
+            address = service * self.pods + pod
+            resources = [meshes.workload(service, pod, address, self.kind, healthy=healthy)]
             await self.outbox.put((nonce, meshes.response(resources, nonce)))
         if "replace" in command:
             service = command["replace"] % self.services
             old = self.generation[service]
             self.generation[service] += 1
             self.next_address += 1
-            resources = [meshes.workload(service, self.pods + old, self.next_address)]
+            resources = [meshes.workload(service, self.pods + old, self.next_address, self.kind)]
             gone = meshes.pod_uid(service, self.pods + old - 1)
             await self.outbox.put((nonce, meshes.response(resources, nonce, (gone,))))
 
@@ -102,8 +103,8 @@ def say(**what: object) -> None:
     print(json.dumps(what), flush=True)
 
 
-async def main(services: int, pods: int, *, at_once: bool) -> None:
-    plane = Plane(services, pods, at_once=at_once)
+async def main(services: int, pods: int, kind: str, *, at_once: bool) -> None:
+    plane = Plane(services, pods, kind, at_once=at_once)
     server = grpc.aio.server(options=[("grpc.max_send_message_length", -1)])
     handler = grpc.stream_stream_rpc_method_handler(plane.stream, request_deserializer=Request.FromString)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
@@ -118,4 +119,6 @@ async def main(services: int, pods: int, *, at_once: bool) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]), int(sys.argv[2]), at_once="at-once" in sys.argv[3:]))
+    words = sys.argv[3:]
+    kind = next((word for word in words if word in meshes.KINDS), "plain")
+    asyncio.run(main(int(sys.argv[1]), int(sys.argv[2]), kind, at_once="at-once" in words))

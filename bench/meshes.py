@@ -13,6 +13,9 @@ from pykmesh.proto import discovery_pb2, workload_pb2
 ADDRESS_URL = TYPE_URLS[ResourceType.ADDRESS]
 _POD_BASE = int(ipaddress.ip_address("11.0.0.0"))
 _VIP_BASE = int(ipaddress.ip_address("10.96.0.0"))
+KINDS = ("plain", "policy", "near", "dual")
+"""What all pods have: nothing more; the policy of a PeerAuthentication for all; a service that prefers near
+endpoints (PreferClose); an address of IPv6 beside."""
 
 
 def _resource(name: str, address: workload_pb2.Address) -> discovery_pb2.Resource:
@@ -31,7 +34,7 @@ def pod_uid(service: int, pod: int) -> str:
     return f"Kubernetes//Pod/scale-{service % 50}/svc-{service:05}-7d9f8b6c5-{pod:05}"
 
 
-def service(number: int) -> discovery_pb2.Resource:
+def service(number: int, kind: str = "plain") -> discovery_pb2.Resource:
     namespace = f"scale-{number % 50}"
     address = workload_pb2.Address()
     found = address.service
@@ -40,6 +43,9 @@ def service(number: int) -> discovery_pb2.Resource:
     found.addresses.add(address=(_VIP_BASE + number).to_bytes(4, "big"))
     found.ports.add(service_port=80, target_port=8080, app_protocol=1)
     found.ip_families, found.canonical = 1, True
+    if kind == "near":
+        found.load_balancing.mode = 2
+        found.load_balancing.routing_preference.extend([6, 1, 2])
     return _resource(service_name(number), address)
 
 
@@ -49,7 +55,9 @@ def service_key(number: int) -> bytes:
     return SERVICE_KEY.pack(ip, 0, port_bytes(80))
 
 
-def workload(service: int, pod: int, address: int, *, healthy: bool = True) -> discovery_pb2.Resource:
+def workload(
+    service: int, pod: int, address: int, kind: str = "plain", *, healthy: bool = True
+) -> discovery_pb2.Resource:
     namespace = f"scale-{service % 50}"
     message = workload_pb2.Address()
     found = message.workload
@@ -63,15 +71,19 @@ def workload(service: int, pod: int, address: int, *, healthy: bool = True) -> d
     found.services[service_name(service)].ports.add(service_port=80, target_port=8080)
     found.locality.region, found.locality.zone = "eu-central", f"eu-central-{address % 3}"
     found.status = 0 if healthy else 1
+    if kind == "policy":
+        found.authorization_policies.append("istio-system/istio_converted_static_strict")
+    if kind == "dual":
+        found.addresses.append(b"\xfd" + bytes(11) + (address + 1).to_bytes(4, "big"))
     return _resource(found.uid, message)
 
 
-def mesh(services: int, pods: int) -> Iterator[discovery_pb2.Resource]:
+def mesh(services: int, pods: int, kind: str = "plain") -> Iterator[discovery_pb2.Resource]:
     """`pods` pods for each service; the pod's address is its number."""
     for number in range(services):
-        yield service(number)
+        yield service(number, kind)
         for pod in range(pods):
-            yield workload(number, pod, number * pods + pod)
+            yield workload(number, pod, number * pods + pod, kind)
 
 
 def response(resources: list[discovery_pb2.Resource], nonce: str, removed: tuple[str, ...] = ()) -> bytes:

@@ -1,6 +1,6 @@
 """How long a mesh takes from the control plane's hand to the kernel, and what it costs in memory.
 
-    python -m bench.sync [--services 10000] [--pods 10] [--rounds 3]
+    python -m bench.sync [--services 10000] [--pods 10] [--kind plain|policy|near|dual] [--rounds 3]
 
 sync: the response handed to gRPC until the control plane reads the answer, which waits for the last
 map write; the processes are warm and hold nothing before. floor: parsing the same response and each
@@ -106,10 +106,10 @@ def cpu_s(pids: list[int]) -> float:
 
 
 @contextlib.contextmanager
-def warm_node(services: int, pods: int) -> Iterator[tuple[ControlPlane, Node]]:
+def warm_node(services: int, pods: int, kind: str = "plain") -> Iterator[tuple[ControlPlane, Node]]:
     """A mesh that is up and holds nothing yet, and the control plane that will give it this much."""
     with tempfile.TemporaryDirectory() as directory:
-        plane = ControlPlane(services, pods)
+        plane = ControlPlane(services, pods, kind)
         node = Node(Path(directory), "--xds-address", f"127.0.0.1:{plane.port}", *room(services, pods))
         try:
             node.start()
@@ -120,8 +120,8 @@ def warm_node(services: int, pods: int) -> Iterator[tuple[ControlPlane, Node]]:
             plane.end()
 
 
-def measure(services: int, pods: int, pushes: int, rate: float) -> dict[str, Any]:
-    with warm_node(services, pods) as (plane, node):
+def measure(services: int, pods: int, kind: str, pushes: int, rate: float) -> dict[str, Any]:
+    with warm_node(services, pods, kind) as (plane, node):
         children = node.children()
         idle = {name: cpu_s([pid]) for pid, name in children.items()}
         plane.tell(mesh=True)
@@ -129,7 +129,7 @@ def measure(services: int, pods: int, pushes: int, rate: float) -> dict[str, Any
         busy = {name: cpu_s([pid]) - idle[name] for pid, name in children.items()}
         writer = node.status()["processes"]["map_writer"]
         found: dict[str, Any] = {
-            "services": services, "workloads": services * pods,
+            "services": services, "workloads": services * pods, "kind": kind,
             "response_mb": round(plane.bytes / 1e6, 1),
             "sync_ms": round(sync_ms, 1),
             "floor_ms": round(plane.floor_ms, 1),
@@ -199,12 +199,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--services", type=int, default=10_000)
     parser.add_argument("--pods", type=int, default=10)
+    parser.add_argument("--kind", choices=meshes.KINDS, default="plain")
     parser.add_argument("--pushes", type=int, default=400)
     parser.add_argument("--rate", type=float, default=100.0)
     parser.add_argument("--rounds", type=int, default=1)
     arguments = parser.parse_args()
     for _ in range(arguments.rounds):
-        found = measure(arguments.services, arguments.pods, arguments.pushes, arguments.rate)
+        found = measure(arguments.services, arguments.pods, arguments.kind, arguments.pushes, arguments.rate)
         print(json.dumps(found))
 
 
