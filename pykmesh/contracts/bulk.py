@@ -31,7 +31,7 @@ from pykmesh.contracts.address import (
     workload_waypoint,
 )
 from pykmesh.contracts.wire import Bools, Buffer, Fields, Ints, Spans, changes, grouped, rows
-from pykmesh.kernel.records import IP_BYTES, V4_PREFIX, Ip
+from pykmesh.kernel.records import IP_BYTES, V4_PREFIX, Ip, is_v4
 from pykmesh.proto.workload_pb2 import AddressOutline, NetworkAddress
 from pykmesh.proto.workload_pb2 import ServiceOutline as Its
 from pykmesh.proto.workload_pb2 import WorkloadOutline as Of
@@ -40,6 +40,8 @@ FEWEST: Final = 16
 """Fewer are faster one by one."""
 MANY: Final = 4096
 """About as many as are fastest together."""
+_ONE_OF_EACH: Final = 4 + 16
+"""Bytes of an address of each family."""
 _T = TypeVar("_T")
 
 _networks: Final[Remembered[Any]] = Remembered(lambda data: network_name("workload.network", data.decode()))
@@ -69,23 +71,51 @@ class Group(msgspec.Struct, frozen=True, gc=False):
     uids: list[str]
     raws: list[bytes]
     addresses: bytes
-    """Of one family, sixteen bytes each."""
+    """Of each member one, or one of each family, in the order in which all say them: sixteen bytes each."""
+
+    @property
+    def each(self) -> int:
+        """How many addresses a member has."""
+        return len(self.addresses) // (IP_BYTES * len(self.uids))
+
+    def of_family(self, *, is_6: bool) -> bytes:
+        """The addresses of it, one of each member; empty: they have none."""
+        step = self.each
+        for index in range(step):
+            if is_v4(self.addresses[index * IP_BYTES : (index + 1) * IP_BYTES]) != is_6:
+                if step == 1:
+                    return self.addresses
+                rows = np.frombuffer(self.addresses, np.uint8).reshape(-1, step, IP_BYTES)
+                return rows[:, index].tobytes()
+        return b""
+
+    def only(self, which: Sequence[int]) -> Group:
+        """Those of it at these places."""
+        size = self.each * IP_BYTES
+        return msgspec.structs.replace(
+            self,
+            uids=[self.uids[index] for index in which],
+            raws=[self.raws[index] for index in which],
+            addresses=b"".join([self.addresses[index * size : (index + 1) * size] for index in which]),
+        )
 
 
 class Ordinary:
     """Collects ordinary workloads, many at a time, and groups them in the end.
 
-    Ordinary is what is healthy, has one address and one service, one policy at the most (each has that of a
-    PeerAuthentication for all), and nothing else that decides anything.
+    Ordinary is what is healthy, has one address or one of each family, one service, one policy at the most
+    (each has that of a PeerAuthentication for all), and nothing else that decides anything.
     """
 
     def __init__(self) -> None:
         self.uids: list[str] = []
         self.raws: list[bytes] = []
-        self._numbers: dict[tuple[bytes, bytes, bytes, bytes, int], int] = {}
+        self._numbers: dict[tuple[bytes, bytes, bytes, bytes, int, int], int] = {}
         """Kinds of workloads: what those of a group have in common."""
         self._kinds: list[Ints] = []
         self._addresses: list[npt.NDArray[np.uint8]] = []
+        self._others: list[npt.NDArray[np.uint8]] = []
+        """Of who has a second one that one; of others nothing that counts."""
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -96,15 +126,15 @@ class Ordinary:
         outer = buffer.fields(buffer.spans)
         plain = outer.only(AddressOutline.WORKLOAD_FIELD_NUMBER)
         fields = buffer.fields(outer.spans(AddressOutline.WORKLOAD_FIELD_NUMBER).where(plain))
-        ordinary = _ordinary(fields)
+        ordinary = _ordinary(buffer, fields)
         taken = np.zeros(len(values), np.bool_)
         taken[plain] = ordinary
         which = taken.tolist()
-        uid, address, entry, network, namespace, policy = (
+        address, other = _addresses(fields, ordinary)
+        uid, entry, network, namespace, policy = (
             fields.spans(number).where(ordinary)
             for number in (
                 Of.UID_FIELD_NUMBER,
-                Of.ADDRESSES_FIELD_NUMBER,
                 Of.SERVICES_FIELD_NUMBER,
                 Of.NETWORK_FIELD_NUMBER,
                 Of.NAMESPACE_FIELD_NUMBER,
@@ -115,19 +145,23 @@ class Ordinary:
             uids = list(map(bytes.decode, buffer.parts(uid)))
         except UnicodeDecodeError:
             return [False] * len(values)
-        lengths = address.end - address.start
-        differs = changes(lengths)
+        lengths, others = address.end - address.start, other.end - other.start
+        differs = changes(lengths) | changes(others)
         texts = entry, network, namespace, policy
         for text in texts:
             differs |= buffer.differs(text)
         firsts = zip(
-            *(buffer.parts(text.where(differs)) for text in texts), lengths[differs].tolist(), strict=True
+            *(buffer.parts(text.where(differs)) for text in texts),
+            lengths[differs].tolist(),
+            others[differs].tolist(),
+            strict=True,
         )
         kinds = [self._numbers.setdefault(kind, len(self._numbers)) for kind in firsts]
         self._kinds.append(np.array(kinds, np.int64)[np.cumsum(differs) - 1])
         self.uids += uids
         self.raws += compress(values, which)
         self._addresses.append(buffer.padded(address, V4_PREFIX + bytes(4)))
+        self._others.append(buffer.padded(other, V4_PREFIX + bytes(4)))
         return which
 
     def groups(self) -> Iterator[Group]:
@@ -136,12 +170,14 @@ class Ordinary:
         order = np.argsort(kinds, kind="stable")
         uids = list(map(self.uids.__getitem__, order.tolist()))
         raws = list(map(self.raws.__getitem__, order.tolist()))
-        addresses = np.concatenate(self._addresses)[order].tobytes() if self._addresses else b""
+        none = np.zeros((0, IP_BYTES), np.uint8)
+        addresses, others = (np.concatenate([none, *made])[order] for made in (self._addresses, self._others))
         start = 0
-        for (entry, network, namespace, policy, _), count in zip(
+        for (entry, network, namespace, policy, _, second), count in zip(
             self._numbers, np.bincount(kinds).tolist(), strict=True
         ):
             end = start + count
+            ips = addresses[start:end]
             yield Group(
                 *service_ports[entry],
                 _networks[network],
@@ -149,21 +185,37 @@ class Ordinary:
                 (_names[policy],) if policy else (),
                 uids[start:end],
                 raws[start:end],
-                addresses[start * IP_BYTES : end * IP_BYTES],
+                (np.hstack((ips, others[start:end])) if second else ips).tobytes(),
             )
             start = end
 
 
-def _ordinary(fields: Fields) -> Bools:
+def _ordinary(buffer: Buffer, fields: Fields) -> Bools:
     found: Bools = _usual(fields) & (fields.numbers(Of.STATUS_FIELD_NUMBER) == 0)
     found &= fields.numbers(Of.NETWORK_MODE_FIELD_NUMBER) == 0
-    for number in (Of.ADDRESSES_FIELD_NUMBER, Of.SERVICES_FIELD_NUMBER):
-        found &= fields.counts(number) == 1
+    counts, addresses = fields.repeated(Of.ADDRESSES_FIELD_NUMBER)
+    whose, lengths = np.repeat(np.arange(len(counts)), counts), addresses.end - addresses.start
+    of_6 = lengths == IP_BYTES
+    ips = buffer.padded(addresses.where(of_6), bytes(IP_BYTES))
+    mapped = (ips[:, : len(V4_PREFIX)] == np.frombuffer(V4_PREFIX, np.uint8)).all(axis=1)
+    found[whose[of_6][mapped]] = False  # of IPv4, whatever they look like
+    both = np.bincount(whose, lengths, minlength=len(counts)) == _ONE_OF_EACH
+    found &= (counts == 1) | ((counts == 2) & both)
+    found &= fields.counts(Of.SERVICES_FIELD_NUMBER) == 1
     found &= fields.counts(Of.WAYPOINT_FIELD_NUMBER) == 0
     policies = fields.counts(Of.AUTHORIZATION_POLICIES_FIELD_NUMBER)
     policy = fields.spans(Of.AUTHORIZATION_POLICIES_FIELD_NUMBER)
     found &= (policies == 0) | ((policies == 1) & (policy.end > policy.start))
     return found
+
+
+def _addresses(fields: Fields, which: Bools) -> tuple[Spans, Spans]:
+    """The first address of each of these, and the second; an empty span where there is none."""
+    counts, found = fields.repeated(Of.ADDRESSES_FIELD_NUMBER)
+    last, counts = np.cumsum(counts)[which] - 1, counts[which]
+    first, has_two = last - counts + 1, counts > 1
+    second = Spans(np.where(has_two, found.start[last], 0), np.where(has_two, found.end[last], 0))
+    return Spans(found.start[first], found.end[first]), second
 
 
 _Many = Callable[[Buffer, Fields, Sequence[bytes]], tuple[Bools, Sequence[_T]]]

@@ -46,7 +46,6 @@ from pykmesh.kernel.records import (
     view_network,
 )
 from services.map_writer.locality import (
-    Locality,
     best_of,
     is_ranked,
     near,
@@ -472,7 +471,8 @@ def _endpoints(
     if groups is not None and not is_waypoint and not rules.refuse_unenforced_policy:
         own = [group for group in groups if group.network == rules.network]
         if own and is_ranked(service):
-            return partial(_lists_of_near_groups, service, _ranked(service, own, mesh.here), ranks)
+            ranked = [(group, nearnesses(service, group.raws, mesh.here)) for group in own]
+            return partial(_lists_of_near_groups, service, ranked, ranks)
         return partial(_lists_of_groups, service, own) if own else _nothing
     usable = list(_usable(mesh, service, rules))
     if not is_ranked(service):
@@ -589,64 +589,49 @@ def _lists_of_groups(
     uids: tuple[list[str], list[str]] = [], []
     for group in groups:
         port_field = port_bytes(own_port(group.ports, port) or target)
-        ips, is_6 = group.addresses, not is_v4(group.addresses[:IP_BYTES])
-        if port_field == _NO_PORT or service.families is (Families.V4 if is_6 else Families.V6):
-            continue
-        value = ENDPOINT_VALUE.pack(id6 if is_6 else id4, NO_IP, port_field)
-        head, tail = value[:ENDPOINT_ADDRESS], value[ENDPOINT_ADDRESS + IP_BYTES :]
-        between = (tail + head).join([ips[at : at + IP_BYTES] for at in range(0, len(ips), IP_BYTES)])
-        values[is_6].extend((head, between, tail))
-        uids[is_6].extend(group.uids)
+        for is_6 in () if port_field == _NO_PORT else (False, True):
+            if service.families is (Families.V4 if is_6 else Families.V6):
+                continue
+            ips = group.of_family(is_6=is_6)
+            if ips:
+                value = ENDPOINT_VALUE.pack(id6 if is_6 else id4, NO_IP, port_field)
+                head, tail = value[:ENDPOINT_ADDRESS], value[ENDPOINT_ADDRESS + IP_BYTES :]
+                between = (tail + head).join([ips[at : at + IP_BYTES] for at in range(0, len(ips), IP_BYTES)])
+                values[is_6].extend((head, between, tail))
+                uids[is_6].extend(group.uids)
     return _packed(values[0], uids[0]), _packed(values[1], uids[1])
-
-
-def _ranked(service: Service, groups: list[Group], here: Locality) -> list[_Ranked]:
-    return [
-        _Ranked(group, is_v4(group.addresses[:IP_BYTES]), nearnesses(service, group.raws, here))
-        for group in groups
-    ]
-
-
-class _Ranked(NamedTuple):
-    """A group, and how near each of it is."""
-
-    group: Group
-    is_4: bool
-    ranks: list[int]
-
-    def of_rank(self, rank: int) -> Group | None:
-        """Those of it that are so near."""
-        which = [index for index, found in enumerate(self.ranks) if found == rank]
-        if len(which) == len(self.ranks) or not which:
-            return self.group if which else None
-        group = self.group
-        return replace(
-            group,
-            uids=[group.uids[index] for index in which],
-            raws=[group.raws[index] for index in which],
-            addresses=b"".join(group.addresses[at * IP_BYTES : (at + 1) * IP_BYTES] for at in which),
-        )
 
 
 def _lists_of_near_groups(
     service: Service,
-    groups: list[_Ranked],
+    groups: list[tuple[Group, list[int]]],
     ranks: dict[int, int],
     port: int,
     target: int,
     id4: int,
     id6: int,
 ) -> Lists:
-    """As `_lists_of_near`, of members that are in groups."""
-    serving = [each for each in groups if own_port(each.group.ports, port) or target]
+    """As `_lists_of_near`, of members that are in groups, with how near each is."""
+    serving = [(group, near) for group, near in groups if own_port(group.ports, port) or target]
     is_only_6 = service.families is Families.V6
-    for_6 = [each for each in serving if not (is_only_6 and each.is_4)]
-    nearest: list[Group] = []
-    for is_4, some, list_id in ((True, serving, id4), (False, for_6, id6)):
-        own = [each for each in some if each.is_4] if is_4 else some
-        ranks[list_id] = best = best_of(service, (rank for each in own for rank in each.ranks))
-        nearest += filter(None, (each.of_rank(best) for each in own if each.is_4 == is_4))
-    return _lists_of_groups(service, nearest, port, target, id4, id6)
+
+    def nearest(*, is_6: bool) -> Lists:
+        some = serving
+        if is_only_6 or not is_6:
+            some = [each for each in serving if each[0].of_family(is_6=is_6)]
+        ranks[id6 if is_6 else id4] = best = best_of(service, (rank for _, near in some for rank in near))
+        own = [_of_rank(group, near, best) for group, near in some]
+        return _lists_of_groups(service, [group for group in own if group], port, target, id4, id6)
+
+    return nearest(is_6=False)[0], nearest(is_6=True)[1]
+
+
+def _of_rank(group: Group, ranks: list[int], rank: int) -> Group | None:
+    """Those of a group that are so near."""
+    which = [index for index, found in enumerate(ranks) if found == rank]
+    if len(which) == len(ranks):
+        return group
+    return group.only(which) if which else None
 
 
 def _packed(values: list[bytes], uids: list[str]) -> Mapping[bytes, str]:

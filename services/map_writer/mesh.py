@@ -68,8 +68,17 @@ def _rest_of_key(network: str) -> bytes:
     return key[len(NO_IP) :]
 
 
+def _owners_in(groups: Iterable[Group]) -> Iterator[str]:
+    """Whose each of `_places` is."""
+    for group in groups:
+        if group.each == 1:
+            yield from group.uids
+        else:
+            yield from (uid for uid in group.uids for _ in range(group.each))
+
+
 def _places(groups: Iterable[Group]) -> Iterator[Place]:
-    """The address of each member."""
+    """The addresses of each member."""
     for network, alike in groupby(groups, attrgetter("network")):
         addresses = np.frombuffer(b"".join(group.addresses for group in alike), np.uint8)
         ips, rest = addresses.reshape(-1, IP_BYTES), np.frombuffer(_rest_of_key(network), np.uint8)
@@ -268,19 +277,19 @@ class Mesh:
             else:
                 self.ordinary_members.setdefault(group.service, []).append(group)
             touched.services[group.service] = None
-        if self._own_new([*_places(groups)], uids, touched):
+        if self._own_new([*_places(groups)], _owners_in(groups), touched):
             return
         for group in groups:
-            places = [*_places([group])]
-            if self._own_new(places, group.uids, touched):
+            places, owners = [*_places([group])], _owners_in([group])
+            if self._own_new(places, owners, touched):
                 continue
             self._ungroup(group.service)
             touched.places.update(dict.fromkeys(places))
-            for place, uid in zip(places, group.uids, strict=True):
+            for place, uid in zip(places, owners, strict=True):
                 self._touch_by_waypoint(place, touched)
                 self._own_pod(place, uid)
 
-    def _own_new(self, places: list[Place], uids: list[str], touched: Touched) -> bool:
+    def _own_new(self, places: list[Place], uids: Iterable[str], touched: Touched) -> bool:
         """False, and nothing is done, where one is somebody's, or there twice."""
         if len({*places}) < len(places) or not self.pod_owners.keys().isdisjoint(places):
             return False

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from pykmesh.contracts import bulk, wire
 from pykmesh.contracts.address import FieldError, Service, Workload, decode_address, workload_message
 from pykmesh.contracts.bulk import Group, Ordinary, decode_addresses, names_of
-from pykmesh.kernel.records import Ip
+from pykmesh.kernel.records import IP_BYTES, Ip, ip_from_wire, is_v4
 from pykmesh.proto.workload_pb2 import Address
 
 TEXT = st.text(max_size=5)
-IPS = st.one_of(st.binary(min_size=4, max_size=4), st.binary(min_size=16, max_size=16), st.binary(max_size=6))
+IP4, IP6 = st.binary(min_size=4, max_size=4), st.binary(min_size=16, max_size=16)
+MAPPED = IP4.map(lambda ip: bytes(10) + b"\xff\xff" + ip)
+IPS = st.one_of(IP4, IP6, MAPPED, st.binary(max_size=6))
 NUMBERS = st.integers(0, 2)
 PORTS = st.lists(st.tuples(st.integers(0, 70000), st.integers(0, 70000)), max_size=2)
 
@@ -29,7 +31,9 @@ def workloads(draw: st.DrawFn) -> Address:
     workload = found.workload
     workload.uid, workload.namespace, workload.network = draw(TEXT), draw(TEXT), draw(TEXT)
     workload.name, workload.hostname = draw(TEXT), draw(st.text(max_size=200))
-    workload.addresses.extend(draw(st.lists(IPS, max_size=3)))
+    usual = st.permutations([draw(IP4), draw(IP6 | MAPPED)])
+    ips = draw(st.lists(IPS, max_size=3) | usual)
+    workload.addresses.extend(ips[: draw(st.integers(1, 3))])
     workload.tunnel_protocol, workload.status, workload.network_mode = (draw(NUMBERS) for _ in range(3))
     workload.authorization_policies.extend(draw(st.lists(TEXT, max_size=2)))
     for service, ports in draw(st.dictionaries(TEXT, PORTS, max_size=3)).items():
@@ -165,7 +169,12 @@ def test_groups_say_of_ordinary_workloads_what_is_decoded_of_each(
 def is_ordinary(workload: Workload) -> bool:
     return (
         workload.healthy
-        and len(workload.addresses) == len(workload.services) == workload.capacity == 1
+        and len(workload.services) == workload.capacity == 1
+        and len(workload.addresses) in (1, 2)
+        and len({is_v4(ip) for ip in workload.addresses}) == len(workload.addresses)
+        and all(
+            len(ip) == 4 or not is_v4(ip_from_wire(ip)) for ip in workload_message(workload.raw).addresses
+        )
         and (not workload.policies or (len(workload.policies) == 1 and any(workload.policies)))
         and not (workload.host_network or workload.waypoint)
         and not workload_message(workload.raw).hostname
@@ -175,8 +184,13 @@ def is_ordinary(workload: Workload) -> bool:
 def members(groups: list[Group]) -> Iterator[Workload]:
     """Each member, put together again; the rest is as its message says."""
     for group in groups:
-        ips = [group.addresses[at : at + 16] for at in range(0, len(group.addresses), 16)]
-        for uid, ip, raw in zip(group.uids, ips, group.raws, strict=True):
+        size = group.each * IP_BYTES
+        ips = [group.addresses[at : at + size] for at in range(0, len(group.addresses), size)]
+        for is_6 in (False, True):
+            of_family = group.of_family(is_6=is_6)
+            assert of_family == b"".join(ip for ip in in_order(group.addresses) if is_v4(ip) != is_6)
+        assert group.only(range(len(group.uids))) == group
+        for uid, own, raw in zip(group.uids, ips, group.raws, strict=True):
             found = decode_address(raw)
             assert isinstance(found, Workload)
             yield msgspec.structs.replace(
@@ -185,9 +199,13 @@ def members(groups: list[Group]) -> Iterator[Workload]:
                 network=group.network,
                 namespace=group.namespace,
                 policies=group.policies,
-                addresses=(Ip(ip),),
+                addresses=tuple(in_order(own)),
                 services=((group.service, group.ports),),
             )
+
+
+def in_order(addresses: bytes) -> Iterator[Ip]:
+    return (Ip(addresses[at : at + IP_BYTES]) for at in range(0, len(addresses), IP_BYTES))
 
 
 def decoded(value: bytes) -> Service | Workload | FieldError:
