@@ -3,7 +3,7 @@
     python -m tests.chaos.soak [--minutes 60] [--seed 1] [--rate 0.2] [--report FILE]
 
 Endpoints, services and pods come and go under traffic, through a waypoint too, and names are asked for. In
-the first half processes are killed too, and the mesh is upgraded to a release with other maps and back; in
+the first third processes are killed too, and the mesh is upgraded to a release with other maps and back; in
 the second half each one's memory and descriptors are sampled, and how many entries each map has between two
 rounds. Memory is what it has made itself (RssAnon; what forks still share counts in each): its part of
 files depends on who else has them open. Exit status 1 where a process has grown (the last third of its
@@ -157,7 +157,7 @@ def soak(minutes: float, seed: int, rate: float) -> dict[str, Any]:
         for each in read().traffic:
             found.begin(each)
         before, began = entries(found), time.monotonic()
-        half, end = began + minutes * 30, began + minutes * 60
+        third, half, end = (began + minutes * 60 * share for share in (1 / 3, 1 / 2, 1))
         samples, problems, started = Samples(), list[str](), dict[str, int]()
         rounds = kills = upgrades = 0
         killed = upgraded = sampled = began
@@ -165,11 +165,11 @@ def soak(minutes: float, seed: int, rate: float) -> dict[str, Any]:
             while (now := time.monotonic()) < end:
                 change(found)
                 rounds += 1
-                if now < half and now - killed > KILL_S:
+                if now < third and now - killed > KILL_S:
                     Kill(process=PROCESSES).act(found)
                     found.settled()  # who enrols while bpf_loader is away is told so
                     killed, kills = now, kills + 1
-                if now < half and now - upgraded > UPGRADE_S:
+                if now < third and now - upgraded > UPGRADE_S:
                     there_and_back(found)
                     upgraded, upgrades = now, upgrades + 2
                 if now >= half and not started:
@@ -222,7 +222,7 @@ def table(found: dict[str, Any], words: list[str]) -> str:
         "# Change for a long time",
         "",
         f"`python -m tests.chaos.soak {shlex.join(words)}`: {found['rounds']:,} rounds of change,",
-        f"{found['kills']} processes killed and {found['upgrades']} upgrades (both in the first half),",
+        f"{found['kills']} processes killed and {found['upgrades']} upgrades (both in the first third),",
         f"{found['connections']:,} connections, {found['failed']} failed, {found['wrong']} wrong answers.",
         "In the three thirds of the second half:",
         "",
