@@ -15,7 +15,9 @@ _POD_BASE = int(ipaddress.ip_address("11.0.0.0"))
 _VIP_BASE = int(ipaddress.ip_address("10.96.0.0"))
 KINDS = ("plain", "policy", "near", "dual")
 """What all pods have: nothing more; the policy of a PeerAuthentication for all; a service that prefers near
-endpoints (PreferClose); an address of IPv6 beside."""
+endpoints (PreferClose), while the node does not know where it is, so that all are as near; an address of
+IPv6 beside, with services of IPv4.
+"""
 
 
 def _resource(name: str, address: workload_pb2.Address) -> discovery_pb2.Resource:

@@ -245,10 +245,10 @@ _Method = Annotated[
 class CORSFilter(_Part, frozen=True, kw_only=True):
     """A `*` stands alone."""
 
-    allow_origins: tuple[_Origin, ...] = ()
-    allow_methods: tuple[_Method, ...] = ()
-    allow_headers: tuple[HeaderName, ...] = ()
-    expose_headers: tuple[HeaderName, ...] = ()
+    allow_origins: Annotated[tuple[_Origin, ...], msgspec.Meta(max_length=64)] = ()
+    allow_methods: Annotated[tuple[_Method, ...], msgspec.Meta(max_length=9)] = ()
+    allow_headers: Annotated[tuple[HeaderName, ...], msgspec.Meta(max_length=64)] = ()
+    expose_headers: Annotated[tuple[HeaderName, ...], msgspec.Meta(max_length=64)] = ()
     allow_credentials: bool = False
     max_age: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] = 5
     """In seconds."""

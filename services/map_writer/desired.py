@@ -268,13 +268,14 @@ def _values(
         port_field = port_bytes(target_port(workload.services, service.name, port, target))
         if not _is_usable(workload, service, rules) or port_field == _NO_PORT:
             continue
+        own = 0 if nearest is None else nearness(service, workload, mesh.here)
         for ip in workload.addresses:
             family = 4 if is_v4(ip) else 6
             list_id = ids[family == 6]
             if not list_id or family == skipped:
                 continue
             if nearest is not None:
-                own, best = nearness(service, workload, mesh.here), nearest.get(list_id)
+                best = nearest.get(list_id)
                 if best is None or own > best:
                     return None
                 if own < best:

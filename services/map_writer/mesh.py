@@ -114,6 +114,8 @@ class Touched:
 
         But for those in `places` nothing else was said of them in what is planned together.
         """
+        self.told: list[Place] = []
+        """Addresses of whose workloads something was said that changes nothing there."""
         self.policies = False
         """Policies changed: with them, where they decide anything, everything."""
 
@@ -132,11 +134,13 @@ class Touched:
             for uid, before in members.items():
                 self.add_member(service, uid, before)
         self.new_pods += later.new_pods
+        self.told += later.told
         self.policies |= later.policies
 
     def among(self, places: Container[Place]) -> list[Place]:
-        """Which of these addresses are touched."""
-        return [place for place in chain(self.places, self.new_pods) if place in places] if places else []
+        """Of which of these addresses something was said."""
+        said = chain(self.places, self.new_pods, self.told)
+        return [place for place in said if place in places] if places else []
 
     def only_new(self) -> list[Place]:
         """`new_pods` of which nothing else was said."""
@@ -247,6 +251,8 @@ class Mesh:
         for service, _ in workload.services:
             self._ungroup(service)
             touched.add_member(service, name, before)
+        if not workload.host_network:
+            touched.told += [place_of(workload.network, ip) for ip in workload.addresses]
 
     def put_ordinary(self, groups: Sequence[Group], touched: Touched) -> None:
         """`put` for ordinary workloads, none of which comes twice: all at once where all are new."""

@@ -308,14 +308,19 @@ def listeners_of(
     waypoint: Gateway, said: Iterable[Condition], namespaces: Mapping[str, Labels]
 ) -> tuple[Listener, ...]:
     """By what is said of the routes that name it."""
-    accepted = [
-        each for each in said if each.parent == ref_of(waypoint) and each.type == ACCEPTED and each.status
+    attached = [
+        each
+        for each in said
+        if each.parent == ref_of(waypoint)
+        and each.type == ACCEPTED
+        # one that is let in is attached, also where it cannot be honoured
+        and (each.status or each.reason == UNSUPPORTED_VALUE)
     ]
 
     def routes(item: GatewayListener) -> int:
         found = {
             each.of
-            for each in accepted
+            for each in attached
             if each.section in ("", item.name)
             and each.port in (0, item.port)
             and item.takes(each.of.kind)

@@ -70,11 +70,14 @@ def _listener(gateway: Plain, found: Listener, programmed: Plain, now: str) -> P
     ]
     before = gateway.get("status", {}).get("listeners", [])
     old: Plain = next((each for each in before if each["name"] == found.name), {})
+    types = {each["type"] for each in said}
+    known = old.get("conditions", ())
+    others = [each for each in known if each["type"] not in types]
     return {
         "name": found.name,
         "supportedKinds": [{"group": GATEWAY_GROUP, "kind": kind} for kind in found.kinds],
         "attachedRoutes": found.routes,
-        "conditions": _dated(said, old.get("conditions", ()), _generation(gateway), now),
+        "conditions": [*_dated(said, known, _generation(gateway), now), *others],
     }
 
 

@@ -36,7 +36,6 @@ from services.waypoint_mgr.instances import (
     Spec,
     adopt,
     start,
-    waypoint_of,
 )
 from services.waypoint_mgr.requests import Served
 from services.waypoint_mgr.scaling import Found, Load, Policy, decide
@@ -217,6 +216,20 @@ class Group:
         }
 
 
+def _remembered(directory: Path) -> Member | None:
+    """None where what was kept is not there, or damaged. Raises any other OSError, which says nothing."""
+    try:
+        kept = msgspec.json.decode((directory / _FILE).read_bytes(), type=_Kept)
+    except (FileNotFoundError, msgspec.MsgspecError, ValueError) as error:
+        log.warning("instance_not_remembered", directory=str(directory), error=str(error))
+        return None
+    member = Member(directory.name, kept.waypoint, kept.port, kept.front)
+    member.is_known = kept.leaving
+    if kept.leaving:
+        member.leaving.set()
+    return member
+
+
 class Fleet:
     """`changed` is called when an instance becomes ready, ends or leaves; `last_words` before it is ended."""
 
@@ -243,28 +256,31 @@ class Fleet:
         """Runs until cancelled; instances run on."""
         async with anyio.create_task_group() as self._tasks:
             for directory in sorted(self._settings.envoys_dir.glob("*/")):
-                self._remember(directory)
+                found = _remembered(directory) or await self._recovered(directory)
+                if found is not None:
+                    self._add(found)
             self._tasks.start_soon(self._keep_steered)
             self._tasks.start_soon(self._keep_scaled)
             task_status.started()
             await anyio.sleep_forever()
 
-    def _remember(self, directory: Path) -> None:
+    async def _recovered(self, directory: Path) -> Member | None:
+        """What an Envoy says of itself that runs from a directory of which nothing is known."""
+        process = adopt(directory, self._settings.cgroup / directory.name)
+        if process is None:
+            log.warning("instance_unknown", directory=str(directory))
+            return None
         try:
-            kept = msgspec.json.decode((directory / _FILE).read_bytes(), type=_Kept)
-        except (OSError, msgspec.MsgspecError) as error:
-            effect = "it is ended when its connections are"
+            member = Member(directory.name, *await process.said())
+        except UNHEARD as error:
+            effect = "it runs on, and nobody knows of it"
             log.warning("instance_unknown", directory=str(directory), error=str(error), effect=effect)
-            member = Member(directory.name, waypoint_of(directory), 0)
-            member.is_steered = True  # for all that is known
-            member.leaving.set()
-            self._add(member)
-            return
-        member = Member(directory.name, kept.waypoint, kept.port, kept.front)
-        member.is_known = kept.leaving
-        if kept.leaving:
-            member.leaving.set()
-        self._add(member)
+            return None
+        finally:
+            process.close()
+        member.is_known = False
+        log.warning("instance_recovered", instance=member.name, waypoint=member.waypoint, port=member.port)
+        return member
 
     def _changed(self) -> None:
         self._steering_due.set()

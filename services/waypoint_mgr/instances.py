@@ -6,6 +6,7 @@ is. It outlives who started it. A process id is taken for it only with the time 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -236,10 +237,10 @@ def adopt(state_dir: Path, cgroup: Path | None = None) -> EnvoyProcess | None:
     directory's bootstrap is.
     """
     try:
-        began = _Stat.of(pid_file(state_dir).read_text())
+        found = _held(state_dir, _Stat.of(pid_file(state_dir).read_text()))
     except (OSError, ValueError):
-        return _found_in(cgroup, state_dir) if cgroup else None
-    return _held(state_dir, began)
+        found = None
+    return found or (_found_in(cgroup, state_dir) if cgroup else None)
 
 
 def _held(state_dir: Path, began: _Stat) -> EnvoyProcess | None:
@@ -256,33 +257,36 @@ def _held(state_dir: Path, began: _Stat) -> EnvoyProcess | None:
     if now.start_time != began.start_time or now.state in _ENDED:
         os.close(pidfd)
         return None
-    return EnvoyProcess(_said(state_dir, "id") or state_dir.name, state_dir, began.pid, pidfd)
+    return EnvoyProcess(_node_id(state_dir), state_dir, began.pid, pidfd)
+
+
+def _node_id(state_dir: Path) -> str:
+    try:
+        return str(json.loads((state_dir / _BOOTSTRAP).read_bytes())["node"]["id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return state_dir.name
 
 
 def _found_in(cgroup: Path, state_dir: Path) -> EnvoyProcess | None:
     config = os.fsencode(state_dir / _BOOTSTRAP)
     try:
-        for pid in (cgroup / "cgroup.procs").read_text().split():
-            process = Path("/proc", pid)
-            if config in (process / "cmdline").read_bytes().split(b"\0"):
-                stat = (process / "stat").read_text()
-                pid_file(state_dir).write_text(stat)
-                return _held(state_dir, _Stat.of(stat))
-    except (OSError, ValueError):
+        pids = (cgroup / "cgroup.procs").read_text().split()
+    except OSError:
         return None
+    for pid in pids:
+        process = Path("/proc", pid)
+        try:
+            if config not in (process / "cmdline").read_bytes().split(b"\0"):
+                continue
+            stat = (process / "stat").read_text()
+            found = _held(state_dir, _Stat.of(stat))
+        except (OSError, ValueError):
+            continue  # it has ended just now
+        if found is not None:
+            with contextlib.suppress(OSError):  # no room for it
+                pid_file(state_dir).write_text(stat)
+            return found
     return None
-
-
-def waypoint_of(state_dir: Path) -> str:
-    """Whose instance it is, by what it was started with; empty where that cannot be read."""
-    return _said(state_dir, "cluster")
-
-
-def _said(state_dir: Path, what: str) -> str:
-    try:
-        return str(json.loads((state_dir / _BOOTSTRAP).read_bytes())["node"][what])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
 
 
 def _command(spec: Spec, config: Path) -> list[str]:
@@ -367,6 +371,16 @@ class EnvoyProcess:
         _, body = await self._admin("GET", "/stats?filter=downstream_cx_active&format=json")
         stats = {stat["name"]: stat["value"] for stat in json.loads(body)["stats"] if "name" in stat}
         return sum(value for name, value in stats.items() if _CLIENTS.fullmatch(name))
+
+    async def said(self) -> tuple[str, int]:
+        """Whose it is, and the port where it listens, by itself. Raises what `UNHEARD` has."""
+        _, server = await self._admin("GET", "/server_info")
+        _, listeners = await self._admin("GET", "/listeners?format=json")
+        ports = {
+            listener["name"]: int(listener["local_address"]["socket_address"]["port_value"])
+            for listener in json.loads(listeners)["listener_statuses"]
+        }
+        return str(json.loads(server)["node"]["cluster"]), ports[LISTENER]
 
     async def statistics(self, pattern: str) -> str:
         """Those whose names match, as Prometheus reads them. Raises what `UNHEARD` has."""

@@ -16,7 +16,7 @@ import msgspec
 from pykmesh.contracts.handoff import told_address
 from pykmesh.contracts.waypoints import MeshService, is_workload, namespace_of
 from pykmesh.kernel.records import ip_from_text
-from pykmesh.manifests.http_route import RouteMatch
+from pykmesh.manifests.http_route import HTTPMethod, RouteMatch
 from pykmesh.manifests.objects import Gateway, Labels, ObjectRef, Service, SessionAffinity
 from services.waypoint_mgr import cors, envoy, principals
 from services.waypoint_mgr.attachments import (
@@ -316,10 +316,11 @@ def _route_configuration(
             action = action_of(rule, at, resolve, route.carries)
             backends |= action.backends
             name = {"name": f"{route.namespace}/{route.name}/{rule.name or index}"}
-            shared = [item.cors for item in rule.filters if item.cors]
+            shared = [item.cors for item in rule.filters if item.cors and "route" in action.fields]
             for match in rule.matches or (RouteMatch(),):
                 asked_for = match_fields(match)
-                for refused in filter(None, (cors.refusal(each, asked_for) for each in shared)):
+                may_ask = shared if match.method in (None, HTTPMethod.OPTIONS) else []
+                for refused in filter(None, (cors.refusal(each, asked_for) for each in may_ask)):
                     order = (rank(match), age(route), len(entries))
                     entries.append(_Entry(asked, order, name | refused))
                 fields = name | {"match": asked_for} | action.fields

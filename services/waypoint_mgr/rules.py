@@ -225,6 +225,8 @@ class _Builder:
         if failed:
             return fields | _answer(self._failure)
         if redirect is not None:
+            if fields.pop("typedPerFilterConfig", None):
+                self._dropped.append("filter CORS beside RequestRedirect")
             return fields | {"redirect": redirect}
         target = self.target()
         if target is None:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Final
 
 import anyio.to_thread
-from google.protobuf.json_format import MessageToDict
+from google.protobuf.json_format import Error, MessageToDict
 from google.protobuf.message import DecodeError
 
 from pykmesh.admin import Admin, Page, Query, as_json
@@ -118,10 +118,10 @@ def _readable(message: Address) -> dict[str, Any]:
 
 
 def _extension(found: Extension) -> dict[str, Any]:
-    """One of a type that is not known here, or that is none of its type, by its bytes."""
+    """One of a type that is not known here, or that JSON cannot say, by its bytes."""
     try:
         return MessageToDict(found, preserving_proto_field_name=True)
-    except (TypeError, DecodeError):
+    except (TypeError, ValueError, DecodeError, Error):
         value = base64.b64encode(found.config.value).decode()
         return {"name": found.name, "config": {"@type": found.config.type_url, "value": value}}
 

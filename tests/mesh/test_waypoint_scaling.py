@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -261,24 +261,27 @@ def test_who_comes_after_a_manager_finds_front_and_instances(mesh: Mesh) -> None
     assert status(mesh)["scaling"]["front"] == front
 
 
-def test_what_an_instance_kept_is_damaged_and_no_envoy_is_left_to_itself(mesh: Mesh) -> None:
-    """Which process it is, its cgroup says too; of one that is nobody's any more another takes the place."""
-    before = sized(mesh, 2, min_instances="2")
-    known, unknown = (mesh.node.run_dir / "envoys" / one["name"] for one in before)
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_instances_kept_is_damaged_and_they_are_adopted_all_the_same(mesh: Mesh, count: int) -> None:
+    """Which process it is, its cgroup says too; whose it is and where it listens, Envoy does."""
+    before = sized(mesh, count, min_instances=str(count), max_instances=str(count))
+    stray = mesh.node.run_dir / "envoys" / "stray"
+    (stray / "sub").mkdir(parents=True)
     prober = probe(mesh.client, SHOP4, 80)
     os.kill(mesh.node.pid_of("waypoint_mgr"), signal.SIGSTOP)
-    (known / "process.stat").write_text("17")
-    (unknown / "instance.json").write_text("{")
-    (unknown / "process.stat").unlink()
+    for one, text_ in zip(before, (b'{"waypoint":"\xff"}', b""), strict=False):
+        for name, content in (("process.stat", b"17"), ("instance.json", text_), ("bootstrap.json", b"{")):
+            (mesh.node.run_dir / "envoys" / one["name"] / name).write_bytes(content)
     mesh.node.kill("waypoint_mgr")
     mesh.node.until_ready()
-    until(lambda: not unknown.exists(), "the one to leave", 60)
-    after = sized(mesh, 2, min_instances="2")
+    until(lambda: len(instances(mesh)) == count, "all known")
     counted = finish(prober)
     assert counted["failed"] == 0, counted["errors"]
-    assert before[0]["pid"] in [one["pid"] for one in after]
-    left = Path("/proc", str(before[1]["pid"]), "cmdline")
-    assert not left.exists() or not left.read_bytes()  # ended, whether or not somebody has asked for its exit
+    assert {one["pid"]: one["port"] for one in status(mesh)["instances"]} == {
+        one["pid"]: one["port"] for one in before
+    }
+    assert (stray / "sub").exists(), "what is no instance is left alone"
+    shutil.rmtree(stray)
 
 
 def test_who_comes_after_a_manager_keeps_the_size_for_a_while(mesh: Mesh) -> None:

@@ -123,6 +123,19 @@ def test_who_takes_over_an_address_is_not_who_had_it(world: World) -> None:
     assert world.identity(2) == world.default
 
 
+def test_who_takes_over_an_address_is_somebody_when_his_health_alone_is_told(world: World) -> None:
+    world.say("web-0", "10.1.0.1")
+    world.enroll(1, "10.1.0.1")
+    world.unenroll(1)
+    world.enroll(2, "10.1.0.1")
+    assert world.identity(2) is None
+    found, touched = pod("web-0", "10.1.0.1", healthy=False), Touched()
+    world.mesh.put(found.name, decode_address(found.resource.value), touched)
+    assert not touched.places
+    world.identities.follow(world.mesh, Change(False, touched))
+    assert world.identity(2) == world.default
+
+
 def test_a_mesh_that_is_read_anew_may_say_who_took_an_address_over(world: World) -> None:
     world.say("teller-1", "10.1.0.1")
     world.enroll(1, "10.1.0.1")

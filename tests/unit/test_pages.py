@@ -17,14 +17,18 @@ def test_extensions_that_nobody_knows_are_shown_by_their_bytes() -> None:
         "foo": AnyMessage(type_url="type.googleapis.com/istio.extensions.Foo", value=b"\x0a\x01a"),
         "broken": AnyMessage(type_url="type.googleapis.com/google.protobuf.UInt32Value", value=b"\xff"),
         "known": known,
+        "long": AnyMessage(
+            type_url="type.googleapis.com/google.protobuf.Duration", value=b"\x08\xff\xff\xff\xff\xff\xff\x7f"
+        ),
     }
     extensions = [Extension(name=name, config=config) for name, config in configs.items()]
     service = Service(name="web", namespace="shop", hostname="web.example", extensions=extensions)
     value = Address(service=service).SerializeToString()
     held = {ResourceType.ADDRESS: {"shop/web.example": Held("1", value)}, ResourceType.AUTHORIZATION: {}}
     (found,) = _of_kind("service", held)
-    foo, broken, known_one = found["extensions"]
+    foo, broken, known_one, long = found["extensions"]
     assert found["hostname"] == "web.example"
     assert foo["config"] == {"@type": "type.googleapis.com/istio.extensions.Foo", "value": "CgFh"}
     assert broken["config"]["value"] == "/w=="
+    assert long["config"]["@type"] == "type.googleapis.com/google.protobuf.Duration"
     assert known_one["config"]["name"] == "inner"
