@@ -45,14 +45,8 @@ from pykmesh.kernel.records import (
     stable_id,
     view_network,
 )
-from services.map_writer.locality import (
-    best_of,
-    is_ranked,
-    near,
-    nearness,
-    nearnesses,
-)
-from services.map_writer.mesh import Mesh, Place, is_plain_member, place_of
+from services.map_writer.locality import best_of, is_ranked, near, nearness
+from services.map_writer.mesh import Mesh, Place, is_plain_member, place_of, places_of
 from services.map_writer.slots import split
 
 NO_FLAG: Final = ServiceFlag(0)
@@ -219,7 +213,7 @@ def member_changes(
     if (
         not mesh.has_plain_members(service.name)
         or not all(map(is_plain_member, known))
-        or not all(mesh.is_nobody_elses(place, changed) for each in known for place in _places(each))
+        or not all(mesh.is_nobody_elses(place, changed) for each in known for place in places_of(each))
         or service.waypoints
         or service.mode is Mode.PASSTHROUGH
         or rules.refuse_unenforced_policy
@@ -240,10 +234,6 @@ def member_changes(
             if gone or come:
                 found[list_id] = gone, come
     return found
-
-
-def _places(workload: Workload) -> Iterator[Place]:
-    return (place_of(workload.network, ip) for ip in workload.addresses)
 
 
 def _values(
@@ -268,7 +258,7 @@ def _values(
         port_field = port_bytes(target_port(workload.services, service.name, port, target))
         if not _is_usable(workload, service, rules) or port_field == _NO_PORT:
             continue
-        own = 0 if nearest is None else nearness(service, workload, mesh.here)
+        own = 0 if nearest is None else nearness(service, workload.raw, mesh.here)
         for ip in workload.addresses:
             family = 4 if is_v4(ip) else 6
             list_id = ids[family == 6]
@@ -472,7 +462,7 @@ def _endpoints(
     if groups is not None and not is_waypoint and not rules.refuse_unenforced_policy:
         own = [group for group in groups if group.network == rules.network]
         if own and is_ranked(service):
-            ranked = [(group, nearnesses(service, group.raws, mesh.here)) for group in own]
+            ranked = [(group, [nearness(service, raw, mesh.here) for raw in group.raws]) for group in own]
             return partial(_lists_of_near_groups, service, ranked, ranks)
         return partial(_lists_of_groups, service, own) if own else _nothing
     usable = list(_usable(mesh, service, rules))
@@ -586,21 +576,28 @@ def _lists_of_groups(
     service: Service, groups: list[Group], port: int, target: int, id4: int, id6: int
 ) -> Lists:
     """The same of members that are in groups: of each the values differ in the address alone."""
-    values: tuple[list[bytes], list[bytes]] = [], []
-    uids: tuple[list[str], list[str]] = [], []
+    return (
+        _list_of_groups(service, groups, port, target, id4, is_6=False),
+        _list_of_groups(service, groups, port, target, id6, is_6=True),
+    )
+
+
+def _list_of_groups(
+    service: Service, groups: Iterable[Group], port: int, target: int, list_id: int, *, is_6: bool
+) -> Mapping[bytes, str]:
+    """Of one family."""
+    if service.families is (Families.V4 if is_6 else Families.V6):
+        return _NOBODY
+    values, uids = list[bytes](), list[str]()
     for group in groups:
-        port_field = port_bytes(own_port(group.ports, port) or target)
-        for is_6 in () if port_field == _NO_PORT else (False, True):
-            if service.families is (Families.V4 if is_6 else Families.V6):
-                continue
-            ips = group.of_family(is_6=is_6)
-            if ips:
-                value = ENDPOINT_VALUE.pack(id6 if is_6 else id4, NO_IP, port_field)
-                head, tail = value[:ENDPOINT_ADDRESS], value[ENDPOINT_ADDRESS + IP_BYTES :]
-                between = (tail + head).join([ips[at : at + IP_BYTES] for at in range(0, len(ips), IP_BYTES)])
-                values[is_6].extend((head, between, tail))
-                uids[is_6].extend(group.uids)
-    return _packed(values[0], uids[0]), _packed(values[1], uids[1])
+        port_field, ips = port_bytes(own_port(group.ports, port) or target), group.of_family(is_6=is_6)
+        if ips and port_field != _NO_PORT:
+            value = ENDPOINT_VALUE.pack(list_id, NO_IP, port_field)
+            head, tail = value[:ENDPOINT_ADDRESS], value[ENDPOINT_ADDRESS + IP_BYTES :]
+            between = (tail + head).join([ips[at : at + IP_BYTES] for at in range(0, len(ips), IP_BYTES)])
+            values += (head, between, tail)
+            uids += group.uids
+    return _packed(values, uids)
 
 
 def _lists_of_near_groups(
@@ -616,15 +613,15 @@ def _lists_of_near_groups(
     serving = [(group, near) for group, near in groups if own_port(group.ports, port) or target]
     is_only_6 = service.families is Families.V6
 
-    def nearest(*, is_6: bool) -> Lists:
+    def nearest(list_id: int, *, is_6: bool) -> Mapping[bytes, str]:
         some = serving
         if is_only_6 or not is_6:
             some = [each for each in serving if each[0].of_family(is_6=is_6)]
-        ranks[id6 if is_6 else id4] = best = best_of(service, (rank for _, near in some for rank in near))
-        own = [_of_rank(group, near, best) for group, near in some]
-        return _lists_of_groups(service, [group for group in own if group], port, target, id4, id6)
+        ranks[list_id] = best = best_of(service, (rank for _, near in some for rank in near))
+        own = filter(None, (_of_rank(group, near, best) for group, near in some))
+        return _list_of_groups(service, own, port, target, list_id, is_6=is_6)
 
-    return nearest(is_6=False)[0], nearest(is_6=True)[1]
+    return nearest(id4, is_6=False), nearest(id6, is_6=True)
 
 
 def _of_rank(group: Group, ranks: list[int], rank: int) -> Group | None:

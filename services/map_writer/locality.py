@@ -53,13 +53,9 @@ def is_ranked(service: Service) -> bool:
     return bool(service.scopes) and service.mode in (Mode.STRICT, Mode.FAILOVER)
 
 
-def nearness(service: Service, workload: Workload, here: Locality) -> int:
-    return rank(service.scopes, here, locality(workload.raw))
-
-
-def nearnesses(service: Service, raws: Iterable[bytes], here: Locality) -> list[int]:
-    """Of workloads that were not decoded."""
-    return [rank(service.scopes, here, locality(raw)) for raw in raws]
+def nearness(service: Service, raw: bytes, here: Locality) -> int:
+    """Of a workload's message."""
+    return rank(service.scopes, here, locality(raw))
 
 
 def best_of(service: Service, ranks: Iterable[int]) -> int:
@@ -69,7 +65,7 @@ def best_of(service: Service, ranks: Iterable[int]) -> int:
 
 def near(service: Service, workloads: list[Workload], here: Locality) -> tuple[list[Workload], int]:
     """The nearest, and how near they are."""
-    ranks = [nearness(service, workload, here) for workload in workloads]
+    ranks = [nearness(service, workload.raw, here) for workload in workloads]
     best = best_of(service, ranks)
     return [workload for workload, found in zip(workloads, ranks, strict=True) if found == best], best
 

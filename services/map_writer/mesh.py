@@ -61,6 +61,10 @@ def place_of(network: str, ip: Ip) -> Place:
     return Place(ip + _rest_of_key(network))
 
 
+def places_of(workload: Workload) -> Iterator[Place]:
+    return (place_of(workload.network, ip) for ip in workload.addresses)
+
+
 @cache
 def _rest_of_key(network: str) -> bytes:
     """What follows the address in a key: the address stands first in it."""
@@ -252,7 +256,7 @@ class Mesh:
             self._ungroup(service)
             touched.add_member(service, name, before)
         if not workload.host_network:
-            touched.told += [place_of(workload.network, ip) for ip in workload.addresses]
+            touched.told += places_of(workload)
 
     def put_ordinary(self, groups: Sequence[Group], touched: Touched) -> None:
         """`put` for ordinary workloads, none of which comes twice: all at once where all are new."""
@@ -638,7 +642,7 @@ class Mesh:
     def places_in(self, namespaces: Iterable[str]) -> Iterator[Place]:
         """The addresses of workloads in these namespaces."""
         for workload in self.workloads_in(namespaces):
-            yield from (place_of(workload.network, ip) for ip in workload.addresses)
+            yield from places_of(workload)
 
     def workloads_in(self, namespaces: Iterable[str]) -> Iterator[Workload]:
         """Looks at all."""

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import chain, islice, repeat
+from types import MappingProxyType
 from typing import Final, NamedTuple, TypeVar
 
 from msgspec import Struct
@@ -88,11 +89,16 @@ class Limits(NamedTuple):
     ranges: int = 16_384
 
 
+_NO_RANKS: Final[Mapping[int, int]] = MappingProxyType({})
+
+
 class Claim(Struct, frozen=True, gc=False):
     """What a service has in the maps: keys of `services`, ids of lists."""
 
     keys: frozenset[bytes] = frozenset()
     lists: frozenset[int] = frozenset()
+    ranks: Mapping[int, int] = _NO_RANKS
+    """Where it prefers near endpoints: how near those in each list are."""
 
 
 _NO_CLAIM = Claim()
@@ -196,8 +202,6 @@ class Planner:
         self._claims: dict[str, Claim] = {}
         self.owner_of_list: dict[int, PortId] = {}
         self._owner_of_key: dict[bytes, str] = {}
-        self._ranks: dict[int, int] = {}
-        """Of lists of services that prefer near endpoints, how near those in it are."""
         self._refused_services: dict[str, dict[str, str]] = {}
         self._refused_places: dict[Place, dict[str, str]] = {}
         self._seen_by: frozenset[str] = frozenset()
@@ -297,7 +301,6 @@ class Planner:
         self._claims.clear()
         self.owner_of_list.clear()
         self._owner_of_key.clear()
-        self._ranks.clear()
         self._refused_services.clear()
         self._refused_places.clear()
         batches = _Batches()
@@ -358,9 +361,6 @@ class Planner:
                 break
         for list_id, values in wanted.lists.items():
             self._plan_list(list_id, values, wanted, batches, refused)
-            self._ranks.pop(list_id, None)
-            if list_id in wanted.ranks:
-                self._ranks[list_id] = wanted.ranks[list_id]
         for key, frontend in wanted.frontends.items():
             if wanted.lists[frontend.list_id] and not self.held.lists.get(frontend.list_id):
                 nothing_fits = replace(frontend, verdict=Reason.NO_ROOM)
@@ -371,7 +371,8 @@ class Planner:
         if wanted is NOTHING:
             self._claims.pop(name, None)
         else:
-            self._claims[name] = Claim(frozenset(wanted.frontends), frozenset(wanted.lists))
+            ranks = wanted.ranks or _NO_RANKS
+            self._claims[name] = Claim(frozenset(wanted.frontends), frozenset(wanted.lists), ranks)
 
     def _plan_list(
         self,
@@ -418,7 +419,7 @@ class Planner:
             return False
         if not self.held.weighed.isdisjoint(claim.lists):
             return False
-        changes = member_changes(mesh, service, changed, self._rules, self._ranks)
+        changes = member_changes(mesh, service, changed, self._rules, claim.ranks)
         if changes is None:
             return False
         moved: dict[int, Moved] = {}
@@ -533,7 +534,6 @@ class Planner:
                 self._remove_port(key, batches)
         for list_id in before.lists - now.lists:
             self.owner_of_list.pop(list_id, None)
-            self._ranks.pop(list_id, None)
             if list_id in self.held.lists:
                 self._drop_list(list_id, batches)
 
