@@ -61,9 +61,9 @@ log = structlog.get_logger(__name__)
 INBOX_BATCHES = 4096
 INBOX_BYTES = 320 * 1024 * 1024
 """A little more than xds_client lets be under way: 64 batches of a resource of 4 MiB each."""
-REPORT_INTERVAL_S = 1.0
 TOGETHER_BYTES = 32 * 1024
-"""Of responses that are taken in without a moment for others: some hundred small ones, 10 ms."""
+"""Of responses that are written with another: about a hundred small ones."""
+REPORT_INTERVAL_S = 1.0
 REPORT_EVERY_BATCHES = 16
 MANY_ENTRIES = 10_000
 RETRY_S = 0.2

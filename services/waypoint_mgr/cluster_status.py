@@ -49,11 +49,7 @@ def gateway_status(
         said.append(_condition(PROGRAMMED, True, PROGRAMMED, "data planes know where it is"))
     else:
         said.append(_condition(PROGRAMMED, False, _PENDING, why or "nobody takes connections yet"))
-    others = [each for each in found if each["type"] not in (ACCEPTED, PROGRAMMED)]
-    status: Plain = {
-        "addresses": known,
-        "conditions": [*_dated(said, found, _generation(gateway), now), *others],
-    }
+    status: Plain = {"addresses": known, "conditions": _beside(said, found, _generation(gateway), now)}
     if listeners is not None:
         status["listeners"] = [_listener(gateway, each, said[-1], now) for each in listeners]
     return status
@@ -70,14 +66,11 @@ def _listener(gateway: Plain, found: Listener, programmed: Plain, now: str) -> P
     ]
     before = gateway.get("status", {}).get("listeners", [])
     old: Plain = next((each for each in before if each["name"] == found.name), {})
-    types = {each["type"] for each in said}
-    known = old.get("conditions", ())
-    others = [each for each in known if each["type"] not in types]
     return {
         "name": found.name,
         "supportedKinds": [{"group": GATEWAY_GROUP, "kind": kind} for kind in found.kinds],
         "attachedRoutes": found.routes,
-        "conditions": [*_dated(said, known, _generation(gateway), now), *others],
+        "conditions": _beside(said, old.get("conditions", ()), _generation(gateway), now),
     }
 
 
@@ -122,6 +115,13 @@ def _condition(kind: str, status: bool, reason: str, message: str) -> Plain:
 def _generation(of: Plain) -> int:
     found: int = of["metadata"].get("generation", 0)
     return found
+
+
+def _beside(said: Sequence[Plain], before: Sequence[Plain], generation: int, now: str) -> list[Plain]:
+    """As `_dated`, and what others say."""
+    types = {each["type"] for each in said}
+    others = [each for each in before if each["type"] not in types]
+    return [*_dated(said, before, generation, now), *others]
 
 
 def _dated(said: Iterable[Plain], before: Iterable[Plain], generation: int, now: str) -> list[Plain]:

@@ -29,14 +29,7 @@ from pykmesh.contracts.enrollment import EnrollmentError, ask_for_front, ask_for
 from pykmesh.files import write_whole
 from services.waypoint_mgr.announce import Place
 from services.waypoint_mgr.fronts import Front, FrontError, listening_socket
-from services.waypoint_mgr.instances import (
-    UNHEARD,
-    EnvoyProcess,
-    InstanceError,
-    Spec,
-    adopt,
-    start,
-)
+from services.waypoint_mgr.instances import UNHEARD, EnvoyProcess, InstanceError, Spec, adopt, start
 from services.waypoint_mgr.requests import Served
 from services.waypoint_mgr.scaling import Found, Load, Policy, decide
 
