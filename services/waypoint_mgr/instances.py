@@ -1,7 +1,8 @@
 """Envoy instances as processes of this node: started, adopted, drained, ended, and their end noticed.
 
-An instance is its state directory: its bootstrap, its log, its administrative socket, and of which process it
-is. It outlives who started it. A process id is taken for it only with the time at which that process began.
+An instance is its state directory, named as it is: its bootstrap, its log, its administrative socket, and of
+which process it is. It outlives who started it. A process id is taken for it only with the time at which that
+process began.
 """
 
 from __future__ import annotations
@@ -257,14 +258,7 @@ def _held(state_dir: Path, began: _Stat) -> EnvoyProcess | None:
     if now.start_time != began.start_time or now.state in _ENDED:
         os.close(pidfd)
         return None
-    return EnvoyProcess(_node_id(state_dir), state_dir, began.pid, pidfd)
-
-
-def _node_id(state_dir: Path) -> str:
-    try:
-        return str(json.loads((state_dir / _BOOTSTRAP).read_bytes())["node"]["id"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return state_dir.name
+    return EnvoyProcess(state_dir.name, state_dir, began.pid, pidfd)
 
 
 def _found_in(cgroup: Path, state_dir: Path) -> EnvoyProcess | None:
