@@ -335,6 +335,7 @@ class MapWriter:
             },
             "map_memory_bytes": self.maps.memory_bytes(),
             "refused": self.planner.refused,
+            "kept_as_in_maps": sorted(self.planner.recalled),
             "services_covered": dict(islice(mesh.covered(), COVERED_NAMED)),
             "last_write": self.last_write,
         }

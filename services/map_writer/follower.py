@@ -2,7 +2,8 @@
 
 Pure but for the call that it is given. A mesh is only swept into the maps when xds_client called it
 complete; until then the one before counts, for all who look something up. What the control plane says wrongly
-of a resource leaves that as it was, also where xds_client has begun anew and never saw it.
+of a resource leaves that as it was, also where xds_client has begun anew and never saw it, or both have
+(`recall`).
 """
 
 from __future__ import annotations
@@ -99,9 +100,9 @@ class Follower:
         return Change(sweep=is_new, touched=touched)
 
     def _keep_rejected(self) -> None:
-        """As they were in the mesh before, where that had them and this one does not."""
+        """As they were in the mesh before, or in the maps, where this one does not have them."""
         before, taken = self.mesh, self._taken
-        for name in self._rejected if before is not taken else ():
+        for name in self._rejected:
             if name in before.policies and name not in taken.policies:
                 taken.put_policy(before.policies[name], self._touched)
             elif name not in taken.services and name not in taken.workloads:
@@ -109,6 +110,8 @@ class Follower:
                     taken.put(name, before.services[name], self._touched)
                 elif name in before.workloads:
                     taken.put(name, before.workload(name), self._touched)
+                else:
+                    taken.unreadable[name] = None
         self._rejected.clear()
 
     def _take(self, batch: ConfigBatch) -> None:

@@ -172,6 +172,8 @@ class Mesh:
         self.ordinary_members: dict[str, list[Group]] = {}
         """Of a service all of whose members came in groups, and are as they came."""
         self.policies: dict[str, Policy] = {}
+        self.unreadable: dict[str, None] = {}
+        """What is said wrongly, and nobody knows how it was: what the maps have of it stays."""
         self._members: defaultdict[str, dict[str, None]] = defaultdict(dict)
         """Of every other service."""
         self._odd_members: Counter[str] = Counter()
@@ -215,6 +217,7 @@ class Mesh:
 
     def remove(self, name: str, touched: Touched) -> None:
         """A name that is not there is no error: the control plane removes what it never sent."""
+        self.unreadable.pop(name, None)
         if name in self.workloads:
             workload = self.workload(name)
             self._unlink_workload(name, workload, touched)
@@ -226,6 +229,7 @@ class Mesh:
 
     def put(self, name: str, resource: Service | Workload, touched: Touched) -> None:
         """Adds or replaces; a name may change from workload to service."""
+        self.unreadable.pop(name, None)
         if isinstance(resource, Workload):
             before = self.workloads.get(name)
             if before is not None and raw_of(before) == resource.raw:
@@ -276,6 +280,8 @@ class Mesh:
 
     def _put_new(self, groups: Sequence[Group], uids: list[str], touched: Touched) -> None:
         """`uids`: of all groups, in their order."""
+        for uid in self.unreadable.keys() & uids if self.unreadable else ():
+            del self.unreadable[uid]
         self.workloads.update(zip(uids, chain.from_iterable(group.raws for group in groups), strict=True))
         for group in groups:
             if self._on_this_node and self._on_this_node in b"".join(group.raws):

@@ -230,6 +230,30 @@ async def test_a_client_that_restarts_without_map_writer_says_that_nothing_is_in
     await mesh.node.until_page("xds_client", lambda said: said["not_in_kernel"] == 0, "followed again")
 
 
+async def test_a_service_that_is_wrong_when_all_begin_anew_stays_as_the_maps_have_it(mesh: Whole) -> None:
+    pods = [pod(f"p-{n}", f"10.1.0.{n}", services=["web"]) for n in (1, 2)]
+    assert (await mesh.plane.push(service("web", "10.96.0.1"), *pods)).accepted
+    before = kernel_view.read(mesh.node.maps_dir)
+    good = mesh.plane.state[ADDRESS][host("web")]
+    mesh.plane.state[ADDRESS][host("web")] = resource(host("web"), b"\x12\x01\xff")
+    mesh.plane.client_restarted()
+    number = len(mesh.plane.streams)
+    with kernel_view.nothing_goes_missing(mesh.node.maps_dir):
+        mesh.node.signal("map_writer", signal.SIGSTOP)
+        await mesh.node.kill("xds_client")
+        await mesh.node.kill("map_writer")
+        await mesh.plane.next_stream(number)
+        kept = await mesh.node.until_page("map_writer", lambda said: said.get("kept_as_in_maps"), "swept")
+    assert kept["kept_as_in_maps"] == [host("web")]
+    assert kernel_view.read(mesh.node.maps_dir) == before
+    assert (await mesh.plane.push(removed=[uid("p-1")])).accepted
+    view = kernel_view.read(mesh.node.maps_dir)
+    assert view.services["10.96.0.1 80"].endpoints == {"10.1.0.2 8080"}
+    assert (await mesh.plane.push(good, pods[0])).accepted
+    assert kernel_view.read(mesh.node.maps_dir) == before
+    assert (await mesh.node.page("map_writer"))["kept_as_in_maps"] == []
+
+
 async def test_a_policy_that_a_workload_names_and_nobody_sent_is_told(mesh: Whole) -> None:
     api = pod("api", "10.1.0.1", policies=["shop/sent", "shop/missing"])
     await mesh.plane.push(api, pod("web", "10.1.0.2"))
