@@ -758,6 +758,13 @@ class Restarted(_Step):
         wait_until(restarts, f"{self.process} to be started again")
 
 
+class Ended(_Step, tag="supervisor ended"):
+    """By itself, or by the kernel."""
+
+    def act(self, stage: Stage) -> None:
+        wait_until(lambda: running(stage.node.run_dir) is None, "the supervisor to end")
+
+
 class Resolves(_Step):
     """The client asks for a name by DNS, again and again until it has the address."""
 
@@ -826,5 +833,5 @@ Step = (
     Wait | Settled | Repeat | Together | Kill | KillAll | Stop | Down | Up | Limit | Hog | Disk | Scale
     | Services | Folder | Wire | ControlPlane | Flood | Password | Stranger | Unpin | Bystander | Upgrade
     | KillAtCalls | KilledUpgrades | NotEnrolled | Fill | Entries | Restarted | Resolves | Instances
-    | KillEnvoy | LimitEnvoy | Says | LooksUp | Metric
+    | KillEnvoy | LimitEnvoy | Says | LooksUp | Metric | Ended
 )  # fmt: skip
