@@ -52,6 +52,11 @@ class Held:
                 found.append(hook.program)
         return found
 
+    def drop(self, cgroup_id: int, hook: Hook) -> None:
+        """One that is to go when its pin does."""
+        if (fd := self._fds.pop((cgroup_id, hook.program), None)) is not None:
+            os.close(fd)
+
     def without(self, cgroup_ids: Collection[int]) -> set[int]:
         """Of other cgroups than these, those whose links still stand."""
         return {

@@ -27,6 +27,7 @@ log = structlog.get_logger(__name__)
 
 COOKIE_BYTES: Final = 8
 _TCP_SAVE_SYN: Final = 27  # linux/tcp.h
+_HOOKS: Final = (*WAYPOINT_HOOKS, FRONT_HOOK)
 
 
 class Waypoints:
@@ -36,6 +37,7 @@ class Waypoints:
         self._links = pins.waypoints_dir(pin_dir)
         self._maps = pins.maps_dir(pin_dir)
         self._programs = programs
+        self._held = pinned.Held()
 
     @cached_property
     def _fronts(self) -> PinnedMap:
@@ -51,35 +53,55 @@ class Waypoints:
         return sum(
             pinned.adopt(each.path / hook.program, hook, self._programs)
             for each in found
-            for hook in (*WAYPOINT_HOOKS, FRONT_HOOK)
+            for hook in _HOOKS
         )
 
     def sweep(self) -> None:
-        """Clears what is left of cgroups that were removed."""
-        for each in pins.read_links(self._links).cgroups:
+        """Clears what is left of cgroups that were removed; pins again what somebody unpinned."""
+        found = pins.read_links(self._links).cgroups
+        gone = self._held.without({each.cgroup_id for each in found})
+        found += [pins.cgroup_links(self._links, cgroup_id, None) for cgroup_id in gone]
+        for each in found:
+            self._pin_again(each)
             if not any(pinned.is_attached(each.path / hook.program) for hook in WAYPOINT_HOOKS):
                 pins.remove_links(each.path)
                 log.info("waypoint_cgroup_vanished", cgroup_id=each.cgroup_id)
+        self._held.keep({each.cgroup_id for each in found})
+
+    def _pin_again(self, links: pins.CgroupLinks) -> None:
+        try:
+            links.path.mkdir(exist_ok=True)
+            again = self._held.pin_again(links.cgroup_id, links.path, _HOOKS)
+        except OSError as error:  # it stays attached, and is tried again
+            log.warning("links_not_made_again", path=str(links.path), error=str(error))
+        else:
+            if again:
+                log.warning("hooks_pinned_again", waypoint_cgroup_id=links.cgroup_id, hooks=again)
+        self._held.hold(links.cgroup_id, links.path, _HOOKS)
 
     def enroll(self, cgroup_fd: int, netns_fd: int | None) -> None:
         """Again is no error. Without the namespace there are no fronts. EnrollmentError."""
         cgroup_id = cgroups.id_of(cgroup_fd)
         found = pins.cgroup_links(self._links, cgroup_id, None)
+        self._pin_again(found)
         try:
             found.path.mkdir(exist_ok=True)
             attached = pinned.attach_missing(found.path, WAYPOINT_HOOKS, self._programs, cgroup_fd)
             if netns_fd is not None:
-                attached += self._attach_front(found.path / FRONT_HOOK.program, netns_fd)
+                attached += self._attach_front(found, netns_fd)
         except OSError as error:
             raise EnrollmentError(f"cgroup {cgroup_id}: {error.strerror or error}") from error
         if attached:
             log.info("waypoint_cgroup_enrolled", cgroup_id=cgroup_id, programs=attached)
+        self._held.hold(cgroup_id, found.path, _HOOKS)
 
-    def _attach_front(self, pin: Path, netns_fd: int) -> list[str]:
+    def _attach_front(self, links: pins.CgroupLinks, netns_fd: int) -> list[str]:
         """Waypoints may have moved to another namespace since."""
+        pin = links.path / FRONT_HOOK.program
         if pinned.target(pin) not in (0, os.fstat(netns_fd).st_ino):
+            self._held.drop(links.cgroup_id, FRONT_HOOK)
             pin.unlink()
-        return pinned.attach_missing(pin.parent, (FRONT_HOOK,), self._programs, netns_fd)
+        return pinned.attach_missing(links.path, (FRONT_HOOK,), self._programs, netns_fd)
 
     def put_front(self, front: Front, listening: list[int]) -> list[int]:
         """Sockets first: an instance that a front names is one that takes connections.

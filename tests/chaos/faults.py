@@ -486,11 +486,16 @@ class Stranger(_Step):
 
 
 class Unpin(_Step):
-    """Pins removed by hand: of all maps, or of one that is drawn."""
+    """Pins removed by hand: of all maps, of one that is drawn, or all links of pods or of waypoints."""
 
-    what: Literal["maps", "a map"]
+    what: Literal["maps", "a map", "pods", "waypoints"]
 
     def act(self, stage: Stage) -> None:
+        if self.what in ("pods", "waypoints"):
+            find = pins.links_dir if self.what == "pods" else pins.waypoints_dir
+            for directory in find(stage.node.pin_dir).iterdir():
+                shutil.rmtree(directory)
+            return
         found = sorted(pins.maps_dir(stage.node.pin_dir).iterdir())
         for path in found if self.what == "maps" else [stage.chance.choice(found)]:
             path.unlink()
