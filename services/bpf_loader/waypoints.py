@@ -51,9 +51,7 @@ class Waypoints:
         """Gives the links that are there the programs loaded now; returns how many."""
         found = pins.read_links(self._links).cgroups
         return sum(
-            pinned.adopt(each.path / hook.program, hook, self._programs)
-            for each in found
-            for hook in _HOOKS
+            pinned.adopt(each.path / hook.program, hook, self._programs) for each in found for hook in _HOOKS
         )
 
     def sweep(self) -> None:

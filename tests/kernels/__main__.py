@@ -13,6 +13,7 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -63,12 +64,20 @@ def look_at(kernel: Path, program: Path, boots: int, *, brief: bool) -> tuple[st
     said = "no" if not found else "yes" if ended.status is not None else "yes, and died after the last look"
     said += f" (boot {boot})" if boot > 1 else ""
     booted = Look("boots in qemu", said, holds=bool(found) and ended.status is not None)
-    found = {booted.look: booted._asdict(), **found}
+    source = Look("of the source at", _commit(), holds=True)
+    found = {booted.look: booted._asdict(), source.look: source._asdict(), **found}
     rest = "" if ended.status is not None else f"ended with no status after {ended.seconds} s"
     if ended.status and all(each["holds"] for each in found.values()):
         rest = ended.output[-8000:]
     print(f"{release}: {ended.seconds:.0f} s", flush=True)
     return release, found, rest
+
+
+def _commit() -> str:
+    """What was tried: of each kernel the last run stands in the report."""
+    words = ("git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude", "*")
+    found = subprocess.run(words, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "-"
 
 
 def table(kernels: dict[str, dict[str, Any]]) -> str:
