@@ -128,95 +128,130 @@ def translate(
     `names`: where clients' names are, if they are forwarded.
     """
     mesh = Mesh(users, known, services, domain, wanted.namespaces)
-    attached = attach(waypoint, mesh, wanted.routes)
-    clients = clients or Clients()
-    guard = Guard(waypoint, mesh, wanted.policies, clients)
-    destinations = Destinations(
-        waypoint,
-        wanted.destinations,
-        wanted.backend_tls,
-        roots=wanted.roots,
-        only_tls=wanted.only_tls,
-        affine={
-            name for name, each in services.items() if each.spec.session_affinity is SessionAffinity.CLIENT_IP
-        },
-    )
-    tokens = Tokens(waypoint, mesh, wanted.authentications, wanted.key_errors)
-    virtuals = VirtualServices(waypoint, mesh, wanted.virtuals, destinations)
-    logs = waypoint.metadata.annotations.get(ACCESS_LOG) == "true"
-    tracing = spans.tracing(f"{waypoint.name}.{waypoint.namespace}") if spans else None
-    first = [principals.script(names)] if names else []
-    told = _Told(mesh, clients.service_secret)
-    chains, configurations = list[Json](), dict[str, Json]()
-    protocols, backends = dict[Port, AppProtocol](), set[Port]()
-    as_backend: dict[Port, AppProtocol] = {}
+    made = _Translation(waypoint, mesh, services, wanted, clients or Clients(), spans, names)
     for user in mesh.users.values():
         for at in mesh.ports(user):
-            own = attached.to_ports.get(at, [])
-            protocol = protocols[at] = mesh.protocol(at, carried(own))
-            backends.add(at)
-            vips = told.free(user.vips, at)
-            if not vips:
-                continue
-            # A guest's route on the Gateway is for the guest's own services.
-            behind = attached.of_gateway(protocol, (waypoint.namespace, namespace_of(user.name)))
-            routed, limits = own or behind, rate_limit(services.get(user.name), at)
-            if is_workload(user.name):
-                routed = []
-            before = [*first, *tokens.filters(at)]
-            if protocol is AppProtocol.TCP:
-                said = virtuals.tcp_of(at, is_overridden=bool(own)) or _tcp_target(at, routed, mesh)
-                used = said.backends
-                by_source = destinations.is_by_source(used or (at,))
-                chains += guard.tcp_chains(at, vips, logs, said.to, is_by_source=by_source)
-            elif (virtual := virtuals.of(at, is_overridden=bool(own))) is not None:
-                after = [*limits, *virtual.filters]
-                chains.append(guard.http_chain(at, vips, logs, tracing, before, after))
-                used = virtual.backends
-                kept = [_kept(route, sorted(used), destinations) for route in virtual.routes]
-                configurations[at.cluster] = _with_hosts(at, [_virtual_host(_ANY_HOST, kept)])
-            else:
-                after = [*limits, *([cors.FILTER] if _has_cors(routed) else [])]
-                chains.append(guard.http_chain(at, vips, logs, tracing, before, after))
-                configurations[at.cluster], used = _route_configuration(
-                    at, routed, mesh, destinations, is_by_host=not own
-                )
-            backends |= used
-            for backend in used:
-                as_backend[backend] = max(
-                    as_backend.get(backend, AppProtocol.TCP), carried(routed), min(protocol, AppProtocol.HTTP)
-                )
-    passing = list(_passing(mesh, guard, logs, told))
-    # Of a port that is reached straight too, what is spoken to its endpoints is what routes to it carry.
-    spoken = protocols | {
-        at: max(protocols.get(at, AppProtocol.TCP), mesh.protocol(at, carries))
-        for at, carries in as_backend.items()
-    }
-    ways = {at: destinations.encryption(at, spoken[at], mesh.port_name(at)) for at in sorted(backends)}
-    return Configuration(
-        chains=(*chains, *passing),
-        routes=configurations,
-        clusters={at.cluster: _cluster(at, spoken[at], destinations, ways[at]) for at in sorted(backends)}
-        | ({CLUSTER: spans.cluster} if spans else {})
-        | ({envoy.PASSING: envoy.passing_cluster()} if passing else {}),
-        assignments={
-            at.cluster: envoy.load_assignment(
-                at, [] if ways[at].is_closed else mesh.endpoints(at, destinations.revision(at))
+            made.take(user, at)
+    return made.configuration()
+
+
+class _Translation:
+    """One waypoint's configuration while it is made, port by port of the services that go by way of it."""
+
+    def __init__(
+        self,
+        waypoint: Gateway,
+        mesh: Mesh,
+        services: Mapping[str, Service],
+        wanted: Wanted,
+        clients: Clients,
+        spans: Spans | None,
+        names: Path | None,
+    ) -> None:
+        affine = {n for n, s in services.items() if s.spec.session_affinity is SessionAffinity.CLIENT_IP}
+        self._waypoint, self._mesh, self._services = waypoint, mesh, services
+        self._attached = attach(waypoint, mesh, wanted.routes)
+        self._guard = Guard(waypoint, mesh, wanted.policies, clients)
+        self._destinations = Destinations(
+            waypoint,
+            wanted.destinations,
+            wanted.backend_tls,
+            roots=wanted.roots,
+            only_tls=wanted.only_tls,
+            affine=affine,
+        )
+        self._tokens = Tokens(waypoint, mesh, wanted.authentications, wanted.key_errors)
+        self._virtuals = VirtualServices(waypoint, mesh, wanted.virtuals, self._destinations)
+        self._logs = waypoint.metadata.annotations.get(ACCESS_LOG) == "true"
+        self._spans = spans
+        self._tracing = spans.tracing(f"{waypoint.name}.{waypoint.namespace}") if spans else None
+        self._first = [principals.script(names)] if names else []
+        self._told = _Told(mesh, clients.service_secret)
+        self._chains, self._routes = list[Json](), dict[str, Json]()
+        self._protocols, self._as_backend = dict[Port, AppProtocol](), dict[Port, AppProtocol]()
+
+    def take(self, user: MeshService, at: Port) -> None:
+        """What comes to a port of a service, and what its routes lead to."""
+        own = self._attached.to_ports.get(at, [])
+        protocol = self._protocols[at] = self._mesh.protocol(at, carried(own))
+        vips = self._told.free(user.vips, at)
+        if not vips:
+            return
+        # A guest's route on the Gateway is for the guest's own services.
+        behind = self._attached.of_gateway(protocol, (self._waypoint.namespace, namespace_of(user.name)))
+        routed = [] if is_workload(user.name) else own or behind
+        if protocol is AppProtocol.TCP:
+            used = self._take_connections(at, vips, routed, is_own=bool(own))
+        else:
+            used = self._take_requests(user, at, vips, routed, is_own=bool(own))
+        carries = max(carried(routed), min(protocol, AppProtocol.HTTP))
+        for backend in used:
+            self._as_backend[backend] = max(self._as_backend.get(backend, AppProtocol.TCP), carries)
+
+    def _take_connections(
+        self, at: Port, vips: list[str], routed: Sequence[Route], *, is_own: bool
+    ) -> frozenset[Port]:
+        said = self._virtuals.tcp_of(at, is_overridden=is_own) or _tcp_target(at, routed, self._mesh)
+        by_source = self._destinations.is_by_source(said.backends or (at,))
+        self._chains += self._guard.tcp_chains(at, vips, self._logs, said.to, is_by_source=by_source)
+        return said.backends
+
+    def _take_requests(
+        self, user: MeshService, at: Port, vips: list[str], routed: Sequence[Route], *, is_own: bool
+    ) -> frozenset[Port]:
+        before = [*self._first, *self._tokens.filters(at)]
+        after = [*rate_limit(self._services.get(user.name), at)]
+        virtual = self._virtuals.of(at, is_overridden=is_own)
+        if virtual is not None:
+            after += virtual.filters
+            used = virtual.backends
+            kept = [_kept(route, sorted(used), self._destinations) for route in virtual.routes]
+            self._routes[at.cluster] = _with_hosts(at, [_virtual_host(_ANY_HOST, kept)])
+        else:
+            after += [cors.FILTER] if _has_cors(routed) else []
+            self._routes[at.cluster], used = _route_configuration(
+                at, routed, self._mesh, self._destinations, is_by_host=not is_own
             )
-            for at in sorted(backends)
-        },
-        protocols=spoken | protocols,
-        conditions=(*attached.conditions, *attached.without_ports(protocols, waypoint)),
-        policies=tuple(guard.conditions()),
-        destinations=tuple(destinations.conditions()),
-        virtuals=tuple(virtuals.conditions()),
-        authentications=tuple(tokens.conditions()),
-        conflicts=tuple(told.conflicts),
-        misread=(
-            *principals.misread(waypoint.metadata.annotations),
-            *(one for name in mesh.users for one in misread(name, services.get(name))),
-        ),
-    )
+        self._chains.append(self._guard.http_chain(at, vips, self._logs, self._tracing, before, after))
+        return used
+
+    def configuration(self) -> Configuration:
+        """When all ports are taken."""
+        mesh, guard, destinations, told = self._mesh, self._guard, self._destinations, self._told
+        passing = list(_passing(mesh, guard, self._logs, told))
+        spoken, without = self._spoken(), self._attached.without_ports(self._protocols, self._waypoint)
+        ways = {at: destinations.encryption(at, spoken[at], mesh.port_name(at)) for at in sorted(spoken)}
+        return Configuration(
+            chains=(*self._chains, *passing),
+            routes=self._routes,
+            clusters={at.cluster: _cluster(at, spoken[at], destinations, way) for at, way in ways.items()}
+            | ({CLUSTER: self._spans.cluster} if self._spans else {})
+            | ({envoy.PASSING: envoy.passing_cluster()} if passing else {}),
+            assignments={
+                at.cluster: envoy.load_assignment(
+                    at, [] if way.is_closed else mesh.endpoints(at, destinations.revision(at))
+                )
+                for at, way in ways.items()
+            },
+            protocols=spoken | self._protocols,
+            conditions=(*self._attached.conditions, *without),
+            policies=tuple(guard.conditions()),
+            destinations=tuple(destinations.conditions()),
+            virtuals=tuple(self._virtuals.conditions()),
+            authentications=tuple(self._tokens.conditions()),
+            conflicts=tuple(told.conflicts),
+            misread=(
+                *principals.misread(self._waypoint.metadata.annotations),
+                *(one for name in mesh.users for one in misread(name, self._services.get(name))),
+            ),
+        )
+
+    def _spoken(self) -> dict[Port, AppProtocol]:
+        """To the endpoints of each port: of one that is reached straight too, what routes to it carry."""
+        return self._protocols | {
+            at: max(self._protocols.get(at, AppProtocol.TCP), self._mesh.protocol(at, carries))
+            for at, carries in self._as_backend.items()
+        }
 
 
 def _passing(mesh: Mesh, guard: Guard, logs: bool, told: _Told) -> Iterator[Json]:
