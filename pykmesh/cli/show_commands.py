@@ -155,11 +155,14 @@ def _detail(name: str, process: dict[str, Any]) -> str:
         note = f", POLICY NOT ENFORCED for {policy} workloads" if policy else ""
         missing = process["policies_missing"]
         note += f", POLICY NOT SENT: {_first(missing)}" if missing else ""
+        unread = process.get("policies_unread", [])
+        note += f", POLICY NOT UNDERSTOOD: {_first(unread)}" if unread else ""
         refused = f", {len(process['refused'])} refused" if process["refused"] else ""
         covered = [*process.get("services_covered", {}).values()]
         hidden = f", {covered[0]}{' …' if len(covered) > 1 else ''}" if covered else ""
-        kept = _first(process.get("kept_as_in_maps", []))
-        note += f", SAID WRONGLY, and known from the maps alone: {kept}" if kept else ""
+        wrong, kept = process.get("unreadable", 0), _first(process.get("kept_as_in_maps", []))
+        note += f", {wrong} SAID WRONGLY and not known otherwise" if wrong else ""
+        note += f" (kept as in the maps: {kept})" if kept else ""
         elsewhere = _first([network or "(no name)" for network in process.get("networks_instead", [])])
         note += f", NOTHING IN THIS NODE'S NETWORK, all in {elsewhere}" if elsewhere else ""
         return f"{process['services']} services, {process['workloads']} workloads{refused}{hidden}{note}"

@@ -20,6 +20,8 @@ from pykmesh.proto import authorization_pb2, workload_pb2
 
 PORT_MAX: Final = 65535
 SELECTION_EXTENSION: Final = "pykmesh.io/selection"
+ROOT_NAMESPACE: Final = "istio-system"
+"""Policies that are there concern everybody."""
 TRUST_DOMAIN: Final = "cluster.local"
 """Of workloads of which it is not said (the workload API's rule)."""
 _V6_BITS, _V4_BITS = 128, 32
@@ -165,6 +167,8 @@ class Policy(msgspec.Struct, frozen=True, gc=False):
     name: str
     namespace: str | None
     dry_run: bool = False
+    is_read: bool = True
+    """False: nobody could read it (`unread_policy`)."""
 
 
 def decode_address(value: bytes) -> Service | Workload:
@@ -408,6 +412,12 @@ def workload_message(raw: bytes) -> workload_pb2.Workload:
         return workload_pb2.Address.FromString(raw).workload
     except DecodeError:
         return workload_pb2.Workload()
+
+
+def unread_policy(name: str) -> Policy:
+    """For what is said wrongly and never was otherwise: it may concern all of its namespace, or everybody."""
+    namespace = name.partition("/")[0]
+    return Policy(name, "" if namespace == ROOT_NAMESPACE else namespace, is_read=False)
 
 
 def decode_policy(name: str, value: bytes) -> Policy:

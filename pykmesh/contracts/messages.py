@@ -79,7 +79,7 @@ class ConfigBatch(_Message, frozen=True):
 
     @property
     def is_heartbeat(self) -> bool:
-        return not (self.removed or self.upserts or self.complete)
+        return not (self.removed or self.upserts or self.rejected or self.complete)
 
 
 class SnapshotRequest(_Message, frozen=True):

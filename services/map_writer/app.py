@@ -329,13 +329,15 @@ class MapWriter:
             "policies": len(mesh.policies),
             "policy_not_enforced": mesh.unenforced(),
             "policies_missing": mesh.missing_policies(),
+            "policies_unread": mesh.unread_policies(),
             "maps": {
                 name: [size, limit]
                 for name, size, limit in zip(Limits._fields, held.sizes, self.maps.limits, strict=True)
             },
             "map_memory_bytes": self.maps.memory_bytes(),
             "refused": self.planner.refused,
-            "kept_as_in_maps": sorted(self.planner.recalled),
+            "unreadable": len(mesh.unreadable),
+            "kept_as_in_maps": self.planner.recalled.names,
             "services_covered": dict(islice(mesh.covered(), COVERED_NAMED)),
             "last_write": self.last_write,
         }

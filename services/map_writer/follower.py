@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 import structlog
 
-from pykmesh.contracts.address import FieldError, decode_policy
+from pykmesh.contracts.address import FieldError, decode_policy, unread_policy
 from pykmesh.contracts.bulk import MANY, Ordinary, decode_addresses
 from pykmesh.contracts.messages import ConfigBatch, Resource, ResourceType, SnapshotPage
 from pykmesh.kernel.records import Ip
@@ -40,8 +40,8 @@ class Follower:
     def __init__(self, here: Locality = NOWHERE) -> None:
         self._here = here
         self.mesh = self._taken = Mesh(here)
-        self._rejected: set[str] = set()
-        """Of the mesh that is being taken."""
+        self._rejected: dict[ResourceType, set[str]] = {kind: set() for kind in ResourceType}
+        """Names that are said wrongly, of the mesh that is being taken, until it is whole."""
         self.epoch = ""
         self.received_seq = 0
         self.synced = False
@@ -80,7 +80,7 @@ class Follower:
     def _begin(self, epoch: str) -> None:
         self._taken, self._touched = Mesh(self._here), Touched()
         self._taken.resolved, self._taken.stand_ins = self.mesh.resolved, self.mesh.stand_ins
-        self._rejected, self._is_whole = set(), False
+        self._rejected, self._is_whole = {kind: set() for kind in ResourceType}, False
         if not self.synced:
             self.mesh = self._taken
         self._waiting, self._ordinary, self._in_bulk = [], Ordinary(), False
@@ -102,17 +102,15 @@ class Follower:
     def _keep_rejected(self) -> None:
         """As they were in the mesh before, or in the maps, where this one does not have them."""
         before, taken = self.mesh, self._taken
-        for name in self._rejected:
-            if name in before.policies and name not in taken.policies:
-                taken.put_policy(before.policies[name], self._touched)
-            elif name not in taken.services and name not in taken.workloads:
-                if name in before.services:
-                    taken.put(name, before.services[name], self._touched)
-                elif name in before.workloads:
-                    taken.put(name, before.workload(name), self._touched)
-                else:
-                    taken.unreadable[name] = None
-        self._rejected.clear()
+        for name in self._rejected[ResourceType.AUTHORIZATION] - taken.policies.keys():
+            taken.put_policy(before.policies.get(name) or unread_policy(name), self._touched)
+        for name in self._rejected[ResourceType.ADDRESS] - taken.services.keys() - taken.workloads.keys():
+            if name in before.services:
+                taken.put(name, before.services[name], self._touched)
+            elif name in before.workloads:
+                taken.put(name, before.workload(name), self._touched)
+            else:
+                taken.unreadable[name] = None
 
     def _take(self, batch: ConfigBatch) -> None:
         if batch.type is ResourceType.ADDRESS:
@@ -124,9 +122,17 @@ class Follower:
             for name in batch.removed:
                 self._taken.remove_policy(name, self._touched)
         if not self._is_whole:
-            self._rejected.difference_update(batch.removed)
-            self._rejected.update(batch.rejected)
+            self._rejected[batch.type].difference_update(batch.removed)
+        for name in batch.rejected:
+            self._reject(batch.type, name)
         self._put(batch.type, batch.upserts)
+
+    def _reject(self, kind: ResourceType, name: str) -> None:
+        """What it was it stays: what is whole has that, but for a policy that nobody ever could read."""
+        if not self._is_whole:
+            self._rejected[kind].add(name)
+        elif kind is ResourceType.AUTHORIZATION and name not in self._taken.policies:
+            self._taken.put_policy(unread_policy(name), self._touched)
 
     def _put(self, kind: ResourceType, resources: list[Resource]) -> None:
         if kind is ResourceType.ADDRESS:
@@ -138,7 +144,7 @@ class Follower:
             try:
                 self._taken.put_policy(decode_policy(resource.name, resource.value), self._touched)
             except FieldError as error:
-                _not_understood(resource.name, error)
+                self._not_understood(kind, resource.name, error)
 
     def _put_waiting(self) -> None:
         """Addresses of several batches are decoded together, and ordinary workloads of more put together."""
@@ -154,9 +160,14 @@ class Follower:
     def _put_each(self, names: list[str], values: list[bytes]) -> None:
         for name, address in zip(names, decode_addresses(values), strict=True):
             if isinstance(address, FieldError):
-                _not_understood(name, address)
+                self._not_understood(ResourceType.ADDRESS, name, address)
             else:
                 self._taken.put(name, address, self._touched)
+
+    def _not_understood(self, kind: ResourceType, name: str, error: FieldError) -> None:
+        """xds_client checks with the same code: this is another version of it."""
+        log.error("resource_not_understood", resource=name, error=str(error))
+        self._reject(kind, name)
 
     def _put_everything(self) -> None:
         self._put_waiting()
@@ -193,7 +204,7 @@ class Follower:
         self._begin(epoch)
         while True:
             self._put(page.type, page.resources)
-            self._rejected.update(page.rejected)
+            self._rejected[page.type].update(page.rejected)
             if not page.next_cursor:
                 break
             page = await fetch(page.next_cursor)
@@ -201,11 +212,6 @@ class Follower:
                 raise GapError(f"epoch {page.epoch} in a snapshot of {epoch}")
         self.received_seq = seq
         return self._complete(synced)
-
-
-def _not_understood(name: str, error: FieldError) -> None:
-    """xds_client checks with the same code: this is another version of it."""
-    log.error("resource_not_understood", resource=name, error=str(error))
 
 
 class GapError(Exception):

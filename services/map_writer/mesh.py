@@ -755,6 +755,10 @@ class Mesh:
             found.update({name: users for name in policies if name not in self.policies})
         return dict(found)
 
+    def unread_policies(self) -> list[str]:
+        """Said wrongly, and never otherwise."""
+        return [name for name, policy in self.policies.items() if not policy.is_read]
+
     def _count_policies(self, namespace: str, policies: tuple[str, ...], step: int) -> None:
         said = namespace, policies
         self._policy_users[said] += step

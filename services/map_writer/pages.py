@@ -125,7 +125,7 @@ class Inspection:
 def _digests(mesh: Mesh) -> dict[str, Any]:
     addresses = {name: digest(service) for name, service in mesh.services.items()}
     addresses |= {name: digest(workload) for name, workload in mesh.workloads.items()}
-    policies = {name: digest(policy) for name, policy in mesh.policies.items()}
+    policies = {name: digest(policy) for name, policy in mesh.policies.items() if policy.is_read}
     return {"resources": {ResourceType.ADDRESS.name: addresses, ResourceType.AUTHORIZATION.name: policies}}
 
 
@@ -227,7 +227,12 @@ def _workload(mesh: Mesh, workload: Workload) -> dict[str, Any]:
 def _policies(view: View) -> list[dict[str, Any]]:
     """`namespace` is the scope: "" everything, null those workloads that name the policy."""
     return [
-        {"name": name, "namespace": policy.namespace, "dry_run": policy.dry_run}
+        {
+            "name": name,
+            "namespace": policy.namespace,
+            "dry_run": policy.dry_run,
+            "is_read": policy.is_read,
+        }
         for name, policy in sorted(view.mesh.policies.items())
     ]
 

@@ -54,12 +54,11 @@ from services.map_writer.desired import (
     desired_address,
     desired_service,
     has_view,
-    is_by_waypoint,
     member_changes,
     with_view_of,
 )
 from services.map_writer.mesh import Mesh, Place, Touched
-from services.map_writer.recall import as_it_is, find, place_of_key
+from services.map_writer.recall import Recalled
 from services.map_writer.slots import (
     Moved,
     Slots,
@@ -206,8 +205,7 @@ class Planner:
         self._owner_of_key: dict[bytes, str] = {}
         self._refused_services: dict[str, dict[str, str]] = {}
         self._refused_places: dict[Place, dict[str, str]] = {}
-        self.recalled: dict[str, set[Place]] = {}
-        """Services of which there is only what the maps have (`recall`), and their addresses."""
+        self.recalled = Recalled(rules)
         self._seen_by: frozenset[str] = frozenset()
         """The namespaces with views, when their workloads were planned last."""
         self._leaving: Counter[str] = Counter()
@@ -286,7 +284,7 @@ class Planner:
         touched.add(self._refused_services, self._refused_places)
         touched.add((), mesh.vip_places(self._refused_services))
         mesh.touch_waypoint_users(touched)
-        self._touch_recalled(mesh, touched)
+        self.recalled.touch(mesh, touched)
         batches = _Batches()
         for name, changed in touched.members.items():
             if name not in touched.services and not self._plan_members(mesh, name, changed, batches):
@@ -300,30 +298,14 @@ class Planner:
         yield from self._plan_addresses(mesh, touched.places, batches)
         yield from batches.steps(_LEAVE_VIEWS)
 
-    def _touch_recalled(self, mesh: Mesh, touched: Touched) -> None:
-        """Those that are known again, or gone, and those whose waypoint may have other instances."""
-        for name in self.recalled.keys() - mesh.unreadable.keys():
-            touched.add((name,), self.recalled.pop(name))
-        for name in self.recalled:
-            if any(map(is_by_waypoint, self._claims.get(name, _NO_CLAIM).lists)):
-                touched.services[name] = None
-
-    def _recall(self, mesh: Mesh) -> list[str]:
-        """Finds what the maps have of services that nobody can tell, of what nobody claims; their names."""
-        names, services = mesh.unreadable, self.held.services
-        unclaimed = {k: v for k, v in services.items() if k not in self._owner_of_key} if names else {}
-        for name, keys in find(names, unclaimed).items():
-            self._claims[name] = Claim(frozenset(keys))
-            self._owner_of_key.update(dict.fromkeys(keys, name))
-            self.recalled[name] = {*map(place_of_key, keys)}
-        return [*self.recalled]
-
-    def _desired(self, mesh: Mesh, name: str) -> DesiredService:
-        if name not in self.recalled:
-            return desired_service(mesh, name, self._rules)
-        services, claim = self.held.services, self._claims.get(name, _NO_CLAIM)
-        own = {key: services[key] for key in claim.keys if self._owner_of_key.get(key) == name}
-        return as_it_is(mesh, name, own, self.held.lists, self._rules)
+    def _recall(self, mesh: Mesh, batches: _Batches) -> Iterator[Step]:
+        """Of what nobody claims in a sweep what stays."""
+        services, owners = self.held.services, self._owner_of_key
+        unclaimed = {k: v for k, v in services.items() if k not in owners} if mesh.unreadable else {}
+        for number, _ in enumerate(self.recalled.find(mesh, unclaimed, self.held.addresses)):
+            if number % PAUSE_SERVICES == 0:
+                yield PAUSE
+        yield from self._plan_services(mesh, self.recalled.names, batches)
 
     def sweep_in_pieces(self, mesh: Mesh) -> Iterator[Step]:
         """As `sweep`, with a `PAUSE` every now and then."""
@@ -333,12 +315,11 @@ class Planner:
         self._owner_of_key.clear()
         self._refused_services.clear()
         self._refused_places.clear()
-        self.recalled.clear()
         batches = _Batches()
         self._seen_by = frozenset()
         yield from self._plan_views(mesh, Touched(), batches)
         yield from self._plan_services(mesh, chain(mesh.services, mesh.by_waypoint), batches)
-        yield from self._plan_services(mesh, self._recall(mesh), batches)
+        yield from self._recall(mesh, batches)
         for key in [key for key in self.held.services if key not in self._owner_of_key]:
             self._remove_port(key, batches)
         for list_id in [list_id for list_id in self.held.lists if list_id not in self.owner_of_list]:
@@ -346,12 +327,13 @@ class Planner:
         for key in self.held.unreachable:
             batches.remove(_DROP_ENDPOINTS, "endpoints", key)
         self.held.unreachable.clear()
-        recalled = set(chain.from_iterable(self.recalled.values()))
-        stale = self.held.addresses.keys() - set(mesh.places()) - recalled
+        stale = self.held.addresses.keys() - set(mesh.places()) - self.recalled.places
         yield from self._plan_addresses(mesh, mesh.places(), batches)
         for key in stale:
             self._remove_address(key, batches)
-        for place in [each for each in self.held.ranges.keys() - recalled if not mesh.is_a_services(each)]:
+        for place in [
+            each for each in self.held.ranges.keys() - self.recalled.places if not mesh.is_a_services(each)
+        ]:
             self._remove_range(place, batches)
         yield from batches.steps(_LEAVE_VIEWS)
         yield from self._plan_refused(mesh)
@@ -386,7 +368,11 @@ class Planner:
                 yield PAUSE
 
     def _plan_service(self, mesh: Mesh, name: str, batches: _Batches) -> None:
-        wanted, refused = self._desired(mesh, name), dict[str, str]()
+        refused = dict[str, str]()
+        if name in self.recalled:
+            wanted = self.recalled.desired(mesh, name, self.held.services, self.held.lists)
+        else:
+            wanted = desired_service(mesh, name, self._rules)
         for list_id, port_id in wanted.ports.items():
             if self.owner_of_list.setdefault(list_id, port_id) != port_id:
                 refused[name] = f"its id collides with that of {self.owner_of_list[list_id].service}"
@@ -631,9 +617,8 @@ class Planner:
 
     def _plan_address(self, mesh: Mesh, place: Place, crowded: Container[str], batches: _Batches) -> None:
         held, limit = self.held.addresses, self._limits.addresses
-        value, current = desired_address(mesh, place, self._rules, crowded), held.get(place)
-        if value is None and any(place in places for places in self.recalled.values()):
-            return
+        current, as_it_was = held.get(place), self.recalled.address(mesh, place)
+        value = as_it_was or desired_address(mesh, place, self._rules, crowded)
         if value is None:
             self._remove_address(place, batches)
         elif current is None and len(held) + self._leaving["addresses"] >= limit:
@@ -649,7 +634,9 @@ class Planner:
             rank = _VIEW_ADDRESSES if is_view(place) else _ADDRESSES
             batches.put(rank, "addresses", place, place + value)
         self._refused_places.pop(place, None)
-        if (mesh.has_ranges and mesh.is_a_services(place)) or place in self.held.ranges:
+        if as_it_was is None and (
+            (mesh.has_ranges and mesh.is_a_services(place)) or place in self.held.ranges
+        ):
             self._plan_range(mesh, place, batches)
 
     def _plan_range(self, mesh: Mesh, place: Place, batches: _Batches) -> None:

@@ -117,11 +117,11 @@ def weighed(values: Sequence[bytes], weights: Mapping[bytes, int]) -> list[bytes
 def weights_of(slots: Sequence[bytes]) -> dict[bytes, int]:
     """By plain values what `weighed` was given, in proportion: of all slots' draws, how many each gets."""
     found: dict[bytes, int] = {}
-    for value in slots:
+    for value in filter(None, slots):
         other, stays = ENDPOINT_SHARE.unpack(value)
         own = stays or _WHOLE
         found[plain(value)] = found.get(plain(value), 0) + own
-        if own < _WHOLE and other < len(slots):
+        if own < _WHOLE and other < len(slots) and slots[other]:
             found[plain(slots[other])] = found.get(plain(slots[other]), 0) + _WHOLE - own
     return found
 

@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from pykmesh.contracts.address import ROOT_NAMESPACE
 from pykmesh.manifests.destination_rule import (
     ConnectionPool,
     ConsistentHash,
@@ -31,7 +32,7 @@ from services.waypoint_mgr import tls
 from services.waypoint_mgr.attachments import ACCEPTED, PARTIALLY_INVALID, UNSUPPORTED_VALUE, Condition
 from services.waypoint_mgr.envoy import UNLIMITED, Json, Port
 from services.waypoint_mgr.protocols import AppProtocol
-from services.waypoint_mgr.source import ROOT_NAMESPACE, BackendTLS, Destination
+from services.waypoint_mgr.source import BackendTLS, Destination
 
 _BALANCERS: Final = {
     SimpleLB.ROUND_ROBIN: "ROUND_ROBIN",

@@ -13,6 +13,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 
+from pykmesh.contracts.address import ROOT_NAMESPACE
 from pykmesh.manifests.authorization_policy import Action, AuthorizationPolicySpec
 from pykmesh.manifests.destination_rule import ClientTLS, DestinationRuleSpec
 from pykmesh.manifests.folder import Folder
@@ -49,9 +50,6 @@ from services.waypoint_mgr.keys import place_of
 from services.waypoint_mgr.protocols import AppProtocol
 
 DRY_RUN: Final = "istio.io/dry-run"
-ROOT_NAMESPACE: Final = "istio-system"
-"""Where policies for a whole class of Gateways are."""
-
 _OF_MESHES: Final = (".istio.io", "gateway.networking.k8s.io")
 _T = TypeVar("_T", bound=Object)
 

@@ -16,6 +16,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from pykmesh.contracts.address import ROOT_NAMESPACE
 from pykmesh.contracts.waypoints import is_workload
 from pykmesh.manifests.durations import GoDuration
 from pykmesh.manifests.http_route import (
@@ -63,7 +64,7 @@ from services.waypoint_mgr.destinations import Destinations
 from services.waypoint_mgr.envoy import Json, Port, typed
 from services.waypoint_mgr.regexes import error_in
 from services.waypoint_mgr.rules import REDIRECT_CODES, Target, Unresolved, action_of, tcp_target
-from services.waypoint_mgr.source import ROOT_NAMESPACE, Virtual
+from services.waypoint_mgr.source import Virtual
 
 FAULT: Final = "envoy.filters.http.fault"
 FILTERS: Final[Mapping[str, Json]] = {

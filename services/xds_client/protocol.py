@@ -7,6 +7,7 @@ response counts even when it is empty (envoy xds_protocol, and what istiod insis
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Final
@@ -123,7 +124,7 @@ class Reading:
             if fault is None:
                 good.append(upsert)
             else:
-                self.rejected[upsert[0] or NO_NAME] = str(fault)
+                self.rejected[upsert[0] or NO_NAME] = sys.intern(str(fault))  # often the same of many
         return good
 
     def _faults(self, found: Unwrapped) -> dict[int, FieldError]:

@@ -32,7 +32,7 @@ from pykmesh.contracts.messages import (
     Subject,
 )
 from services.xds_client.protocol import NO_NAME, Reading
-from services.xds_client.store import REJECTED_KEPT, Held, Store, pages
+from services.xds_client.store import Held, Store, pages
 
 log = structlog.get_logger(__name__)
 
@@ -172,12 +172,17 @@ class Publisher:
         removed += await self._remove(kind, reading.absent(store.held[kind]), headers)
         removed += store.remove(kind, reading.unspoken(store.rejected[kind], store.held[kind]))
         named = chain(reading.names, reading.removed, (NO_NAME,))
+        news = reading.rejected.keys() - store.rejected[kind].keys()
         store.note_rejected(kind, named, reading.rejected, is_all=reading.says_all)
         was_synced = store.synced
         store.answered.add(kind)
         is_awaited, store.in_response, store.was_asked_in_response = store.was_asked_in_response, False, False
-        if removed or waiting or is_awaited or store.seq != first or was_synced != store.synced:
-            rejected = [*islice(reading.rejected, REJECTED_KEPT)]
+        if removed or waiting or news or is_awaited or store.seq != first or was_synced != store.synced:
+            *early, rejected = pages((name, len(name)) for name in reading.rejected)
+            for names in early:
+                batch = store.batch(kind, removed, waiting, complete=False, rejected=names)
+                await self._send(batch, headers)
+                removed, waiting = [], []
             last = store.batch(kind, removed, waiting, complete=True, rejected=rejected)
             await self._send(last, headers)
         return count

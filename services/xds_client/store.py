@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from typing import Final, NamedTuple
 
 import msgspec
@@ -15,8 +16,6 @@ from pykmesh.contracts.messages import BATCH_BYTES, VERSION, ConfigBatch, Resour
 
 SNAPSHOTS_KEPT = 8
 NOTHING: Final[list[str]] = []
-REJECTED_KEPT = 10_000
-"""Names of one type: of more, those that were rejected last are shown."""
 
 
 class Held(msgspec.Struct, frozen=True, gc=False):
@@ -82,8 +81,6 @@ class Store:
         for name in before.keys() & named if before else ():
             del before[name]
         before.update(rejected)
-        for name in list(before)[:-REJECTED_KEPT]:
-            del before[name]
 
     def forget_version(self, kind: ResourceType, name: str) -> None:
         """For a resource that the node could not hold: the control plane shall send it again."""
@@ -123,7 +120,7 @@ class Store:
         if found is None or not number.isdigit() or int(number) >= len(found.pages):
             return None
         index = int(number)
-        kind, resources = found.pages[index]
+        page = found.pages[index]
         last = index + 1 == len(found.pages)
         if last:
             del self._snapshots[name]
@@ -132,21 +129,21 @@ class Store:
             epoch=self.epoch,
             seq=found.seq,
             synced=found.synced,
-            type=kind,
-            resources=[Resource(name, held.value) for name, held in resources],
+            type=page.type,
+            resources=[Resource(name, held.value) for name, held in page.resources],
             next_cursor="" if last else f"{name}.{index + 1}",
-            rejected=found.rejected.pop(kind, NOTHING),
+            rejected=page.rejected,
         )
 
     def _open_snapshot(self) -> str:
         """What is held never changes, it is replaced: the snapshot names what there is now."""
         self.was_asked_in_response |= self.in_response
-        rejected = {kind: [*names] for kind, names in self.rejected.items()}
-        found = _Snapshot(self.seq, self.synced and not self.in_response, [], rejected)
+        found = _Snapshot(self.seq, self.synced and not self.in_response, [])
         for kind, held in self.held.items():
             sized = ((name, len(name) + len(resource.value)) for name, resource in held.items())
-            for names in pages(sized):
-                found.pages.append((kind, [(name, held[name]) for name in names]))
+            refused = pages((name, len(name)) for name in self.rejected[kind])
+            for names, rejected in zip_longest(pages(sized), refused, fillvalue=NOTHING):
+                found.pages.append(_Page(kind, [(name, held[name]) for name in names], rejected))
         name = secrets.token_hex(4)
         self._snapshots[name] = found
         while len(self._snapshots) > SNAPSHOTS_KEPT:
@@ -154,12 +151,16 @@ class Store:
         return name
 
 
+class _Page(NamedTuple):
+    type: ResourceType
+    resources: list[tuple[str, Held]]
+    rejected: list[str]
+
+
 class _Snapshot(NamedTuple):
     seq: int
     synced: bool
-    pages: list[tuple[ResourceType, list[tuple[str, Held]]]]
-    rejected: dict[ResourceType, list[str]]
-    """For the first page of each type."""
+    pages: list[_Page]
 
 
 def pages(sized: Iterable[tuple[str, int]]) -> Iterator[list[str]]:

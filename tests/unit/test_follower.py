@@ -6,11 +6,12 @@ from collections import Counter, deque
 from collections.abc import Coroutine
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pykmesh.contracts.address import Service, Workload, decode_address, decode_policy
+from pykmesh.contracts.address import Policy, Service, Workload, decode_address, decode_policy
 from pykmesh.contracts.bulk import MANY, Ordinary
 from pykmesh.contracts.messages import VERSION, ConfigBatch, Resource, ResourceType, SnapshotPage
 from pykmesh.kernel.layout import AddressKind
@@ -420,3 +421,54 @@ def test_what_a_new_epoch_has_wrong_stays_as_it_was_and_goes_when_that_is_said(*
     assert follower.offer(gone) is not None
     assert not follower.mesh.services
     assert not follower.mesh.workloads
+
+
+def test_many_names_that_are_said_wrongly_all_stay_as_they_were() -> None:
+    """More than go into one page."""
+    follower, store = Follower(), Store()
+    services = [said(service(f"{'x' * 40}-{n}", f"10.96.{n // 256}.{n % 256}")) for n in range(12_000)]
+    names = [found.name for found in services]
+    assert taking(follower, snapshot("e", *services, synced=True))
+    for kind in ResourceType:
+        store.answered.add(kind)
+    store.note_rejected(ResourceType.ADDRESS, names, dict.fromkeys(names, "no good"), is_all=True)
+    assert len(read_all(store)) > len(ResourceType)
+
+    async def fetch(cursor: str) -> SnapshotPage:
+        page = store.snapshot(cursor)
+        assert page is not None
+        return page
+
+    change = run(follower.resync(fetch))
+    assert change is not None
+    assert change.sweep
+    assert follower.mesh.services.keys() == set(names)
+
+
+def unread(namespace: str | None) -> Policy:
+    return Policy("shop/p", namespace, is_read=False)
+
+
+def test_a_policy_that_nobody_could_ever_read_concerns_all_of_its_namespace() -> None:
+    follower, p = following(), said(policy("p", "shop"))
+    kind, epoch = ResourceType.AUTHORIZATION, "e"
+    root = "istio-system/q"
+    wrong = ConfigBatch(VERSION, epoch, 1, kind, [], [], True, True, [p.name, root])
+    assert follower.offer(wrong) is not None
+    assert follower.mesh.policies == {p.name: unread("shop"), root: Policy(root, "", is_read=False)}
+    well = ConfigBatch(VERSION, epoch, 2, kind, [root], [p], complete=True, synced=True)
+    assert follower.offer(well) is not None
+    assert follower.mesh.policies == {p.name: decode_policy(p.name, p.value)}
+    assert follower.offer(msgspec.structs.replace(wrong, seq=3)) is not None
+    assert follower.mesh.policies[p.name].is_read, "it is as it was"
+
+
+def test_what_xds_client_took_and_this_one_cannot_read_is_as_if_it_had_been_rejected() -> None:
+    """Two releases beside one another."""
+    follower, web = Follower(), said(service("web", "10.96.0.1"))
+    assert taking(follower, snapshot("e", web, synced=True))
+    assert taking(follower, snapshot("f", Resource(web.name, b"\xff"), synced=True))
+    assert follower.mesh.services.keys() == {web.name}
+    anew = Follower()
+    assert taking(anew, snapshot("f", Resource(web.name, b"\xff"), synced=True))
+    assert [*anew.mesh.unreadable] == [web.name]

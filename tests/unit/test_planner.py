@@ -76,6 +76,7 @@ def held(maps: Maps) -> Held:
     for key, value in maps.maps["endpoints"].items():
         list_id, slot = ENDPOINT_KEY.unpack(key)
         found.add_endpoint(list_id, slot, value)
+    found.has_views = any(map(any, maps.maps["switches"].values()))
     return found
 
 

@@ -162,7 +162,8 @@ async def test_who_took_a_snapshot_in_the_midst_gets_a_last_batch(
 async def test_nothing_is_taken_for_gone_while_a_resource_has_no_name(world: World) -> None:
     before, nameless = world.held(), pod("p-1", "10.1.0.1")
     nameless.name = ""
-    assert await world.respond(nameless, is_whole=True) == []
+    (batch,) = await world.respond(nameless, is_whole=True)
+    assert (batch.removed, batch.upserts) == ([], [])
     assert world.held() == before
 
 

@@ -10,17 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pykmesh.contracts.address import Waypoint
+from pykmesh.contracts.address import Policy, Waypoint
 from pykmesh.contracts.waypoints import HANDOFF_PORT
 from pykmesh.kernel.layout import Reason
 from pykmesh.kernel.records import SERVICE_VALUE, ip_from_text, is_view
 from pykmesh.proto.workload_pb2 import Address
+from services.map_writer.desired import Rules
 from services.map_writer.mesh import Touched
+from services.map_writer.planner import Held, Planner
 from services.map_writer.recall import place_of_key
 from services.map_writer.slots import weighed, weights_of
 from tests.unit import mesh_model as model
 from tests.unit.mesh_model import NAMES, UIDS, Change, responses
-from tests.unit.test_planner import EXAMPLES, World, made, member
+from tests.unit.test_planner import EXAMPLES, ROOMY, World, held, made, member
 
 VIP = ip_from_text("10.96.0.1")
 SHOP = made("shop/a.shop", vips=(("", VIP),))
@@ -50,16 +52,13 @@ def test_it_is_reached_at_least_where_it_was_and_goes_or_comes_when_that_is_said
     before, now = old.maps.maps, new.maps.maps
     for key, value in before["services"].items():
         place, list_id = place_of_key(key), SERVICE_VALUE.unpack(value)[0]
-        if (
-            is_view(key)
-            or new.mesh.is_a_services(place)
-            or old.planner.owner_of_list[list_id].service not in wrong
-        ):
+        owner = old.planner.owner_of_list[list_id].service
+        is_taken = new.mesh.is_a_services(place) or (owner in UIDS and new.mesh.is_a_workloads(place))
+        if is_view(key) or is_taken or owner not in wrong:
             continue
         assert new.maps.list_of(key) == list_id
         assert new.maps.members().get(list_id, set()) <= old.maps.members().get(list_id, set())
-        if not new.mesh.is_a_workloads(place):
-            assert now["addresses"][place] == before["addresses"][place]
+        assert now["addresses"][place] == before["addresses"][place]
     known = {name: old.mesh.services.get(name) for name in wrong}
     known |= {name: old.mesh.workload(name) for name in wrong & old.mesh.workloads.keys()}
     well, gone = begun_anew(old, *wrong), new
@@ -67,7 +66,23 @@ def test_it_is_reached_at_least_where_it_was_and_goes_or_comes_when_that_is_said
     gone.take([Change(name, None) for name in known])
     for world in (well, gone):
         assert world.maps.plain() == model.expected(world.mesh)
-        assert not world.planner.recalled
+        assert not world.planner.recalled.names
+
+
+@EXAMPLES
+@given(responses(), st.sets(st.sampled_from(NAMES + UIDS), min_size=1), responses())
+def test_whatever_comes_then_the_maps_are_what_a_start_would_make_of_them(
+    script: list[list[Change]], wrong: set[str], later: list[list[Change]]
+) -> None:
+    old = World()
+    for response in script:
+        old.take(response)
+    world = begun_anew(old, *wrong)
+    for response in later:
+        world.take(response)
+        at_a_start = Planner(held(world.maps), ROOMY, Rules())
+        assert list(at_a_start.sweep(world.mesh)) == []
+        assert at_a_start.recalled.names == world.planner.recalled.names
 
 
 def endpoints(world: World) -> list[str]:
@@ -148,3 +163,78 @@ def test_it_goes_by_way_of_its_waypoint_as_long_as_that_has_instances_and_is_ref
     assert len(endpoints(new)) == 1
     new.take([Change(waypoint.name, None)])
     assert endpoints(new) == []
+
+
+def test_an_address_is_another_services_when_one_that_is_known_has_it() -> None:
+    world = begun_anew(shop(*UIDS[:2]), SHOP.name)
+    other = made("bank/c.bank", vips=(("", VIP),))
+    world.take([Change(other.name, other)])
+    assert world.maps.plain() == model.expected(world.mesh)
+    assert world.planner.recalled.names == []
+    world.take([Change(other.name, None)])
+    assert world.maps.plain() == model.expected(world.mesh)
+
+
+def test_an_address_that_is_a_workloads_for_a_while_stays_the_services() -> None:
+    world = begun_anew(shop(UIDS[0]), SHOP.name)
+    at = {"addresses": world.maps.plain()["addresses"]}
+    guest = msgspec.structs.replace(member(UIDS[3], made("bank/c.bank")), addresses=(VIP,))
+    for found in (guest, None):
+        world.take([Change(UIDS[3], found)])
+        assert world.maps.plain()["addresses"] == at["addresses"]
+
+
+def test_endpoints_by_host_name_are_what_they_were_until_the_name_is_looked_up() -> None:
+    old = World()
+    by_name = msgspec.structs.replace(member(UIDS[0], SHOP), addresses=(), hostname="db.example")
+    old.take([Change(SHOP.name, SHOP), Change(UIDS[0], by_name)])
+
+    def looked_up(world: World, *ips: str) -> list[str]:
+        touched = Touched()
+        world.mesh.resolve("db.example", tuple(map(ip_from_text, ips)), touched)
+        world.maps.apply(world.planner.plan(world.mesh, touched))
+        return [text.split()[0] for text in endpoints(world)]
+
+    assert looked_up(old, "10.9.9.8", "10.9.9.9") == ["10.9.9.8", "10.9.9.9"]
+    new = begun_anew(old, SHOP.name)
+    assert endpoints(new) == endpoints(old)
+    assert looked_up(new, "10.9.9.7", "10.9.9.9") == ["10.9.9.9"]
+
+
+def test_a_member_that_weighs_nothing_any_more_goes() -> None:
+    world = begun_anew(shop(*UIDS[:2]), SHOP.name)
+    raw = Address(workload={"uid": UIDS[0], "capacity": {"value": 0}}).SerializeToString()
+    world.take([Change(UIDS[0], msgspec.structs.replace(member(UIDS[0], SHOP), capacity=0, raw=raw))])
+    assert [text.split()[0] for text in endpoints(world)] == ["10.1.1.1"]
+
+
+def test_a_waypoint_that_is_wrong_too_serves_who_went_by_way_of_it() -> None:
+    old = World()
+    waypoint = made("shop/z.shop", vips=(("", ip_from_text("10.96.0.9")),))
+    waypoint = msgspec.structs.replace(waypoint, ports=((HANDOFF_PORT, 15088),))
+    guarded = msgspec.structs.replace(SHOP, waypoints=(Waypoint(service=waypoint.name),))
+    old.take([Change(each.name, each) for each in (guarded, waypoint)])
+    old.take([Change(uid, member(uid, waypoint)) for uid in UIDS[:2]])
+    new = begun_anew(old, guarded.name, waypoint.name)
+    assert endpoints_at(new, "10.96.0.1") == endpoints_at(old, "10.96.0.1")
+
+
+def test_a_workload_that_was_refused_for_its_policies_is_refused_until_it_is_known() -> None:
+    rules = Rules(refuse_unenforced_policy=True)
+    old = World()
+    old.planner = Planner(Held(), ROOMY, rules)
+    old.mesh.put_policy(Policy("shop/p", None), Touched())
+    raw = Address(workload={"uid": UIDS[0], "name": "guarded"}).SerializeToString()
+    guarded = msgspec.structs.replace(member(UIDS[0], SHOP), policies=("shop/p",), raw=raw)
+    old.take([Change(SHOP.name, SHOP), Change(UIDS[0], guarded)])
+    refused = old.maps.addresses()[" 10.1.1.0"]
+    assert refused[1] is Reason.POLICY_UNSUPPORTED
+
+    new = World(maps=copy.deepcopy(old.maps))
+    new.planner = Planner(held(new.maps), ROOMY, rules)
+    new.mesh.put(SHOP.name, SHOP, Touched())
+    new.mesh.unreadable[UIDS[0]] = None
+    new.maps.apply(new.planner.sweep(new.mesh))
+    assert new.maps.addresses()[" 10.1.1.0"] == refused
+    new.take([Change(UIDS[0], None)])
+    assert " 10.1.1.0" not in new.maps.addresses()
