@@ -65,6 +65,8 @@ def generate(namespace: str, name: str, for_: str) -> None:
 def apply(instance: Instance, /, namespace: str, name: str, for_: str) -> None:
     """Write the Gateway of a waypoint into the folder that the embedded control plane serves."""
     path = _file(instance, namespace, name)
+    if others := _others(path, namespace, name):
+        raise Failure(f"Gateway {namespace}/{name} is in {others[0]}: change it there")
     try:
         write_whole(path, _manifest(namespace, name, for_))
     except OSError as error:
@@ -166,6 +168,17 @@ def _file(instance: Instance, namespace: str, name: str) -> Path:
         how = "pykmesh waypoint generate --name NAME | kubectl apply -f -; kubectl delete gateway NAME"
         raise Failure(f"waypoints are in the API server of {said['kubeconfig']}: {how}")
     return Path(said["config_dir"]) / f"waypoint-{namespace}_{name}.yaml"  # no name has a _
+
+
+def _others(path: Path, namespace: str, name: str) -> list[Path]:
+    """Other files of the folder that have the Gateway."""
+    from pykmesh.manifests.folder import Folder
+    from pykmesh.manifests.objects import Gateway
+
+    folder = Folder(path.parent)
+    found = (each for each in folder.read(folder.look()).objects if isinstance(each.object, Gateway))
+    of_it = (each for each in found if (each.object.namespace, each.object.name) == (namespace, name))
+    return [path.parent / each.file for each in of_it if path.parent / each.file != path]
 
 
 def _status(instance: Instance) -> dict[str, Any]:

@@ -153,7 +153,7 @@ class ClientTLS(_Part, frozen=True, kw_only=True):
     ca_certificates: str = ""
     credential_name: str = ""
     subject_alt_names: tuple[str, ...] = ()
-    sni: str = ""
+    sni: Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]*\Z", max_length=253)] = ""
     insecure_skip_verify: bool | None = None
     ca_crl: str = ""
 

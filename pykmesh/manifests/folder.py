@@ -5,6 +5,8 @@ wrong becomes an error in its content. A file that cannot be read keeps the obje
 one that never could has none, and is told apart (`Content.refused`) from one that says nothing. The same
 goes for a file with an object that another file has: the object stays with the file that had it first.
 
+What each file counts as can be kept elsewhere (`keep`), so that it also counts for who comes after.
+
 Files that are removed are gone, all of them too. But when the folder itself went, and none or an empty one
 is in its place (a volume that was unmounted), nothing was removed: what was read still counts. And one that
 is empty from the start has not been read: it may be a volume that is not mounted yet.
@@ -24,6 +26,7 @@ from typing import TypeAlias
 import msgspec
 import structlog
 
+from pykmesh.files import write_whole
 from pykmesh.manifests.objects import ObjectRef, ref_of
 from pykmesh.manifests.parse import ConfigError, Located, Parsed, parse, without_duplicates
 
@@ -64,6 +67,8 @@ class Content(msgspec.Struct, frozen=True):
     """Those of the errors for which a file or a folder counts as it last was, or not at all."""
     ignored: frozenset[str] = frozenset()
     """Kinds that are not read, with their groups."""
+    is_known: bool = True
+    """Nothing of the folder counts not at all: what is refused counts as it last was."""
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -79,14 +84,19 @@ class _File(msgspec.Struct, frozen=True):
 class Folder:
     """The YAML files below a directory; hidden files and directories are left alone."""
 
-    def __init__(self, path: Path, *, may_be_empty: bool = False) -> None:
-        """`may_be_empty`: from the start, as a folder of our own is."""
+    def __init__(self, path: Path, *, may_be_empty: bool = False, keep: Path | None = None) -> None:
+        """`may_be_empty`: from the start, as a folder of our own is. `keep`: a directory of its own."""
         self._path = path
+        self._keep = keep
+        self._fresh: dict[str, bytes] = {}
+        """Files without errors of which it is not yet said in `keep` what they say."""
         self._is_awaited = not may_be_empty
         """It was never whole."""
         self._files: dict[str, _File] = {}
         self._counted: dict[str, Parsed] = {}
         """Of each file what counts; no object is in two of them."""
+        self._known: set[str] = set()
+        """Files that counted as they were at some time: those that are refused now count as they did then."""
         self._identity: tuple[int, int] | None = None
         """Of the folder that the files were in."""
         self._folder_errors: tuple[ConfigError, ...] = ()
@@ -111,8 +121,13 @@ class Folder:
     def read(self, sight: Sight) -> Content:
         """Reads the files that changed and forgets those that are gone."""
         files = self._expected(sight)
+        if not self._files:
+            self._counted = {name: good for name in files if (good := self._kept(name)) is not None}
+            self._known = {*self._counted}
         for name in self._files.keys() - files.keys():
             del self._files[name]
+            self._fresh.pop(name, None)
+            self._known.discard(name)
         for name, signature in files.items():
             before = self._files.get(name)
             if not signature or (before and before.signature == signature):
@@ -122,7 +137,35 @@ class Folder:
         self._folder_errors = _errors_of(sight)
         if "" not in sight.unreadable:
             self._identity = sight.identity
-        return self._content()
+        content = self._content()
+        self._keep_all()
+        return content
+
+    def _kept(self, name: str) -> Parsed | None:
+        """What a file counted as when somebody else read it."""
+        if self._keep is None:
+            return None
+        try:
+            parsed = parse((self._keep / _kept_as(name)).read_bytes(), _shown(name))
+        except OSError:
+            return None
+        return None if parsed.errors else parsed
+
+    def _keep_all(self) -> None:
+        """Of files that count as they are. What cannot be written is tried again."""
+        if self._keep is None:
+            return
+        try:
+            self._keep.mkdir(exist_ok=True)
+            for name in [name for name in self._fresh if name in self._files]:
+                if self._counted.get(name) is self._files[name].good:
+                    write_whole(self._keep / _kept_as(name), self._fresh.pop(name), mode=0o600)
+            there = {_kept_as(name) for name in self._files}
+            for path in self._keep.iterdir():
+                if path.name not in there:
+                    path.unlink()
+        except OSError as error:
+            log.warning("config_not_kept", path=str(self._keep), error=str(error))
 
     def _expected(self, sight: Sight) -> dict[str, Signature | None]:
         """The files that should be held: those seen, and those of which nothing could be seen."""
@@ -134,7 +177,7 @@ class Folder:
 
     def _read_file(self, name: str, signature: Signature, before: _File | None) -> _File | None:
         """None when it went since it was seen: the next look says what became of it."""
-        good = before.good if before else Parsed()
+        good = before.good if before else self._counted.get(name, Parsed())
         now_ns = time.time_ns()
         try:
             content = (self._path / name).read_bytes()
@@ -148,6 +191,8 @@ class Folder:
         if before and before.digest == digest:
             return msgspec.structs.replace(before, signature=settled)
         parsed = parse(content, _shown(name))
+        if self._keep is not None and not parsed.errors:
+            self._fresh[name] = content
         return _File(settled, digest, good if parsed.errors else parsed, parsed.errors)
 
     def _content(self) -> Content:
@@ -159,7 +204,11 @@ class Folder:
         )
         ignored = frozenset[str]().union(*(file.good.ignored for file in in_order))
         self._log_ignored(ignored)
-        if self._is_awaited and not (self._files or self._folder_errors):
+        for name, file in self._files.items():
+            if not file.errors and self._counted[name] is file.good:
+                self._known.add(name)
+        is_missing = self._is_awaited and not (self._files or self._folder_errors)
+        if is_missing:
             clashes = [ConfigError(".", 0, "", f"No YAML file in {self._path} yet {_FOR_NOTHING}")]
         errors = [*clashes, *(error for file in in_order for error in file.errors)]
         content = Content(
@@ -167,6 +216,7 @@ class Folder:
             errors=(*self._folder_errors, *sorted((*errors, *duplicates))),
             refused=(*self._folder_errors, *sorted(errors)),
             ignored=ignored,
+            is_known=not (self._folder_errors or is_missing) and self._files.keys() <= self._known,
         )
         self._is_awaited &= bool(content.refused)
         self._log_new_errors(content.errors)
@@ -273,6 +323,10 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 def _errors_of(sight: Sight) -> tuple[ConfigError, ...]:
     return tuple(ConfigError(_shown(place) or ".", 0, "", why) for place, why in sight.unreadable.items())
+
+
+def _kept_as(name: str) -> str:
+    return hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
 
 
 def _shown(name: str) -> str:

@@ -82,7 +82,7 @@ class GRPCRule(_Part, frozen=True, kw_only=True):
     name: str = ""
     matches: tuple[GRPCMatch, ...] = ()
     filters: Filters = ()
-    backend_refs: tuple[BackendRef, ...] = ()
+    backend_refs: Annotated[tuple[BackendRef, ...], msgspec.Meta(max_length=16)] = ()
     session_persistence: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:

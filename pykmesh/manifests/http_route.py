@@ -136,9 +136,9 @@ class Header(_Part, frozen=True, kw_only=True):
 
 
 class HeaderModifier(_Part, frozen=True, kw_only=True):
-    set: tuple[Header, ...] = ()
-    add: tuple[Header, ...] = ()
-    remove: tuple[HeaderName, ...] = ()
+    set: Annotated[tuple[Header, ...], msgspec.Meta(max_length=16)] = ()
+    add: Annotated[tuple[Header, ...], msgspec.Meta(max_length=16)] = ()
+    remove: Annotated[tuple[HeaderName, ...], msgspec.Meta(max_length=16)] = ()
 
 
 class PathModifierType(Enum):
@@ -348,7 +348,7 @@ class RouteRule(_Part, frozen=True, kw_only=True):
     name: str = ""
     matches: tuple[RouteMatch, ...] = (RouteMatch(),)
     filters: Filters = ()
-    backend_refs: tuple[BackendRef, ...] = ()
+    backend_refs: Annotated[tuple[BackendRef, ...], msgspec.Meta(max_length=16)] = ()
     timeouts: Timeouts = Timeouts()
     retry: Retry | None = None
     session_persistence: dict[str, Any] | None = None

@@ -5,6 +5,7 @@ A file is taken as a whole: with one error in it, none of its objects counts (th
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -222,7 +223,12 @@ class _Constructor(SafeConstructor):
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             seen.add(key.value)
         made = super().construct_mapping(node, deep)
-        return {key: value for key, value in made.items() if value is not None}
+        return {_as_text(key): value for key, value in made.items() if value is not None}
+
+
+def _as_text(key: Any) -> str:
+    """A key that YAML takes for a number or a truth (`on`), as JSON has it."""
+    return key if isinstance(key, str) else json.dumps(key, default=str)
 
 
 def _syntax_error(

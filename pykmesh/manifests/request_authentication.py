@@ -19,7 +19,7 @@ class _Part(msgspec.Struct, frozen=True, kw_only=True, rename="camel", gc=False,
 
 class JWTHeader(_Part, frozen=True, kw_only=True):
     name: HeaderName
-    prefix: str = ""
+    prefix: Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]*\Z", max_length=256)] = ""
 
 
 class ClaimToHeader(_Part, frozen=True, kw_only=True):

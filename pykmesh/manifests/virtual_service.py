@@ -6,7 +6,7 @@ Fields that exist are read even where nothing honours them: only so can they be 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -16,6 +16,7 @@ from pykmesh.manifests.names import PortNumber
 
 Status = Annotated[int, msgspec.Meta(ge=200, le=599)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=100)]
+_WholeShare = Annotated[int, msgspec.Meta(ge=0, le=100)]
 _Any = dict[str, Any]
 
 
@@ -25,14 +26,22 @@ class _Part(msgspec.Struct, frozen=True, kw_only=True, rename="camel", gc=False)
 
 _Printed = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]*\Z", max_length=4096)]
 """What may stand in a request's head."""
+_Some = Annotated[_Printed, msgspec.Meta(min_length=1)]
+_ParamName = Annotated[
+    str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]+\Z", min_length=1, max_length=256)
+]
+_DESTINATIONS_MAX: Final = 1000
+"""The sum of their weights must be less than 2^32."""
+_CHANGES_MAX: Final = 256
+"""Of headers in one place: Envoy takes a thousand of a route's in all."""
 
 
 class StringMatch(_Part, frozen=True, kw_only=True):
     """Of a header or parameter, with nothing said: that it is there."""
 
     exact: _Printed | None = None
-    prefix: _Printed | None = None
-    regex: _Printed | None = None
+    prefix: _Some | None = None
+    regex: _Some | None = None
 
     def __post_init__(self) -> None:
         if sum(one is not None for one in (self.exact, self.prefix, self.regex)) > 1:
@@ -51,7 +60,7 @@ class HTTPMatch(_Part, frozen=True, kw_only=True):
     authority: StringMatch | None = None
     headers: dict[HeaderName, StringMatch] = {}
     without_headers: dict[HeaderName, StringMatch] = {}
-    query_params: dict[_Printed, StringMatch] = {}
+    query_params: dict[_ParamName, StringMatch] = {}
     ignore_uri_case: bool = False
     port: PortNumber | None = None
     source_labels: dict[str, str] = {}
@@ -97,9 +106,9 @@ _SetName = Annotated[
 
 
 class HeaderOperations(_Part, frozen=True, kw_only=True):
-    set: dict[_SetName, _Printed] = {}
-    add: dict[HeaderName, _Printed] = {}
-    remove: tuple[HeaderName, ...] = ()
+    set: Annotated[dict[_SetName, _Printed], msgspec.Meta(max_length=_CHANGES_MAX)] = {}
+    add: Annotated[dict[HeaderName, _Printed], msgspec.Meta(max_length=_CHANGES_MAX)] = {}
+    remove: Annotated[tuple[HeaderName, ...], msgspec.Meta(max_length=_CHANGES_MAX)] = ()
 
 
 class Headers(_Part, frozen=True, kw_only=True):
@@ -133,9 +142,16 @@ class Redirect(_Part, frozen=True, kw_only=True):
             raise ValueError(f"redirectCode must be 301, 302, 303, 307 or 308: {self.redirect_code}")
 
 
+BODY_BYTES: Final = 4096
+
+
 class Body(_Part, frozen=True, kw_only=True):
-    string: Annotated[str, msgspec.Meta(pattern=r"^[^\ud800-\udfff]*\Z", max_length=4096)] | None = None
+    string: Annotated[str, msgspec.Meta(pattern=r"^[^\ud800-\udfff]*\Z")] | None = None
     bytes: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.string is not None and len(self.string.encode()) > BODY_BYTES:
+            raise ValueError(f"a body of more than {BODY_BYTES} bytes")
 
 
 class DirectResponse(_Part, frozen=True, kw_only=True):
@@ -144,7 +160,7 @@ class DirectResponse(_Part, frozen=True, kw_only=True):
 
 
 class RegexRewrite(_Part, frozen=True, kw_only=True):
-    match: Annotated[_Printed, msgspec.Meta(min_length=1)]
+    match: _Some
     rewrite: _Printed = ""
 
 
@@ -175,7 +191,7 @@ class Delay(_Part, frozen=True, kw_only=True):
     fixed_delay: PositiveDuration | None = None
     exponential_delay: GoDuration | None = None
     percentage: Percent | None = None
-    percent: int | None = None
+    percent: _WholeShare | None = None
 
 
 class Abort(_Part, frozen=True, kw_only=True):
@@ -214,7 +230,7 @@ class Delegate(_Part, frozen=True, kw_only=True):
 class HTTPRoute(_Part, frozen=True, kw_only=True):
     name: str = ""
     match: tuple[HTTPMatch, ...] = ()
-    route: tuple[RouteDestination, ...] = ()
+    route: Annotated[tuple[RouteDestination, ...], msgspec.Meta(max_length=_DESTINATIONS_MAX)] = ()
     redirect: Redirect | None = None
     direct_response: DirectResponse | None = None
     delegate: Delegate | None = None
@@ -225,8 +241,8 @@ class HTTPRoute(_Part, frozen=True, kw_only=True):
     mirror: Destination | None = None
     mirrors: tuple[Mirror, ...] = ()
     mirror_percentage: Percent | None = None
-    mirror_percent: int | None = None
-    mirror_percent_of_old: int | None = msgspec.field(name="mirror_percent", default=None)
+    mirror_percent: _WholeShare | None = None
+    mirror_percent_of_old: _WholeShare | None = msgspec.field(name="mirror_percent", default=None)
     cors_policy: CorsPolicy | None = None
     headers: Headers = Headers()
 
@@ -260,7 +276,7 @@ class L4Match(_Part, frozen=True, kw_only=True):
 
 class TCPRoute(_Part, frozen=True, kw_only=True):
     match: tuple[L4Match, ...] = ()
-    route: Annotated[tuple[RouteDestination, ...], msgspec.Meta(min_length=1)]
+    route: Annotated[tuple[RouteDestination, ...], msgspec.Meta(min_length=1, max_length=_DESTINATIONS_MAX)]
 
     def __post_init__(self) -> None:
         if len(self.route) > 1 and not sum(one.weight for one in self.route):

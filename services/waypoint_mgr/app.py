@@ -16,6 +16,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 import structlog
+from anyio.abc import TaskGroup
 
 from pykmesh.bus import BusUnavailableError, Headers
 from pykmesh.contracts import messages
@@ -35,7 +36,9 @@ from services.waypoint_mgr import announce, fleet, principals, tls
 from services.waypoint_mgr.ads import AdsServer, NodeStatus
 from services.waypoint_mgr.announce import Announced, Announcements, Announcer, Said
 from services.waypoint_mgr.attachments import Condition, listeners_of
-from services.waypoint_mgr.encode import EncodeError, resources
+from services.waypoint_mgr.blame import bootstrap_of, guilty
+from services.waypoint_mgr.encode import Resources, resources
+from services.waypoint_mgr.envoy import Json
 from services.waypoint_mgr.fleet import Fleet, Member
 from services.waypoint_mgr.instances import InstanceError, refusal
 from services.waypoint_mgr.keys import Keys, KeysError
@@ -61,6 +64,7 @@ SETTLE_S: Final = 0.02
 ENROLL_S: Final = 5.0
 RETRY_S: Final = 0.1
 KUBECONFIG_S: Final = 5.0
+WHY_MAX: Final = 500
 
 
 class WaypointMgr:
@@ -86,12 +90,17 @@ class WaypointMgr:
         self._reduced: dict[str, str] = {}
         """Waypoints whose Envoys refuse what was made of these objects, and why."""
         self._reduced_of: tuple[object, ...] = ()
+        self._blamed: dict[str, dict[ObjectRef, tuple[object, str]]] = {}
+        """By waypoint, objects that no Envoy takes, as they were then, and why."""
+        self._asking: set[str] = set()
+        """Waypoints of which it is being found out which objects those are."""
+        self._tasks: TaskGroup
         self._published_of: tuple[object, ...] = ()
-        """What was last made and published: objects, keys and roots."""
+        """What was last made and published: objects, keys, roots, and who was blamed."""
         self._report = ("", -1)
         self._mesh_is_due = True
         """What map_writer says of the mesh is to be asked for anew."""
-        self._names = runtime.settings.envoys_dir.absolute() / "principals"
+        self._names = runtime.settings.envoys_dir.absolute() / fleet.NAMES
         self._written: Mapping[str, bytes] | None = None
         self._nameless = list[str]()
         self.is_enrolled = False
@@ -117,7 +126,7 @@ class WaypointMgr:
         And nothing that guards goes while it is not whole.
         """
         self._errors = objects.errors
-        if self._objects is None and not objects.is_whole:
+        if self._objects is None and not objects.is_known:
             for error in objects.errors:
                 self._runtime.note_error("configuration_not_whole", error=error)
             return
@@ -146,6 +155,10 @@ class WaypointMgr:
 
     async def run(self) -> None:
         """Until cancelled."""
+        async with anyio.create_task_group() as self._tasks:
+            await self._follow()
+
+    async def _follow(self) -> None:
         asked = 0.0
         while True:
             with anyio.move_on_after(TICK_S):
@@ -166,16 +179,25 @@ class WaypointMgr:
         self._look_for_refusals(objects)
         self._look_for_ports()
         keys, roots = (self.keys.found, dict(self.keys.errors)), self.root_files.roots
-        made_of = (objects, self._mesh, sorted(self.members.members), dict(self._reduced), keys, roots)
+        blamed = self._blamed_now()
+        made_of = (
+            objects,
+            self._mesh,
+            sorted(self.members.members),
+            dict(self._reduced),
+            blamed,
+            keys,
+            roots,
+        )
         if self._mesh is not None and made_of != self._made_of:
             for name, waypoint in objects.waypoints.items():
                 await self._configure(name, waypoint, objects, self._mesh)
             self._forget(objects)
             try:
                 await anyio.to_thread.run_sync(self._good.keep, objects.waypoints)
-            except OSError as error:
+            except (OSError, TypeError, ValueError, RecursionError) as error:
                 self._runtime.note_error("last_good_not_kept", error=error)
-            self._made_of, self._published_of = made_of, (objects, keys[0], roots)
+            self._made_of, self._published_of = made_of, (objects, keys[0], roots, blamed)
         self._announce(objects)
 
     def _look_for_refusals(self, objects: Objects) -> None:
@@ -183,12 +205,15 @@ class WaypointMgr:
         made_of = objects, self.keys.found, self.root_files.roots
         if self._reduced_of != made_of:
             self._reduced, self._reduced_of = {}, made_of
-        if self._published_of != made_of:
+        if self._published_of != (*made_of, self._blamed_now()):
             return  # what they refuse was made of other ones
         for node_id, state in self._ads.status().items():
             member = self.members.members.get(node_id)
             if member is not None and (whys := [one.message for one in state.refusals if not one.is_its_own]):
-                self._reduce(member.waypoint, "; ".join(whys))
+                self._suspect(member.waypoint, "; ".join(whys), objects)
+
+    def _blamed_now(self) -> dict[str, dict[ObjectRef, tuple[object, str]]]:
+        return {name: {**found} for name, found in self._blamed.items()}
 
     def _look_for_ports(self) -> None:
         """An instance whose port is somebody else's gets its listener again: the port may be free by now."""
@@ -197,16 +222,60 @@ class WaypointMgr:
             if refused_at and time.time() - max(refused_at) > PORT_RETRY_S:
                 self._ads.retry(node_id)
 
-    def _reduce(self, name: str, why: str) -> None:
-        if name not in self._reduced:
+    def _suspect(self, name: str, why: str, objects: Objects) -> None:
+        """Its Envoys do not take what was made, or nothing can be made: they have what they had."""
+        if name not in self._reduced and name not in self._asking:
+            self._asking.add(name)
+            self._tasks.start_soon(self._find_guilty, name, why, objects)
+
+    async def _find_guilty(self, name: str, why: str, objects: Objects) -> None:
+        """Whose objects it is for; where that cannot be told, the waypoint gets less until they change."""
+        try:
+            found = await self._ask_envoy(name, objects)
+        except (InstanceError, OSError) as error:
+            log.info("nobody_blamed", waypoint=name, error=str(error))
+            found = {}
+        finally:
+            self._asking.discard(name)
+        known = objects.by_ref
+        for ref, because in found.items():
+            self._blamed.setdefault(name, {})[ref] = known[ref], because
+            self._runtime.note_error("object_refused", waypoint=name, object=ref, error=because)
+        if not found and self._reduced_of == (objects, self.keys.found, self.root_files.roots):
             self._reduced[name] = why
             self._runtime.note_error("configuration_reduced", waypoint=name, error=why)
-            self.wake()
+        self.wake()
+
+    async def _ask_envoy(self, name: str, objects: Objects) -> dict[ObjectRef, str]:
+        waypoint, mesh = objects.waypoints.get(name), self._mesh
+        if waypoint is None or mesh is None:
+            return {}
+        translated, wanted = self._translator(name, waypoint, objects, mesh), self._wanted(name, objects)
+
+        def made(without: Collection[ObjectRef]) -> Json | str:
+            """Or why nothing can be."""
+            try:
+                found = translated(wanted.blaming({**dict.fromkeys(without, ""), **wanted.blamed}))
+                resources(found, self.members.address, 1)
+            except Exception as error:  # noqa: BLE001  (what an object makes of the translation it is to blame for)
+                return _why(error)
+            return bootstrap_of(found)
+
+        async def refusal_without(refs: Collection[ObjectRef]) -> str:
+            config = await anyio.to_thread.run_sync(made, refs)
+            return config if isinstance(config, str) else await refusal(config)
+
+        return await guilty([ref for ref in objects.by_ref if ref not in wanted.blamed], refusal_without)
 
     def _forget(self, objects: Objects) -> None:
         """What waypoints and instances left that are gone."""
         for name in self._configurations.keys() - objects.waypoints.keys():
             del self._configurations[name]
+            self._blamed.pop(name, None)
+        now = objects.by_ref if self._blamed else {}
+        for blamed in self._blamed.values():
+            for ref in [ref for ref, (then, _) in blamed.items() if now.get(ref) != then]:
+                del blamed[ref]
         for node_id in self._ads.status().keys() - self.members.members.keys():
             self._ads.forget(node_id)
 
@@ -282,6 +351,27 @@ class WaypointMgr:
         yield from (name for name in objects.services if name.partition("/")[2] in hosts)
 
     async def _configure(self, name: str, waypoint: Gateway, objects: Objects, mesh: WaypointsReply) -> None:
+        """Where nothing can be made of what there is, it stays as it was, and others go on."""
+        translated = self._translator(name, waypoint, objects, mesh)
+        members = [member for member in self.members.members.values() if member.waypoint == name]
+        made: dict[str, Resources] = {}
+        try:
+            found = await anyio.to_thread.run_sync(self._translate, name, objects, translated)
+            for member in members:
+                made[member.name] = await anyio.to_thread.run_sync(
+                    resources, found, self.members.address, member.port
+                )
+        except Exception as error:  # noqa: BLE001  (what it is is told)
+            self._runtime.note_error("configuration_not_made", waypoint=name, error=_why(error))
+            self._suspect(name, _why(error), objects)
+            return
+        for member_name, found_resources in made.items():
+            self._ads.publish(member_name, found_resources)
+        self._configurations[name] = found
+
+    def _translator(
+        self, name: str, waypoint: Gateway, objects: Objects, mesh: WaypointsReply
+    ) -> Callable[[Wanted], Configuration]:
         """Also for services that may come by way of it: their connections must find it ready for them."""
         known = {service.name: service for service in mesh.services}
         namespaces = objects.namespaces_of(waypoint)
@@ -299,31 +389,15 @@ class WaypointMgr:
         users = [service for service in mesh.services if may_come(service)]
         family = 6 if ":" in self.members.address else 4
         clients = Clients(mesh.namespace_ids, mesh.account_ids, family, mesh.service_secret)
-        found = await anyio.to_thread.run_sync(
-            self._translate, name, waypoint, users, known, objects, clients
-        )
-        members = [member for member in self.members.members.values() if member.waypoint == name]
-        for member in members:
-            try:
-                made = await anyio.to_thread.run_sync(resources, found, self.members.address, member.port)
-            except EncodeError as error:
-                self._runtime.note_error("configuration_not_encoded", waypoint=name, error=error)
-                self._reduce(name, str(error))
-                return
-            self._ads.publish(member.name, made)
-        self._configurations[name] = found
+        names = self._names if principals.is_forwarded(waypoint.metadata.annotations) else None
+        domain, (spans, _) = self._settings.cluster_domain, self._spans(waypoint)
 
-    def _translate(
-        self,
-        name: str,
-        waypoint: Gateway,
-        users: list[MeshService],
-        known: dict[str, MeshService],
-        objects: Objects,
-        clients: Clients,
-    ) -> Configuration:
-        """A route that is wrong counts as it was when it was right."""
-        domain, services = self._settings.cluster_domain, objects.services
+        def translated(wanted: Wanted) -> Configuration:
+            return translate(waypoint, users, known, objects.services, wanted, domain, clients, spans, names)
+
+        return translated
+
+    def _wanted(self, name: str, objects: Objects) -> Wanted:
         wanted = Wanted(
             objects.routes,
             objects.policies,
@@ -335,24 +409,30 @@ class WaypointMgr:
             self.root_files.roots,
             namespaces=objects.namespaces,
         )
-        names = self._names if principals.is_forwarded(waypoint.metadata.annotations) else None
-        if name in self._reduced:
-            wanted = wanted.reduced
-        spans, _ = self._spans(waypoint)
-        found = translate(waypoint, users, known, services, wanted, domain, clients, spans, names)
+        if blamed := self._blamed.get(name):
+            now = objects.by_ref
+            wanted = wanted.blaming({ref: why for ref, (then, why) in blamed.items() if now.get(ref) == then})
+        return wanted.reduced if name in self._reduced else wanted
+
+    def _translate(
+        self, name: str, objects: Objects, translated: Callable[[Wanted], Configuration]
+    ) -> Configuration:
+        """A route that is wrong counts as it was when it was right."""
+        wanted = self._wanted(name, objects)
+        found = translated(wanted)
         refused = found.refused
         said: list[Route | Virtual] = [*objects.routes, *objects.virtuals]
         concerned = {condition.of for condition in (*found.conditions, *found.virtuals)}
         good = {each.ref: each for each in said if each.ref not in refused}
         before = self._good.of(name)
-        good |= {ref: before[ref] for ref in refused if ref in before}
+        blamed = [each for each in said if each.ref in wanted.blamed]
+        good |= {ref: before[ref] for ref in refused if ref in before and before[ref] not in blamed}
         self._good.note(name, {ref: each for ref, each in good.items() if ref in concerned})
         if refused.isdisjoint(good):
             return found
         routes = tuple(each for each in good.values() if isinstance(each, Route))
         virtuals = tuple(each for each in good.values() if isinstance(each, Virtual))
-        wanted = msgspec.structs.replace(wanted, routes=routes, virtuals=virtuals)
-        kept = translate(waypoint, users, known, services, wanted, domain, clients, spans, names)
+        kept = translated(msgspec.structs.replace(wanted, routes=routes, virtuals=virtuals))
         return msgspec.structs.replace(
             kept,
             conditions=_of(found.conditions, refused) + _but(kept.conditions, refused),
@@ -498,6 +578,10 @@ def _told(what: str, condition: Condition) -> dict[str, str]:
     }
 
 
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:WHY_MAX]
+
+
 def _of(said: tuple[Condition, ...], refs: Collection[ObjectRef]) -> tuple[Condition, ...]:
     return tuple(one for one in said if one.of in refs)
 
@@ -538,7 +622,9 @@ async def run(runtime: Runtime[WaypointMgrSettings]) -> None:
             tasks.start_soon(_follow_cluster, settings, manager, runtime.note_error)
         else:
             poll_s = settings.poll_ms / 1000
-            tasks.start_soon(watch, settings.config_dir, settings.cluster_domain, poll_s, manager.configured)
+            keep = settings.envoys_dir / fleet.KEPT
+            domain = settings.cluster_domain
+            tasks.start_soon(watch, settings.config_dir, keep, domain, poll_s, manager.configured)
         tasks.start_soon(manager.run)
         tasks.start_soon(manager.keys.run)
         tasks.start_soon(manager.root_files.run)

@@ -73,15 +73,20 @@ class Destinations:
         *,
         roots: tls.Roots = tls.NO_ROOTS,
         only_tls: bool = False,
+        blamed: Container[ObjectRef] = (),
         affine: Container[str] = (),
     ) -> None:
         """`only_tls`: nothing of rules counts but what they close, and all that is to be encrypted is.
 
-        `affine`: services whose clients keep to an endpoint, where no rule says how they are balanced.
+        `blamed`: the same, of these rules. `affine`: services whose clients keep to an endpoint, where no
+        rule says how they are balanced.
         """
         self._waypoint = waypoint
         self._affine = affine
         self._only_tls = only_tls
+        self._blamed = blamed
+        self._closing: set[ObjectRef] = set()
+        """Of rules that were merged those of which only what they close counts."""
         self._roots = roots
         self._unhashed: dict[ObjectRef, set[int]] = {}
         """Ports of connections, of which nothing but their source can be hashed."""
@@ -144,7 +149,8 @@ class Destinations:
                 self._nameless.setdefault(best.ref, {})[at.port] = why
         for each in policies:
             self._by_policy[each.by] = self._by_policy.get(each.by) or why
-        if wanted is None or why or self._only_tls:
+        best = self._best(at)
+        if wanted is None or why or (best.ref in self._closing if best else self._only_tls):
             return Encryption(is_closed=bool(wanted or why))
         options = {} if protocol is AppProtocol.TCP else tls.http_options(wanted)
         return Encryption({"transportSocket": tls.socket(wanted, protocol, self._roots)}, options)
@@ -207,7 +213,10 @@ class Destinations:
             self._used[each.ref] = spec, lost
         spec = msgspec.structs.replace(same[0].spec, traffic_policy=policy, subsets=tuple(subsets.values()))
         found = msgspec.structs.replace(same[0], spec=spec)
-        return _tls_alone(found) if self._only_tls else found
+        if not (self._only_tls or any(each.ref in self._blamed for each in same)):
+            return found
+        self._closing.add(found.ref)
+        return _tls_alone(found)
 
     def conditions(self) -> Iterator[Condition]:
         """Of those that were used."""

@@ -223,6 +223,11 @@ def _remembered(directory: Path) -> Member | None:
     return member
 
 
+KEPT: Final = "kept"
+NAMES: Final = "principals"
+"""Directories that are no instance's, whose names have a `~`."""
+
+
 class Fleet:
     """`changed` is called when an instance becomes ready, ends or leaves; `last_words` before it is ended."""
 
@@ -249,6 +254,8 @@ class Fleet:
         """Runs until cancelled; instances run on."""
         async with anyio.create_task_group() as self._tasks:
             for directory in sorted(self._settings.envoys_dir.glob("*/")):
+                if directory.name in (KEPT, NAMES):
+                    continue
                 found = _remembered(directory) or await self._recovered(directory)
                 if found is not None:
                     self._add(found)

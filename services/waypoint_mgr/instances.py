@@ -192,6 +192,8 @@ async def refusal(config: dict[str, Any]) -> str:
         result = await anyio.run_process([str(find_envoy()), *options], check=False)
     if not result.returncode:
         return ""
+    if result.returncode < 0:
+        raise InstanceError(f"an Envoy that was asked was ended by signal {-result.returncode}")
     lines = (result.stdout + result.stderr).decode(errors="replace").strip().splitlines()
     return lines[-1] if lines else f"exit status {result.returncode}"
 

@@ -13,6 +13,7 @@ import msgspec
 import structlog
 
 from pykmesh.files import write_whole
+from pykmesh.manifests.addresses import parse_text
 from pykmesh.manifests.objects import ObjectRef
 from services.waypoint_mgr.source import Route, Virtual
 
@@ -45,10 +46,10 @@ class LastGood:
         self._is_written = True
         self._found: dict[str, dict[ObjectRef, Route | Virtual]] = {}
         try:
-            kept = msgspec.json.decode(path.read_bytes(), type=dict[str, _Kept])
+            kept = msgspec.json.decode(path.read_bytes(), type=dict[str, _Kept], dec_hook=parse_text)
         except FileNotFoundError:
             return
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, msgspec.MsgspecError, RecursionError) as error:
             log.warning("last_good_not_read", path=str(path), error=str(error))
             return
         self._found = {name: one.by_ref for name, one in kept.items()}
@@ -67,5 +68,5 @@ class LastGood:
             self._is_written = False
         if not self._is_written:
             kept = {name: _Kept.of(one.values()) for name, one in self._found.items()}
-            write_whole(self._path, msgspec.json.encode(kept))
+            write_whole(self._path, msgspec.json.encode(kept, enc_hook=str))
             self._is_written = True

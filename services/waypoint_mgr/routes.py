@@ -17,7 +17,7 @@ from pykmesh.contracts.handoff import told_address
 from pykmesh.contracts.waypoints import MeshService, is_workload, namespace_of
 from pykmesh.kernel.records import ip_from_text
 from pykmesh.manifests.http_route import HTTPMethod, RouteMatch
-from pykmesh.manifests.objects import Gateway, Labels, ObjectRef, Service, SessionAffinity
+from pykmesh.manifests.objects import Gateway, Labels, ObjectRef, Service, SessionAffinity, ref_of
 from services.waypoint_mgr import cors, envoy, principals
 from services.waypoint_mgr.attachments import (
     ACCEPTED,
@@ -104,6 +104,25 @@ class Wanted(msgspec.Struct, frozen=True):
     """Nothing of DestinationRules counts but what they close."""
     namespaces: Mapping[str, Labels] = {}
     """The labels of each that is said."""
+    blamed: Mapping[ObjectRef, str] = {}
+    """Objects that no Envoy takes, and why: of those nothing counts but that they guard."""
+    blamed_routes: Sequence[Route] = ()
+
+    def blaming(self, blamed: Mapping[ObjectRef, str]) -> Wanted:
+        """Without these, but what they guard is closed."""
+        return msgspec.structs.replace(
+            self,
+            routes=[each for each in self.routes if each.ref not in blamed],
+            virtuals=[each for each in self.virtuals if each.ref not in blamed],
+            policies=[each.denying_all if each.ref in blamed else each for each in self.policies],
+            authentications=[
+                each.with_issuers_alone(NO_KEYS) if each.ref in blamed else each
+                for each in self.authentications
+            ],
+            backend_tls=[each._replace(tls=None) if each.by in blamed else each for each in self.backend_tls],
+            blamed=blamed,
+            blamed_routes=[each for each in self.routes if each.ref in blamed],
+        )
 
     @property
     def reduced(self) -> Wanted:
@@ -158,11 +177,13 @@ class _Translation:
             wanted.backend_tls,
             roots=wanted.roots,
             only_tls=wanted.only_tls,
+            blamed=wanted.blamed,
             affine=affine,
         )
         self._tokens = Tokens(waypoint, mesh, wanted.authentications, wanted.key_errors)
         self._virtuals = VirtualServices(waypoint, mesh, wanted.virtuals, self._destinations)
         self._logs = waypoint.metadata.annotations.get(ACCESS_LOG) == "true"
+        self._blamed = [*_blamed(waypoint, wanted, attach(waypoint, mesh, wanted.blamed_routes).conditions)]
         self._spans = spans
         self._tracing = spans.tracing(f"{waypoint.name}.{waypoint.namespace}") if spans else None
         self._first = [principals.script(names)] if names else []
@@ -234,11 +255,11 @@ class _Translation:
                 for at, way in ways.items()
             },
             protocols=spoken | self._protocols,
-            conditions=(*self._attached.conditions, *without),
-            policies=tuple(guard.conditions()),
-            destinations=tuple(destinations.conditions()),
-            virtuals=tuple(self._virtuals.conditions()),
-            authentications=tuple(self._tokens.conditions()),
+            conditions=(*self._attached.conditions, *without, *self._blamed_of(*_ROUTES)),
+            policies=(*guard.conditions(), *self._blamed_of("AuthorizationPolicy")),
+            destinations=(*destinations.conditions(), *self._blamed_of(*_DESTINATIONS)),
+            virtuals=(*self._virtuals.conditions(), *self._blamed_of("VirtualService")),
+            authentications=(*self._tokens.conditions(), *self._blamed_of("RequestAuthentication")),
             conflicts=tuple(told.conflicts),
             misread=(
                 *principals.misread(self._waypoint.metadata.annotations),
@@ -246,12 +267,28 @@ class _Translation:
             ),
         )
 
+    def _blamed_of(self, *kinds: str) -> Iterator[Condition]:
+        return (one for one in self._blamed if one.of.kind in kinds)
+
     def _spoken(self) -> dict[Port, AppProtocol]:
         """To the endpoints of each port: of one that is reached straight too, what routes to it carry."""
         return self._protocols | {
             at: max(self._protocols.get(at, AppProtocol.TCP), self._mesh.protocol(at, carries))
             for at, carries in self._as_backend.items()
         }
+
+
+_ROUTES: Final = ("HTTPRoute", "GRPCRoute", "TCPRoute")
+_DESTINATIONS: Final = ("DestinationRule", "BackendTLSPolicy")
+
+
+def _blamed(waypoint: Gateway, wanted: Wanted, of_routes: Iterable[Condition]) -> Iterator[Condition]:
+    """What is told of each, at what it names."""
+    others = wanted.blamed.keys() - {each.ref for each in wanted.blamed_routes}
+    said = [Condition(ref, ref_of(waypoint), ACCEPTED, True, ACCEPTED) for ref in sorted(others)]
+    for one in (*said, *(each for each in of_routes if each.type == ACCEPTED)):
+        message = f"no Envoy takes it: {wanted.blamed[one.of]}"
+        yield msgspec.structs.replace(one, status=False, reason=UNSUPPORTED_VALUE, message=message)
 
 
 def _passing(mesh: Mesh, guard: Guard, logs: bool, told: _Told) -> Iterator[Json]:

@@ -350,7 +350,8 @@ def _host_set_by(modifier: HeaderModifier) -> Json:
 
 
 def _response_headers(modifier: HeaderModifier) -> Json:
-    return {"responseHeadersToAdd": _headers(modifier), "responseHeadersToRemove": list(modifier.remove)}
+    removed = [name for name in modifier.remove if not _is_host(name)]  # which no response has
+    return {"responseHeadersToAdd": _headers(modifier), "responseHeadersToRemove": removed}
 
 
 def _headers(modifier: HeaderModifier) -> list[Json]:

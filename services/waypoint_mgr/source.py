@@ -14,7 +14,7 @@ import anyio.to_thread
 import msgspec
 
 from pykmesh.contracts.address import ROOT_NAMESPACE
-from pykmesh.manifests.authorization_policy import Action, AuthorizationPolicySpec
+from pykmesh.manifests.authorization_policy import Action, AuthorizationPolicySpec, Rule
 from pykmesh.manifests.destination_rule import ClientTLS, DestinationRuleSpec
 from pykmesh.manifests.folder import Folder
 from pykmesh.manifests.http_route import HTTPRouteSpec, whole_kind
@@ -110,6 +110,12 @@ class Policy(msgspec.Struct, frozen=True):
         return self.spec.action in (Action.DENY, Action.CUSTOM)
 
     @property
+    def denying_all(self) -> Policy:
+        """Of one that no Envoy takes: whom it is for nobody reaches."""
+        spec = msgspec.structs.replace(self.spec, action=Action.DENY, rules=(Rule(),))
+        return self if self.is_dry_run else msgspec.structs.replace(self, spec=spec)
+
+    @property
     def not_enforced(self) -> str:
         """Why it refuses nothing; "" if it is enforced."""
         if self.is_dry_run:
@@ -138,6 +144,10 @@ class Authentication(msgspec.Struct, frozen=True):
         return self._with(
             msgspec.structs.replace(rule, jwks=keys, jwks_uri="") for rule in self.spec.jwt_rules
         )
+
+    def with_issuers_alone(self, keys: str) -> Authentication:
+        """Nothing but whose tokens these are to be. None is good."""
+        return self._with(JWTRule(issuer=rule.issuer, jwks=keys) for rule in self.spec.jwt_rules)
 
     def with_keys(self, found: Mapping[str, str]) -> Authentication:
         """With the keys of places that are known, as if they stood in it."""
@@ -322,7 +332,9 @@ class Objects(msgspec.Struct, frozen=True):
     """Those that are said, with their labels."""
     errors: tuple[str, ...] = ()
     is_whole: bool = True
-    """False when a file that was never good is missing in it."""
+    """False when a file, or part of one, counts as it last was, or not at all."""
+    is_known: bool = True
+    """False when something counts not at all that never was good."""
     ignored: tuple[str, ...] = ()
     """Kinds of Istio and Gateway API that are there and not read."""
 
@@ -334,6 +346,7 @@ class Objects(msgspec.Struct, frozen=True):
         *,
         errors: Iterable[str] = (),
         is_whole: bool = True,
+        is_known: bool = True,
         ignored: Iterable[str] = (),
         classes: Collection[str] = WAYPOINT_CLASSES,
     ) -> Objects:
@@ -369,8 +382,18 @@ class Objects(msgspec.Struct, frozen=True):
             namespaces={o.name: o.labels for o in objects if isinstance(o, Namespace)},
             errors=tuple(errors),
             is_whole=is_whole,
+            is_known=is_known,
             ignored=tuple(sorted(kind for kind in ignored if kind.partition("/")[0].endswith(_OF_MESHES))),
         )
+
+    @property
+    def by_ref(self) -> dict[ObjectRef, object]:
+        """All that an Envoy may be told of."""
+        parts = (self.routes, self.virtuals, self.policies, self.authentications, self.destinations)
+        found: dict[ObjectRef, object] = {each.ref: each for part in parts for each in part}
+        for tls in self.backend_tls:
+            found[tls.by] = found.get(tls.by, ()), tls
+        return found
 
     def namespaces_of(self, waypoint: Gateway) -> set[str]:
         """Those whose services may come by way of it any moment: its own, and guests that name it."""
@@ -420,9 +443,11 @@ def _by_mesh_name(objects: Iterable[_T], domain: str) -> dict[str, _T]:
     return {mesh_name(obj.namespace, obj.name, domain): obj for obj in objects}
 
 
-async def watch(path: Path, domain: str, poll_s: float, changed: Callable[[Objects], None]) -> None:
+async def watch(
+    path: Path, keep: Path, domain: str, poll_s: float, changed: Callable[[Objects], None]
+) -> None:
     """Tells what the folder says, now and whenever that changes. Runs until cancelled."""
-    folder = Folder(path)
+    folder = Folder(path, keep=keep)
     last: Objects | None = None
     while True:
         sight = await anyio.to_thread.run_sync(folder.look)
@@ -433,6 +458,7 @@ async def watch(path: Path, domain: str, poll_s: float, changed: Callable[[Objec
                 domain,
                 errors=map(str, content.errors),
                 is_whole=not content.refused,
+                is_known=content.is_known,
                 ignored=content.ignored,
             )
             if found != last:

@@ -298,3 +298,38 @@ def test_kinds_that_are_not_read_are_logged_once_by_name(tmp_path: Path) -> None
         write(tmp_path / "b.yaml", {"apiVersion": "v1", "kind": "Secret"})
         _read(folder)
     assert [entry["kinds"] for entry in logs] == [["Secret", "apps/Deployment"]]
+
+
+def test_what_counts_of_each_file_counts_for_who_comes_after(tmp_path: Path) -> None:
+    folder, keep = tmp_path / "manifests", tmp_path / "kept"
+    folder.mkdir()
+
+    def anew() -> tuple[list[str], bool]:
+        content = _read(Folder(folder, keep=keep))
+        return _names(content), content.is_known
+
+    write(folder / "a.yaml", pod("a"))
+    write(folder / "b.yaml", pod("b"))
+    assert anew() == (["a", "b"], True)
+    (folder / "a.yaml").write_text("{")
+    assert anew() == (["a", "b"], True)
+    write(folder / "c.yaml", pod("b"), pod("c"))
+    assert anew() == (["a", "b"], False), "nobody knows what c was"
+    write(folder / "c.yaml", pod("c"))
+    assert anew() == (["a", "b", "c"], True)
+    write(folder / "c.yaml", pod("a"))
+    assert anew() == (["a", "b", "c"], True), "a is the file's that had it"
+    (folder / "a.yaml").unlink()
+    (folder / "b.yaml").unlink()
+    assert anew() == (["a"], True)
+    assert len([*keep.iterdir()]) == 1
+
+
+def test_of_a_file_that_is_wrong_and_was_never_read_nothing_is_known(tmp_path: Path) -> None:
+    folder = tmp_path / "manifests"
+    folder.mkdir()
+    write(folder / "a.yaml", pod("a"))
+    (folder / "b.yaml").write_text("{")
+    for keep in (None, tmp_path / "kept"):
+        assert not _read(Folder(folder, keep=keep)).is_known
+    assert not _read(Folder(tmp_path / "none", keep=tmp_path / "kept")).is_known

@@ -139,11 +139,18 @@ def test_what_envoy_refuses_though_it_seemed_right_holds_up_nothing_else(routed:
         "spec": {"targetRefs": [target], "jwtRules": [rule]},
     }
     routed.node.write("jwt", text(wrong))
-    until(lambda: status(routed)["reduced"], "Envoy to refuse it")
+
+    def told() -> str:
+        return next(
+            (one["message"] for one in status(routed)["authentications"] if one["status"] == "False"), ""
+        )
+
+    until(lambda: "no Envoy takes it" in told(), "it to be found")
     routed.node.write("route", text(route({"backendRefs": [{"name": "v2", "port": 80}]})))
     until(lambda: ask(routed, 20) == {(200, "v2"): 20}, "a route that came later")
+    assert status(routed)["reduced"] == ""
     routed.node.write("jwt", "# gone\n")
-    until(lambda: not status(routed)["reduced"], "all to be well again")
+    until(lambda: status(routed)["authentications"] == [], "all to be well again")
 
 
 class KeySet(BaseHTTPRequestHandler):
