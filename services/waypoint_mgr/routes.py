@@ -398,8 +398,11 @@ def _route_configuration(
                 fields = name | {"match": asked_for} | action.fields
                 fields = _kept(fields, sorted(action.backends), destinations)
                 entries.append(_Entry(asked, (rank(match), age(route), len(entries)), fields))
-    names = sorted({name for entry in entries for name in entry.hosts})
-    return _with_hosts(at, [_host(name, entries) for name in names]), frozenset(backends)
+    by_host: dict[str, list[_Entry]] = {}
+    for entry in entries:
+        for host in dict.fromkeys(entry.hosts):
+            by_host.setdefault(host, []).append(entry)
+    return _with_hosts(at, [_host(name, by_host) for name in sorted(by_host)]), frozenset(backends)
 
 
 def _kept(route: Json, backends: Iterable[Port], destinations: Destinations) -> Json:
@@ -414,23 +417,24 @@ def _with_hosts(at: Port, hosts: list[Json]) -> Json:
     return {"name": at.cluster, "virtualHosts": hosts, "ignorePortInHostMatching": True}
 
 
-def _host(name: str, entries: Iterable[_Entry]) -> Json:
+def _host(name: str, by_host: Mapping[str, list[_Entry]]) -> Json:
     """Requests of a host go by the routes that name it, then by those that name it less exactly."""
-    found = []
-    for entry in entries:
-        nearness = [near for host in entry.hosts if (near := _covers(host, name))]
-        if nearness:
-            found.append((-max(nearness), entry.order, entry.fields))
-    found.sort(key=lambda item: item[:2])
-    return _virtual_host(name, [fields for _, _, fields in found])
+    seen, found = set[int](), list[Json]()
+    for host in _covering(name):
+        new = [entry for entry in by_host.get(host, ()) if id(entry) not in seen]
+        seen.update(map(id, new))
+        found += [entry.fields for entry in sorted(new, key=lambda entry: entry.order)]
+    return _virtual_host(name, found)
 
 
-def _covers(host: str, name: str) -> int:
-    """How exactly `host` means `name`, both may have a wildcard; 0 if it does not."""
-    if host == name:
-        return len(host) + 1000
-    is_below = host.startswith("*") and name.endswith(host[1:])
-    return len(host) if is_below else 0
+def _covering(name: str) -> Iterator[str]:
+    """The names of hosts, which may have a wildcard, that mean this one too: the most exact first."""
+    yield name
+    yield from (
+        wider for at, letter in enumerate(name) if letter == "." and (wider := f"*{name[at:]}") != name
+    )
+    if name != _ANY_HOST:
+        yield _ANY_HOST
 
 
 def _virtual_host(name: str, routes: list[Json]) -> Json:

@@ -228,3 +228,44 @@ def test_what_one_tenant_configures_is_its_own_business(calm: Mesh) -> None:
         until(lambda: get(calm, "three-a")[0] == 500, "the tenant's own answer")
 
     counted(calm, ("one", "two", "three-b"), misconfigure)
+
+
+def test_a_broken_file_of_one_tenant_keeps_nobody_back_also_when_all_is_read_anew(calm: Mesh) -> None:
+    node = calm.node
+    node.write("three", text(failing_route("three-a")))
+    until(lambda: get(calm, "three-a")[0] == 500, "the tenant's own route")
+    node.write("three", "{")
+    node.kill("waypoint_mgr")
+    node.until_ready()
+    node.write("route", text(failing_route("two")))
+    until(lambda: get(calm, "two")[0] == 500, "a route that another wrote later")
+    assert get(calm, "three-a")[0] == 500, "as it last was"
+    node.write("three", "# none\n")
+    until(lambda: get(calm, "three-a") == (200, "three-a"), "the file to be read")
+
+
+def test_what_no_envoy_takes_of_a_guest_leaves_the_other_guests_guarded(calm: Mesh) -> None:
+    """A key whose point is on no curve."""
+    key = {"kty": "EC", "crv": "P-256", "alg": "ES256", "x": "AQAB", "y": "AQAB"}
+
+    def target(name: str, kind: str, spec: dict[str, Any]) -> Object:
+        to_web = {"group": "", "kind": "Service", "name": "web"}
+        metadata = {"name": "guard", "namespace": name}
+        spec = {"targetRefs": [to_web], **spec}
+        return {"apiVersion": "security.istio.io/v1", "kind": kind, "metadata": metadata, "spec": spec}
+
+    def told() -> list[str]:
+        return [one["message"] for one in waypoints(calm)["three/shared"]["authentications"]]
+
+    rule = {"issuer": "i", "jwks": json.dumps({"keys": [key]})}
+    deny = target("three-b", "AuthorizationPolicy", {"action": "DENY", "rules": [{}]})
+    wrong = target("three-a", "RequestAuthentication", {"jwtRules": [rule]})
+    calm.node.write("three", text(wrong))
+    until(lambda: any("no Envoy takes it" in one for one in told()), "it to be found")
+    calm.node.write("guard", text(deny))
+    until(lambda: get(calm, "three-b")[0] == 403, "a policy that came later")
+    assert get(calm, "three-a") == (200, "three-a"), "a request without a token"
+    calm.node.write("three", "# none\n")
+    until(lambda: told() == [], "all to be well again")
+    assert get(calm, "three-b")[0] == 403
+    calm.node.write("guard", "# none\n")
