@@ -5,6 +5,7 @@ A service is named `namespace/hostname`, as in the workload API. Messages of the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Final
 
 import msgspec
@@ -90,6 +91,9 @@ class MeshService(_Part, frozen=True):
     owned: list[str] = []
 
 
+_LISTED: Final = ("backends", "client_namespaces", "client_accounts")
+
+
 class WaypointsRequest(_Part, frozen=True):
     """`waypoints`: the waypoints' own services.
 
@@ -108,6 +112,23 @@ class WaypointsRequest(_Part, frozen=True):
     workload_namespaces: list[str] = []
     """Namespaces of which all workloads are wanted."""
     with_principals: bool = False
+
+    def pages(self, size: int) -> Iterator[WaypointsRequest]:
+        """Which together ask for the same, with about so many bytes of names each at the most.
+
+        What namespaces and waypoints bring is in the answer of the first.
+        """
+        rest = self
+        page: dict[str, list[str]] = {kind: [] for kind in _LISTED}
+        left = size
+        for kind, name in ((each, name) for each in _LISTED for name in getattr(self, each)):
+            if left <= 0:
+                yield msgspec.structs.replace(rest, **page)
+                rest = WaypointsRequest(self.version, [], [], [], revisions=self.revisions)
+                page, left = {kind: [] for kind in _LISTED}, size
+            page[kind].append(name)
+            left -= len(name.encode())
+        yield msgspec.structs.replace(rest, **page)
 
 
 ClientId = Annotated[bytes, msgspec.Meta(min_length=ID_BYTES, max_length=ID_BYTES)]
@@ -139,3 +160,13 @@ class WaypointsReply(_Part, frozen=True):
     """By their SPIFFE names without the scheme. An account that is in several trust domains has none."""
     service_secret: ServiceSecret = NO_SERVICE_SECRET
     """What IPv6 services' addresses are hashed with (`contracts.handoff`)."""
+
+    def with_page(self, other: WaypointsReply) -> WaypointsReply:
+        """And what is in the answer to another page."""
+        return msgspec.structs.replace(
+            self,
+            is_synced=self.is_synced and other.is_synced,
+            services=[*{each.name: each for each in (*other.services, *self.services)}.values()],
+            namespace_ids={**self.namespace_ids, **other.namespace_ids},
+            account_ids={**self.account_ids, **other.account_ids},
+        )

@@ -154,4 +154,4 @@ class AuthorizationPolicySpec(TargetedSpec, frozen=True, kw_only=True):
 
     action: Action = Action.ALLOW
     provider: dict[str, Any] | None = None
-    rules: tuple[Rule, ...] = ()
+    rules: Annotated[tuple[Rule, ...], msgspec.Meta(max_length=512)] = ()

@@ -8,7 +8,7 @@ for it stands in the address that Envoy is told, by which it chooses a chain of 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from pykmesh.contracts.handoff import ALL_BITS, told_address
 from pykmesh.kernel.records import ip_from_text
@@ -64,13 +64,47 @@ def _condition(condition: Json, ranges: set[Range]) -> _Holds:
         case "andRules" | "andIds":
             return _both(_conditions(said, ranges))
         case "orRules" | "orIds":
-            return _either(_conditions(said, ranges))
+            return _either(_alternatives(said, ranges))
         case _:
             return lambda _: None
 
 
 def _conditions(said: Json, ranges: set[Range]) -> list[_Holds]:
     return [_condition(part, ranges) for parts in said.values() for part in parts]
+
+
+def _alternatives(said: Json, ranges: set[Range]) -> list[_Holds]:
+    """Those that ask for an address, of which there may be thousands, as one."""
+    parts = [*_flat(said)]
+    asked = [each["destinationIp"] for each in parts if "destinationIp" in each]
+    wanted = {Range(each["addressPrefix"], each["prefixLen"]) for each in asked}
+    ranges |= wanted
+    others = [_condition(each, ranges) for each in parts if "destinationIp" not in each]
+    return [_within_any(wanted), *others] if wanted else others
+
+
+def _flat(said: Json) -> Iterator[Json]:
+    """What stands in alternatives of alternatives."""
+    for part in (part for some in said.values() for part in some):
+        nested = part.get("orRules") or part.get("orIds")
+        if nested:
+            yield from _flat(nested)
+        else:
+            yield part
+
+
+def _within_any(wanted: set[Range]) -> _Holds:
+    beginnings: dict[int, set[int]] = {}
+    for one in wanted:
+        rest = ALL_BITS - one.bits
+        beginnings.setdefault(rest, set()).add(int(ipaddress.IPv6Address(one.address)) >> rest)
+
+    def holds(client: _Client) -> bool:
+        return any(
+            client[1] >= ALL_BITS - rest and client[0] >> rest in some for rest, some in beginnings.items()
+        )
+
+    return holds
 
 
 def _within(wanted: Range) -> _Holds:
@@ -89,15 +123,25 @@ def _opposite(part: _Holds) -> _Holds:
 
 def _both(parts: Sequence[_Holds]) -> _Holds:
     def holds(client: _Client) -> bool | None:
-        known = {part(client) for part in parts}
-        return False if False in known else None if None in known else True
+        known: bool | None = True
+        for part in parts:
+            found = part(client)
+            if found is False:
+                return False
+            known = known and found
+        return known
 
     return holds
 
 
 def _either(parts: Sequence[_Holds]) -> _Holds:
     def holds(client: _Client) -> bool | None:
-        known = {part(client) for part in parts}
-        return True if True in known else None if None in known else False
+        known: bool | None = False
+        for part in parts:
+            found = part(client)
+            if found:
+                return True
+            known = None if found is None else known
+        return known
 
     return holds

@@ -18,7 +18,7 @@ import msgspec
 import structlog
 from anyio.abc import TaskGroup
 
-from pykmesh.bus import BusUnavailableError, Headers
+from pykmesh.bus import Bus, BusUnavailableError, Headers
 from pykmesh.contracts import messages
 from pykmesh.contracts.enrollment import Action, EnrollmentError, ask_for_cgroup
 from pykmesh.contracts.messages import ContractError, MapReport, Subject
@@ -85,8 +85,10 @@ class WaypointMgr:
         self._configurations: dict[str, Configuration] = {}
         self._good = LastGood(self._settings.envoys_dir / FILE)
         """By waypoint: one that does not take a route has no opinion of it."""
-        self._made_of: tuple[object, ...] | None = None
-        """What the configurations were made of."""
+        self._made_of: dict[str, tuple[object, ...]] = {}
+        """By waypoint, what its configuration was made of."""
+        self._making: set[str] = set()
+        """Waypoints whose configuration is being made: none waits for another's."""
         self._reduced: dict[str, str] = {}
         """Waypoints whose Envoys refuse what was made of these objects, and why."""
         self._reduced_of: tuple[object, ...] = ()
@@ -95,8 +97,6 @@ class WaypointMgr:
         self._asking: set[str] = set()
         """Waypoints of which it is being found out which objects those are."""
         self._tasks: TaskGroup
-        self._published_of: tuple[object, ...] = ()
-        """What was last made and published: objects, keys, roots, and who was blamed."""
         self._report = ("", -1)
         self._mesh_is_due = True
         """What map_writer says of the mesh is to be asked for anew."""
@@ -178,42 +178,47 @@ class WaypointMgr:
             self._mesh_is_due |= not await self._ask(objects)
         self._look_for_refusals(objects)
         self._look_for_ports()
-        keys, roots = (self.keys.found, dict(self.keys.errors)), self.root_files.roots
-        blamed = self._blamed_now()
-        made_of = (
-            objects,
-            self._mesh,
-            sorted(self.members.members),
-            dict(self._reduced),
-            blamed,
-            keys,
-            roots,
-        )
-        if self._mesh is not None and made_of != self._made_of:
-            for name, waypoint in objects.waypoints.items():
-                await self._configure(name, waypoint, objects, self._mesh)
-            self._forget(objects)
-            try:
-                await anyio.to_thread.run_sync(self._good.keep, objects.waypoints)
-            except (OSError, TypeError, ValueError, RecursionError) as error:
-                self._runtime.note_error("last_good_not_kept", error=error)
-            self._made_of, self._published_of = made_of, (objects, keys[0], roots, blamed)
+        for name, waypoint in waypoints if self._mesh is not None else ():
+            made_of = self._make_of(name, objects)
+            if name not in self._making and self._made_of.get(name) != made_of:
+                self._making.add(name)
+                self._tasks.start_soon(self._make, name, waypoint, objects, made_of)
+        self._forget(objects)
         self._announce(objects)
+
+    def _make_of(self, name: str, objects: Objects) -> tuple[object, ...]:
+        """All that a waypoint's configuration is made of now."""
+        members = sorted(each.name for each in self.members.members.values() if each.waypoint == name)
+        blamed, reduced = {**self._blamed.get(name, {})}, name in self._reduced
+        keys = self.keys.found, dict(self.keys.errors)
+        return objects, self._mesh, members, reduced, blamed, keys, self.root_files.roots
+
+    async def _make(
+        self, name: str, waypoint: Gateway, objects: Objects, made_of: tuple[object, ...]
+    ) -> None:
+        try:
+            if self._mesh is not None:
+                await self._configure(name, waypoint, objects, self._mesh)
+            self._made_of[name] = made_of
+            known = self._objects.waypoints if self._objects else ()
+            await anyio.to_thread.run_sync(self._good.keep, known)
+        except (OSError, TypeError, ValueError, RecursionError) as error:
+            self._runtime.note_error("last_good_not_kept", error=error)
+        finally:
+            self._making.discard(name)
+            self.wake()
 
     def _look_for_refusals(self, objects: Objects) -> None:
         """What an Envoy refuses holds up all that comes after: until what it is of changes it gets less."""
         made_of = objects, self.keys.found, self.root_files.roots
         if self._reduced_of != made_of:
             self._reduced, self._reduced_of = {}, made_of
-        if self._published_of != (*made_of, self._blamed_now()):
-            return  # what they refuse was made of other ones
         for node_id, state in self._ads.status().items():
             member = self.members.members.get(node_id)
-            if member is not None and (whys := [one.message for one in state.refusals if not one.is_its_own]):
-                self._suspect(member.waypoint, "; ".join(whys), objects)
-
-    def _blamed_now(self) -> dict[str, dict[ObjectRef, tuple[object, str]]]:
-        return {name: {**found} for name, found in self._blamed.items()}
+            if member is None or self._made_of.get(name := member.waypoint) != self._make_of(name, objects):
+                continue  # what it refuses was made of other ones
+            if whys := [one.message for one in state.refusals if not one.is_its_own]:
+                self._suspect(name, "; ".join(whys), objects)
 
     def _look_for_ports(self) -> None:
         """An instance whose port is somebody else's gets its listener again: the port may be free by now."""
@@ -271,7 +276,8 @@ class WaypointMgr:
         """What waypoints and instances left that are gone."""
         for name in self._configurations.keys() - objects.waypoints.keys():
             del self._configurations[name]
-            self._blamed.pop(name, None)
+            for known in (self._blamed, self._made_of):
+                known.pop(name, None)
         now = objects.by_ref if self._blamed else {}
         for blamed in self._blamed.values():
             for ref in [ref for ref, (then, _) in blamed.items() if now.get(ref) != then]:
@@ -301,14 +307,14 @@ class WaypointMgr:
             any(principals.is_forwarded(each.metadata.annotations) for each in objects.waypoints.values()),
         )
         try:
-            data = await bus.request(Subject.WAYPOINTS, messages.encode(request))
-            reply = messages.decode(WaypointsReply, data)
+            reply = await _ask_in_pages(bus, request)
         except (BusUnavailableError, ContractError) as error:
             log.info("mesh_awaited", error=str(error))
             return False
         if reply.is_synced:
             await self._write_names(reply.principals if request.with_principals else None)
-            self._mesh = msgspec.structs.replace(reply, principals={})
+            mesh = msgspec.structs.replace(reply, principals={})
+            self._mesh = self._mesh if self._mesh == mesh else mesh
         return reply.is_synced
 
     async def _write_names(self, found: Mapping[str, bytes] | None) -> None:
@@ -352,11 +358,11 @@ class WaypointMgr:
 
     async def _configure(self, name: str, waypoint: Gateway, objects: Objects, mesh: WaypointsReply) -> None:
         """Where nothing can be made of what there is, it stays as it was, and others go on."""
-        translated = self._translator(name, waypoint, objects, mesh)
+        translated, wanted = self._translator(name, waypoint, objects, mesh), self._wanted(name, objects)
         members = [member for member in self.members.members.values() if member.waypoint == name]
         made: dict[str, Resources] = {}
         try:
-            found = await anyio.to_thread.run_sync(self._translate, name, objects, translated)
+            found = await anyio.to_thread.run_sync(self._translate, name, objects, wanted, translated)
             for member in members:
                 made[member.name] = await anyio.to_thread.run_sync(
                     resources, found, self.members.address, member.port
@@ -415,10 +421,9 @@ class WaypointMgr:
         return wanted.reduced if name in self._reduced else wanted
 
     def _translate(
-        self, name: str, objects: Objects, translated: Callable[[Wanted], Configuration]
+        self, name: str, objects: Objects, wanted: Wanted, translated: Callable[[Wanted], Configuration]
     ) -> Configuration:
         """A route that is wrong counts as it was when it was right."""
-        wanted = self._wanted(name, objects)
         found = translated(wanted)
         refused = found.refused
         said: list[Route | Virtual] = [*objects.routes, *objects.virtuals]
@@ -557,6 +562,19 @@ class WaypointMgr:
         if self._objects is None or not self._objects.is_anothers(name):
             return []
         return [f"{name} is a Service of its own: what would go by way of the waypoint is refused"]
+
+
+async def _ask_in_pages(bus: Bus, request: WaypointsRequest) -> WaypointsReply:
+    """Whatever tenants name, no message is larger than the bus takes."""
+
+    async def asked(page: WaypointsRequest) -> WaypointsReply:
+        return messages.decode(WaypointsReply, await bus.request(Subject.WAYPOINTS, messages.encode(page)))
+
+    first, *rest = request.pages(messages.BATCH_BYTES)
+    found = await asked(first)
+    for page in rest:
+        found = found.with_page(await asked(page))
+    return found
 
 
 def _instance(member: Member, state: NodeStatus | None) -> dict[str, Any]:
