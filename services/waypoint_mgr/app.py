@@ -134,7 +134,7 @@ class WaypointMgr:
             objects = objects.with_guards_of(self._objects)
         self._objects = objects
         used = (each for each in objects.authentications if each.services or each.waypoints or each.classes)
-        self.keys.want(rule for each in used for rule in each.spec.jwt_rules)
+        self.keys.want((each.ref.namespace, rule) for each in used for rule in each.spec.jwt_rules)
         roots = {path for each in objects.destinations for path in tls.files(each.spec)}
         self.root_files.want(roots | ({tls.SYSTEM_ROOTS} if objects.backend_tls else set()))
         self._mesh_is_due = True

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from itertools import chain, islice, zip_longest
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -30,7 +32,8 @@ LOOK_S: Final = 0.5
 TIMEOUT_S: Final = 5.0
 TIMEOUT_MAX_S: Final = 30.0
 BYTES_MAX: Final = 1 << 20
-AT_ONCE: Final = 16
+AT_ONCE: Final = 4
+"""Of one namespace: those of others do not wait for places that are slow."""
 PLACES_MAX: Final = 1024
 """Everybody who may write a RequestAuthentication may have this process ask somewhere."""
 CHECK_S: Final = 30.0
@@ -76,16 +79,26 @@ class Keys:
         """Of each place that is wanted, when it is asked next."""
         self._timeouts: dict[str, float] = {}
         self._retry_s: dict[str, float] = {}
-        self._limit = anyio.Semaphore(AT_ONCE)
+        self._namespaces: dict[str, str] = {}
+        self._limits: defaultdict[str, anyio.Semaphore] = defaultdict(lambda: anyio.Semaphore(AT_ONCE))
 
-    def want(self, rules: Iterable[JWTRule]) -> None:
-        """Those of all rules, and no others; of too many those that come first."""
-        timeouts = {
-            place: min(rule.timeout.seconds if rule.timeout else 0, TIMEOUT_MAX_S) or TIMEOUT_S
-            for rule in rules
-            if (place := place_of(rule))
-        }
-        self._timeouts = dict([*timeouts.items()][:PLACES_MAX])
+    def want(self, rules: Iterable[tuple[str, JWTRule]]) -> None:
+        """Those of all rules, each with the namespace of who says it, and no others.
+
+        Of too many the first of each namespace, then the second of each, and so on.
+        """
+        timeouts: dict[str, float] = {}
+        of: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        for namespace, rule in rules:
+            if place := place_of(rule):
+                timeout_s = min(rule.timeout.seconds if rule.timeout else 0, TIMEOUT_MAX_S) or TIMEOUT_S
+                timeouts[place], of[namespace][place] = timeout_s, None
+        in_turn = chain.from_iterable(zip_longest(*([(p, n) for p in places] for n, places in of.items())))
+        first: dict[str, str] = {}
+        for place, namespace in filter(None, in_turn):
+            first.setdefault(place, namespace)
+        self._namespaces = dict(islice(first.items(), PLACES_MAX))
+        self._timeouts = {place: timeouts[place] for place in self._namespaces}
         now = time.monotonic()
         self._due = {place: self._due.get(place, now) for place in self._timeouts}
         self.found = {place: keys for place, keys in self.found.items() if place in self._due}
@@ -108,7 +121,7 @@ class Keys:
 
     async def _ask(self, place: str) -> None:
         try:
-            async with self._limit:
+            async with self._limits[self._namespaces.get(place, "")]:
                 keys = await self._fetch(place, self._timeouts.get(place, TIMEOUT_S))
                 if keys != self.found.get(place):
                     with anyio.fail_after(CHECK_S):

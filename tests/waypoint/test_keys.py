@@ -161,7 +161,7 @@ async def test_what_no_envoy_would_take_takes_the_place_of_nothing() -> None:
     rule = JWTRule(issuer="i", jwks_uri="http://here/keys")
     changes: list[int] = []
     found = Keys(lambda: changes.append(1), Places(["right", *["wrong"] * 10_000]), check)
-    found.want([rule])
+    found.want([("shop", rule)])
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(found.run)
         await until_changed(changes, 2)
@@ -203,7 +203,7 @@ async def test_what_was_fetched_stays_good_until_something_else_is() -> None:
     changes: list[int] = []
     places = Places([None, None, "first", "first", None, None, "second", *["second"] * 10_000])
     found = Keys(lambda: changes.append(1), places)
-    found.want([rule])
+    found.want([("shop", rule)])
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(found.run)
         seen = []
@@ -222,9 +222,9 @@ async def test_what_is_wanted_no_more_is_forgotten() -> None:
     found = Keys(lambda: changes.append(1), places)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(found.run)
-        found.want([JWTRule(issuer="i", jwks_uri="http://one/", timeout=None)])
+        found.want([("shop", JWTRule(issuer="i", jwks_uri="http://one/", timeout=None))])
         await until_changed(changes, 1)
-        found.want([JWTRule(issuer="i", jwks_uri="http://two/")])
+        found.want([("shop", JWTRule(issuer="i", jwks_uri="http://two/"))])
         assert found.found == {}
         with anyio.fail_after(10):
             while not found.found:  # noqa: ASYNC110  (one that was under way may be told first)
@@ -234,10 +234,31 @@ async def test_what_is_wanted_no_more_is_forgotten() -> None:
     assert places.asked[0] == ("http://one/", keys.TIMEOUT_S)
 
 
-async def test_of_too_many_places_the_rest_is_told() -> None:
+async def test_of_too_many_places_each_namespace_has_its_share_and_the_rest_is_told() -> None:
     found = Keys(lambda: None, Places([]))
-    rules = [JWTRule(issuer="i", jwks_uri=f"http://here/{n}") for n in range(keys.PLACES_MAX + 2)]
-    found.want(rules)
-    assert found.errors.keys() == {rule.jwks_uri for rule in rules[-2:]}
-    found.want(rules[1:])
-    assert found.errors.keys() == {rules[-1].jwks_uri}
+    many = [("many", JWTRule(issuer="i", jwks_uri=f"http://here/{n}")) for n in range(keys.PLACES_MAX + 2)]
+    few = [("few", JWTRule(issuer="i", jwks_uri=f"http://there/{n}")) for n in range(2)]
+    found.want(many)
+    assert found.errors.keys() == {rule.jwks_uri for _, rule in many[-2:]}
+    found.want([*many[1:], *few])
+    assert found.errors.keys() == {rule.jwks_uri for _, rule in many[-3:]}
+
+
+async def test_nobody_waits_for_places_of_another_namespace_that_are_slow() -> None:
+    async def fetch(place: str, _: float) -> str:
+        if place.startswith("http://slow/"):
+            await anyio.sleep_forever()
+        return "keys"
+
+    found = Keys(lambda: None, fetch)
+    slow = [("many", JWTRule(issuer="i", jwks_uri=f"http://slow/{n}")) for n in range(keys.AT_ONCE * 10)]
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(found.run)
+        found.want(slow)
+        await anyio.sleep(0.1)
+        found.want([*slow, ("few", JWTRule(issuer="i", jwks_uri="http://quick/"))])
+        with anyio.fail_after(10):
+            while not found.found:  # noqa: ASYNC110  (the loop is the test's own)
+                await anyio.sleep(0.005)
+        tasks.cancel_scope.cancel()
+    assert found.found == {"http://quick/": "keys"}
