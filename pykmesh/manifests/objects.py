@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import Enum
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Final, TypeAlias
 
 import msgspec
 
@@ -390,11 +390,22 @@ class AllowedRoutes(_Manifest, frozen=True, kw_only=True):
     """None: those that there are."""
 
 
+_WAYPOINTS_SPEAK: Final = ("HBONE", "HTTP", "TCP")
+
+
 class GatewayListener(_Manifest, frozen=True, kw_only=True):
     name: str
     port: PortNumber
     protocol: str
     allowed_routes: AllowedRoutes = AllowedRoutes()
+    hostname: str = ""
+    tls: dict[str, Any] | None = None
+
+    @property
+    def ignored(self) -> list[str]:
+        """What a waypoint passes over: its connections come from the kernel, whatever a listener says."""
+        found = [name for name in ("hostname", "tls") if getattr(self, name)]
+        return found if self.protocol in _WAYPOINTS_SPEAK else [*found, f"protocol {self.protocol}"]
 
     def takes(self, kind: str) -> bool:
         """Routes of a kind of Gateway API's."""
@@ -417,6 +428,25 @@ class GatewayAddress(_Manifest, frozen=True, kw_only=True):
 class GatewaySpec(_Manifest, frozen=True, kw_only=True):
     gateway_class_name: str
     listeners: tuple[GatewayListener, ...] = ()
+    addresses: tuple[dict[str, Any], ...] = ()
+    infrastructure: dict[str, Any] | None = None
+    allowed_listeners: dict[str, Any] | None = None
+    default_scope: str = ""
+    tls: dict[str, Any] | None = None
+
+    @property
+    def ignored(self) -> list[str]:
+        """What a waypoint passes over."""
+        own = {
+            "addresses": self.addresses, "infrastructure": self.infrastructure, "tls": self.tls,
+            "allowedListeners": self.allowed_listeners, "defaultScope": self.default_scope,
+        }  # fmt: skip
+        found = [name for name, said in own.items() if said]
+        names = [each.name for each in self.listeners]
+        found += [
+            f"listeners: several are called {name}" for name in dict.fromkeys(names) if names.count(name) > 1
+        ]
+        return found + [f"listeners[{each.name}].{what}" for each in self.listeners for what in each.ignored]
 
 
 class GatewayStatus(_Manifest, frozen=True, kw_only=True):
@@ -446,9 +476,11 @@ class Gateway(_Object, frozen=True, kw_only=True):
 
     @property
     def misread(self) -> list[str]:
-        """Labels of it that say what nobody understands."""
-        known = self._is_for in ("service", "workload", "all", "none")
-        return [] if known else [f"label {WAYPOINT_FOR}: {self._is_for!r} is not known, so it is for nothing"]
+        """What it says that nobody understands, or looks at."""
+        found = [f"spec.{what} is passed over" for what in self.spec.ignored]
+        if self._is_for not in ("service", "workload", "all", "none"):
+            found.append(f"label {WAYPOINT_FOR}: {self._is_for!r} is not known, so it is for nothing")
+        return found
 
     def lets_in(
         self, namespace: str, labels: Labels, listeners: Iterable[GatewayListener] | None = None

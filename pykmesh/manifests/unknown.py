@@ -16,6 +16,7 @@ from pykmesh.manifests.objects import (
     AuthorizationPolicy,
     BackendTLSPolicy,
     DestinationRule,
+    Gateway,
     GRPCRoute,
     HTTPRoute,
     Object,
@@ -26,7 +27,7 @@ from pykmesh.manifests.objects import (
 
 WHOLE: Final[tuple[type[Object], ...]] = (
     HTTPRoute, GRPCRoute, TCPRoute, VirtualService, DestinationRule, AuthorizationPolicy,
-    RequestAuthentication, BackendTLSPolicy,
+    RequestAuthentication, BackendTLSPolicy, Gateway,
 )  # fmt: skip
 
 

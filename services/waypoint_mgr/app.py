@@ -46,10 +46,10 @@ from services.waypoint_mgr.last_good import FILE, LastGood
 from services.waypoint_mgr.policies import Clients, names_in, unenforced
 from services.waypoint_mgr.requests import Reporter
 from services.waypoint_mgr.root_files import RootFiles
-from services.waypoint_mgr.routes import Configuration, Wanted, translate
-from services.waypoint_mgr.scaling import policy_of
+from services.waypoint_mgr.routes import ACCESS_LOG, Configuration, Wanted, translate
+from services.waypoint_mgr.scaling import SCALING, policy_of
 from services.waypoint_mgr.source import Objects, Route, Virtual, mesh_name, watch
-from services.waypoint_mgr.spans import Spans, spans_of
+from services.waypoint_mgr.spans import PERCENT, Spans, spans_of
 from services.waypoint_mgr.tokens import bootstrap_with
 from services.waypoint_mgr.unused import unused
 
@@ -65,6 +65,9 @@ ENROLL_S: Final = 5.0
 RETRY_S: Final = 0.1
 KUBECONFIG_S: Final = 5.0
 WHY_MAX: Final = 500
+OURS: Final = "pykmesh.io/"
+ANNOTATIONS: Final = {ACCESS_LOG, principals.FORWARD, PERCENT, *SCALING}
+"""Of Gateways."""
 
 
 class WaypointMgr:
@@ -552,6 +555,7 @@ class WaypointMgr:
             "namespaces_turned_away": sorted((self._objects or Objects()).turned_away(gateway)),
             "annotations_misread": [
                 *gateway.misread,
+                *_unknown_annotations(gateway),
                 *policy_of(gateway.metadata.annotations)[1],
                 *self._spans(gateway)[1],
                 *found.misread,
@@ -575,6 +579,16 @@ async def _ask_in_pages(bus: Bus, request: WaypointsRequest) -> WaypointsReply:
     for page in rest:
         found = found.with_page(await asked(page))
     return found
+
+
+def _unknown_annotations(gateway: Gateway) -> Iterator[str]:
+    """Of ours those that there are not, or that are neither true nor false."""
+    said = gateway.metadata.annotations
+    for name in sorted(said):
+        if name.startswith(OURS) and name not in ANNOTATIONS:
+            yield f"{name}: there is no such annotation"
+    if said.get(ACCESS_LOG, "false") not in ("true", "false"):
+        yield f"{ACCESS_LOG} is {said[ACCESS_LOG]!r}, neither true nor false: nothing is logged"
 
 
 def _instance(member: Member, state: NodeStatus | None) -> dict[str, Any]:

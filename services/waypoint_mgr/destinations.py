@@ -41,6 +41,9 @@ _BALANCERS: Final = {
     SimpleLB.LEAST_REQUEST: "LEAST_REQUEST",
 }
 _RING_SIZE: Final = 1024
+_RING_MAX: Final = 65_536
+_TABLE_MAX: Final = 65_537
+"""Envoy's own of Maglev. Each subset has one, and who shares the waypoint shares its memory."""
 _PARTS: Final = ("load_balancer", "connection_pool", "outlier_detection", "tls")
 """Of what is said of all ports, or of one."""
 VERSION_LABELS: Final = (
@@ -296,6 +299,11 @@ def _left_out(policy: PortPolicy | TrafficPolicy, roots: tls.Roots) -> Iterator[
         yield "loadBalancer.warmup"
     if balancer.simple is SimpleLB.PASSTHROUGH:
         yield "loadBalancer.simple PASSTHROUGH"
+    if (hashes := balancer.consistent_hash) is not None:
+        if _ring_size(hashes) > _RING_MAX:
+            yield f"loadBalancer.consistentHash minimumRingSize of more than {_RING_MAX}"
+        if hashes.maglev and hashes.maglev.table_size > _TABLE_MAX:
+            yield f"loadBalancer.consistentHash.maglev tableSize of more than {_TABLE_MAX}"
     cookie = balancer.consistent_hash.http_cookie if balancer.consistent_hash else None
     if cookie and cookie.attributes:
         yield "loadBalancer.consistentHash.httpCookie.attributes"
@@ -384,10 +392,15 @@ def _balancer(balancer: LoadBalancer) -> Json:
     if hashes is None:
         return {"lbPolicy": _BALANCERS[balancer.simple]} if balancer.simple in _BALANCERS else {}
     if hashes.maglev:
-        table = {"tableSize": hashes.maglev.table_size} if hashes.maglev.table_size else {}
+        size = min(hashes.maglev.table_size, _TABLE_MAX)
+        table = {"tableSize": size} if size else {}
         return {"lbPolicy": "MAGLEV", "maglevLbConfig": table}
-    own = hashes.ring_hash.minimum_ring_size if hashes.ring_hash else hashes.minimum_ring_size
+    own = min(_ring_size(hashes), _RING_MAX)
     return {"lbPolicy": "RING_HASH", "ringHashLbConfig": {"minimumRingSize": own or _RING_SIZE}}
+
+
+def _ring_size(hashes: ConsistentHash) -> int:
+    return hashes.ring_hash.minimum_ring_size if hashes.ring_hash else hashes.minimum_ring_size
 
 
 def _hash_policy(hashes: ConsistentHash) -> Json:

@@ -20,6 +20,7 @@ CPU: Final = "pykmesh.io/target-cpu-percent"
 CONNECTIONS: Final = "pykmesh.io/target-connections"
 SCALE_IN_AFTER: Final = "pykmesh.io/scale-in-after"
 MEMORY: Final = "pykmesh.io/max-memory-mib"
+SCALING: Final = (LEAST, MOST, CPU, CONNECTIONS, SCALE_IN_AFTER, MEMORY)
 
 CPU_PERCENT_MAX: Final = 90
 """More could not be exceeded by more than the tolerance."""

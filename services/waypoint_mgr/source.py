@@ -50,7 +50,7 @@ from services.waypoint_mgr.keys import place_of
 from services.waypoint_mgr.protocols import AppProtocol
 
 DRY_RUN: Final = "istio.io/dry-run"
-_OF_MESHES: Final = (".istio.io", "gateway.networking.k8s.io")
+_OF_MESHES: Final = (".istio.io", "gateway.networking.k8s.io", "gateway.networking.x-k8s.io")
 _T = TypeVar("_T", bound=Object)
 
 
@@ -222,6 +222,13 @@ class Virtual(msgspec.Struct, frozen=True):
     def is_for_mesh(self) -> bool:
         """Not for gateways at the edge alone."""
         return not self.spec.gateways or "mesh" in self.spec.gateways
+
+    @property
+    def delegates(self) -> Iterator[ObjectRef]:
+        """Those that it leaves some of its requests to."""
+        for route in self.spec.http:
+            if (to := route.delegate) is not None:
+                yield ObjectRef(self.ref.kind, to.namespace or self.ref.namespace, to.name)
 
     def whole(self, host: str) -> str:
         """A short name is one of its own namespace."""

@@ -65,10 +65,12 @@ class Tokens:
         self._key_errors = key_errors or {}
         self._of_all, self._of_services = targeted(found, waypoint, mesh)
         self._dropped: dict[ObjectRef, dict[str, None]] = {}
+        self._asked: set[ObjectRef] = set()
 
     def filters(self, at: Port) -> list[Json]:
         """Of a port's chain: at most one, which is asked before policies are."""
         own = [*self._of_all, *(one for one in self._of_services if at.service in one.services)]
+        self._asked.update(one.ref for one in own)
         rules = [
             (f"{one.ref.namespace}/{one.ref.name}[{index}]", one, rule)
             for one in own
@@ -88,6 +90,9 @@ class Tokens:
     def conditions(self) -> Iterator[Condition]:
         """After the chains of all ports are made."""
         parent = ref_of(self._waypoint)
+        for one in self._of_services:
+            if one.ref not in self._asked:
+                self._drop(one.ref, "all of it: no port of what it is for carries HTTP")
         for one in (*self._of_all, *self._of_services):
             yield Condition(one.ref, parent, ACCEPTED, True, ACCEPTED)
             if dropped := self._dropped.get(one.ref):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
+from pykmesh.contracts.address import ROOT_NAMESPACE
 from pykmesh.manifests.objects import ObjectRef
 from services.waypoint_mgr.source import Destination, EntryHost, Objects, Route, Virtual, mesh_name
 
@@ -28,14 +29,24 @@ def unused(
         if len(lost) == len(route.spec.parent_refs):
             found[route.ref] = "; ".join(lost)
     by_waypoint, spoken_to = [*map(_names, served)], [*map(_names, known)]
+    delegates = {ref for virtual in objects.virtuals for ref in virtual.delegates}
     for virtual in objects.virtuals:
-        if virtual.is_for_mesh and virtual.spec.hosts and (why := _why_not(virtual, by_waypoint)):
+        if not virtual.is_for_mesh:
+            found[virtual.ref] = f"it is for the gateways {', '.join(virtual.spec.gateways)} alone"
+        elif not virtual.spec.hosts:
+            if virtual.ref not in delegates:
+                found[virtual.ref] = "it has no hosts, and no other delegates to it"
+        elif why := _why_not(virtual, by_waypoint):
             found[virtual.ref] = f"{why} that goes by way of a waypoint: {', '.join(virtual.spec.hosts)}"
+    of_waypoints = {each.namespace for each in objects.waypoints.values()}
     for rule in objects.destinations:
+        own = rule.ref.namespace
+        may_say = own == ROOT_NAMESPACE or own in of_waypoints
         if rule.spec.workload_selector is not None:
             found[rule.ref] = "workloadSelector: it is for sidecars"
-        elif why := _why_not(rule, spoken_to):
-            found[rule.ref] = f"{why} that a waypoint speaks to: {rule.host}"
+        elif why := _why_not(rule, [each for each in spoken_to if may_say or each[0] == own]):
+            of_it = "" if may_say else " of its namespace"
+            found[rule.ref] = f"{why}{of_it} that a waypoint speaks to: {rule.host}"
     return found
 
 

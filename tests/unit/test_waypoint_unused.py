@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pykmesh.manifests.objects import Gateway
 from pykmesh.manifests.parse import parse
 from services.waypoint_mgr.source import Objects
 from services.waypoint_mgr.unused import unused
@@ -153,3 +154,48 @@ spec: {host: shop, trafficPolicy: {tls: {mode: SIMPLE}}}
     assert now.with_guards_of(before) == before
     assert before.with_guards_of(before) == before
     assert before.with_guards_of(now) == before
+
+
+def test_what_is_for_others_alone_is_told() -> None:
+    edge = virtual("shop").replace("hosts: [shop]", "hosts: [shop]\n  gateways: [ingress/edge]")
+    assert why(edge) == "it is for the gateways ingress/edge alone"
+    both = virtual("shop").replace("hosts: [shop]", "hosts: [shop]\n  gateways: [ingress/edge, mesh]")
+    assert why(both) == ""
+    assert (
+        why(virtual("shop").replace("hosts: [shop]", "")) == "it has no hosts, and no other delegates to it"
+    )
+    elsewhere = RULE.format(host=f"shop.shop.svc.{DOMAIN}", rest="").replace(
+        "namespace: shop", "namespace: guest"
+    )
+    assert why(elsewhere).startswith("there is no host of its namespace that a waypoint speaks to")
+    root = elsewhere.replace("namespace: guest", "namespace: istio-system")
+    assert why(root) == ""
+
+
+def test_what_a_waypoint_passes_over_of_its_gateway_is_told() -> None:
+    listeners = """
+  listeners:
+  - {name: a, port: 15008, protocol: HBONE}
+  - {name: a, port: 443, protocol: HTTPS, hostname: x.example, tls: {mode: Terminate}}
+  addresses: [{value: 10.0.0.1}]
+  infrastructure: {labels: {a: b}}
+"""
+    text = OBJECTS.replace(
+        "spec: {gatewayClassName: pykmesh-waypoint}", "spec:\n  gatewayClassName: pykmesh-waypoint"
+    )
+    found = parse((text.rstrip() + listeners).encode(), "a.yaml")
+    assert not found.errors
+    (gateway,) = (each.object for each in found.objects if isinstance(each.object, Gateway))
+    assert gateway.misread == [
+        f"spec.{what} is passed over"
+        for what in (
+            "addresses",
+            "infrastructure",
+            "listeners: several are called a",
+            "listeners[a].hostname",
+            "listeners[a].tls",
+            "listeners[a].protocol HTTPS",
+        )
+    ]
+    misspelt = text.rstrip() + listeners.replace("infrastructure", "infrastucture")
+    assert [error.field for error in parse(misspelt.encode(), "a.yaml").errors] == ["spec.infrastucture"]

@@ -17,7 +17,7 @@ from pykmesh.contracts.waypoints import Endpoint
 from pykmesh.manifests.destination_rule import SimpleLB
 from pykmesh.manifests.objects import DestinationRule, VirtualService, from_plain
 from pykmesh.manifests.parse import parse
-from services.waypoint_mgr.destinations import Destinations, Encryption
+from services.waypoint_mgr.destinations import Destinations, Encryption, cluster_fields
 from services.waypoint_mgr.envoy import Port
 from services.waypoint_mgr.protocols import AppProtocol
 from services.waypoint_mgr.routes import Wanted, translate
@@ -137,6 +137,24 @@ async def test_requests_with_one_header_keep_their_endpoint(
         each = [await found.who(5, **{"x-user": str(user)}) for user in range(20)]
         assert all(len(who) == 1 for who in each)
         assert Counter(who for found in each for who in found).keys() == {"v1", "v2"}
+
+
+@pytest.mark.parametrize(
+    ("how", "field", "most"),
+    [
+        ({"ringHash": {"minimumRingSize": 1_000_000}}, ("ringHashLbConfig", "minimumRingSize"), 65_536),
+        ({"minimumRingSize": 65_536}, ("ringHashLbConfig", "minimumRingSize"), 65_536),
+        ({"maglev": {"tableSize": 5_000_011}}, ("maglevLbConfig", "tableSize"), 65_537),
+    ],
+)
+def test_a_table_is_no_larger_than_the_others_can_spare(
+    how: dict[str, Any], field: tuple[str, str], most: int
+) -> None:
+    rules = Destinations(gateway(), [destination(hashed(**how))])
+    fields = cluster_fields(rules.policy(Port(named("shop", "web"), 80)))
+    assert fields[field[0]][field[1]] == most
+    told = [one.message for one in rules.conditions() if one.message]
+    assert bool(told) == (most != how.get("minimumRingSize")), told
 
 
 async def test_a_cookie_is_made_for_who_has_none(folder: Path, backends: dict[str, Backend]) -> None:

@@ -16,6 +16,7 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
+from pykmesh.contracts.waypoints import Endpoint
 from pykmesh.manifests.objects import AuthorizationPolicy, RequestAuthentication, from_plain
 from services.waypoint_mgr.attachments import Condition
 from services.waypoint_mgr.source import Authentication, Policy, Route
@@ -311,3 +312,16 @@ def test_one_without_targets_is_nobodys() -> None:
 def test_a_spec_that_is_wrong_is_refused(said: dict[str, Any], why: str) -> None:
     with pytest.raises(msgspec.ValidationError, match=why):
         authentication(said)
+
+
+@pytest.mark.parametrize("name", ["http", "tcp"])
+def test_one_for_ports_that_carry_no_http_is_told_to_look_at_nothing(name: str) -> None:
+    world = World()
+    world.add_user(
+        mesh_service("shop", "web", {80: [Endpoint("127.0.0.1", 9)]}, [ADDRESS]),
+        kubernetes_service("shop", "web", {"port": 80, "name": name}),
+    )
+    world.authentications = [authentication(rule())]
+    told = [one.message for one in world.configuration().authentications if one.message]
+    nothing = "not honoured: all of it: no port of what it is for carries HTTP"
+    assert told == ([] if name == "http" else [nothing])
