@@ -197,5 +197,5 @@ def test_what_a_waypoint_passes_over_of_its_gateway_is_told() -> None:
             "listeners[a].protocol HTTPS",
         )
     ]
-    misspelt = text.rstrip() + listeners.replace("infrastructure", "infrastucture")
-    assert [error.field for error in parse(misspelt.encode(), "a.yaml").errors] == ["spec.infrastucture"]
+    misspelt = text.rstrip() + listeners.replace("infrastructure", "infra")
+    assert [error.field for error in parse(misspelt.encode(), "a.yaml").errors] == ["spec.infra"]
