@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import anyio
 import anyio.abc
@@ -27,6 +27,7 @@ import structlog
 from pykmesh.contracts import enrollment
 from pykmesh.contracts.enrollment import EnrollmentError, ask_for_front, ask_for_fronts_alone
 from pykmesh.files import write_whole
+from pykmesh.manifests.names import PortNumber
 from services.waypoint_mgr.announce import Place
 from services.waypoint_mgr.fronts import Front, FrontError, listening_socket
 from services.waypoint_mgr.instances import UNHEARD, EnvoyProcess, InstanceError, Spec, adopt, start
@@ -59,8 +60,8 @@ class _Kept(msgspec.Struct, frozen=True):
     """What an instance's directory says. `front` is the port at which connections to its waypoint come in."""
 
     waypoint: str
-    port: int
-    front: int = 0
+    port: PortNumber
+    front: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
     leaving: bool = False
 
 
