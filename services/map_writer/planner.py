@@ -279,10 +279,28 @@ class Planner:
         if self._leaving and (self._refused_services or self._refused_places):
             yield from self._plan_touched(mesh, Touched())
 
+    def _refused_with_room(self) -> tuple[list[str], list[Place]]:
+        """What did not fit, and may now: nothing of what misses room in a map that is still full."""
+        held, limits = self.held, self._limits
+        has_ports, has_slots = len(held.services) < limits.services, self._free_slots > 0
+        has_addresses, has_ranges = len(held.addresses) < limits.addresses, len(held.ranges) < limits.ranges
+        services = [
+            name
+            for name, refused in self._refused_services.items()
+            if (has_ports if name in refused else has_slots) or (has_slots and len(refused) > 1)
+        ]
+        places = [
+            place
+            for place in self._refused_places
+            if (has_ranges if place in held.addresses else has_addresses)
+        ]
+        return services, places
+
     def _plan_touched(self, mesh: Mesh, touched: Touched) -> Iterator[Step]:
         self._leaving.clear()
-        touched.add(self._refused_services, self._refused_places)
-        touched.add((), mesh.vip_places(self._refused_services))
+        touched.add(*self._refused_with_room())
+        refused = [name for name in touched.services if name in self._refused_services]
+        touched.add((), mesh.vip_places(refused))
         mesh.touch_waypoint_users(touched)
         self.recalled.touch(mesh, touched)
         batches = _Batches()
