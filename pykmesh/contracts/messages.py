@@ -57,6 +57,10 @@ class Resource(_Message, frozen=True):
     value: bytes
 
 
+NO_NAME: Final = "(no name)"
+"""Among the names of what was rejected: something without one."""
+
+
 class ConfigBatch(_Message, frozen=True):
     """Changes in order: removals first, then upserts. `seq` counts up by one within an `epoch`.
 

@@ -108,7 +108,7 @@ class WaypointsRequest(_Part, frozen=True):
     client_namespaces: list[str] = []
     client_accounts: list[str] = []
     revisions: list[str] = []
-    """Services of whose endpoints the revisions are wanted."""
+    """Of the backends those of whose endpoints the revisions are wanted."""
     workload_namespaces: list[str] = []
     """Namespaces of which all workloads are wanted."""
     with_principals: bool = False
@@ -123,12 +123,17 @@ class WaypointsRequest(_Part, frozen=True):
         left = size
         for kind, name in ((each, name) for each in _LISTED for name in getattr(self, each)):
             if left <= 0:
-                yield msgspec.structs.replace(rest, **page)
-                rest = WaypointsRequest(self.version, [], [], [], revisions=self.revisions)
+                yield self._page(rest, page)
+                rest = WaypointsRequest(self.version, [], [], [])
                 page, left = {kind: [] for kind in _LISTED}, size
             page[kind].append(name)
             left -= len(name.encode())
-        yield msgspec.structs.replace(rest, **page)
+        yield self._page(rest, page)
+
+    def _page(self, rest: WaypointsRequest, page: dict[str, list[str]]) -> WaypointsRequest:
+        backends = {*page["backends"]}
+        revisions = [name for name in self.revisions if name in backends]
+        return msgspec.structs.replace(rest, **page, revisions=revisions)
 
 
 ClientId = Annotated[bytes, msgspec.Meta(min_length=ID_BYTES, max_length=ID_BYTES)]
@@ -166,7 +171,7 @@ class WaypointsReply(_Part, frozen=True):
         return msgspec.structs.replace(
             self,
             is_synced=self.is_synced and other.is_synced,
-            services=[*{each.name: each for each in (*other.services, *self.services)}.values()],
+            services=[*{each.name: each for each in (*self.services, *other.services)}.values()],
             namespace_ids={**self.namespace_ids, **other.namespace_ids},
             account_ids={**self.account_ids, **other.account_ids},
         )

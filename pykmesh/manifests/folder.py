@@ -95,6 +95,8 @@ class Folder:
         self._files: dict[str, _File] = {}
         self._counted: dict[str, Parsed] = {}
         """Of each file what counts; no object is in two of them."""
+        self._was_known = False
+        """All were, at some time: so what comes then and is wrong from the start counts for nothing."""
         self._known: set[str] = set()
         """Files that counted as they were at some time: those that are refused now count as they did then."""
         self._identity: tuple[int, int] | None = None
@@ -152,14 +154,23 @@ class Folder:
         return None if parsed.errors else parsed
 
     def _keep_all(self) -> None:
-        """Of files that count as they are. What cannot be written is tried again."""
+        """Of files that count as they are, or, where the others are known, not at all.
+
+        What cannot be written is tried again, when something is read. Nothing goes that may only not be seen.
+        """
         if self._keep is None:
             return
         try:
             self._keep.mkdir(exist_ok=True)
             for name in [name for name in self._fresh if name in self._files]:
                 if self._counted.get(name) is self._files[name].good:
-                    write_whole(self._keep / _kept_as(name), self._fresh.pop(name), mode=0o600)
+                    write_whole(self._keep / _kept_as(name), self._fresh[name], mode=0o600)
+                    del self._fresh[name]
+            for name in self._files.keys() - self._known if self._was_known else ():
+                write_whole(self._keep / _kept_as(name), b"", mode=0o600)
+            self._was_known |= self._files.keys() <= self._known and bool(self._files)
+            if self._folder_errors or not self._files:
+                return
             there = {_kept_as(name) for name in self._files}
             for path in self._keep.iterdir():
                 if path.name not in there:

@@ -13,6 +13,7 @@ from typing import Any, Final
 from msgspec import inspect
 
 from pykmesh.manifests.objects import (
+    WAYPOINT_CLASSES,
     AuthorizationPolicy,
     BackendTLSPolicy,
     DestinationRule,
@@ -35,7 +36,13 @@ def unknown_fields(plain: Any, kind: type[Object]) -> list[str]:
     """Of a manifest that is read as this kind: their paths, such as `.spec.rules[0].filter`."""
     if kind not in WHOLE or not isinstance(plain, dict):
         return []
+    if kind is Gateway and not _is_waypoint(plain.get("spec")):
+        return []  # somebody else's
     return list(_unknown(plain.get("spec"), spec_of(kind), ".spec"))
+
+
+def _is_waypoint(spec: Any) -> bool:
+    return isinstance(spec, dict) and spec.get("gatewayClassName") in WAYPOINT_CLASSES
 
 
 @cache

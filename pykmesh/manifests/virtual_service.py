@@ -40,7 +40,7 @@ class StringMatch(_Part, frozen=True, kw_only=True):
     """Of a header or parameter, with nothing said: that it is there."""
 
     exact: _Printed | None = None
-    prefix: _Some | None = None
+    prefix: _Printed | None = None
     regex: _Some | None = None
 
     def __post_init__(self) -> None:
@@ -85,6 +85,9 @@ class HTTPMatch(_Part, frozen=True, kw_only=True):
         for name in ("uri", "scheme", "method", "authority"):
             if getattr(self, name) == StringMatch():
                 raise ValueError(f"{name} needs one of exact, prefix and regex")
+        for name, found in self.texts:
+            if name != "uri" and found.prefix == "":
+                raise ValueError(f"{name}: the prefix is empty")
 
 
 class PortSelector(_Part, frozen=True, kw_only=True):
@@ -220,6 +223,10 @@ class CorsPolicy(_Part, frozen=True, kw_only=True):
     max_age: GoDuration | None = None
     allow_credentials: bool | None = None
     unmatched_preflights: str = ""
+
+    def __post_init__(self) -> None:
+        if any(each.prefix == "" for each in self.allow_origins):
+            raise ValueError("allowOrigins: the prefix is empty")
 
 
 class Delegate(_Part, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ import structlog
 
 from pykmesh.contracts.address import FieldError, decode_policy, unread_policy
 from pykmesh.contracts.bulk import MANY, Ordinary, decode_addresses
-from pykmesh.contracts.messages import ConfigBatch, Resource, ResourceType, SnapshotPage
+from pykmesh.contracts.messages import NO_NAME, ConfigBatch, Resource, ResourceType, SnapshotPage
 from pykmesh.kernel.records import Ip
 from services.map_writer.locality import NOWHERE, Locality
 from services.map_writer.mesh import Mesh, Touched
@@ -102,7 +102,7 @@ class Follower:
     def _keep_rejected(self) -> None:
         """As they were in the mesh before, or in the maps, where this one does not have them."""
         before, taken = self.mesh, self._taken
-        for name in self._rejected[ResourceType.AUTHORIZATION] - taken.policies.keys():
+        for name in self._rejected[ResourceType.AUTHORIZATION] - taken.policies.keys() - {NO_NAME}:
             taken.put_policy(before.policies.get(name) or unread_policy(name), self._touched)
         for name in self._rejected[ResourceType.ADDRESS] - taken.services.keys() - taken.workloads.keys():
             if name in before.services:
@@ -131,7 +131,7 @@ class Follower:
         """What it was it stays: what is whole has that, but for a policy that nobody ever could read."""
         if not self._is_whole:
             self._rejected[kind].add(name)
-        elif kind is ResourceType.AUTHORIZATION and name not in self._taken.policies:
+        elif kind is ResourceType.AUTHORIZATION and name != NO_NAME and name not in self._taken.policies:
             self._taken.put_policy(unread_policy(name), self._touched)
 
     def _put(self, kind: ResourceType, resources: list[Resource]) -> None:

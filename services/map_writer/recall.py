@@ -113,7 +113,7 @@ class Recalled:
             lists = dict(_lists_of(name, by_port))
             if lists:
                 places = {*map(place_of_key, lists)} & addresses.keys()
-                self._keep(name, lists, {place: addresses[place] for place in places})
+                self._keep(name, lists, {place: rest for place in places if (rest := addresses[place])})
             yield
         if mesh.unreadable and self._rules.refuse_unenforced_policy:
             others = ((Place(at), rest) for at, rest in addresses.items() if at not in self._owners)

@@ -36,7 +36,7 @@ from services.waypoint_mgr import announce, fleet, principals, tls
 from services.waypoint_mgr.ads import AdsServer, NodeStatus
 from services.waypoint_mgr.announce import Announced, Announcements, Announcer, Said
 from services.waypoint_mgr.attachments import Condition, listeners_of
-from services.waypoint_mgr.blame import bootstrap_of, guilty
+from services.waypoint_mgr.blame import EACH_MAX, IsTaken, bootstrap_of, find_guilty
 from services.waypoint_mgr.encode import Resources, resources
 from services.waypoint_mgr.envoy import Json
 from services.waypoint_mgr.fleet import Fleet, Member
@@ -65,6 +65,13 @@ ENROLL_S: Final = 5.0
 RETRY_S: Final = 0.1
 KUBECONFIG_S: Final = 5.0
 WHY_MAX: Final = 500
+ASKING_S: Final = 20.0
+"""What was found until then counts."""
+ACQUIT_S: Final = 60.0
+THREADS: Final = 2
+"""Configurations that are made at once: who waits is not the loop."""
+PAGE_BYTES: Final = 32 * 1024
+"""Of names that the mesh is asked for: what is said of each is much longer."""
 OURS: Final = "pykmesh.io/"
 ANNOTATIONS: Final = {ACCESS_LOG, principals.FORWARD, PERCENT, *SCALING}
 """Of Gateways."""
@@ -99,6 +106,11 @@ class WaypointMgr:
         """By waypoint, objects that no Envoy takes, as they were then, and why."""
         self._asking: set[str] = set()
         """Waypoints of which it is being found out which objects those are."""
+        self._asked_at: dict[str, float] = {}
+        self._right: dict[str, dict[ObjectRef, Route | Virtual]] = {}
+        """By waypoint, what is right, and no Envoy has said yet that it takes it."""
+        self._threads = anyio.CapacityLimiter(THREADS)
+        self._envoy_to_ask = anyio.Semaphore(1)
         self._tasks: TaskGroup
         self._report = ("", -1)
         self._mesh_is_due = True
@@ -188,6 +200,11 @@ class WaypointMgr:
                 self._tasks.start_soon(self._make, name, waypoint, objects, made_of)
         self._forget(objects)
         self._announce(objects)
+        if self._good.is_due(objects.waypoints):
+            try:
+                await anyio.to_thread.run_sync(self._good.keep, objects.waypoints)
+            except (OSError, TypeError, ValueError, RecursionError) as error:
+                self._runtime.note_error("last_good_not_kept", error=error)
 
     def _make_of(self, name: str, objects: Objects) -> tuple[object, ...]:
         """All that a waypoint's configuration is made of now."""
@@ -203,25 +220,32 @@ class WaypointMgr:
             if self._mesh is not None:
                 await self._configure(name, waypoint, objects, self._mesh)
             self._made_of[name] = made_of
-            known = self._objects.waypoints if self._objects else ()
-            await anyio.to_thread.run_sync(self._good.keep, known)
-        except (OSError, TypeError, ValueError, RecursionError) as error:
-            self._runtime.note_error("last_good_not_kept", error=error)
         finally:
             self._making.discard(name)
             self.wake()
 
     def _look_for_refusals(self, objects: Objects) -> None:
-        """What an Envoy refuses holds up all that comes after: until what it is of changes it gets less."""
+        """What an Envoy refuses holds up all that comes after: it is found out what that is for.
+
+        What they take is what is right, for when something is wrong.
+        """
         made_of = objects, self.keys.found, self.root_files.roots
         if self._reduced_of != made_of:
             self._reduced, self._reduced_of = {}, made_of
+        states: dict[str, list[NodeStatus]] = {name: [] for name in objects.waypoints}
         for node_id, state in self._ads.status().items():
-            member = self.members.members.get(node_id)
-            if member is None or self._made_of.get(name := member.waypoint) != self._make_of(name, objects):
-                continue  # what it refuses was made of other ones
-            if whys := [one.message for one in state.refusals if not one.is_its_own]:
+            if (member := self.members.members.get(node_id)) is not None:
+                states.setdefault(member.waypoint, []).append(state)
+        for name, of_it in states.items():
+            if self._made_of.get(name) != self._make_of(name, objects):
+                continue  # what they say is of another
+            if whys := [one.message for state in of_it for one in state.refusals if not one.is_its_own]:
                 self._suspect(name, "; ".join(whys), objects)
+            elif name in self._right and (not of_it or any(state.is_current for state in of_it)):
+                self._good.note(name, self._right.pop(name))
+            elif self._blamed.get(name) and time.monotonic() - self._asked_at.get(name, 0.0) > ACQUIT_S:
+                self._asking.add(name)
+                self._tasks.start_soon(self._acquit, name, objects)
 
     def _look_for_ports(self) -> None:
         """An instance whose port is somebody else's gets its listener again: the port may be free by now."""
@@ -237,53 +261,89 @@ class WaypointMgr:
             self._tasks.start_soon(self._find_guilty, name, why, objects)
 
     async def _find_guilty(self, name: str, why: str, objects: Objects) -> None:
-        """Whose objects it is for; where that cannot be told, the waypoint gets less until they change."""
+        """Whose objects it is for; where that cannot be told, the waypoint gets less until they change.
+
+        What is left is configured at once, whatever came meanwhile: who goes on writing what is wrong keeps
+        nothing back that others wrote before.
+        """
+        found: dict[ObjectRef, str] = {}
         try:
-            found = await self._ask_envoy(name, objects)
-        except (InstanceError, OSError) as error:
-            log.info("nobody_blamed", waypoint=name, error=str(error))
-            found = {}
-        finally:
-            self._asking.discard(name)
-        known = objects.by_ref
+            with anyio.move_on_after(ASKING_S):
+                suspects, refusal_without = self._asked(name, objects)
+                await find_guilty(suspects, refusal_without, found)
+        except Exception as error:  # noqa: BLE001  (an Envoy cannot be asked: nobody is to blame)
+            log.warning("nobody_blamed", waypoint=name, error=_why(error))
+        said = self._said(objects)
         for ref, because in found.items():
-            self._blamed.setdefault(name, {})[ref] = known[ref], because
+            self._blamed.setdefault(name, {})[ref] = said[ref], because
             self._runtime.note_error("object_refused", waypoint=name, object=ref, error=because)
         if not found and self._reduced_of == (objects, self.keys.found, self.root_files.roots):
             self._reduced[name] = why
             self._runtime.note_error("configuration_reduced", waypoint=name, error=why)
+        if found and self._mesh is not None and name in objects.waypoints:
+            await self._configure(name, objects.waypoints[name], objects, self._mesh)
+        self._answered(name)
+
+    async def _acquit(self, name: str, objects: Objects) -> None:
+        """Of those that are to blame any that is taken now that others are gone, a few of them each time."""
+        blamed = self._blamed[name]
+        try:
+            with anyio.move_on_after(ASKING_S):
+                for ref in [*blamed][:EACH_MAX]:
+                    _, refusal_without = self._asked(name, objects, but=ref)
+                    is_refused = bool(await refusal_without(()))
+                    found = blamed.pop(ref, None)
+                    if is_refused and found is not None:
+                        blamed[ref] = found  # the last one now
+        except Exception as error:  # noqa: BLE001  (an Envoy cannot be asked: they stay)
+            log.warning("nobody_acquitted", waypoint=name, error=_why(error))
+        self._answered(name)
+
+    def _answered(self, name: str) -> None:
+        """It is made anew, of what there is now; what is said of that counts."""
+        self._asking.discard(name)
+        self._asked_at[name] = time.monotonic()
+        self._made_of.pop(name, None)
         self.wake()
 
-    async def _ask_envoy(self, name: str, objects: Objects) -> dict[ObjectRef, str]:
-        waypoint, mesh = objects.waypoints.get(name), self._mesh
-        if waypoint is None or mesh is None:
-            return {}
-        translated, wanted = self._translator(name, waypoint, objects, mesh), self._wanted(name, objects)
+    def _asked(
+        self, name: str, objects: Objects, *, but: ObjectRef | None = None
+    ) -> tuple[list[ObjectRef], IsTaken]:
+        """Who may be to blame, and what asks an Envoy. `but`: that is not to blame."""
+        if self._mesh is None or name not in objects.waypoints:
+            return [], _nobody_asks
+        translated = self._translator(name, objects.waypoints[name], objects, self._mesh)
+        wanted = self._wanted(name, objects, but=but)
 
         def made(without: Collection[ObjectRef]) -> Json | str:
             """Or why nothing can be."""
             try:
                 found = translated(wanted.blaming({**dict.fromkeys(without, ""), **wanted.blamed}))
                 resources(found, self.members.address, 1)
-            except Exception as error:  # noqa: BLE001  (what an object makes of the translation it is to blame for)
+                return bootstrap_of(found)
+            except Exception as error:  # noqa: BLE001  (what an object makes of it the object is to blame for)
                 return _why(error)
-            return bootstrap_of(found)
 
         async def refusal_without(refs: Collection[ObjectRef]) -> str:
-            config = await anyio.to_thread.run_sync(made, refs)
-            return config if isinstance(config, str) else await refusal(config)
+            config = await anyio.to_thread.run_sync(made, refs, limiter=self._threads)
+            if isinstance(config, str):
+                return config
+            async with self._envoy_to_ask:
+                return await refusal(config)
 
-        return await guilty([ref for ref in objects.by_ref if ref not in wanted.blamed], refusal_without)
+        return [ref for ref in objects.by_ref if ref not in wanted.blamed], refusal_without
 
     def _forget(self, objects: Objects) -> None:
         """What waypoints and instances left that are gone."""
-        for name in self._configurations.keys() - objects.waypoints.keys():
-            del self._configurations[name]
-            for known in (self._blamed, self._made_of):
-                known.pop(name, None)
-        now = objects.by_ref if self._blamed else {}
+        by_name: tuple[dict[str, Any], ...] = (
+            self._configurations, self._blamed, self._made_of, self._asked_at, self._right,
+        )  # fmt: skip
+        for known in by_name:
+            for name in known.keys() - objects.waypoints.keys():
+                del known[name]
+        said = self._said(objects) if any(self._blamed.values()) else {}
         for blamed in self._blamed.values():
-            for ref in [ref for ref, (then, _) in blamed.items() if now.get(ref) != then]:
+            for ref in [ref for ref, (then, _) in blamed.items() if said.get(ref) != then]:
                 del blamed[ref]
         for node_id in self._ads.status().keys() - self.members.members.keys():
             self._ads.forget(node_id)
@@ -361,14 +421,17 @@ class WaypointMgr:
 
     async def _configure(self, name: str, waypoint: Gateway, objects: Objects, mesh: WaypointsReply) -> None:
         """Where nothing can be made of what there is, it stays as it was, and others go on."""
-        translated, wanted = self._translator(name, waypoint, objects, mesh), self._wanted(name, objects)
         members = [member for member in self.members.members.values() if member.waypoint == name]
         made: dict[str, Resources] = {}
         try:
-            found = await anyio.to_thread.run_sync(self._translate, name, objects, wanted, translated)
+            translated = self._translator(name, waypoint, objects, mesh)
+            wanted = self._wanted(name, objects)
+            found, right = await anyio.to_thread.run_sync(
+                self._translate, name, objects, wanted, translated, limiter=self._threads
+            )
             for member in members:
                 made[member.name] = await anyio.to_thread.run_sync(
-                    resources, found, self.members.address, member.port
+                    resources, found, self.members.address, member.port, limiter=self._threads
                 )
         except Exception as error:  # noqa: BLE001  (what it is is told)
             self._runtime.note_error("configuration_not_made", waypoint=name, error=_why(error))
@@ -376,7 +439,7 @@ class WaypointMgr:
             return
         for member_name, found_resources in made.items():
             self._ads.publish(member_name, found_resources)
-        self._configurations[name] = found
+        self._configurations[name], self._right[name] = found, right
 
     def _translator(
         self, name: str, waypoint: Gateway, objects: Objects, mesh: WaypointsReply
@@ -406,7 +469,14 @@ class WaypointMgr:
 
         return translated
 
-    def _wanted(self, name: str, objects: Objects) -> Wanted:
+    def _said(self, objects: Objects) -> dict[ObjectRef, object]:
+        """What each object comes to, with the keys and roots that it names."""
+        keys, roots = self.keys.found, self.root_files.roots
+        of_tls = {each.ref for each in objects.destinations} | {each.by for each in objects.backend_tls}
+        found = {ref: (each, roots) if ref in of_tls else each for ref, each in objects.by_ref.items()}
+        return found | {each.ref: each.with_keys(keys) for each in objects.authentications}
+
+    def _wanted(self, name: str, objects: Objects, *, but: ObjectRef | None = None) -> Wanted:
         wanted = Wanted(
             objects.routes,
             objects.policies,
@@ -419,14 +489,15 @@ class WaypointMgr:
             namespaces=objects.namespaces,
         )
         if blamed := self._blamed.get(name):
-            now = objects.by_ref
-            wanted = wanted.blaming({ref: why for ref, (then, why) in blamed.items() if now.get(ref) == then})
+            said = self._said(objects)
+            still = {r: why for r, (then, why) in blamed.items() if r != but and said.get(r) == then}
+            wanted = wanted.blaming(still)
         return wanted.reduced if name in self._reduced else wanted
 
     def _translate(
         self, name: str, objects: Objects, wanted: Wanted, translated: Callable[[Wanted], Configuration]
-    ) -> Configuration:
-        """A route that is wrong counts as it was when it was right."""
+    ) -> tuple[Configuration, dict[ObjectRef, Route | Virtual]]:
+        """A route that is wrong counts as it was when it was right. Also returns what is right now."""
         found = translated(wanted)
         refused = found.refused
         said: list[Route | Virtual] = [*objects.routes, *objects.virtuals]
@@ -435,17 +506,19 @@ class WaypointMgr:
         before = self._good.of(name)
         blamed = [each for each in said if each.ref in wanted.blamed]
         good |= {ref: before[ref] for ref in refused if ref in before and before[ref] not in blamed}
-        self._good.note(name, {ref: each for ref, each in good.items() if ref in concerned})
+        right = {ref: each for ref, each in good.items() if ref in concerned}
         if refused.isdisjoint(good):
-            return found
+            return found, right
         routes = tuple(each for each in good.values() if isinstance(each, Route))
         virtuals = tuple(each for each in good.values() if isinstance(each, Virtual))
-        kept = translated(msgspec.structs.replace(wanted, routes=routes, virtuals=virtuals))
-        return msgspec.structs.replace(
+        wanted = msgspec.structs.replace(wanted, routes=routes, virtuals=() if wanted.only_tls else virtuals)
+        kept = translated(wanted)
+        kept = msgspec.structs.replace(
             kept,
             conditions=_of(found.conditions, refused) + _but(kept.conditions, refused),
             virtuals=_of(found.virtuals, refused) + _but(kept.virtuals, refused),
         )
+        return kept, right
 
     def _spans(self, waypoint: Gateway) -> tuple[Spans | None, list[str]]:
         return spans_of(waypoint.metadata.annotations, self._settings.otlp_endpoint)
@@ -574,7 +647,7 @@ async def _ask_in_pages(bus: Bus, request: WaypointsRequest) -> WaypointsReply:
     async def asked(page: WaypointsRequest) -> WaypointsReply:
         return messages.decode(WaypointsReply, await bus.request(Subject.WAYPOINTS, messages.encode(page)))
 
-    first, *rest = request.pages(messages.BATCH_BYTES)
+    first, *rest = request.pages(PAGE_BYTES)
     found = await asked(first)
     for page in rest:
         found = found.with_page(await asked(page))
@@ -608,6 +681,11 @@ def _told(what: str, condition: Condition) -> dict[str, str]:
         "reason": condition.reason,
         "message": condition.message,
     }
+
+
+async def _nobody_asks(_: Collection[ObjectRef]) -> str:
+    """There is no waypoint any more."""
+    return ""
 
 
 def _why(error: Exception) -> str:

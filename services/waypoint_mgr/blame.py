@@ -6,48 +6,59 @@ by asking an Envoy of its own (`envoy --mode validate`), which serves nobody.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Any, Final
 
 from pykmesh.manifests.objects import ObjectRef
 from services.waypoint_mgr.envoy import Json
+from services.waypoint_mgr.instances import RUNTIME
 from services.waypoint_mgr.routes import Configuration
 
 IsTaken = Callable[[Collection[ObjectRef]], Awaitable[str]]
 """Why an Envoy refuses what is made without these objects; "": it does not."""
 
 
-async def guilty(suspects: Sequence[ObjectRef], refusal_without: IsTaken) -> dict[ObjectRef, str]:
-    """Those without which an Envoy takes all the others, and why it does not take each.
+EACH_MAX: Final = 8
+"""So many of one namespace are looked for one by one: then all that are left of it are to blame."""
+
+
+async def find_guilty(
+    suspects: Iterable[ObjectRef], refusal_without: IsTaken, found: dict[ObjectRef, str]
+) -> None:
+    """Adds those without which an Envoy takes all the others, each when it is known, and why it refuses them.
 
     None where it refuses what is made without any of them, or takes what is made with all. So many questions
     as twice the logarithm of their number, for each that is found.
     """
-    if not await refusal_without(()) or await refusal_without(suspects):
-        return {}
-    found: dict[ObjectRef, str] = {}
+    by_namespace = sorted(suspects, key=lambda each: (each.namespace, each))
+    if not await refusal_without(()) or await refusal_without(by_namespace):
+        return
     cleared: set[ObjectRef] = set()
+    of_namespace: Counter[str] = Counter()
 
     async def search(some: Sequence[ObjectRef]) -> None:
         with_these = cleared.union(some)
-        why = await refusal_without([each for each in suspects if each not in with_these])
+        why = await refusal_without([each for each in by_namespace if each not in with_these])
+        first, last = some[0].namespace, some[-1].namespace
         if not why:
             cleared.update(some)
-        elif len(some) == 1:
-            found[some[0]] = why
+        elif len(some) == 1 or (first == last and of_namespace[first] >= EACH_MAX):
+            found.update(dict.fromkeys(some, why))
+            of_namespace[first] += len(some)
         else:
             half = len(some) // 2
             await search(some[:half])
             await search(some[half:])
 
-    await search(suspects)
-    return found
+    await search(by_namespace)
 
 
 def bootstrap_of(configuration: Configuration) -> Json:
     """An Envoy's that has all this from its start: it is only asked whether it would take it."""
     listener = configuration.listener("127.0.0.1", 0)
     return {
+        "layeredRuntime": {"layers": [{"name": "static", "staticLayer": RUNTIME}]},
         "staticResources": {
             "listeners": [_with_routes(listener, configuration.routes)],
             "clusters": [

@@ -38,7 +38,7 @@ END_DEADLINE_S: Final = 5.0
 POLL_S: Final = 0.1
 SOCKET_PATH_BYTES_MAX: Final = 107
 
-_RUNTIME: Final = {"re2.max_program_size.error_level": STEPS_MAX}
+RUNTIME: Final = {"re2.max_program_size.error_level": STEPS_MAX}
 _START: Final = (
     'read -r stat < /proc/$$/stat && printf "%s\\n" "$stat" > "$0"'
     ' && if [ -n "$1" ]; then echo $$ > "$1"; fi && shift && exec "$@"'
@@ -114,7 +114,7 @@ def bootstrap(spec: Spec) -> dict[str, Any]:
     return {
         "node": {"id": spec.node_id, "cluster": spec.waypoint},
         "statsFlushInterval": f"{STATISTICS_S}s",
-        "layeredRuntime": {"layers": [{"name": "static", "staticLayer": _RUNTIME}]},
+        "layeredRuntime": {"layers": [{"name": "static", "staticLayer": RUNTIME}]},
         "overloadManager": _overload_manager(spec.memory_mib),
         "admin": {"address": {"pipe": {"path": str(admin_socket(spec.state_dir))}}},
         "dynamicResources": {
@@ -193,7 +193,7 @@ async def refusal(config: dict[str, Any]) -> str:
     if not result.returncode:
         return ""
     if result.returncode < 0:
-        raise InstanceError(f"an Envoy that was asked was ended by signal {-result.returncode}")
+        return f"it is ended by signal {-result.returncode}"
     lines = (result.stdout + result.stderr).decode(errors="replace").strip().splitlines()
     return lines[-1] if lines else f"exit status {result.returncode}"
 

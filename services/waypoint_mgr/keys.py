@@ -92,12 +92,17 @@ class Keys:
         for namespace, rule in rules:
             if place := place_of(rule):
                 timeout_s = min(rule.timeout.seconds if rule.timeout else 0, TIMEOUT_MAX_S) or TIMEOUT_S
-                timeouts[place], of[namespace][place] = timeout_s, None
+                timeouts[place] = max(timeout_s, timeouts.get(place, 0.0))
+                of[namespace][place] = None
         in_turn = chain.from_iterable(zip_longest(*([(p, n) for p in places] for n, places in of.items())))
-        first: dict[str, str] = {}
+        by_place: dict[str, list[str]] = {}
         for place, namespace in filter(None, in_turn):
-            first.setdefault(place, namespace)
-        self._namespaces = dict(islice(first.items(), PLACES_MAX))
+            by_place.setdefault(place, []).append(namespace)
+        # Of several that name it who names the fewest: so nobody draws another's into his own crowd.
+        self._namespaces = {
+            place: min(some, key=lambda each: (len(of[each]), each))
+            for place, some in islice(by_place.items(), PLACES_MAX)
+        }
         self._timeouts = {place: timeouts[place] for place in self._namespaces}
         now = time.monotonic()
         self._due = {place: self._due.get(place, now) for place in self._timeouts}

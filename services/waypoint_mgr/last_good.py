@@ -64,6 +64,10 @@ class LastGood:
             self._is_written = self._is_written and self._found.get(waypoint) == good
             self._found[waypoint] = dict(good)
 
+    def is_due(self, waypoints: Collection[str]) -> bool:
+        """Something is to be kept that is not."""
+        return not self._is_written or not self._found.keys() <= {*waypoints}
+
     def keep(self, waypoints: Collection[str]) -> None:
         """Forgets all others, and writes what is new. OSError."""
         with self._lock:

@@ -116,7 +116,7 @@ class Wanted(msgspec.Struct, frozen=True):
             virtuals=[each for each in self.virtuals if each.ref not in blamed],
             policies=[each.denying_all if each.ref in blamed else each for each in self.policies],
             authentications=[
-                each.with_issuers_alone(NO_KEYS) if each.ref in blamed else each
+                each.with_keys_of_nobody(NO_KEYS) if each.ref in blamed else each
                 for each in self.authentications
             ],
             backend_tls=[each._replace(tls=None) if each.by in blamed else each for each in self.backend_tls],
@@ -255,11 +255,11 @@ class _Translation:
                 for at, way in ways.items()
             },
             protocols=spoken | self._protocols,
-            conditions=(*self._attached.conditions, *without, *self._blamed_of(*_ROUTES)),
-            policies=(*guard.conditions(), *self._blamed_of("AuthorizationPolicy")),
-            destinations=(*destinations.conditions(), *self._blamed_of(*_DESTINATIONS)),
-            virtuals=(*self._virtuals.conditions(), *self._blamed_of("VirtualService")),
-            authentications=(*self._tokens.conditions(), *self._blamed_of("RequestAuthentication")),
+            conditions=self._told_of((*self._attached.conditions, *without), *_ROUTES),
+            policies=self._told_of(guard.conditions(), "AuthorizationPolicy"),
+            destinations=self._told_of(destinations.conditions(), *_DESTINATIONS),
+            virtuals=self._told_of(self._virtuals.conditions(), "VirtualService"),
+            authentications=self._told_of(self._tokens.conditions(), "RequestAuthentication"),
             conflicts=tuple(told.conflicts),
             misread=(
                 *principals.misread(self._waypoint.metadata.annotations),
@@ -267,8 +267,11 @@ class _Translation:
             ),
         )
 
-    def _blamed_of(self, *kinds: str) -> Iterator[Condition]:
-        return (one for one in self._blamed if one.of.kind in kinds)
+    def _told_of(self, conditions: Iterable[Condition], *kinds: str) -> tuple[Condition, ...]:
+        """Of those that are blamed that alone."""
+        blamed = [one for one in self._blamed if one.of.kind in kinds]
+        refs = {one.of for one in blamed}
+        return (*(one for one in conditions if one.of not in refs), *blamed)
 
     def _spoken(self) -> dict[Port, AppProtocol]:
         """To the endpoints of each port: of one that is reached straight too, what routes to it carry."""

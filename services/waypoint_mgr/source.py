@@ -145,10 +145,6 @@ class Authentication(msgspec.Struct, frozen=True):
             msgspec.structs.replace(rule, jwks=keys, jwks_uri="") for rule in self.spec.jwt_rules
         )
 
-    def with_issuers_alone(self, keys: str) -> Authentication:
-        """Nothing but whose tokens these are to be. None is good."""
-        return self._with(JWTRule(issuer=rule.issuer, jwks=keys) for rule in self.spec.jwt_rules)
-
     def with_keys(self, found: Mapping[str, str]) -> Authentication:
         """With the keys of places that are known, as if they stood in it."""
         return self._with(

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from pykmesh.contracts.address import FieldError, decode_policy
 from pykmesh.contracts.bulk import names_of
-from pykmesh.contracts.messages import TYPE_URLS, ResourceType
+from pykmesh.contracts.messages import NO_NAME, TYPE_URLS, ResourceType
 from pykmesh.proto import discovery_pb2
 from services.xds_client.resources import Unwrapped, unwrap
 from services.xds_client.store import Held, Store
@@ -29,7 +29,6 @@ FEW, FEW_BYTES = 512, 256 * 1024
 SLICE_BYTES: Final = 64 * 1024 * 1024
 _LENGTH_DELIMITED: Final = 2
 _VARINT_BITS: Final = 64
-NO_NAME: Final = "(no name)"
 _TYPES: Final = {url: kind for kind, url in TYPE_URLS.items()}
 Request = discovery_pb2.DeltaDiscoveryRequest
 Response = discovery_pb2.DeltaDiscoveryResponseOutline

@@ -20,6 +20,7 @@ from pykmesh.bus import Bus, BusUnavailableError, Headers
 from pykmesh.contracts import messages
 from pykmesh.contracts.messages import (
     BATCH_BYTES,
+    NO_NAME,
     REFUSED_NAMED,
     ConfigBatch,
     ContractError,
@@ -31,7 +32,7 @@ from pykmesh.contracts.messages import (
     SnapshotRequest,
     Subject,
 )
-from services.xds_client.protocol import NO_NAME, Reading
+from services.xds_client.protocol import Reading
 from services.xds_client.store import Held, Store, pages
 
 log = structlog.get_logger(__name__)

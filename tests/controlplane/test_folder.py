@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from pykmesh.manifests import folder as folders
 from pykmesh.manifests.folder import Content, Folder
 
 from .manifest_texts import pod, service, write
@@ -333,3 +335,55 @@ def test_of_a_file_that_is_wrong_and_was_never_read_nothing_is_known(tmp_path: P
     for keep in (None, tmp_path / "kept"):
         assert not _read(Folder(folder, keep=keep)).is_known
     assert not _read(Folder(tmp_path / "none", keep=tmp_path / "kept")).is_known
+
+
+def test_what_comes_and_is_wrong_from_the_start_counts_for_nothing_also_for_who_comes_after(
+    tmp_path: Path,
+) -> None:
+    """Where all else is known: else it may be what guarded before."""
+    path, keep = tmp_path / "manifests", tmp_path / "kept"
+    path.mkdir()
+    write(path / "a.yaml", pod("a"))
+    folder = Folder(path, keep=keep)
+    assert _read(folder).is_known
+    (path / "b.yaml").write_text("{")
+    write(path / "c.yaml", pod("a"))
+    content = _read(folder)
+    assert (_names(content), content.is_known) == (["a"], False)
+    content = _read(Folder(path, keep=keep))
+    assert (_names(content), content.is_known) == (["a"], True)
+
+
+def test_what_is_kept_stays_while_the_folder_cannot_be_seen(tmp_path: Path) -> None:
+    path, keep = tmp_path / "manifests", tmp_path / "kept"
+    path.mkdir()
+    write(path / "a.yaml", pod("a"))
+    _read(Folder(path, keep=keep))
+    path.rename(tmp_path / "away")
+    folder = Folder(path, keep=keep)
+    assert not _read(folder).is_known
+    (tmp_path / "away").rename(path)
+    (path / "a.yaml").write_text("{")
+    content = _read(folder)
+    assert (_names(content), content.is_known) == (["a"], True)
+
+
+def test_what_could_not_be_kept_is_kept_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "no room", str(path))
+
+    path, keep = tmp_path / "manifests", tmp_path / "kept"
+    path.mkdir()
+    write(path / "a.yaml", pod("a"))
+    folder = Folder(path, keep=keep)
+    _read(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "write_whole", full)
+        write(path / "a.yaml", pod("a2"))
+        _read(folder)
+    write(path / "b.yaml", pod("b"))
+    _read(folder)
+    (path / "a.yaml").write_text("{")
+    assert _names(_read(Folder(path, keep=keep))) == ["a2", "b"]

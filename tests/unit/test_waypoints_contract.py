@@ -32,12 +32,13 @@ def test_pages_ask_for_all_of_it_and_for_what_does_not_grow_once(
 
 
 def test_answers_to_pages_are_one() -> None:
-    a, b, more = MeshService("a"), MeshService("b"), MeshService("a", ["10.0.0.1"])
+    """What was asked for by name counts: with revisions."""
+    a, b, more = MeshService("a", ["10.0.0.1"]), MeshService("b"), MeshService("a")
     first = WaypointsReply(VERSION, True, {"w": ["a"]}, [more], {"n": b"12345"}, {})
     second = WaypointsReply(VERSION, True, {}, [a, b], {"m": b"54321"}, {"x": b"11111"})
     whole = first.with_page(second)
     assert whole.users == {"w": ["a"]}
     assert sorted(each.name for each in whole.services) == ["a", "b"]
-    assert more in whole.services
+    assert more not in whole.services
     assert (whole.namespace_ids, whole.account_ids) == ({"n": b"12345", "m": b"54321"}, {"x": b"11111"})
     assert not first.with_page(WaypointsReply(VERSION, False)).is_synced

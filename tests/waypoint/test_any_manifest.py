@@ -17,10 +17,21 @@ from pykmesh.manifests.objects import (
     RequestAuthentication,
     VirtualService,
 )
+from services.waypoint_mgr.blame import bootstrap_of
+from services.waypoint_mgr.instances import refusal
 from services.waypoint_mgr.source import Authentication, Destination, Policy, Route, Virtual
 from tests.fuzz.shapes import NAMESPACE, PORT, drawn
 
-from .world import DOMAIN, World, ads_server, kubernetes_service, mesh_service, waypoint
+from .world import (
+    DOMAIN,
+    TO_WEB,
+    World,
+    ads_server,
+    http_route,
+    kubernetes_service,
+    mesh_service,
+    waypoint,
+)
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120), pytest.mark.usefixtures("one_event_loop")]
 
@@ -59,5 +70,19 @@ async def test_an_envoy_takes_it(folder: Path, kind: str) -> None:
     async with ads_server(folder / "ads") as server, waypoint(server, folder) as envoy:
         for number in range(WORLDS):
             objects = [drawn(chance, each, f"o{number}") for each in kinds]
-            status = await envoy.apply(world_with(*objects).configuration())
+            configuration = world_with(*objects).configuration()
+            status = await envoy.apply(configuration)
             assert not status.refusals, objects
+            if number % 10 == 0:
+                assert await refusal(bootstrap_of(configuration)) == "", (
+                    "nor does one that is only asked refuse"
+                )
+
+
+async def test_an_envoy_that_is_asked_takes_what_one_that_serves_takes() -> None:
+    """Also an expression that is longer than Envoy takes unless it is told to."""
+    name = "|".join(f"segment{number}" for number in range(40))
+    world = world_with()
+    match = {"path": {"type": "RegularExpression", "value": f"/({name})/.*"}}
+    world.routes = [http_route(NAMESPACE, "r", {"parentRefs": [TO_WEB], "rules": [{"matches": [match]}]})]
+    assert await refusal(bootstrap_of(world.configuration())) == ""

@@ -88,6 +88,7 @@ async def served(
     policies: tuple[Policy, ...] = (),
     routes: tuple[Route, ...] = (),
     is_reduced: bool = False,
+    is_blamed: bool = False,
 ) -> AsyncIterator[tuple[Ask, tuple[Condition, ...]]]:
     async with ads_server(folder / "ads") as server, waypoint(server, folder) as envoy:
         world = World()
@@ -95,6 +96,7 @@ async def served(
         world.add_user(own, kubernetes_service("shop", "web", {"port": envoy.port, "name": "http"}))
         world.authentications, world.policies = list(authentications), list(policies)
         world.is_reduced, world.routes = is_reduced, list(routes)
+        world.blamed = {each.ref: "why" for each in authentications if is_blamed}
         for name in ("v1", "v2"):
             world.add_backend(mesh_service("shop", name, {80: [backends[name].endpoint]}))
         made = world.configuration()
@@ -271,17 +273,16 @@ async def test_tokens_whose_keys_are_not_known_are_refused_and_others_served(
         assert f"issuer https://lost.test: {why}, so its tokens are refused" in told[-1].message
 
 
-async def test_a_configuration_that_is_reduced_lets_nobody_in_who_writes_what_a_token_would_say(
+async def test_what_is_reduced_or_to_blame_lets_nobody_in_who_writes_what_a_token_would_say(
     folder: Path, backends: dict[str, Backend]
 ) -> None:
     found = rule(
         fromHeaders=[{"name": "x-jwt"}], outputClaimToHeaders=[{"header": "x-group", "claim": "group"}]
     )
     asks = policy(when=[{"key": "request.headers[x-group]", "values": ["admin"]}])
-    for is_reduced, good in ((False, 200), (True, 401)):
-        async with served(
-            folder, backends, authentication(found), policies=(asks,), is_reduced=is_reduced
-        ) as (asked, _):
+    for how, good in (("", 200), ("is_reduced", 401), ("is_blamed", 401)):
+        also = {how: True} if how else {}
+        async with served(folder, backends, authentication(found), policies=(asks,), **also) as (asked, _):
             assert (await asked(**{"x-jwt": token(group="admin")})).status == good
             assert (await asked(**{"x-group": "admin"})).status == 403
             assert (await asked(**{"x-jwt": "a.b.c", "x-group": "admin"})).status == 401

@@ -12,7 +12,16 @@ import anyio
 from pykmesh.contracts.handoff import NOBODY, Identity, told_address
 from pykmesh.contracts.waypoints import Endpoint, MeshService, ServicePort
 from pykmesh.kernel.records import ip_from_text
-from pykmesh.manifests.objects import KINDS, Gateway, GRPCRoute, HTTPRoute, Service, TCPRoute, from_plain
+from pykmesh.manifests.objects import (
+    KINDS,
+    Gateway,
+    GRPCRoute,
+    HTTPRoute,
+    ObjectRef,
+    Service,
+    TCPRoute,
+    from_plain,
+)
 from services.waypoint_mgr import instances
 from services.waypoint_mgr.ads import AdsServer, NodeStatus
 from services.waypoint_mgr.encode import resources
@@ -130,6 +139,7 @@ class World:
         self.names: Path | None = None
         self.roots = NO_ROOTS
         self.is_reduced = False
+        self.blamed: dict[ObjectRef, str] = {}
 
     def add_user(self, service: MeshService, kubernetes: Service) -> None:
         self.users.append(service)
@@ -146,7 +156,7 @@ class World:
             self.virtuals,
             self.authentications,
             roots=self.roots,
-        )
+        ).blaming(self.blamed)
         return translate(
             self.gateway,
             self.users,
