@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +16,6 @@ import anyio
 import anyio.to_thread
 import msgspec
 import structlog
-from anyio.abc import TaskGroup
 
 from pykmesh.bus import Bus, BusUnavailableError, Headers
 from pykmesh.contracts import messages
@@ -28,7 +27,6 @@ from pykmesh.contracts.waypoints import (
     WaypointsReply,
     WaypointsRequest,
     is_workload,
-    namespace_of,
 )
 from pykmesh.manifests.objects import Gateway, ObjectRef, ref_of
 from pykmesh.process import Runtime
@@ -36,27 +34,23 @@ from services.waypoint_mgr import announce, fleet, principals, tls
 from services.waypoint_mgr.ads import AdsServer, NodeStatus
 from services.waypoint_mgr.announce import Announced, Announcements, Announcer, Said
 from services.waypoint_mgr.attachments import Condition, listeners_of
-from services.waypoint_mgr.blame import EACH_MAX, IsTaken, bootstrap_of, find_guilty
-from services.waypoint_mgr.encode import Resources, resources
-from services.waypoint_mgr.envoy import Json
+from services.waypoint_mgr.configurations import Configurations
 from services.waypoint_mgr.fleet import Fleet, Member
 from services.waypoint_mgr.instances import InstanceError, refusal
 from services.waypoint_mgr.keys import Keys, KeysError
-from services.waypoint_mgr.last_good import FILE, LastGood
-from services.waypoint_mgr.policies import Clients, names_in, unenforced
+from services.waypoint_mgr.policies import names_in, unenforced
 from services.waypoint_mgr.requests import Reporter
 from services.waypoint_mgr.root_files import RootFiles
-from services.waypoint_mgr.routes import ACCESS_LOG, Configuration, Wanted, translate
+from services.waypoint_mgr.routes import ACCESS_LOG, Configuration
 from services.waypoint_mgr.scaling import SCALING, policy_of
-from services.waypoint_mgr.source import Objects, Route, Virtual, mesh_name, watch
-from services.waypoint_mgr.spans import PERCENT, Spans, spans_of
+from services.waypoint_mgr.source import Objects, mesh_name, watch
+from services.waypoint_mgr.spans import PERCENT, spans_of
 from services.waypoint_mgr.tokens import bootstrap_with
 from services.waypoint_mgr.unused import unused
 
 log = structlog.get_logger(__name__)
 
 TICK_S: Final = 1.0
-PORT_RETRY_S: Final = 2.0
 ASK_S: Final = 10.0
 """The mesh is asked for at least so often: a report that says of a change can be lost."""
 SETTLE_S: Final = 0.02
@@ -64,12 +58,6 @@ SETTLE_S: Final = 0.02
 ENROLL_S: Final = 5.0
 RETRY_S: Final = 0.1
 KUBECONFIG_S: Final = 5.0
-WHY_MAX: Final = 500
-ASKING_S: Final = 20.0
-"""What was found until then counts."""
-ACQUIT_S: Final = 60.0
-THREADS: Final = 2
-"""Configurations that are made at once: who waits is not the loop."""
 PAGE_BYTES: Final = 32 * 1024
 """Of names that the mesh is asked for: what is said of each is much longer."""
 OURS: Final = "pykmesh.io/"
@@ -85,6 +73,7 @@ class WaypointMgr:
         self._settings = runtime.settings
         self._ads = ads
         self.members: Fleet
+        self.configurations: Configurations
         self.keys = Keys(self.wake, check=self._check_keys)
         self.root_files = RootFiles(self.wake)
         self.announcer: Announcer = Announcements(runtime.settings.waypoints_dir)
@@ -92,26 +81,6 @@ class WaypointMgr:
         self._errors: tuple[str, ...] = ()
         """What is wrong in the folder."""
         self._mesh: WaypointsReply | None = None
-        self._configurations: dict[str, Configuration] = {}
-        self._good = LastGood(self._settings.envoys_dir / FILE)
-        """By waypoint: one that does not take a route has no opinion of it."""
-        self._made_of: dict[str, tuple[object, ...]] = {}
-        """By waypoint, what its configuration was made of."""
-        self._making: set[str] = set()
-        """Waypoints whose configuration is being made: none waits for another's."""
-        self._reduced: dict[str, str] = {}
-        """Waypoints whose Envoys refuse what was made of these objects, and why."""
-        self._reduced_of: tuple[object, ...] = ()
-        self._blamed: dict[str, dict[ObjectRef, tuple[object, str]]] = {}
-        """By waypoint, objects that no Envoy takes, as they were then, and why."""
-        self._asking: set[str] = set()
-        """Waypoints of which it is being found out which objects those are."""
-        self._asked_at: dict[str, float] = {}
-        self._right: dict[str, dict[ObjectRef, Route | Virtual]] = {}
-        """By waypoint, what is right, and no Envoy has said yet that it takes it."""
-        self._threads = anyio.CapacityLimiter(THREADS)
-        self._envoy_to_ask = anyio.Semaphore(1)
-        self._tasks: TaskGroup
         self._report = ("", -1)
         self._mesh_is_due = True
         """What map_writer says of the mesh is to be asked for anew."""
@@ -170,10 +139,6 @@ class WaypointMgr:
 
     async def run(self) -> None:
         """Until cancelled."""
-        async with anyio.create_task_group() as self._tasks:
-            await self._follow()
-
-    async def _follow(self) -> None:
         asked = 0.0
         while True:
             with anyio.move_on_after(TICK_S):
@@ -191,162 +156,9 @@ class WaypointMgr:
         if self._mesh_is_due:
             self._mesh_is_due = False  # a report that comes meanwhile makes it so again
             self._mesh_is_due |= not await self._ask(objects)
-        self._look_for_refusals(objects)
-        self._look_for_ports()
-        for name, waypoint in waypoints if self._mesh is not None else ():
-            made_of = self._make_of(name, objects)
-            if name not in self._making and self._made_of.get(name) != made_of:
-                self._making.add(name)
-                self._tasks.start_soon(self._make, name, waypoint, objects, made_of)
-        self._forget(objects)
+        self.configurations.follow(objects, self._mesh)
         self._announce(objects)
-        if self._good.is_due(objects.waypoints):
-            try:
-                await anyio.to_thread.run_sync(self._good.keep, objects.waypoints)
-            except (OSError, TypeError, ValueError, RecursionError) as error:
-                self._runtime.note_error("last_good_not_kept", error=error)
-
-    def _make_of(self, name: str, objects: Objects) -> tuple[object, ...]:
-        """All that a waypoint's configuration is made of now."""
-        members = sorted(each.name for each in self.members.members.values() if each.waypoint == name)
-        blamed, reduced = {**self._blamed.get(name, {})}, name in self._reduced
-        keys = self.keys.found, dict(self.keys.errors)
-        return objects, self._mesh, members, reduced, blamed, keys, self.root_files.roots
-
-    async def _make(
-        self, name: str, waypoint: Gateway, objects: Objects, made_of: tuple[object, ...]
-    ) -> None:
-        try:
-            if self._mesh is not None:
-                await self._configure(name, waypoint, objects, self._mesh)
-            self._made_of[name] = made_of
-        finally:
-            self._making.discard(name)
-            self.wake()
-
-    def _look_for_refusals(self, objects: Objects) -> None:
-        """What an Envoy refuses holds up all that comes after: it is found out what that is for.
-
-        What they take is what is right, for when something is wrong.
-        """
-        made_of = objects, self.keys.found, self.root_files.roots
-        if self._reduced_of != made_of:
-            self._reduced, self._reduced_of = {}, made_of
-        states: dict[str, list[NodeStatus]] = {name: [] for name in objects.waypoints}
-        for node_id, state in self._ads.status().items():
-            if (member := self.members.members.get(node_id)) is not None:
-                states.setdefault(member.waypoint, []).append(state)
-        for name, of_it in states.items():
-            if self._made_of.get(name) != self._make_of(name, objects):
-                continue  # what they say is of another
-            if whys := [one.message for state in of_it for one in state.refusals if not one.is_its_own]:
-                self._suspect(name, "; ".join(whys), objects)
-            elif name in self._right and (not of_it or any(state.is_current for state in of_it)):
-                self._good.note(name, self._right.pop(name))
-            elif self._blamed.get(name) and time.monotonic() - self._asked_at.get(name, 0.0) > ACQUIT_S:
-                self._asking.add(name)
-                self._tasks.start_soon(self._acquit, name, objects)
-
-    def _look_for_ports(self) -> None:
-        """An instance whose port is somebody else's gets its listener again: the port may be free by now."""
-        for node_id, state in self._ads.status().items():
-            refused_at = [one.at for one in state.refusals if one.is_its_own]
-            if refused_at and time.time() - max(refused_at) > PORT_RETRY_S:
-                self._ads.retry(node_id)
-
-    def _suspect(self, name: str, why: str, objects: Objects) -> None:
-        """Its Envoys do not take what was made, or nothing can be made: they have what they had."""
-        if name not in self._reduced and name not in self._asking:
-            self._asking.add(name)
-            self._tasks.start_soon(self._find_guilty, name, why, objects)
-
-    async def _find_guilty(self, name: str, why: str, objects: Objects) -> None:
-        """Whose objects it is for; where that cannot be told, the waypoint gets less until they change.
-
-        What is left is configured at once, whatever came meanwhile: who goes on writing what is wrong keeps
-        nothing back that others wrote before.
-        """
-        found: dict[ObjectRef, str] = {}
-        try:
-            with anyio.move_on_after(ASKING_S):
-                suspects, refusal_without = self._asked(name, objects)
-                await find_guilty(suspects, refusal_without, found)
-        except Exception as error:  # noqa: BLE001  (an Envoy cannot be asked: nobody is to blame)
-            log.warning("nobody_blamed", waypoint=name, error=_why(error))
-        said = self._said(objects)
-        for ref, because in found.items():
-            self._blamed.setdefault(name, {})[ref] = said[ref], because
-            self._runtime.note_error("object_refused", waypoint=name, object=ref, error=because)
-        if not found and self._reduced_of == (objects, self.keys.found, self.root_files.roots):
-            self._reduced[name] = why
-            self._runtime.note_error("configuration_reduced", waypoint=name, error=why)
-        if found and self._mesh is not None and name in objects.waypoints:
-            await self._configure(name, objects.waypoints[name], objects, self._mesh)
-        self._answered(name)
-
-    async def _acquit(self, name: str, objects: Objects) -> None:
-        """Of those that are to blame any that is taken now that others are gone, a few of them each time."""
-        blamed = self._blamed[name]
-        try:
-            with anyio.move_on_after(ASKING_S):
-                for ref in [*blamed][:EACH_MAX]:
-                    _, refusal_without = self._asked(name, objects, but=ref)
-                    is_refused = bool(await refusal_without(()))
-                    found = blamed.pop(ref, None)
-                    if is_refused and found is not None:
-                        blamed[ref] = found  # the last one now
-        except Exception as error:  # noqa: BLE001  (an Envoy cannot be asked: they stay)
-            log.warning("nobody_acquitted", waypoint=name, error=_why(error))
-        self._answered(name)
-
-    def _answered(self, name: str) -> None:
-        """It is made anew, of what there is now; what is said of that counts."""
-        self._asking.discard(name)
-        self._asked_at[name] = time.monotonic()
-        self._made_of.pop(name, None)
-        self.wake()
-
-    def _asked(
-        self, name: str, objects: Objects, *, but: ObjectRef | None = None
-    ) -> tuple[list[ObjectRef], IsTaken]:
-        """Who may be to blame, and what asks an Envoy. `but`: that is not to blame."""
-        if self._mesh is None or name not in objects.waypoints:
-            return [], _nobody_asks
-        translated = self._translator(name, objects.waypoints[name], objects, self._mesh)
-        wanted = self._wanted(name, objects, but=but)
-
-        def made(without: Collection[ObjectRef]) -> Json | str:
-            """Or why nothing can be."""
-            try:
-                found = translated(wanted.blaming({**dict.fromkeys(without, ""), **wanted.blamed}))
-                resources(found, self.members.address, 1)
-                return bootstrap_of(found)
-            except Exception as error:  # noqa: BLE001  (what an object makes of it the object is to blame for)
-                return _why(error)
-
-        async def refusal_without(refs: Collection[ObjectRef]) -> str:
-            config = await anyio.to_thread.run_sync(made, refs, limiter=self._threads)
-            if isinstance(config, str):
-                return config
-            async with self._envoy_to_ask:
-                return await refusal(config)
-
-        return [ref for ref in objects.by_ref if ref not in wanted.blamed], refusal_without
-
-    def _forget(self, objects: Objects) -> None:
-        """What waypoints and instances left that are gone."""
-        by_name: tuple[dict[str, Any], ...] = (
-            self._configurations, self._blamed, self._made_of, self._asked_at, self._right,
-        )  # fmt: skip
-        for known in by_name:
-            for name in known.keys() - objects.waypoints.keys():
-                del known[name]
-        said = self._said(objects) if any(self._blamed.values()) else {}
-        for blamed in self._blamed.values():
-            for ref in [ref for ref, (then, _) in blamed.items() if said.get(ref) != then]:
-                del blamed[ref]
-        for node_id in self._ads.status().keys() - self.members.members.keys():
-            self._ads.forget(node_id)
+        await self.configurations.keep_good(objects.waypoints)
 
     async def _ask(self, objects: Objects) -> bool:
         """True when it was answered; what is not stays as it was known."""
@@ -419,116 +231,12 @@ class WaypointMgr:
         yield from dict.fromkeys(name for name, _ in named)
         yield from (name for name in objects.services if name.partition("/")[2] in hosts)
 
-    async def _configure(self, name: str, waypoint: Gateway, objects: Objects, mesh: WaypointsReply) -> None:
-        """Where nothing can be made of what there is, it stays as it was, and others go on."""
-        members = [member for member in self.members.members.values() if member.waypoint == name]
-        made: dict[str, Resources] = {}
-        try:
-            translated = self._translator(name, waypoint, objects, mesh)
-            wanted = self._wanted(name, objects)
-            found, right = await anyio.to_thread.run_sync(
-                self._translate, name, objects, wanted, translated, limiter=self._threads
-            )
-            for member in members:
-                made[member.name] = await anyio.to_thread.run_sync(
-                    resources, found, self.members.address, member.port, limiter=self._threads
-                )
-        except Exception as error:  # noqa: BLE001  (what it is is told)
-            self._runtime.note_error("configuration_not_made", waypoint=name, error=_why(error))
-            self._suspect(name, _why(error), objects)
-            return
-        for member_name, found_resources in made.items():
-            self._ads.publish(member_name, found_resources)
-        self._configurations[name], self._right[name] = found, right
-
-    def _translator(
-        self, name: str, waypoint: Gateway, objects: Objects, mesh: WaypointsReply
-    ) -> Callable[[Wanted], Configuration]:
-        """Also for services that may come by way of it: their connections must find it ready for them."""
-        known = {service.name: service for service in mesh.services}
-        namespaces = objects.namespaces_of(waypoint)
-        asking = frozenset(mesh.users.get(name, ()))
-
-        def may_come(service: MeshService) -> bool:
-            is_one = is_workload(service.name)
-            if is_one and not service.owned:
-                return False
-            if service.name in asking:
-                return True
-            is_let_in = namespace_of(service.name) in namespaces and service.name not in objects.waypoints
-            return is_let_in and (not is_one or waypoint.is_for_workloads)
-
-        users = [service for service in mesh.services if may_come(service)]
-        family = 6 if ":" in self.members.address else 4
-        clients = Clients(mesh.namespace_ids, mesh.account_ids, family, mesh.service_secret)
-        names = self._names if principals.is_forwarded(waypoint.metadata.annotations) else None
-        domain, (spans, _) = self._settings.cluster_domain, self._spans(waypoint)
-
-        def translated(wanted: Wanted) -> Configuration:
-            return translate(waypoint, users, known, objects.services, wanted, domain, clients, spans, names)
-
-        return translated
-
-    def _said(self, objects: Objects) -> dict[ObjectRef, object]:
-        """What each object comes to, with the keys and roots that it names."""
-        keys, roots = self.keys.found, self.root_files.roots
-        of_tls = {each.ref for each in objects.destinations} | {each.by for each in objects.backend_tls}
-        found = {ref: (each, roots) if ref in of_tls else each for ref, each in objects.by_ref.items()}
-        return found | {each.ref: each.with_keys(keys) for each in objects.authentications}
-
-    def _wanted(self, name: str, objects: Objects, *, but: ObjectRef | None = None) -> Wanted:
-        wanted = Wanted(
-            objects.routes,
-            objects.policies,
-            objects.destinations,
-            objects.virtuals,
-            [each.with_keys(self.keys.found) for each in objects.authentications],
-            self.keys.errors,
-            objects.backend_tls,
-            self.root_files.roots,
-            namespaces=objects.namespaces,
-        )
-        if blamed := self._blamed.get(name):
-            said = self._said(objects)
-            still = {r: why for r, (then, why) in blamed.items() if r != but and said.get(r) == then}
-            wanted = wanted.blaming(still)
-        return wanted.reduced if name in self._reduced else wanted
-
-    def _translate(
-        self, name: str, objects: Objects, wanted: Wanted, translated: Callable[[Wanted], Configuration]
-    ) -> tuple[Configuration, dict[ObjectRef, Route | Virtual]]:
-        """A route that is wrong counts as it was when it was right. Also returns what is right now."""
-        found = translated(wanted)
-        refused = found.refused
-        said: list[Route | Virtual] = [*objects.routes, *objects.virtuals]
-        concerned = {condition.of for condition in (*found.conditions, *found.virtuals)}
-        good = {each.ref: each for each in said if each.ref not in refused}
-        before = self._good.of(name)
-        blamed = [each for each in said if each.ref in wanted.blamed]
-        good |= {ref: before[ref] for ref in refused if ref in before and before[ref] not in blamed}
-        right = {ref: each for ref, each in good.items() if ref in concerned}
-        if refused.isdisjoint(good):
-            return found, right
-        routes = tuple(each for each in good.values() if isinstance(each, Route))
-        virtuals = tuple(each for each in good.values() if isinstance(each, Virtual))
-        wanted = msgspec.structs.replace(wanted, routes=routes, virtuals=() if wanted.only_tls else virtuals)
-        kept = translated(wanted)
-        kept = msgspec.structs.replace(
-            kept,
-            conditions=_of(found.conditions, refused) + _but(kept.conditions, refused),
-            virtuals=_of(found.virtuals, refused) + _but(kept.virtuals, refused),
-        )
-        return kept, right
-
-    def _spans(self, waypoint: Gateway) -> tuple[Spans | None, list[str]]:
-        return spans_of(waypoint.metadata.annotations, self._settings.otlp_endpoint)
-
     def _announce(self, objects: Objects) -> None:
         """Nothing is taken back before it is known what runs."""
         conditions: dict[ObjectRef, list[Condition]] = {}
-        if objects.waypoints.keys() <= self._configurations.keys():  # else it is not known what is said
+        if objects.waypoints.keys() <= self.configurations.found.keys():  # else it is not known what is said
             conditions = {route.ref: [] for route in objects.routes}
-        for found in self._configurations.values():
+        for found in self.configurations.found.values():
             for condition in found.conditions:
                 conditions.setdefault(condition.of, []).append(condition)
         known = {each.name: each for each in self._mesh.services} if self._mesh else {}
@@ -548,7 +256,7 @@ class WaypointMgr:
         manifests = None if places is None else announce.objects(waypoint, places)
         known = {(e.address, e.port) for port in own.ports for e in port.endpoints} if own else set()
         is_reachable = any((place.address, place.port) in known for place in places or ())
-        said, listeners = self._configurations.get(name), None
+        said, listeners = self.configurations.found.get(name), None
         if said is not None:
             listeners = listeners_of(waypoint, said.conditions, objects.namespaces)
         return Announced(
@@ -602,7 +310,7 @@ class WaypointMgr:
         return self._mesh.users if self._mesh else {}
 
     def _waypoint(self, name: str, gateway: Gateway, without_address: set[str]) -> dict[str, Any]:
-        found = self._configurations.get(name, Configuration())
+        found = self.configurations.found.get(name, Configuration())
         members = [member for member in self.members.members.values() if member.waypoint == name]
         states = self._ads.status()
         group = self.members.groups.get(name)
@@ -623,14 +331,14 @@ class WaypointMgr:
             "authentications": [_told("authentication", condition) for condition in found.authentications],
             "destinations": [_told("destination", condition) for condition in found.destinations],
             "conflicts": [*self._anothers(name), *found.conflicts],
-            "reduced": self._reduced.get(name, ""),
+            "reduced": self.configurations.reduced.get(name, ""),
             "scaling": group.status() if group else None,
             "namespaces_turned_away": sorted((self._objects or Objects()).turned_away(gateway)),
             "annotations_misread": [
                 *gateway.misread,
                 *_unknown_annotations(gateway),
                 *policy_of(gateway.metadata.annotations)[1],
-                *self._spans(gateway)[1],
+                *spans_of(gateway.metadata.annotations, self._settings.otlp_endpoint)[1],
                 *found.misread,
             ],
         }
@@ -683,23 +391,6 @@ def _told(what: str, condition: Condition) -> dict[str, str]:
     }
 
 
-async def _nobody_asks(_: Collection[ObjectRef]) -> str:
-    """There is no waypoint any more."""
-    return ""
-
-
-def _why(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:WHY_MAX]
-
-
-def _of(said: tuple[Condition, ...], refs: Collection[ObjectRef]) -> tuple[Condition, ...]:
-    return tuple(one for one in said if one.of in refs)
-
-
-def _but(said: tuple[Condition, ...], refs: Collection[ObjectRef]) -> tuple[Condition, ...]:
-    return tuple(one for one in said if one.of not in refs)
-
-
 async def run(runtime: Runtime[WaypointMgrSettings]) -> None:
     """Runs until cancelled; Envoys run on."""
     settings = runtime.settings
@@ -723,10 +414,14 @@ async def run(runtime: Runtime[WaypointMgrSettings]) -> None:
         ads.has_taken,
     )
     manager.members = members
+    configurations = manager.configurations = Configurations(
+        settings, ads, members, manager.keys, manager.root_files, manager.wake, runtime.note_error
+    )
     runtime.details = manager.status
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(ads.serve, ads_socket, manager.wake)
         await tasks.start(members.run)
+        await tasks.start(configurations.run)
         tasks.start_soon(_enroll, settings, manager)
         if settings.kubeconfig:
             tasks.start_soon(_follow_cluster, settings, manager, runtime.note_error)
