@@ -153,10 +153,13 @@ class Configurations:
                 self._suspect(name, "; ".join(whys), objects)
             elif name in self._right and (not of_it or any(state.is_current for state in of_it)):
                 self._good.note(name, self._right.pop(name))
-            elif self._blamed.get(name) and name not in self._asking:
-                if time.monotonic() - self._asked_at.get(name, 0.0) > ACQUIT_S:
-                    self._asking.add(name)
-                    self._tasks.start_soon(self._acquit, name, objects)
+            elif self._may_acquit(name):
+                self._asking.add(name)
+                self._tasks.start_soon(self._acquit, name, objects)
+
+    def _may_acquit(self, name: str) -> bool:
+        may = name not in self._asking and bool(self._blamed.get(name))
+        return may and time.monotonic() - self._asked_at.get(name, 0.0) > ACQUIT_S
 
     def _look_for_ports(self) -> None:
         """An instance whose port is somebody else's gets its listener again: the port may be free by now."""
