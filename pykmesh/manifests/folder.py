@@ -167,7 +167,8 @@ class Folder:
                     write_whole(self._keep / _kept_as(name), self._fresh[name], mode=0o600)
                     del self._fresh[name]
             for name in self._files.keys() - self._known if self._was_known else ():
-                write_whole(self._keep / _kept_as(name), b"", mode=0o600)
+                if not (kept := self._keep / _kept_as(name)).exists():
+                    write_whole(kept, b"", mode=0o600)
             self._was_known |= self._files.keys() <= self._known and bool(self._files)
             if self._folder_errors or not self._files:
                 return

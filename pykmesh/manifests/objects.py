@@ -8,6 +8,7 @@ Defaults are those that an API server fills in.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from enum import Enum
 from typing import Annotated, Any, Final, TypeAlias
@@ -442,10 +443,8 @@ class GatewaySpec(_Manifest, frozen=True, kw_only=True):
             "allowedListeners": self.allowed_listeners, "defaultScope": self.default_scope,
         }  # fmt: skip
         found = [name for name, said in own.items() if said]
-        names = [each.name for each in self.listeners]
-        found += [
-            f"listeners: several are called {name}" for name in dict.fromkeys(names) if names.count(name) > 1
-        ]
+        names = Counter(each.name for each in self.listeners)
+        found += [f"listeners: several are called {name}" for name, times in names.items() if times > 1]
         return found + [f"listeners[{each.name}].{what}" for each in self.listeners for what in each.ignored]
 
 

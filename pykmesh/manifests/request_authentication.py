@@ -9,8 +9,9 @@ import msgspec
 from pykmesh.manifests.authorization_policy import TargetedSpec
 from pykmesh.manifests.durations import GoDuration
 from pykmesh.manifests.http_route import HeaderName
+from pykmesh.manifests.names import PRINTED
 
-_Text = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]+\Z", max_length=4096)]
+_Text = Annotated[str, msgspec.Meta(pattern=rf"^{PRINTED}+\Z", max_length=4096)]
 
 
 class _Part(msgspec.Struct, frozen=True, kw_only=True, rename="camel", gc=False, forbid_unknown_fields=True):
@@ -19,7 +20,7 @@ class _Part(msgspec.Struct, frozen=True, kw_only=True, rename="camel", gc=False,
 
 class JWTHeader(_Part, frozen=True, kw_only=True):
     name: HeaderName
-    prefix: Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]*\Z", max_length=256)] = ""
+    prefix: Annotated[str, msgspec.Meta(pattern=rf"^{PRINTED}*\Z", max_length=256)] = ""
 
 
 class ClaimToHeader(_Part, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ import msgspec
 
 from pykmesh.manifests.durations import GoDuration, PositiveDuration
 from pykmesh.manifests.http_route import HeaderName
-from pykmesh.manifests.names import PortNumber
+from pykmesh.manifests.names import PRINTED, PortNumber
 
 Status = Annotated[int, msgspec.Meta(ge=200, le=599)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=100)]
@@ -24,12 +24,10 @@ class _Part(msgspec.Struct, frozen=True, kw_only=True, rename="camel", gc=False)
     """How all parts are read."""
 
 
-_Printed = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]*\Z", max_length=4096)]
+_Printed = Annotated[str, msgspec.Meta(pattern=rf"^{PRINTED}*\Z", max_length=4096)]
 """What may stand in a request's head."""
 _Some = Annotated[_Printed, msgspec.Meta(min_length=1)]
-_ParamName = Annotated[
-    str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]+\Z", min_length=1, max_length=256)
-]
+_ParamName = Annotated[str, msgspec.Meta(pattern=rf"^{PRINTED}+\Z", min_length=1, max_length=256)]
 _DESTINATIONS_MAX: Final = 1000
 """The sum of their weights must be less than 2^32."""
 _CHANGES_MAX: Final = 256

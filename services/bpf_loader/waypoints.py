@@ -60,30 +60,28 @@ class Waypoints:
         gone = self._held.without({each.cgroup_id for each in found})
         found += [pins.cgroup_links(self._links, cgroup_id, None) for cgroup_id in gone]
         for each in found:
-            self._pin_again(each)
+            try:
+                self._pin_again(each)
+            except OSError as error:  # it stays attached, and is tried again
+                log.warning("links_not_made_again", path=str(each.path), error=str(error))
+            self._held.hold(each.cgroup_id, each.path, _HOOKS)
             if not any(pinned.is_attached(each.path / hook.program) for hook in WAYPOINT_HOOKS):
                 pins.remove_links(each.path)
                 log.info("waypoint_cgroup_vanished", cgroup_id=each.cgroup_id)
         self._held.keep({each.cgroup_id for each in found})
 
     def _pin_again(self, links: pins.CgroupLinks) -> None:
-        try:
-            links.path.mkdir(exist_ok=True)
-            again = self._held.pin_again(links.cgroup_id, links.path, _HOOKS)
-        except OSError as error:  # it stays attached, and is tried again
-            log.warning("links_not_made_again", path=str(links.path), error=str(error))
-        else:
-            if again:
-                log.warning("hooks_pinned_again", waypoint_cgroup_id=links.cgroup_id, hooks=again)
-        self._held.hold(links.cgroup_id, links.path, _HOOKS)
+        """What is attached and has lost its pin. OSError."""
+        links.path.mkdir(exist_ok=True)
+        if again := self._held.pin_again(links.cgroup_id, links.path, _HOOKS):
+            log.warning("hooks_pinned_again", waypoint_cgroup_id=links.cgroup_id, hooks=again)
 
     def enroll(self, cgroup_fd: int, netns_fd: int | None) -> None:
         """Again is no error. Without the namespace there are no fronts. EnrollmentError."""
         cgroup_id = cgroups.id_of(cgroup_fd)
         found = pins.cgroup_links(self._links, cgroup_id, None)
-        self._pin_again(found)
         try:
-            found.path.mkdir(exist_ok=True)
+            self._pin_again(found)
             attached = pinned.attach_missing(found.path, WAYPOINT_HOOKS, self._programs, cgroup_fd)
             if netns_fd is not None:
                 attached += self._attach_front(found, netns_fd)

@@ -76,10 +76,6 @@ def other_way(list_id: int) -> int:
     return list_id ^ _BY_WAYPOINT
 
 
-def is_by_waypoint(list_id: int) -> bool:
-    return bool(list_id & _BY_WAYPOINT)
-
-
 class Frontend(msgspec.Struct, frozen=True, gc=False):
     """An entry of `services`, but for the number of endpoints, which the list decides."""
 

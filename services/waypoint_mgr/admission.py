@@ -58,7 +58,7 @@ def _condition(condition: Json, ranges: set[Range]) -> _Holds:
             return lambda _: True
         case "destinationIp":
             ranges.add(found := Range(said["addressPrefix"], said["prefixLen"]))
-            return _within(found)
+            return _within_any({found})
         case "notRule" | "notId":
             return _opposite(_condition(said, ranges))
         case "andRules" | "andIds":
@@ -105,12 +105,6 @@ def _within_any(wanted: set[Range]) -> _Holds:
         )
 
     return holds
-
-
-def _within(wanted: Range) -> _Holds:
-    rest = ALL_BITS - wanted.bits
-    beginning = int(ipaddress.IPv6Address(wanted.address)) >> rest
-    return lambda client: client[1] >= wanted.bits and client[0] >> rest == beginning
 
 
 def _opposite(part: _Holds) -> _Holds:

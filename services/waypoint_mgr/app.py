@@ -84,7 +84,6 @@ class WaypointMgr:
         self._report = ("", -1)
         self._mesh_is_due = True
         """What map_writer says of the mesh is to be asked for anew."""
-        self._names = runtime.settings.envoys_dir.absolute() / fleet.NAMES
         self._written: Mapping[str, bytes] | None = None
         self._nameless = list[str]()
         self.is_enrolled = False
@@ -199,7 +198,7 @@ class WaypointMgr:
         self._written, left_out = None, list[str]()
         try:
             if found is not None:
-                left_out = await anyio.to_thread.run_sync(principals.write, self._names, found)
+                left_out = await anyio.to_thread.run_sync(principals.write, self.configurations.names, found)
         except OSError as error:
             self._runtime.note_error("names_not_written", error=error)
             return

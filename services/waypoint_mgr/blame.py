@@ -15,16 +15,14 @@ from services.waypoint_mgr.envoy import Json
 from services.waypoint_mgr.instances import RUNTIME
 from services.waypoint_mgr.routes import Configuration
 
-IsTaken = Callable[[Collection[ObjectRef]], Awaitable[str]]
+RefusalWithout = Callable[[Collection[ObjectRef]], Awaitable[str]]
 """Why an Envoy refuses what is made without these objects; "": it does not."""
-
-
 EACH_MAX: Final = 8
 """So many of one namespace are looked for one by one: then all that are left of it are to blame."""
 
 
 async def find_guilty(
-    suspects: Iterable[ObjectRef], refusal_without: IsTaken, found: dict[ObjectRef, str]
+    suspects: Iterable[ObjectRef], refusal_without: RefusalWithout, found: dict[ObjectRef, str]
 ) -> None:
     """Adds those without which an Envoy takes all the others, each when it is known, and why it refuses them.
 

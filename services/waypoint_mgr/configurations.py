@@ -1,7 +1,7 @@
 """What the Envoys of each waypoint are told, and whose objects they do not take.
 
-Each waypoint's configuration is made by itself, in threads: none waits for another's. What its Envoys refuse,
-or nothing can be made of, is looked into (`blame`); meanwhile they have what they had.
+Each waypoint's configuration is made by itself, a few at once in threads, and sent when it is made. What its
+Envoys refuse, or nothing can be made of, is looked into (`blame`); meanwhile they have what they had.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pykmesh.manifests.objects import Gateway, ObjectRef
 from services.waypoint_mgr import fleet, principals
 from services.waypoint_mgr.ads import AdsServer, NodeStatus
 from services.waypoint_mgr.attachments import Condition
-from services.waypoint_mgr.blame import EACH_MAX, IsTaken, bootstrap_of, find_guilty
+from services.waypoint_mgr.blame import EACH_MAX, RefusalWithout, bootstrap_of, find_guilty
 from services.waypoint_mgr.encode import Resources, resources
 from services.waypoint_mgr.envoy import Json
 from services.waypoint_mgr.fleet import Fleet
@@ -34,7 +34,7 @@ from services.waypoint_mgr.policies import Clients
 from services.waypoint_mgr.root_files import RootFiles
 from services.waypoint_mgr.routes import Configuration, Wanted, translate
 from services.waypoint_mgr.source import Objects, Route, Virtual
-from services.waypoint_mgr.spans import Spans, spans_of
+from services.waypoint_mgr.spans import spans_of
 
 log = structlog.get_logger(__name__)
 
@@ -68,7 +68,8 @@ class Configurations:
         self._root_files = root_files
         self._wake = wake
         self._note_error = note_error
-        self._names = settings.envoys_dir.absolute() / fleet.NAMES
+        self.names = settings.envoys_dir.absolute() / fleet.NAMES
+        """Where those of clients are, for scripts in Envoys."""
         self._tasks: TaskGroup
         self._mesh: WaypointsReply | None = None
         self.found: dict[str, Configuration] = {}
@@ -222,7 +223,7 @@ class Configurations:
 
     def _asked(
         self, name: str, objects: Objects, *, but: ObjectRef | None = None
-    ) -> tuple[list[ObjectRef], IsTaken]:
+    ) -> tuple[list[ObjectRef], RefusalWithout]:
         """Who may be to blame, and what asks an Envoy. `but`: that is not to blame."""
         if self._mesh is None or name not in objects.waypoints:
             return [], _nobody_asks
@@ -289,8 +290,9 @@ class Configurations:
         users = [service for service in mesh.services if may_come(service)]
         family = 6 if ":" in self._members.address else 4
         clients = Clients(mesh.namespace_ids, mesh.account_ids, family, mesh.service_secret)
-        names = self._names if principals.is_forwarded(waypoint.metadata.annotations) else None
-        domain, (spans, _) = self._settings.cluster_domain, self._spans(waypoint)
+        names = self.names if principals.is_forwarded(waypoint.metadata.annotations) else None
+        domain = self._settings.cluster_domain
+        spans, _ = spans_of(waypoint.metadata.annotations, self._settings.otlp_endpoint)
 
         def translated(wanted: Wanted) -> Configuration:
             return translate(waypoint, users, known, objects.services, wanted, domain, clients, spans, names)
@@ -347,9 +349,6 @@ class Configurations:
             virtuals=_of(found.virtuals, refused) + _but(kept.virtuals, refused),
         )
         return kept, right
-
-    def _spans(self, waypoint: Gateway) -> tuple[Spans | None, list[str]]:
-        return spans_of(waypoint.metadata.annotations, self._settings.otlp_endpoint)
 
     def _forget(self, objects: Objects) -> None:
         """What waypoints and instances left that are gone."""

@@ -139,20 +139,22 @@ class Destinations:
 
     def encryption(self, at: Port, protocol: AppProtocol, port_name: str = "") -> Encryption:
         """How its endpoints are spoken to. Of a port whose name is not known any BackendTLSPolicy counts."""
-        wanted, why = tls.wanted(self.policy(at)), ""
+        best, wanted, why = self._best(at), tls.wanted(self.policy(at)), ""
         if policies := self._policies_of(at, port_name):
             said = {each.tls for each in policies}
             wanted = said.pop() if len(said) == 1 else None
             why = "" if wanted else "its roots, or those of others for this port, are not read"
         if wanted is not None:
             why = tls.obstacle(wanted, self._roots)
-        if wanted is not None and not why and (why := tls.obstacle_for(wanted, protocol)):
-            best = self._best(at)
-            if best is not None:  # a policy says a name
-                self._nameless.setdefault(best.ref, {})[at.port] = why
+        if (
+            wanted is not None
+            and not why
+            and (why := tls.obstacle_for(wanted, protocol))
+            and best is not None
+        ):
+            self._nameless.setdefault(best.ref, {})[at.port] = why  # a policy says a name
         for each in policies:
             self._by_policy[each.by] = self._by_policy.get(each.by) or why
-        best = self._best(at)
         if wanted is None or why or (best.ref in self._closing if best else self._only_tls):
             return Encryption(is_closed=bool(wanted or why))
         options = {} if protocol is AppProtocol.TCP else tls.http_options(wanted)

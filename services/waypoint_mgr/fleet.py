@@ -52,6 +52,9 @@ DEMAND_S: Final = 0.05
 SAMPLES: Final = 5
 PORTS_TRIED: Final = 100
 _FILE: Final = "instance.json"
+KEPT: Final = "kept"
+NAMES: Final = "principals"
+"""Directories that are no instance's, whose names have a `~`."""
 
 log = structlog.get_logger(__name__)
 
@@ -222,11 +225,6 @@ def _remembered(directory: Path) -> Member | None:
     if kept.leaving:
         member.leaving.set()
     return member
-
-
-KEPT: Final = "kept"
-NAMES: Final = "principals"
-"""Directories that are no instance's, whose names have a `~`."""
 
 
 class Fleet:

@@ -104,6 +104,8 @@ class Keys:
             for place, some in islice(by_place.items(), PLACES_MAX)
         }
         self._timeouts = {place: timeouts[place] for place in self._namespaces}
+        for namespace in self._limits.keys() - {*self._namespaces.values()}:
+            del self._limits[namespace]
         now = time.monotonic()
         self._due = {place: self._due.get(place, now) for place in self._timeouts}
         self.found = {place: keys for place, keys in self.found.items() if place in self._due}

@@ -5,7 +5,6 @@ Kept in a file, so that they count for who comes after this process, too.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Final
@@ -40,12 +39,14 @@ class _Kept(msgspec.Struct, frozen=True):
 
 
 class LastGood:
-    """By waypoint; for several threads. A file that cannot be read is as none: what was right is unknown."""
+    """By waypoint. A file that cannot be read is as none: what was right is not known then.
+
+    `note` and `keep` take turns; `of` may be asked in other threads.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._is_written = True
-        self._lock = threading.Lock()
         self._found: dict[str, dict[ObjectRef, Route | Virtual]] = {}
         try:
             kept = msgspec.json.decode(path.read_bytes(), type=dict[str, _Kept], dec_hook=parse_text)
@@ -60,9 +61,8 @@ class LastGood:
         return self._found.get(waypoint, {})
 
     def note(self, waypoint: str, good: Mapping[ObjectRef, Route | Virtual]) -> None:
-        with self._lock:
-            self._is_written = self._is_written and self._found.get(waypoint) == good
-            self._found[waypoint] = dict(good)
+        self._is_written = self._is_written and self._found.get(waypoint) == good
+        self._found[waypoint] = dict(good)
 
     def is_due(self, waypoints: Collection[str]) -> bool:
         """Something is to be kept that is not."""
@@ -70,11 +70,10 @@ class LastGood:
 
     def keep(self, waypoints: Collection[str]) -> None:
         """Forgets all others, and writes what is new. OSError."""
-        with self._lock:
-            for name in self._found.keys() - waypoints:
-                del self._found[name]
-                self._is_written = False
-            if not self._is_written:
-                kept = {name: _Kept.of(one.values()) for name, one in self._found.items()}
-                write_whole(self._path, msgspec.json.encode(kept, enc_hook=str))
-                self._is_written = True
+        for name in self._found.keys() - waypoints:
+            del self._found[name]
+            self._is_written = False
+        if not self._is_written:
+            kept = {name: _Kept.of(one.values()) for name, one in self._found.items()}
+            write_whole(self._path, msgspec.json.encode(kept, enc_hook=str))
+            self._is_written = True

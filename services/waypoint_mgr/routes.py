@@ -121,7 +121,7 @@ class Wanted(msgspec.Struct, frozen=True):
             ],
             backend_tls=[each._replace(tls=None) if each.by in blamed else each for each in self.backend_tls],
             blamed=blamed,
-            blamed_routes=[each for each in self.routes if each.ref in blamed],
+            blamed_routes=[*self.blamed_routes, *(each for each in self.routes if each.ref in blamed)],
         )
 
     @property
