@@ -19,7 +19,8 @@
 
 #define SOL_IP		0
 #define SOL_IPV6	41
-#define SO_ORIGINAL_DST 80 /* linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST is the same number */
+#define SO_ORIGINAL_DST 80	     /* linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST is the same number */
+#define OUR_ANSWER	bpf_htonl(1) /* the kernel's own have no flow */
 
 /* struct sockaddr_in6 */
 struct original_destination {
@@ -149,6 +150,9 @@ int pykmesh_origdst(struct bpf_sockopt *ctx)
 		return 1;
 	if ((void *)(answer + 1) > ctx->optval_end)
 		return 1;
+	if (!ctx->retval &&
+	    answer->flow == OUR_ANSWER) /* by another release's program, which stands beside */
+		return 1;
 	asked = bpf_map_lookup_elem(&handoffs, &key);
 	if (!asked || !is_noted(sk, asked)) {
 		count(REASON_HANDOFF_UNKNOWN);
@@ -156,7 +160,7 @@ int pykmesh_origdst(struct bpf_sockopt *ctx)
 	}
 	answer->family = AF_INET6;
 	answer->port = asked->port;
-	answer->flow = 0;
+	answer->flow = OUR_ANSWER;
 	answer->prefix = asked->prefix;
 	__builtin_memcpy(answer->service, &asked->service, sizeof(answer->service));
 	__builtin_memcpy(answer->namespace_id, asked->client_namespace, sizeof(answer->namespace_id));

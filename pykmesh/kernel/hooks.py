@@ -35,12 +35,11 @@ HOOKS: Final = (
     Hook("pykmesh_conn6", 11),
 )
 
-NOTING_HOOKS: Final = tuple(hook for hook in HOOKS if hook.program == "pykmesh_sockops")
-"""They note what a connection is for, before it comes to a waypoint."""
-SILENT_HOOKS: Final = tuple(hook for hook in HOOKS if hook not in NOTING_HOOKS)
+READING_HOOK: Final = Hook("pykmesh_origdst", 21)
+"""It reads, once, what a connection is for: noted before it came to the waypoint."""
 
 # Of a waypoint's cgroup.
-WAYPOINT_HOOKS: Final = (Hook("pykmesh_origdst", 21), Hook("pykmesh_arrived", 3))
+WAYPOINT_HOOKS: Final = (READING_HOOK, Hook("pykmesh_arrived", 3))
 
 # Of the network namespace that waypoints' instances listen in.
 FRONT_HOOK: Final = Hook("pykmesh_front", 36)

@@ -224,9 +224,13 @@ def map_id(fd: int) -> int:
     return int.from_bytes(_info(fd, 96, "a map")[4:8], "little")
 
 
+def program_fd_by_id(program_id: int) -> int:
+    return _checked(_L.bpf_prog_get_fd_by_id(program_id), f"program {program_id}")
+
+
 def program_name_and_maps(program_id: int) -> tuple[str, list[int]]:
     """The name of a program that is loaded, and the ids of its maps."""
-    fd = _checked(_L.bpf_prog_get_fd_by_id(program_id), f"program {program_id}")
+    fd = program_fd_by_id(program_id)
     try:
         ids = (c_uint32 * 64)()
         buffer = ctypes.create_string_buffer(232)

@@ -49,8 +49,6 @@ _CANNOT_BE_COPIED: Final = {
     _SK_STORAGE: "what is known of sockets that are open: their close is not recorded, their peer is the "
     "endpoint, and what begins in that moment by way of a waypoint is closed",
 }
-_READ_ONCE: Final = {"handoffs": "what begins in that moment by way of a waypoint may be closed"}
-"""Notes from one program to another, which cannot be exchanged at once."""
 
 
 class UpgradeError(Exception):
@@ -151,7 +149,7 @@ def plan(pin_dir: Path) -> Plan:
             try:
                 conversion = _Conversion(before, layout)
                 conversion.check()
-                lost = "; ".join(filter(None, (conversion.lost, _READ_ONCE.get(name))))
+                lost = conversion.lost
             except UpgradeError as error:
                 problems.append(str(error))
             moves.append(Move(name, Fate.COPIED, before.name, lost, stale))

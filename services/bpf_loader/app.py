@@ -14,14 +14,7 @@ import structlog
 
 from pykmesh.contracts.settings import LoaderSettings
 from pykmesh.kernel import cgroups, pins
-from pykmesh.kernel.hooks import (
-    HOOKS,
-    NOTING_HOOKS,
-    SILENT_HOOKS,
-    Programs,
-    ProgramSettings,
-    can_set_retval,
-)
+from pykmesh.kernel.hooks import HOOKS, Programs, ProgramSettings, can_set_retval
 from pykmesh.kernel.layout import check_enums, check_objects
 from pykmesh.kernel.records import DNS_SLOTS, network_id
 from pykmesh.kernel.upgrade import Copied, Staging, pin_again
@@ -53,7 +46,12 @@ async def run(runtime: Runtime[LoaderSettings]) -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(Door(settings.enroll_socket, found.enrollment, found.waypoints, turn).serve)
             mend = partial(_keep_pinned, runtime, found.programs)
-            sweeps: list[Callable[[], object]] = [mend, found.enrollment.sweep, found.waypoints.sweep]
+            sweeps: list[Callable[[], object]] = [
+                mend,
+                found.enrollment.sweep,
+                found.waypoints.sweep,
+                found.waypoints.read_one,
+            ]
             tasks.start_soon(_sweep, sweeps, turn)
             runtime.readiness.done("programs")
     finally:
@@ -87,12 +85,13 @@ def take_over(settings: LoaderSettings) -> TakenOver:
     were_missing = pin_again(settings.pin_dir)
     staging = Staging(settings.pin_dir)
     programs = _load(settings, staging)
+    waypoints = Waypoints(settings.pin_dir, programs)
+    if "handoffs" in staging.paths:
+        waypoints.read_both(root)
     with staging.taken_over() as copied:
         enrollment = Enrollment(settings.pin_dir, root, settings.instance, settings.network, programs)
-        waypoints = Waypoints(settings.pin_dir, programs)
         enrollment.complete()
-        # Who writes notes to waypoints comes right after who reads them.
-        updated = enrollment.exchange(SILENT_HOOKS) + waypoints.exchange() + enrollment.exchange(NOTING_HOOKS)
+        updated = waypoints.exchange() + enrollment.exchange()
     enrollment.mend()
     waypoints.sweep()
     others = pins.remove_others(pins.links_dir(settings.pin_dir), {hook.program for hook in HOOKS})

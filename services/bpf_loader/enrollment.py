@@ -16,7 +16,7 @@ import structlog
 
 from pykmesh.contracts.enrollment import Enrolled, EnrollmentError
 from pykmesh.kernel import cgroups, libbpf, pins
-from pykmesh.kernel.hooks import HOOKS, Hook, Programs, count_pinned
+from pykmesh.kernel.hooks import HOOKS, Programs, count_pinned
 from pykmesh.kernel.netns import own_cookie
 from pykmesh.kernel.pins import CgroupLinks
 from pykmesh.kernel.records import NO_IP, ip_to_text, network_id
@@ -55,7 +55,7 @@ class Enrollment:
     def adopt(self) -> int:
         """Goes on from what is there: returns how many links got the programs loaded now."""
         self.complete()
-        updated = self.exchange(HOOKS)
+        updated = self.exchange()
         self.mend()
         return updated
 
@@ -69,8 +69,8 @@ class Enrollment:
         if not all((each.path / hook.program).exists() for each in self._all_links() for hook in HOOKS):
             self.mend()
 
-    def exchange(self, hooks: tuple[Hook, ...]) -> int:
-        """Gives these links the programs loaded now, and looks at nothing else.
+    def exchange(self) -> int:
+        """Gives the links that are there the programs loaded now, and looks at nothing else.
 
         Returns how many links were updated. Each is replaced in one step: nothing is detached. What is not
         as it should be is left to `mend`.
@@ -78,7 +78,7 @@ class Enrollment:
         return sum(
             pinned.adopt(each.path / hook.program, hook, self._programs)
             for each in self._all_links()
-            for hook in hooks
+            for hook in HOOKS
         )
 
     def _adopt_cookies(self) -> None:

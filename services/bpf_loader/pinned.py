@@ -77,6 +77,31 @@ class Held:
         self._fds.clear()
 
 
+def double(pin: Path, hook: Hook, target_fd: int) -> None:
+    """Attaches the program that a link has once more, by a link of its own, which no `adopt` changes."""
+    if not _stands(pin, hook):
+        return
+    with contextlib.ExitStack() as closing:
+        link = closing.enter_context(libbpf.closing(libbpf.obj_get(str(pin))))
+        program = closing.enter_context(libbpf.closing(libbpf.program_fd_by_id(libbpf.link_info(link)[0])))
+        made = closing.enter_context(libbpf.closing(libbpf.link_create(program, target_fd, hook.attach_type)))
+        beside = _beside(pin)
+        beside.unlink(missing_ok=True)
+        libbpf.obj_pin(made, str(beside))
+
+
+def remove_double(pin: Path) -> bool:
+    """True when there was one."""
+    with contextlib.suppress(FileNotFoundError):
+        _beside(pin).unlink()
+        return True
+    return False
+
+
+def _beside(pin: Path) -> Path:
+    return pin.with_name(f"{pin.name}@before")
+
+
 def is_attached(pin: Path) -> bool:
     """A link outlives its pin and its target; this one has both."""
     return target(pin) != 0

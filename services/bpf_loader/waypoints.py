@@ -6,6 +6,7 @@ the maps `fronts` and `listeners`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -18,7 +19,7 @@ import structlog
 
 from pykmesh.contracts.enrollment import INSTANCES_MAX, EnrollmentError, Front
 from pykmesh.kernel import cgroups, libbpf, pins
-from pykmesh.kernel.hooks import FRONT_HOOK, WAYPOINT_HOOKS, Programs
+from pykmesh.kernel.hooks import FRONT_HOOK, READING_HOOK, WAYPOINT_HOOKS, Programs
 from pykmesh.kernel.maps import PinnedMap
 from pykmesh.kernel.records import FRONT_KEY, FRONT_VALUE, ip_from_text, ip_to_text
 from services.bpf_loader import pinned
@@ -53,6 +54,25 @@ class Waypoints:
         return sum(
             pinned.adopt(each.path / hook.program, hook, self._programs) for each in found for hook in _HOOKS
         )
+
+    def read_both(self, root: Path) -> None:
+        """Before an `exchange` for other maps: what was noted in those of before is read until `read_one`.
+
+        Pinned, so that whoever is ended in between drops none of it either.
+        """
+        found = pins.read_links(self._links).cgroups
+        paths = cgroups.paths_of(root, [each.cgroup_id for each in found])
+        for each in found:
+            with contextlib.suppress(FileNotFoundError):  # a cgroup that went just now
+                if each.cgroup_id in paths:
+                    with libbpf.closing(os.open(paths[each.cgroup_id], os.O_RDONLY | os.O_DIRECTORY)) as fd:
+                        pinned.double(each.path / READING_HOOK.program, READING_HOOK, fd)
+
+    def read_one(self) -> None:
+        """What was noted before an `exchange` has been read."""
+        for each in pins.read_links(self._links).cgroups:
+            if pinned.remove_double(each.path / READING_HOOK.program):
+                log.info("notes_of_before_read", waypoint_cgroup_id=each.cgroup_id)
 
     def sweep(self) -> None:
         """Clears what is left of cgroups that were removed; pins again what somebody unpinned."""

@@ -22,12 +22,14 @@ GROWN = {
         "\t__u32 shade;\n\t__u32 hue;\n\t__u64 cgroup_id;\n"
     ),
     "struct datagram_value {\n\t__u64 service;": "struct datagram_value {\n\t__u64 tint;\n\t__u64 service;",
+    "struct handoff_value {\n\t__u32 service;": "struct handoff_value {\n\t__u32 shape;\n\t__u32 service;",
     "\tREASON_COUNT,\n": "\tREASON_WEATHER,\n\tREASON_COUNT,\n",
     "sizeof(struct service_value) == 48": "sizeof(struct service_value) == 56",
     "sizeof(struct pod_value) == 64": "sizeof(struct pod_value) == 72",
+    "sizeof(struct handoff_value) == 32": "sizeof(struct handoff_value) == 36",
     "sizeof(struct datagram_value) == 32": "sizeof(struct datagram_value) == 40",
 }
-CHANGED = {"services", "endpoints", "pods", "datagrams", "counters"}
+CHANGED = {"services", "endpoints", "pods", "datagrams", "handoffs", "counters"}
 
 
 def make_other(found: Path) -> None:
