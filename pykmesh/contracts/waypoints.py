@@ -58,15 +58,17 @@ class _Part(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Endpoint(_Part, frozen=True):
-    """Where a connection may go. Of endpoints with weight 0 all weigh the same.
+    """Where a connection may go: a workload. Of endpoints with weight 0 all weigh the same.
 
-    `revision`: the workload's canonical revision, where it was asked for.
+    `revision`: the workload's canonical revision, where it was asked for. `others`: its other addresses, for
+    when it does not answer at the first.
     """
 
     address: str
     port: int
     weight: int = 0
     revision: str = ""
+    others: list[str] = []
 
 
 class ServicePort(_Part, frozen=True):

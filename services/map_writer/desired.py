@@ -277,7 +277,10 @@ def _values(
 def own_endpoints(
     mesh: Mesh, service: Service, rules: Rules, *, with_revisions: bool = False
 ) -> dict[int, list[Endpoint]]:
-    """Of each port where the own endpoints of a service are, also of one with a waypoint."""
+    """Of each port where the own endpoints of a service are, also of one with a waypoint.
+
+    One for each workload: of its addresses first those of the family that the service has first.
+    """
 
     def revision(uid: str) -> str:
         found = mesh.workload(uid) if with_revisions else None
@@ -285,26 +288,31 @@ def own_endpoints(
 
     weights: dict[bytes, int] = {}
     endpoints = _endpoints(mesh, service, rules, weights, {})
+    is_6_first = next((not is_v4(ip) for network, ip in service.vips if network == rules.network), False)
     found: dict[int, list[Endpoint]] = {}
     for port, target in service.ports:
         weights.clear()
         lists = endpoints(port, target, 0, 0)
-        shares = _small({value: weights.get(value, 0) for part in lists for value in part})
-        found[port] = [
-            Endpoint(ip_to_text(ip), port_number(own), shares[value], revision(uid))
-            for part in lists
-            for value, uid in part.items()
-            for _, ip, own in [ENDPOINT_VALUE.unpack(value)]
-        ]
+        at: dict[str, list[bytes]] = {}
+        for part in reversed(lists) if is_6_first else lists:
+            for value, uid in part.items():
+                at.setdefault(uid, []).append(value)
+        shares = _small({uid: weights.get(values[0], 0) for uid, values in at.items()})
+        found[port] = []
+        for uid, values in at.items():
+            (_, ip, own), *others = map(ENDPOINT_VALUE.unpack, values)
+            also = [ip_to_text(each) for _, each, _ in others]
+            said = Endpoint(ip_to_text(ip), port_number(own), shares[uid], revision(uid), also)
+            found[port].append(said)
     return found
 
 
-def _small(weights: dict[bytes, int]) -> dict[bytes, int]:
+def _small(weights: dict[str, int]) -> dict[str, int]:
     """In proportion, such that their sum is what Envoy takes."""
     whole = sum(weights.values())
     if whole <= WEIGHTS_MAX:
         return weights
-    return {value: max(1, weight * WEIGHTS_MAX // whole) for value, weight in weights.items()}
+    return {uid: max(1, weight * WEIGHTS_MAX // whole) for uid, weight in weights.items()}
 
 
 def _add_ports_by_waypoint(

@@ -77,7 +77,13 @@ class Waypoints:
             for port, target in mesh.services[name].ports if name in mesh.services else ():
                 if own := target_port(workload.services, name, port, target):
                     served.setdefault(own, (name, port))
-        ports = [ServicePort(own, [Endpoint(vips[0], own)], serves) for own, serves in served.items() if vips]
+        ports = []
+        if vips:
+            first, *others = vips
+            ports = [
+                ServicePort(own, [Endpoint(first, own, others=others)], serves)
+                for own, serves in served.items()
+            ]
         owned = [
             vip
             for vip, ip in zip(vips, workload.addresses, strict=False)

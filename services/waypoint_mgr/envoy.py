@@ -292,7 +292,11 @@ def load_assignment(at: Port, endpoints: Iterable[Endpoint]) -> Json:
 
 
 def _endpoint(endpoint: Endpoint) -> Json:
-    said: Json = {"endpoint": {"address": socket_address(endpoint.address, endpoint.port)}}
+    at: Json = {"address": socket_address(endpoint.address, endpoint.port)}
+    if endpoint.others:
+        others = [socket_address(address, endpoint.port) for address in endpoint.others]
+        at["additionalAddresses"] = [{"address": each} for each in others]
+    said: Json = {"endpoint": at}
     return said | {"loadBalancingWeight": endpoint.weight} if endpoint.weight else said
 
 

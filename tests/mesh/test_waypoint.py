@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ import trustme
 from prometheus_client.parser import text_string_to_metric_families
 
 from pykmesh.kernel.cgroups import find_root
-from tests.mesh.manifests import Object, host, service, text
+from tests.mesh.manifests import Object, host, pod, service, text
 from tests.mesh.node import Node, finish, probe, python, until
 from tests.mesh.waypoints import (
     CANARY,
@@ -69,6 +70,24 @@ def test_a_header_chooses_and_weights_split(routed: Mesh, address: str) -> None:
 def test_a_port_that_is_no_http_goes_through_as_it_is(routed: Mesh) -> None:
     found = ask(routed, 20, port=90)
     assert set(found) <= {(200, "v1"), (200, "v2")}
+
+
+def test_a_pod_that_listens_at_one_of_its_addresses_is_one_endpoint(routed: Mesh, tmp_path: Path) -> None:
+    old = routed.node.network.add("old", 30)
+    old.spawn(sys.executable, "-m", "http.server", "9100", "--bind", old.address4, "-d", str(tmp_path))
+    found = service("old", "10.96.0.43", "fd96::43", app="old", ports={80: 9100, 90: 9100})
+    found["spec"]["ports"][0]["name"] = "http"
+    found["metadata"]["labels"] = {"istio.io/use-waypoint": "wp"}
+    known = pod("old", old.address4, old.address6, app="old")
+    routed.node.write("old", text(found, known))
+    try:
+        until(lambda: f"{routed.waypoint.address4}:" in str(routed.node.endpoints(host("old"))), "its way")
+        until(lambda: {code for code, _ in ask(routed, address="10.96.0.43")} == {200}, "its endpoint")
+        for address, port in itertools.product(("10.96.0.43", "fd96::43"), (80, 90)):
+            answers = ask(routed, 20, address=address, port=port)
+            assert {code for code, _ in answers} == {200}, (address, port)
+    finally:
+        (routed.node.config / "old.yaml").unlink()
 
 
 def test_who_connects_to_the_waypoint_by_himself_is_closed(routed: Mesh) -> None:
