@@ -22,7 +22,7 @@ explore: setup
 
 setup: $(VENV)/.ready build
 
-build: $(OBJECTS)/layout.json services/waypoint_mgr/envoy.json $(OBJECTS)/cookie.bpf.o
+build: $(OBJECTS)/layout.json services/waypoint_mgr/envoy.json
 
 $(VENV)/.ready: requirements/dev.txt pyproject.toml tools/setup.sh
 	$(Q)tools/setup.sh $(PYTHON) $(VENV)
@@ -37,7 +37,7 @@ $(OBJECTS)/%.bpf.o: $(wildcard bpf/*.h bpf/*.c) | $(VENV)/.ready
 		-I/usr/include/$$(uname -m)-linux-gnu -c $(SOURCE) -o build/$*.bpf.o
 	$(Q)bpftool gen object $@ build/$*.bpf.o
 
-$(OBJECTS)/layout.json: $(OBJECTS)/mesh.bpf.o $(OBJECTS)/mesh_before_5_13.bpf.o pykmesh/kernel/btf.py
+$(OBJECTS)/layout.json: $(patsubst %,$(OBJECTS)/%.bpf.o,mesh mesh_before_5_13 cookie) pykmesh/kernel/btf.py
 	$(Q)$(BIN)/python -m pykmesh.kernel.btf $(filter %.o,$^) $@
 
 services/waypoint_mgr/envoy.json: services/waypoint_mgr/schema.py $(VENV)/.ready

@@ -326,7 +326,10 @@ def _detach(instance: Instance) -> None:
 def down(instance: Instance) -> None:
     """Stop the processes. Programs and maps stay: traffic goes on by what the kernel holds."""
     from pykmesh.node.behind import end_supervisor
+    from pykmesh.node.upgrade import is_under_way
 
+    if is_under_way(instance):
+        raise Failure(f"an upgrade of instance {instance.name} is under way, and would start it again")
     found = running(instance.run_dir)
     if found is None:
         raise Failure(f"instance {instance.name} is not running")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from typing import Any
@@ -91,12 +92,14 @@ def _moves(plan: Any) -> list[dict[str, str]]:
 
 
 def _copied(instance: Instance) -> Any:
-    """What bpf_loader says of it; None: all maps were kept."""
+    """What bpf_loader says of it; None: all maps were kept, or who copied them is not there any more."""
     from pykmesh.node.ask import fetch
     from pykmesh.node.instance import running
 
     found = running(instance.run_dir)
-    return None if found is None else fetch(found.ports.bpf_loader, "/status").get("copied")
+    with contextlib.suppress(OSError):
+        return None if found is None else fetch(found.ports.bpf_loader, "/status").get("copied")
+    return None
 
 
 def _tell(instance: Instance, done: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Reads the types of a BPF object (BTF) and writes the layout that user space shares with it.
 
-Run at build time: ``python -m pykmesh.kernel.btf mesh.bpf.o layout.json``. The C headers stay the one
+Run at build time: ``python -m pykmesh.kernel.btf mesh.bpf.o … layout.json``. The C headers stay the one
 place where a structure is written down; Python takes offsets, sizes and enum numbers from here.
 Format: Documentation/bpf/btf.rst of the kernel.
 """
@@ -192,7 +192,7 @@ def _settings(btf: Btf) -> dict[str, list[int]]:
 
 
 def main(arguments: list[str]) -> None:
-    """The objects, of which the first is read (the others are the same for other kernels), and the layout."""
+    """The objects, of which the first has all maps and is read, and where the layout goes."""
     *sources, target = map(Path, arguments)
     objects = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
     found = {"objects": objects, **layout(sources[0].read_bytes())}

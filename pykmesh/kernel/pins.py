@@ -122,6 +122,11 @@ def _pin_count(directory: Path) -> int:
     return sum(1 for _ in directory.glob("*"))
 
 
+def is_prepared(pin_dir: Path) -> bool:
+    """Whether it is as `prepare` makes it."""
+    return is_bpffs(pin_dir) and all(part.is_dir() for part in _parts(pin_dir))
+
+
 def prepare(pin_dir: Path) -> bool:
     """Makes the directory, on a bpffs that is mounted where there is none. True when it was mounted here.
 

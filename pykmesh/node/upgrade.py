@@ -226,6 +226,8 @@ def _is_this(release: Release) -> bool:
 
 def is_under_way(instance: Instance) -> bool:
     """Whether somebody exchanges the processes of an instance now."""
+    if not instance.run_dir.is_dir():
+        return False
     try:
         with _alone(instance):
             return False

@@ -17,7 +17,7 @@ from pykmesh.kernel import cgroups, pins
 from pykmesh.kernel.hooks import HOOKS, Programs, ProgramSettings, can_set_retval
 from pykmesh.kernel.layout import check_enums, check_objects
 from pykmesh.kernel.records import DNS_SLOTS, network_id
-from pykmesh.kernel.upgrade import Copied, Staging, pin_again
+from pykmesh.kernel.upgrade import Copied, Gate, Staging, UpgradeError, pin_again
 from pykmesh.process import Runtime, raise_file_limit
 from services.bpf_loader.door import Door
 from services.bpf_loader.enrollment import Enrollment
@@ -39,22 +39,23 @@ async def run(runtime: Runtime[LoaderSettings]) -> None:
     for kept in found.programs.kept_sizes:
         runtime.note_error("map_size_kept", **kept._asdict(), to_change=HOW_TO_RESIZE)
     turn = anyio.Lock()
+    keep = partial(_keep_pinned, runtime, found.programs)
+    mends: list[Callable[[], object]] = [
+        partial(_mend, runtime, mend) for mend in (keep, found.enrollment.sweep, found.waypoints.sweep)
+    ]
+    sweeps: list[Callable[[], object]] = [*mends, partial(_mend, runtime, found.waypoints.read_one)]
     refuses_with = "ECONNREFUSED" if await anyio.to_thread.run_sync(can_set_retval) else "EPERM"
     taken = {"object": found.programs.object, "copied": found.copied and msgspec.to_builtins(found.copied)}
     runtime.details = lambda: {**taken, **_details(settings, found.enrollment, refuses_with)}
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(Door(settings.enroll_socket, found.enrollment, found.waypoints, turn).serve)
-            mend = partial(_keep_pinned, runtime, found.programs)
-            sweeps: list[Callable[[], object]] = [
-                mend,
-                found.enrollment.sweep,
-                found.waypoints.sweep,
-                found.waypoints.read_one,
-            ]
             tasks.start_soon(_sweep, sweeps, turn)
             runtime.readiness.done("programs")
     finally:
+        with anyio.CancelScope(shield=True):  # what has no pin goes with this process
+            for mend in mends:
+                await anyio.to_thread.run_sync(mend)
         found.programs.close()
         os.close(found.lock)
 
@@ -138,7 +139,19 @@ def _load(settings: LoaderSettings, staging: Staging) -> Programs:
 
 
 def _keep_pinned(runtime: Runtime[LoaderSettings], programs: Programs) -> None:
-    _note_missing(runtime, programs.pin_again(pins.maps_dir(runtime.settings.pin_dir)))
+    """Also where the directory itself, or its bpffs, was taken away."""
+    pin_dir, is_gone = runtime.settings.pin_dir, not pins.is_prepared(runtime.settings.pin_dir)
+    if is_gone:
+        pins.prepare(pin_dir)
+        pins.lock(pin_dir)  # until this process ends
+    _note_missing(runtime, programs.pin_again(pins.maps_dir(pin_dir)))
+    if is_gone:
+        runtime.note_error("pin_directory_was_missing", pin_dir=str(pin_dir), effect="made again")
+        gate = Gate(pin_dir)
+        gate.opened()
+        with gate.closed():  # writers hold locks on what was there before: they begin anew
+            pass
+        gate.close()
 
 
 def _note_missing(runtime: Runtime[LoaderSettings], maps: list[str]) -> None:
@@ -146,12 +159,20 @@ def _note_missing(runtime: Runtime[LoaderSettings], maps: list[str]) -> None:
         runtime.note_error("pins_were_missing", maps=", ".join(maps), effect="pinned again")
 
 
-async def _sweep(sweeps: list[Callable[[], object]], turn: anyio.Lock) -> None:
+def _mend(runtime: Runtime[LoaderSettings], mend: Callable[[], object]) -> None:
+    """What cannot be mended is told, and tried again: to end would drop what this process alone holds."""
+    try:
+        mend()
+    except (OSError, pins.PinDirectoryError, UpgradeError) as error:
+        runtime.note_error("not_mended", error=error, effect="what is attached stays; it is tried again")
+
+
+async def _sweep(mends: list[Callable[[], object]], turn: anyio.Lock) -> None:
     while True:
         await anyio.sleep(SWEEP_INTERVAL_S)
         async with turn:
-            for sweep in sweeps:
-                await anyio.to_thread.run_sync(sweep)
+            for mend in mends:
+                await anyio.to_thread.run_sync(mend)
 
 
 def _details(settings: LoaderSettings, enrollment: Enrollment, refuses_with: str) -> dict[str, Any]:

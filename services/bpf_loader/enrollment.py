@@ -62,6 +62,7 @@ class Enrollment:
     def mend(self) -> None:
         """All else, after an `exchange`: it takes long."""
         self._adopt_cookies()
+        self._revive()
         self.sweep()
 
     def complete(self) -> None:
@@ -87,6 +88,21 @@ class Enrollment:
         for each in self._all_links():
             if each.netns_cookie is None and each.cgroup_id in cookies:
                 self._name(each, each.cgroup_id, cookies[each.cgroup_id])
+
+    def _revive(self) -> None:
+        """Cgroups whose links somebody removed when no loader was there: their pods' entries are left."""
+        known = {each.netns_cookie for each in self._all_links()}
+        lost = {pod.cgroup_id: cookie for cookie, pod in self._pods.all().items() if cookie not in known}
+        for cgroup_id, path in cgroups.paths_of(self._root, lost).items():
+            links = pins.cgroup_links(self._links, cgroup_id, lost[cgroup_id])
+            try:
+                self._check_free(path)
+                links.path.mkdir(exist_ok=True)
+                self._mend(links, path)
+            except (EnrollmentError, OSError) as error:
+                log.warning("cgroup_not_enrolled_again", cgroup=str(path), error=str(error))
+            else:
+                log.warning("cgroup_enrolled_again", cgroup=str(path), why="its links were gone")
 
     def sweep(self) -> int:
         """Clears what is left of cgroups that were removed; mends and completes the others.
@@ -267,6 +283,10 @@ class Enrollment:
         for each in found:
             if each.netns_cookie is not None:
                 by_cookie[each.netns_cookie].add(each.cgroup_id)
+        if not_restored := self._held.without({each.cgroup_id for each in found}):
+            for cookie, pod in self._pods.all().items():
+                if pod.cgroup_id in not_restored:
+                    by_cookie[cookie].add(pod.cgroup_id)
         self._pods.settle(by_cookie)
         self._held.keep({each.cgroup_id for each in found})
         self.enrolled()

@@ -486,11 +486,21 @@ class Stranger(_Step):
 
 
 class Unpin(_Step):
-    """Pins removed by hand: of all maps, of one that is drawn, or all links of pods or of waypoints."""
+    """Pins removed by hand: of all maps, of one that is drawn, or all links of pods or of waypoints.
 
-    what: Literal["maps", "a map", "pods", "waypoints"]
+    Or the directories of all of them; or the file system that they are on is unmounted.
+    """
+
+    what: Literal["maps", "a map", "pods", "waypoints", "directories", "bpffs"]
 
     def act(self, stage: Stage) -> None:
+        if self.what == "bpffs":
+            subprocess.run(["umount", "--lazy", str(stage.node.pin_dir)], check=True)
+            return
+        if self.what == "directories":
+            for find in (pins.links_dir, pins.waypoints_dir, pins.maps_dir):
+                shutil.rmtree(find(stage.node.pin_dir))
+            return
         if self.what in ("pods", "waypoints"):
             find = pins.links_dir if self.what == "pods" else pins.waypoints_dir
             for directory in find(stage.node.pin_dir).iterdir():
@@ -501,17 +511,27 @@ class Unpin(_Step):
             path.unlink()
 
 
+_LRU_HASH: Final = 9
+
+
 class Fill(_Step):
-    """Entries that mean nothing to anybody go into a map of the kernel's, until it takes no more."""
+    """Entries that mean nothing to anybody go into a map of the kernel's, until it takes no more.
+
+    One that evicts takes them all: twice what it has room for, one after another, as what is of use is newer.
+    """
 
     map: str
 
     def act(self, stage: Stage) -> None:
         with PinnedMap(pins.maps_dir(stage.node.pin_dir), self.map) as found:
             key, value = found.layout.key_size, found.layout.value_size
+            evicts = found.layout.type == _LRU_HASH
             try:
-                for _ in range(found.max_entries + 1):
+                for _ in range(2 * found.max_entries):
                     found.put(stage.chance.randbytes(key), bytes(value))
+                    time.sleep(0.002 * evicts)
+                if evicts:
+                    return
             except libbpf.KernelError as error:
                 if error.errno == errno.E2BIG:
                     return

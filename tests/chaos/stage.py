@@ -22,6 +22,7 @@ import msgspec
 from pykmesh.cli.diff import EQUAL, Difference, compare_all
 from pykmesh.demo.pods import Pod
 from pykmesh.kernel import pins
+from pykmesh.kernel.hooks import FRONT_HOOK, WAYPOINT_HOOKS
 from pykmesh.kernel.maps import PinnedMap
 from pykmesh.node.instance import running
 from tests.chaos import traffic
@@ -41,6 +42,7 @@ ADDRESSES: Final = {
 }
 SETTLE_DEADLINE_S: Final = float(os.environ.get("CHAOS_SETTLE_S", "60"))
 UNDER_WAY_S: Final = 0.1
+OF_WAYPOINT: Final = sorted(hook.program for hook in (*WAYPOINT_HOOKS, FRONT_HOOK))
 """What was begun before a change was in the kernel has its answer by then."""
 """Of a map's name the kernel keeps so much."""
 SUBNET: Final = 40
@@ -254,17 +256,19 @@ class Stage:
         wait_until(lambda: not self._left(), lambda: f"enrolled to be what is there: {self._left()}")
 
     def _left(self) -> str:
-        """How links and `pods` differ from the client alone; a waypoint's own stand apart."""
+        """How links and `pods` differ from the client alone, and the links of waypoints from whole ones."""
         cgroup = self.client.cgroup.stat().st_ino
         links = sorted(path.name for path in pins.links_dir(self.node.pin_dir).iterdir())
         with PinnedMap(pins.maps_dir(self.node.pin_dir), "pods") as pods:
             count = len(list(pods.items()))
         said = self.node.status()["processes"]["bpf_loader"]["enrolled"]
         hooks = hooks_of(self.client.cgroup, self.node.pin_dir)
-        right = (len(links), count, [each["cgroup_id"] for each in said], hooks) == (
-            1, 1, [cgroup], ONE_OF_EACH,
+        found = pins.waypoints_dir(self.node.pin_dir).iterdir()
+        waypoints = [sorted(pin.name for pin in each.iterdir()) for each in found]
+        right = (len(links), count, [each["cgroup_id"] for each in said], hooks, waypoints) == (
+            1, 1, [cgroup], ONE_OF_EACH, [OF_WAYPOINT] if self.mesh.waypoint else [],
         )  # fmt: skip
-        return "" if right else f"links {links}, {count} pods, {said}, programs {hooks}"
+        return "" if right else f"links {links}, {count} pods, {said}, programs {hooks}, {waypoints}"
 
     def _waits_for(self) -> dict[str, Any]:
         processes = self.node.status()["processes"]

@@ -70,7 +70,9 @@ def build(release: Path) -> None:
         ]
         _run(*compile_, "-c", str(release / "bpf" / "mesh.bpf.c"), "-o", str(built))
         _run("bpftool", "gen", "object", str(objects / f"{name}.bpf.o"), str(built))
-    made = (objects / name for name in ("mesh.bpf.o", "mesh_before_5_13.bpf.o", "layout.json"))
+    made = (
+        objects / name for name in ("mesh.bpf.o", "mesh_before_5_13.bpf.o", "cookie.bpf.o", "layout.json")
+    )
     _run(sys.executable, "-m", "pykmesh.kernel.btf", *map(str, made))
 
 

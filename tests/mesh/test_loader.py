@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import threading
@@ -578,6 +579,40 @@ def test_pins_removed_by_hand_are_attached_again(loader: Loader, pod: Pod, missi
     until(lambda: attached(pod.cgroup) == len(HOOKS) - missing, "detached")
     assert loader.again().sweep() == 0
     assert attached(pod.cgroup) == len(HOOKS)
+    assert loader.enrollment.shown == [before]
+
+
+def test_who_lost_all_links_while_no_loader_runs_is_enrolled_again(loader: Loader, pod: Pod) -> None:
+    """Its pod's entry says that it was. One whose cgroup has gone has none any more."""
+    before = loader.enroll(pod.cgroup, pod.netns)
+    other = loader.network.add("other", 20)
+    loader.enroll(other.cgroup, other.netns)
+    loader.enrollment.close()
+    for links in loader.links.iterdir():
+        for pin in links.iterdir():
+            pin.unlink()
+        links.rmdir()
+    until(lambda: not attached(pod.cgroup) + attached(other.cgroup), "detached")
+    other.cgroup.rmdir()
+    loader.again().adopt()
+    assert attached(pod.cgroup) == len(HOOKS)
+    assert loader.enrollment.shown == [before]
+    assert loader.pods() == {before.netns_cookie: before.cgroup_id}
+    loader.unenroll(pod.cgroup)
+    loader.again().adopt()
+    assert attached(pod.cgroup) == 0
+
+
+def test_the_pods_entry_outlives_links_that_cannot_be_made_again(loader: Loader, pod: Pod) -> None:
+    before = loader.enroll(pod.cgroup, pod.netns)
+    (links,) = loader.links.iterdir()
+    shutil.rmtree(loader.links)
+    loader.enrollment.sweep()
+    assert attached(pod.cgroup) == len(HOOKS)
+    assert loader.pods() == {before.netns_cookie: before.cgroup_id}
+    pins.prepare(loader.pin_dir)
+    loader.enrollment.sweep()
+    assert [*loader.links.iterdir()] == [links]
     assert loader.enrollment.shown == [before]
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,6 +129,33 @@ def test_a_directory_among_the_maps_is_told_and_left(pin_dir: Path) -> None:
     with pytest.raises(UpgradeError, match=r"/mine@0 is a directory"):
         Staging(pin_dir)
     assert stray.exists()
+
+
+def test_who_copies_waits_for_who_writes_and_the_other_way_round(
+    pin_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, copier = Gate(pin_dir), Gate(pin_dir)
+    writer.opened()
+    copier.opened()
+    turns = list[str]()
+
+    def write() -> None:
+        with contextlib.suppress(MovedOnError), writer.writing():
+            turns.append("wrote")
+        turns.append("tried")
+
+    monkeypatch.setattr("pykmesh.kernel.upgrade.WRITE_DEADLINE_S", 0.05)
+    with writer.writing(), pytest.raises(UpgradeError, match="is locked by somebody"), copier.closed():
+        turns.append("copied")
+    with copier.closed():
+        waiting = threading.Thread(target=write)
+        waiting.start()
+        time.sleep(0.05)
+        turns.append("copied")
+    waiting.join()
+    assert turns == ["copied", "tried"], "and what was written then is not what is read"
+    writer.close()
+    copier.close()
 
 
 def test_without_maps_there_is_no_gate(tmp_path: Path) -> None:
