@@ -38,7 +38,7 @@ from pykmesh.manifests.http_route import (
 )
 from services.waypoint_mgr import cors
 from services.waypoint_mgr.envoy import NO_TIMEOUT, Json, Port
-from services.waypoint_mgr.principals import is_identity
+from services.waypoint_mgr.header_names import why_not
 from services.waypoint_mgr.protocols import AppProtocol
 from services.waypoint_mgr.regexes import error_in
 
@@ -210,7 +210,7 @@ class _Builder:
                 forward |= _host_set_by(item.request_header_modifier)
                 fields |= self._request_headers(item.request_header_modifier)
             elif item.response_header_modifier:
-                fields |= _response_headers(item.response_header_modifier)
+                fields |= self._response_headers(item.response_header_modifier)
             elif item.request_redirect:
                 redirect = _redirect(item.request_redirect, self._prefix, self._at)
             elif item.url_rewrite:
@@ -244,13 +244,20 @@ class _Builder:
         lost = [header.name for header in modifier.add if _is_host(header.name)]
         lost += [name for name in modifier.remove if _is_host(name)]
         self._dropped += [f"RequestHeaderModifier: adding to or removing {name}" for name in lost]
+        return self._modified("request", modifier)
+
+    def _response_headers(self, modifier: HeaderModifier) -> Json:
+        return self._modified("response", modifier)
+
+    def _modified(self, kind: str, modifier: HeaderModifier) -> Json:
+        """Without Host, which no response has."""
         own = [*(header.name for header in (*modifier.set, *modifier.add)), *modifier.remove]
         self._dropped += [
-            f"RequestHeaderModifier: {name}, which says who asks" for name in own if is_identity(name)
+            f"{kind.capitalize()}HeaderModifier: {name}, {why}" for name in own if (why := why_not(name))
         ]
-        changed = [each for each in _headers(modifier) if not is_identity(each["header"]["key"])]
-        removed = [name for name in modifier.remove if not (_is_host(name) or is_identity(name))]
-        return {"requestHeadersToAdd": changed, "requestHeadersToRemove": removed}
+        changed = [each for each in _headers(modifier) if not why_not(each["header"]["key"])]
+        removed = [name for name in modifier.remove if not (_is_host(name) or why_not(name))]
+        return {f"{kind}HeadersToAdd": changed, f"{kind}HeadersToRemove": removed}
 
     def _mirror(self, mirror: RequestMirror) -> list[Json]:
         found = self._resolved(mirror.backend_ref)
@@ -280,7 +287,7 @@ class _Builder:
             host = _host_set_by(item.request_header_modifier)
             return found | host
         if item.response_header_modifier:
-            return _response_headers(item.response_header_modifier)
+            return self._response_headers(item.response_header_modifier)
         self._drop(f"backendRefs: filter {item.type.value}")
         return {"name": UNRESOLVED}
 
@@ -347,11 +354,6 @@ def _is_host(name: str) -> bool:
 def _host_set_by(modifier: HeaderModifier) -> Json:
     hosts = [header.value for header in modifier.set if _is_host(header.name)]
     return {"hostRewriteLiteral": hosts[0]} if hosts else {}
-
-
-def _response_headers(modifier: HeaderModifier) -> Json:
-    removed = [name for name in modifier.remove if not _is_host(name)]  # which no response has
-    return {"responseHeadersToAdd": _headers(modifier), "responseHeadersToRemove": removed}
 
 
 def _headers(modifier: HeaderModifier) -> list[Json]:

@@ -24,8 +24,8 @@ from services.waypoint_mgr.attachments import (
     targeted,
 )
 from services.waypoint_mgr.envoy import Json, Port, named, typed
+from services.waypoint_mgr.header_names import why_not
 from services.waypoint_mgr.keys import place_of
-from services.waypoint_mgr.principals import HEADER, is_identity
 from services.waypoint_mgr.source import Authentication
 
 _FILTER: Final = "envoy.filters.http.jwt_authn"
@@ -128,17 +128,18 @@ class Tokens:
         if rule.from_cookies:
             provider["fromCookies"] = list(rule.from_cookies)
         payload_header = rule.output_payload_to_header or ""
-        if is_identity(payload_header):
-            self._drop(of, f"issuer {rule.issuer}: outputPayloadToHeader {payload_header}")
+        if why := why_not(payload_header):
+            self._drop(of, f"issuer {rule.issuer}: outputPayloadToHeader {payload_header}, {why}")
         elif payload_header:
             provider["forwardPayloadHeader"] = payload_header
-        headers = [one for one in rule.output_claim_to_headers if not is_identity(one.header)]
-        if len(headers) < len(rule.output_claim_to_headers):
-            self._drop(of, f"issuer {rule.issuer}: outputClaimToHeaders {HEADER}")
+        headers = list[Json]()
+        for one in rule.output_claim_to_headers:
+            if why := why_not(one.header):
+                self._drop(of, f"issuer {rule.issuer}: outputClaimToHeaders {one.header}, {why}")
+            else:
+                headers.append({"headerName": one.header, "claimName": one.claim})
         if headers:
-            provider["claimToHeaders"] = [
-                {"headerName": one.header, "claimName": one.claim} for one in headers
-            ]
+            provider["claimToHeaders"] = headers
         return provider
 
     def _drop(self, of: ObjectRef, what: str) -> None:

@@ -328,6 +328,7 @@ class _Route:
         """Of answers that no backend gives."""
         rule = RouteRule(matches=(), filters=tuple(_filters(self._route.headers)))
         action = action_of(rule, self._at, self._resolve)
+        self.dropped += action.dropped
         return {key: value for key, value in action.fields.items() if key.startswith("response")}
 
     def _mirrors(self) -> Iterator[RouteFilter]:

@@ -167,6 +167,25 @@ async def test_no_token_says_who_asks(folder: Path, backends: dict[str, Backend]
         assert "outputPayloadToHeader X_Forwarded_Client_Cert" in message
 
 
+@pytest.mark.parametrize("name", ["Content-Length", "transfer-encoding", "connection"])
+async def test_no_token_says_where_a_request_ends(
+    folder: Path, backends: dict[str, Backend], name: str
+) -> None:
+    found = rule(outputPayloadToHeader=name, outputClaimToHeaders=[{"header": name, "claim": "sub"}])
+    async with served(folder, backends, authentication(found)) as (asked, told):
+        assert (await asked(token(sub="0"))).told["headers"].get(name.lower()) != "0"
+        (message,) = [one.message for one in told if one.type == "PartiallyInvalid"]
+        for field in ("outputClaimToHeaders", "outputPayloadToHeader"):
+            assert f"{field} {name}, which says where a message ends" in message
+
+
+async def test_a_claim_is_one_header(folder: Path, backends: dict[str, Backend]) -> None:
+    found = rule(outputClaimToHeaders=[{"header": "x-who", "claim": "sub"}])
+    async with served(folder, backends, authentication(found)) as (asked, _):
+        answer = await asked(token(sub="alice\r\nx-role: admin"))
+        assert (answer.status, answer.told) == (503, {})
+
+
 ALICE = f"{ISSUER}/alice"
 
 
