@@ -102,7 +102,7 @@ REQUEST_LABELS: Final = (*LABELS, "response_code", "grpc_response_status")
 def request_labels(
     source: WorkloadName | None,
     destination: WorkloadName | None,
-    service: ServiceName,
+    service: ServiceName | None,
     response_code: str,
     response_flags: str,
     grpc_status: str,

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 
 from pykmesh.contracts.messages import WorkloadName, service_name
 from pykmesh.contracts.requests import Histogram, RequestSeries, RequestSums
+from pykmesh.contracts.waypoints import is_workload
 from pykmesh.kernel.records import NO_IP, Ip, ip_from_text
 from services.telemetry.labels import Labels, request_labels
 from services.telemetry.ledger import Describe, Ledger
@@ -74,7 +75,8 @@ def _without_names(edge: RequestEdge) -> Labels:
 
 
 def _labels(edge: RequestEdge, source: WorkloadName | None, destination: WorkloadName | None) -> Labels:
-    service = service_name(edge.service, edge.port)
+    """What was asked of a workload's own address is asked of no service."""
+    service = None if is_workload(edge.service) else service_name(edge.service, edge.port)
     ended = edge.response_code, edge.response_flags, edge.grpc_status
     return request_labels(source, destination, service, *ended)
 

@@ -19,8 +19,8 @@ _OF_THE_MESSAGE: Final = frozenset(
         "upgrade",
     }
 )
-"""RFC 9110, 7.6.1 and 8.6; RFC 9112, 6. Endpoints' connections are shared by all who come by way of an Envoy: who
-says where a request ends could make the rest of it somebody else's."""
+"""RFC 9110, 7.6.1 and 8.6; RFC 9112, 6. Endpoints' connections are shared by all who come by way of an Envoy:
+who says where a request ends could make the rest of it somebody else's."""
 
 
 def why_not(name: str) -> str:

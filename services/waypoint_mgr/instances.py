@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -20,6 +21,7 @@ from urllib.parse import quote
 
 import anyio
 import anyio.abc
+import anyio.to_thread
 import h11
 import msgspec
 import structlog
@@ -36,6 +38,8 @@ STATISTICS_S: Final = 1
 """How old what histograms say may be."""
 END_DEADLINE_S: Final = 5.0
 POLL_S: Final = 0.1
+ASK_DEADLINE_S: Final = 30.0
+ASK_TIMES: Final = 3
 SOCKET_PATH_BYTES_MAX: Final = 107
 
 RUNTIME: Final = {"re2.max_program_size.error_level": STEPS_MAX}
@@ -184,18 +188,43 @@ def find_envoy() -> Path:
 
 
 async def refusal(config: dict[str, Any]) -> str:
-    """Why Envoy would not begin with a configuration; "": it would. InstanceError, OSError: nobody to ask."""
+    """Why Envoy would not begin with a configuration; "": it would. InstanceError, OSError: nobody to ask.
+
+    One that is ended by a signal is asked again: what ends it each time is what it is asked about.
+    """
+    for _ in range(ASK_TIMES):
+        status, said = await anyio.to_thread.run_sync(_asked, config, abandon_on_cancel=True)
+        if status == -signal.SIGKILL:
+            raise InstanceError("the Envoy that is asked was killed: is there no memory left?")
+        if status >= 0:
+            break
+    else:
+        return f"it is ended by signal {-status}"
+    lines = said.strip().splitlines() or [f"exit status {status}"]
+    return lines[-1] if status else ""
+
+
+def _asked(config: dict[str, Any]) -> tuple[int, str]:
+    """Its exit status, and what it said. Blocks.
+
+    Started by vfork, as `subprocess` does: what libraries do when they are forked, as gRPC, no child does.
+    """
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(config, file)
         file.flush()
         options = ("--mode", "validate", "--log-level", "error", "--config-path", file.name)
-        result = await anyio.run_process([str(find_envoy()), *options], check=False)
-    if not result.returncode:
-        return ""
-    if result.returncode < 0:
-        return f"it is ended by signal {-result.returncode}"
-    lines = (result.stdout + result.stderr).decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else f"exit status {result.returncode}"
+        try:
+            done = subprocess.run(
+                [str(find_envoy()), *options],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=ASK_DEADLINE_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise InstanceError(f"the Envoy that is asked says nothing in {ASK_DEADLINE_S:g} s") from error
+    return done.returncode, done.stdout.decode(errors="replace")
 
 
 def pid_file(state_dir: Path) -> Path:

@@ -51,7 +51,7 @@ from services.waypoint_mgr.envoy import (
     tcp_chain,
 )
 from services.waypoint_mgr.source import Authentication, Objects, Policy
-from services.waypoint_mgr.tokens import claim, claim_of, principal
+from services.waypoint_mgr.tokens import claim, claim_of, principal, text_match
 
 ENFORCED: Final = "Enforced"
 
@@ -383,7 +383,10 @@ class _Writer:
         elif self._is_http and when.key == "request.auth.principal":
             rest += self._pair(*said, principal)
         elif self._is_http and (path := claim_of(when.key)):
-            rest += self._pair(*said, partial(claim, path))
+            rest += self._pair(when.key, when.values, (), partial(claim, path, is_strict=self._denies))
+            rest += self._pair(
+                when.key, (), when.not_values, partial(claim, path, is_strict=not self._denies)
+            )
         elif self._is_http and (header := _HEADER.fullmatch(when.key)):
             rest += self._pair(*said, _header(header[1].lower()))
         else:
@@ -450,11 +453,12 @@ def _nothing(_: str) -> None:
     """Of what is not honoured."""
 
 
-def _header(name: str) -> Callable[[str], Json]:
-    def match(value: str) -> Json:
+def _header(name: str) -> _Read:
+    def match(value: str) -> Json | None:
         if value == "*":
             return {"header": {"name": name, "presentMatch": True}}
-        return {"header": {"name": name, "stringMatch": _string(value)}}
+        text = text_match(value)
+        return text and {"header": {"name": name, "stringMatch": text}}
 
     return match
 
@@ -462,12 +466,14 @@ def _header(name: str) -> Callable[[str], Json]:
 def _host(is_strict: bool, port: int) -> _Read:
     """In any case of letters, with this port or without; `is_strict`: whatever may stand behind or before."""
 
-    def match(value: str) -> Json:
+    def match(value: str) -> Json | None:
         if value == "*":
             return _header(":authority")(value)
-        found = [_string(value)]
-        if "prefix" not in found[0]:
-            ((how, name),) = found[0].items()
+        if (text := text_match(value)) is None:
+            return None
+        found = [text]
+        if "prefix" not in text:
+            ((how, name),) = text.items()
             found.append({how: f"{name}:{port}"})
             if is_strict:
                 end = {"contains": f"{name}:"} if how == "suffix" else {"prefix": f"{name}:"}
@@ -484,11 +490,5 @@ def _authority(match: Json) -> Json:
 def _path(value: str) -> Json | None:
     if "{" in value:
         return None
-    return {"urlPath": {"path": {"safeRegex": {"regex": ".+"}} if value == "*" else _string(value)}}
-
-
-def _string(value: str) -> Json:
-    """Exact, or the beginning (`x*`) or end (`*x`) of it."""
-    if value.startswith("*"):
-        return {"suffix": value[1:]}
-    return {"prefix": value[:-1]} if value.endswith("*") else {"exact": value}
+    path = {"safeRegex": {"regex": ".+"}} if value == "*" else text_match(value)
+    return path and {"urlPath": {"path": path}}

@@ -32,6 +32,7 @@ _FILTER: Final = "envoy.filters.http.jwt_authn"
 _PAYLOAD: Final = "payload"
 _LISTS_IN_A_TEXT: Final = ("permission", "scope")
 """Claims whose words Istio always takes one by one."""
+_NUMBER: Final = re.compile(r"-?\d{1,15}(\.\d{1,15})?")
 _CLAIMS: Final = re.compile(r"request\.auth\.claims((?:\[[^\[\]]+\])+)")
 _OF_A_TOKEN: Final = {"request.auth.audiences": ("aud",), "request.auth.presenter": ("azp",)}
 _KEY_PARTS: Final = {"RSA": ("n", "e"), "EC": ("x", "y"), "OKP": ("x",), "oct": ("k",)}
@@ -184,12 +185,23 @@ def _is_key(key: dict[str, Any]) -> bool:
 # -- what policies ask
 
 
-def principal(value: str) -> Json:
+def text_match(value: str) -> Json | None:
+    """Exact, or the beginning (`x*`) or end (`*x`) of a text; None: a pattern that there is not."""
+    if value.startswith("*"):
+        found = {"suffix": value[1:]}
+    else:
+        found = {"prefix": value[:-1]} if value.endswith("*") else {"exact": value}
+    return None if any("*" in text for text in found.values()) else found
+
+
+def principal(value: str) -> Json | None:
     """A token's issuer and subject, with a slash between them, which either may have in itself."""
     if value == "*":
         return _claim("iss", {"presentMatch": True})
-    starts, ends = value.endswith("*"), value.startswith("*")
-    text = value.removesuffix("*") if starts else value.removeprefix("*")
+    if (found := text_match(value)) is None:
+        return None
+    starts, ends = "prefix" in found, "suffix" in found
+    (text,) = found.values()
     splits = [(text[:index], text[index + 1 :]) for index, one in enumerate(text) if one == "/"]
     if starts:
         parts = [_both(_exact("iss", issuer), _begins("sub", subject)) for issuer, subject in splits]
@@ -209,18 +221,19 @@ def claim_of(key: str) -> tuple[str, ...]:
     return _OF_A_TOKEN.get(key, ())
 
 
-def claim(path: Sequence[str], value: str) -> Json:
-    """Of a claim that is a text, or a list of texts of which one matches."""
+def claim(path: Sequence[str], value: str, *, is_strict: bool) -> Json | None:
+    """Of a claim that is a text, or a list of which one matches. `is_strict`: or what is written like it."""
     if value == "*":
         return _metadata(path, {"presentMatch": True})
-    if value.endswith("*"):
-        text: Json = {"prefix": value.removesuffix("*")}
-    elif value.startswith("*"):
-        text = {"suffix": value.removeprefix("*")}
-    else:
-        text = {"exact": value}
-    alternatives = [{"stringMatch": text}, {"listMatch": {"oneOf": {"stringMatch": text}}}]
-    return _metadata(path, {"orMatch": {"valueMatchers": alternatives}})
+    if (text := text_match(value)) is None:
+        return None
+    said: list[Json] = [{"stringMatch": text}]
+    if is_strict and value in ("true", "false"):
+        said.append({"boolMatch": value == "true"})
+    elif is_strict and _NUMBER.fullmatch(value):
+        said.append({"doubleMatch": {"exact": float(value)}})
+    said += [{"listMatch": {"oneOf": each}} for each in said]
+    return _metadata(path, {"orMatch": {"valueMatchers": said}})
 
 
 def _metadata(path: Sequence[str], value: Json) -> Json:

@@ -430,8 +430,7 @@ def _resolve(
     host = of.whole(ref.name)
     found = mesh.at_host(host, of.ref.namespace, ref.port, at.port)
     if found is None:
-        port = f" with port {ref.port}" if ref.port else ""
-        return Unresolved("BackendNotFound", f"there is no host {host}{port}")
+        return Unresolved("BackendNotFound", f"there is no host {host} with port {ref.port or at.port}")
     subset = ref.subset if isinstance(ref, _Host) else ""
     found = msgspec.structs.replace(found, subset=subset)
     if subset and not destinations.has_subset(found):

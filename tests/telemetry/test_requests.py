@@ -42,9 +42,13 @@ class Books:
         return found
 
 
-def series(count: int, *, code: str = "200", grpc: str = "", client: str = CLIENT) -> RequestSeries:
+WEB = "shop/web.shop.svc.cluster.local"
+
+
+def series(
+    count: int, *, code: str = "200", grpc: str = "", client: str = CLIENT, service: str = WEB
+) -> RequestSeries:
     histogram = Histogram([count] * (len(BOUNDS) + 1), count / 2)
-    service = "shop/web.shop.svc.cluster.local"
     return RequestSeries(client, SERVER, service, "80", code, "", grpc, histogram, histogram, histogram)
 
 
@@ -97,6 +101,13 @@ def test_who_asked_and_who_answered_are_named(books: Books) -> None:
     assert books.counted("destination_service_name") == {"web": 2}
     assert books.counted("request_protocol") == {"http": 1, "grpc": 1}
     assert books.counted("reporter") == {"waypoint": 2}
+
+
+def test_what_was_asked_of_a_workload_itself_is_asked_of_no_service(books: Books) -> None:
+    books.hear(3, look=1, service="Kubernetes//Pod/shop/web")
+    for label in ("destination_service", "destination_service_name", "destination_service_namespace"):
+        assert books.counted(label) == {"unknown": 3}
+    assert books.counted("destination_workload") == {"web": 3}
 
 
 def test_an_address_that_is_none_is_refused_and_nothing_of_it_counted(books: Books) -> None:

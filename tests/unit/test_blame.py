@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pykmesh.manifests.objects import ObjectRef
+from services.waypoint_mgr import instances
 from services.waypoint_mgr.blame import EACH_MAX, find_guilty
 
 pytestmark = pytest.mark.anyio
@@ -41,6 +43,41 @@ async def test_those_are_found_and_no_others(bad: set[ObjectRef]) -> None:
     envoy = Envoy(bad)
     assert await found_by(envoy, ALL) == {each: str(each) for each in bad}
     assert envoy.asked <= 2 + len(bad) * 2 * math.log2(len(ALL)) + 1
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ("echo refused; exit 1", "refused"),
+        ("exit 3", "exit status 3"),
+        ("exit 0", ""),
+        ('[ -e "$0.again" ] && exit 0; touch "$0.again"; kill -SEGV $$', ""),
+        ("kill -SEGV $$", "it is ended by signal 11"),
+    ],
+)
+async def test_what_an_envoy_says_that_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str, said: str
+) -> None:
+    """One that crashed once has refused nothing."""
+    monkeypatch.setattr(instances, "find_envoy", lambda: envoy_that(tmp_path, ends))
+    assert await instances.refusal({}) == said
+
+
+async def test_an_envoy_that_is_killed_or_says_nothing_refuses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(instances, "ASK_DEADLINE_S", 0.2)
+    for ends, why in (("kill -KILL $$", "was killed"), ("exec sleep 9", "says nothing in 0.2 s")):
+        monkeypatch.setattr(instances, "find_envoy", lambda ends=ends: envoy_that(tmp_path, ends))
+        with pytest.raises(instances.InstanceError, match=why):
+            await instances.refusal({})
+
+
+def envoy_that(directory: Path, ends: str) -> Path:
+    path = directory / "envoy"
+    path.write_text(f"#!/bin/sh\n{ends}\n")
+    path.chmod(0o755)
+    return path
 
 
 async def test_where_it_is_for_none_of_them_none_is_blamed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import time
 from collections.abc import AsyncIterator, Callable
@@ -246,6 +247,23 @@ async def test_a_policy_asks_of_the_token(
             policies=(policy(action, **asked_of),),
         ) as (asked, _):
             assert (await asked(bearer)).status == expected, action
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("true", True), ("false", False), ("5", 5), ("-1.5", -1.5), ("true", [1, True]), ("7", ["a", 7.0])],
+)
+async def test_a_claim_that_is_written_like_a_value_is_denied_and_not_let_in(
+    folder: Path, backends: dict[str, Backend], value: str, said: Any
+) -> None:
+    """Claims are texts: one that is not is told by nobody, so it is what makes the policy stricter."""
+    for action, field in itertools.product(("ALLOW", "DENY"), ("values", "notValues")):
+        asked_of = {"when": [{"key": "request.auth.claims[vip]", field: [value]}]}
+        policies = (policy(action, **asked_of),)
+        async with served(folder, backends, authentication(rule()), policies=policies) as (asked, _):
+            assert (await asked(token(vip=said))).status == 403, (action, field)
+            if action == "DENY" and field == "values":
+                assert (await asked(token(vip="another"))).status == 200
 
 
 async def test_a_route_by_a_header_that_a_token_fills_is_chosen_by_the_token(

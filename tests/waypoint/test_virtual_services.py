@@ -190,7 +190,7 @@ async def test_connections_go_where_the_virtual_service_says(
             "tcp[0]: match.sourceLabels (it never matches)",
         ),
         ([tcp("v1", weight=0)], "v1", ""),
-        ([tcp("nobody")], "", "tcp[0]: there is no host nobody.shop.svc.cluster.local"),
+        ([tcp("nobody")], "", "tcp[0]: there is no host nobody.shop.svc.cluster.local with port"),
     ],
     ids=["another port", "nothing matches", "another gateway", "labels", "weightless and alone", "nobody"],
 )
