@@ -45,6 +45,8 @@ STEER_AGAIN_S: Final = 5.0
 RETRY_S: Final = 0.5
 WAIT_S: Final = 10.0
 """How long clients may wait for an instance, when all are gone, before they are refused."""
+AWAY_S: Final = 4.0
+"""One that does not answer for so long gets no new connections, where there are others that answer."""
 SILENCE_S: Final = 20.0
 """One that does not answer for so long serves nobody either: it is killed, and another one started."""
 SCALE_S: Final = 1.0
@@ -103,16 +105,14 @@ class Member:
         """It ran before this process."""
         self.heard = 0.0
         """When it answered last."""
+        self.is_silent = False
+        """It has not answered for a while."""
         self.connections = 0
         self._used: deque[tuple[float, float]] = deque(maxlen=SAMPLES)
 
     @property
     def is_leaving(self) -> bool:
         return self.leaving.is_set()
-
-    @property
-    def takes_connections(self) -> bool:
-        return self.is_ready and not self.is_leaving
 
     def note_used(self, at_s: float, processor_s: float) -> None:
         """How long it has used processors since it began."""
@@ -442,7 +442,7 @@ class Fleet:
                 member.is_known = True  # that it does not answer
                 self._changed()
         member.is_ready = member.is_known = True
-        member.heard = time.monotonic()
+        member.heard, member.is_silent = time.monotonic(), False
         log.info("instance_ready", instance=member.name)
         self._changed()
 
@@ -489,7 +489,8 @@ class Fleet:
         try:
             if group.front is None:
                 group.front = await anyio.to_thread.run_sync(self._hold_port, group)
-            members = [m for m in self._standing(group.waypoint) if m.is_ready] if group.is_wanted else []
+            ready = [m for m in self._standing(group.waypoint) if m.is_ready] if group.is_wanted else []
+            members = [member for member in ready if not member.is_silent] or ready
             missing = await anyio.to_thread.run_sync(self._put_front, group.front, members)
         except (FrontError, EnrollmentError) as error:
             # bpf_loader may be on its way: until it has answered once, what was said before counts.
@@ -603,6 +604,10 @@ class Fleet:
             if time.monotonic() - member.heard > SILENCE_S:
                 log.warning("instance_killed", instance=member.name, silent_s=SILENCE_S, error=str(error))
                 process.kill()
+        if member.is_silent != (time.monotonic() - member.heard > AWAY_S):
+            member.is_silent = not member.is_silent
+            log.info("instance_silent" if member.is_silent else "instance_heard_again", instance=member.name)
+            self._steering_due.set()
         await anyio.to_thread.run_sync(process.cut_log)
         with contextlib.suppress(OSError, ValueError, IndexError):
             text = (self._settings.cgroup / member.name / "cpu.stat").read_text()

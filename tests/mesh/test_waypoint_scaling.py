@@ -181,6 +181,8 @@ def test_an_instance_whose_port_is_a_strangers_costs_the_others_nothing(mesh: Me
 def test_an_envoy_that_hangs_is_killed_and_another_one_started(mesh: Mesh) -> None:
     found = sized(mesh, 2, min_instances="2", max_instances="2")
     os.kill(found[0]["pid"], signal.SIGSTOP)
+    until(lambda: [one["pid"] for one in instances(mesh)] == [found[1]["pid"]], "the others to be left", 15)
+    assert ask(mesh, 40).keys() <= {(200, "v1"), (200, "v2")}
     until(lambda: found[0]["pid"] not in {one["pid"] for one in status(mesh)["instances"]}, "killed", 60)
     until(lambda: len(instances(mesh)) == 2, "back")
     assert ask(mesh, 40).keys() <= {(200, "v1"), (200, "v2")}
