@@ -89,5 +89,5 @@ def _with_routes(part: Any, routes: Any) -> Any:
         return part
     found = {name: _with_routes(each, routes) for name, each in part.items() if name not in _OWN}
     if rds := part.get("rds"):
-        found["routeConfig"] = routes.get(rds["routeConfigName"], {})
+        found["routeConfig"] = {**routes.get(rds["routeConfigName"], {}), "validateClusters": False}
     return found

@@ -28,6 +28,7 @@ from .world import (
     http_route,
     kubernetes_service,
     mesh_service,
+    refusal_aside,
     waypoint,
 )
 
@@ -108,6 +109,7 @@ async def routed(
             configuration = world.configuration()
             status = await envoy.apply(configuration)
             assert not status.refusals
+            assert await refusal_aside(configuration) == ""
             await envoy.ready()
             yield Routed(envoy, configuration)
 

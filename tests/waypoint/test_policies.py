@@ -42,6 +42,7 @@ from .world import (
     kubernetes_service,
     mesh_service,
     named,
+    refusal_aside,
     waypoint,
 )
 
@@ -157,6 +158,7 @@ async def guarded(
         made = world.configuration()
         status = await envoy.apply(made)
         assert not status.refusals
+        assert await refusal_aside(made) == ""
         await envoy.ready()
         yield Guarded(envoy.port, made.policies)
 

@@ -26,6 +26,7 @@ from .world import (
     http_route,
     kubernetes_service,
     mesh_service,
+    refusal_aside,
     tcp_route,
     waypoint,
 )
@@ -85,6 +86,7 @@ async def served(
             world.routes += [http_route(here, f"r-{case}", route) for route in said.get("routes", ())]
         made = world.configuration()
         assert not (await envoy.apply(made)).refusals
+        assert await refusal_aside(made) == ""
         await envoy.ready()
         yield Served(envoy.port, made.virtuals)
 

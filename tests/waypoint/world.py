@@ -24,6 +24,7 @@ from pykmesh.manifests.objects import (
 )
 from services.waypoint_mgr import instances
 from services.waypoint_mgr.ads import AdsServer, NodeStatus
+from services.waypoint_mgr.blame import bootstrap_of
 from services.waypoint_mgr.encode import resources
 from services.waypoint_mgr.policies import Clients
 from services.waypoint_mgr.routes import Configuration, Wanted, translate
@@ -168,6 +169,11 @@ class World:
             self.spans,
             self.names,
         )
+
+
+async def refusal_aside(configuration: Configuration) -> str:
+    """Of an Envoy that serves nobody: whom it would have blamed (`services/waypoint_mgr/blame.py`)."""
+    return await instances.refusal(bootstrap_of(configuration))
 
 
 class Waypoint:
