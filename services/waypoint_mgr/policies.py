@@ -367,7 +367,8 @@ class _Writer:
             if self._is_http:
                 yield from self._pair(name, matched, unmatched, read)
             else:
-                name += f" (port {self._at.port} is not HTTP)"  # noqa: PLW2901
+                of = f"port {self._at.port} is" if self._at.port else "ports of no service are"
+                name += f" ({of} not HTTP)"  # noqa: PLW2901
                 yield from self._pair(name, matched, unmatched, _nothing)
 
     def _when(self, when: When, who: list[Json], addresses: list[Json], rest: list[Json]) -> None:
