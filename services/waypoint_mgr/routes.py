@@ -391,6 +391,7 @@ def _route_configuration(
             action = action_of(rule, at, resolve, route.carries)
             backends |= action.backends
             name = {"name": f"{route.namespace}/{route.name}/{rule.name or index}"}
+            fields = name | _kept(action.fields, sorted(action.backends), destinations)
             shared = [item.cors for item in rule.filters if item.cors and "route" in action.fields]
             for match in rule.matches or (RouteMatch(),):
                 asked_for = match_fields(match)
@@ -398,9 +399,8 @@ def _route_configuration(
                 for refused in filter(None, (cors.refusal(each, asked_for) for each in may_ask)):
                     order = (rank(match), age(route), len(entries))
                     entries.append(_Entry(asked, order, name | refused))
-                fields = name | {"match": asked_for} | action.fields
-                fields = _kept(fields, sorted(action.backends), destinations)
-                entries.append(_Entry(asked, (rank(match), age(route), len(entries)), fields))
+                order = (rank(match), age(route), len(entries))
+                entries.append(_Entry(asked, order, fields | {"match": asked_for}))
     by_host: dict[str, list[_Entry]] = {}
     for entry in entries:
         for host in dict.fromkeys(entry.hosts):
