@@ -20,7 +20,7 @@
 #define SOL_IP		0
 #define SOL_IPV6	41
 #define SO_ORIGINAL_DST 80	     /* linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST is the same number */
-#define OUR_ANSWER	bpf_htonl(1) /* the kernel's own have no flow */
+#define OUR_ANSWER	bpf_htonl(1) /* as the flow, which the kernel's own have no use for */
 
 /* struct sockaddr_in6 */
 struct original_destination {

@@ -352,7 +352,10 @@ def uninstall(instance: Instance) -> None:
     from pykmesh.node import waypoints
     from pykmesh.node.instance import remove_files
     from pykmesh.node.mesh import PROCESSES
+    from pykmesh.node.upgrade import is_under_way
 
+    if is_under_way(instance):
+        raise Failure(f"an upgrade of instance {instance.name} is under way, and would start it again")
     if running(instance.run_dir) is not None:
         raise Failure(f"instance {instance.name} is running: {command(instance, 'down')} first")
     try:

@@ -58,10 +58,10 @@ class _Part(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Endpoint(_Part, frozen=True):
-    """Where a connection may go: a workload. Of endpoints with weight 0 all weigh the same.
+    """Where a connection may go. Of endpoints with weight 0 all weigh the same.
 
-    `revision`: the workload's canonical revision, where it was asked for. `others`: its other addresses, for
-    when it does not answer at the first.
+    `revision`: the workload's canonical revision, where it was asked for. `others`: its addresses of the
+    other family, for when it does not answer at this one.
     """
 
     address: str

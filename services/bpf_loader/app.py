@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +18,7 @@ from pykmesh.kernel import cgroups, pins
 from pykmesh.kernel.hooks import HOOKS, Programs, ProgramSettings, can_set_retval
 from pykmesh.kernel.layout import check_enums, check_objects
 from pykmesh.kernel.records import DNS_SLOTS, network_id
-from pykmesh.kernel.upgrade import Copied, Gate, Staging, UpgradeError, pin_again
+from pykmesh.kernel.upgrade import Copied, Gate, Staging, pin_again
 from pykmesh.process import Runtime, raise_file_limit
 from services.bpf_loader.door import Door
 from services.bpf_loader.enrollment import Enrollment
@@ -27,6 +28,8 @@ from services.bpf_loader.waypoints import Waypoints
 log = structlog.get_logger(__name__)
 
 SWEEP_INTERVAL_S = 5.0
+READ_BOTH_S = 15.0
+"""Longer than a connection may wait for an instance of its waypoint."""
 
 
 async def run(runtime: Runtime[LoaderSettings]) -> None:
@@ -39,25 +42,25 @@ async def run(runtime: Runtime[LoaderSettings]) -> None:
     for kept in found.programs.kept_sizes:
         runtime.note_error("map_size_kept", **kept._asdict(), to_change=HOW_TO_RESIZE)
     turn = anyio.Lock()
-    keep = partial(_keep_pinned, runtime, found.programs)
+    pinned = _Pinned(runtime, found)
     mends: list[Callable[[], object]] = [
-        partial(_mend, runtime, mend) for mend in (keep, found.enrollment.sweep, found.waypoints.sweep)
+        partial(_mend, runtime, mend) for mend in (pinned.keep, found.enrollment.sweep, found.waypoints.sweep)
     ]
-    sweeps: list[Callable[[], object]] = [*mends, partial(_mend, runtime, found.waypoints.read_one)]
     refuses_with = "ECONNREFUSED" if await anyio.to_thread.run_sync(can_set_retval) else "EPERM"
     taken = {"object": found.programs.object, "copied": found.copied and msgspec.to_builtins(found.copied)}
     runtime.details = lambda: {**taken, **_details(settings, found.enrollment, refuses_with)}
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(Door(settings.enroll_socket, found.enrollment, found.waypoints, turn).serve)
-            tasks.start_soon(_sweep, sweeps, turn)
+            tasks.start_soon(_sweep, mends, turn)
+            tasks.start_soon(_read_one, partial(_mend, runtime, found.waypoints.read_one), turn)
             runtime.readiness.done("programs")
     finally:
         with anyio.CancelScope(shield=True):  # what has no pin goes with this process
             for mend in mends:
                 await anyio.to_thread.run_sync(mend)
         found.programs.close()
-        os.close(found.lock)
+        pinned.close()
 
 
 class TakenOver(NamedTuple):
@@ -91,8 +94,9 @@ def take_over(settings: LoaderSettings) -> TakenOver:
         waypoints.read_both(root)
     with staging.taken_over() as copied:
         enrollment = Enrollment(settings.pin_dir, root, settings.instance, settings.network, programs)
+        updated = waypoints.exchange()  # who reads notes comes before who writes them
         enrollment.complete()
-        updated = waypoints.exchange() + enrollment.exchange()
+        updated += enrollment.exchange()
     enrollment.mend()
     waypoints.sweep()
     others = pins.remove_others(pins.links_dir(settings.pin_dir), {hook.program for hook in HOOKS})
@@ -138,20 +142,34 @@ def _load(settings: LoaderSettings, staging: Staging) -> Programs:
     return Programs(pins.maps_dir(settings.pin_dir), sizes, fixed, staging.paths, staging.room)
 
 
-def _keep_pinned(runtime: Runtime[LoaderSettings], programs: Programs) -> None:
-    """Also where the directory itself, or its bpffs, was taken away."""
-    pin_dir, is_gone = runtime.settings.pin_dir, not pins.is_prepared(runtime.settings.pin_dir)
-    if is_gone:
-        pins.prepare(pin_dir)
-        pins.lock(pin_dir)  # until this process ends
-    _note_missing(runtime, programs.pin_again(pins.maps_dir(pin_dir)))
-    if is_gone:
-        runtime.note_error("pin_directory_was_missing", pin_dir=str(pin_dir), effect="made again")
-        gate = Gate(pin_dir)
-        gate.opened()
-        with gate.closed():  # writers hold locks on what was there before: they begin anew
-            pass
-        gate.close()
+class _Pinned:
+    """Keeps pinned what is loaded, also where the directories, or their bpffs, are taken away."""
+
+    def __init__(self, runtime: Runtime[LoaderSettings], found: TakenOver) -> None:
+        self._runtime = runtime
+        self._programs = found.programs
+        self._lock = found.lock
+        self._is_known = True
+        """To writers: that the directories are others than those on which they have locks."""
+
+    def keep(self) -> None:
+        pin_dir = self._runtime.settings.pin_dir
+        if not pins.is_prepared(pin_dir):
+            self._is_known = False
+            pins.prepare(pin_dir)
+            self._runtime.note_error("pin_directory_was_missing", pin_dir=pin_dir, effect="made again")
+        if not os.path.samestat(os.fstat(self._lock), pin_dir.stat()):
+            before, self._lock = self._lock, pins.lock(pin_dir)
+            os.close(before)
+        _note_missing(self._runtime, self._programs.pin_again(pins.maps_dir(pin_dir)))
+        if not self._is_known:
+            with contextlib.closing(Gate(pin_dir)) as gate:
+                gate.opened()
+                with gate.closed():  # whoever writes begins anew
+                    self._is_known = True
+
+    def close(self) -> None:
+        os.close(self._lock)
 
 
 def _note_missing(runtime: Runtime[LoaderSettings], maps: list[str]) -> None:
@@ -163,8 +181,9 @@ def _mend(runtime: Runtime[LoaderSettings], mend: Callable[[], object]) -> None:
     """What cannot be mended is told, and tried again: to end would drop what this process alone holds."""
     try:
         mend()
-    except (OSError, pins.PinDirectoryError, UpgradeError) as error:
-        runtime.note_error("not_mended", error=error, effect="what is attached stays; it is tried again")
+    except Exception as error:  # noqa: BLE001  (whatever it is)
+        told = f"{type(error).__name__}: {error}"
+        runtime.note_error("not_mended", error=told, effect="what is attached stays; it is tried again")
 
 
 async def _sweep(mends: list[Callable[[], object]], turn: anyio.Lock) -> None:
@@ -173,6 +192,12 @@ async def _sweep(mends: list[Callable[[], object]], turn: anyio.Lock) -> None:
         async with turn:
             for mend in mends:
                 await anyio.to_thread.run_sync(mend)
+
+
+async def _read_one(read_one: Callable[[], object], turn: anyio.Lock) -> None:
+    await anyio.sleep(READ_BOTH_S)
+    async with turn:
+        await anyio.to_thread.run_sync(read_one)
 
 
 def _details(settings: LoaderSettings, enrollment: Enrollment, refuses_with: str) -> dict[str, Any]:

@@ -90,9 +90,13 @@ class Enrollment:
                 self._name(each, each.cgroup_id, cookies[each.cgroup_id])
 
     def _revive(self) -> None:
-        """Cgroups whose links somebody removed when no loader was there: their pods' entries are left."""
-        known = {each.netns_cookie for each in self._all_links()}
-        lost = {pod.cgroup_id: cookie for cookie, pod in self._pods.all().items() if cookie not in known}
+        """Cgroups whose links somebody removed when no loader was there: their pods' entries are left.
+
+        Of a pod with several cgroups that is one of them: of the others nothing is known any more.
+        """
+        known = {0, *(each.cgroup_id for each in self._all_links())}
+        pods = self._pods.all().items()
+        lost = {pod.cgroup_id: cookie for cookie, pod in pods if pod.cgroup_id not in known}
         for cgroup_id, path in cgroups.paths_of(self._root, lost).items():
             links = pins.cgroup_links(self._links, cgroup_id, lost[cgroup_id])
             try:
@@ -274,6 +278,8 @@ class Enrollment:
         log.info("cgroup_unenrolled", cgroup_id=cgroup_id)
 
     def _take_back(self, links: CgroupLinks) -> None:
+        if links.netns_cookie is not None:
+            self._pods.disown(links.netns_cookie, links.cgroup_id)
         pins.remove_links(links.path)
         self._settle()
 

@@ -22,7 +22,7 @@ HOW_TO_RESIZE: Final = (
 
 
 class Pod(NamedTuple):
-    """An entry, without its network. `cgroup_id` is one of the namespace's cgroups."""
+    """An entry, without its network. `cgroup_id` is one of the namespace's; 0: it is being unenrolled."""
 
     address4: Ip
     address6: Ip
@@ -67,6 +67,12 @@ class Pods:
             address4, address6, _, cgroup_id = POD_VALUE.unpack(value)
             found[POD_KEY.unpack(key)[0]] = Pod(address4, address6, cgroup_id)
         return found
+
+    def disown(self, cookie: int, cgroup_id: int) -> None:
+        """The entry names this cgroup no more: whoever finds it named would take it for enrolled."""
+        pod = self.get(cookie)
+        if pod is not None and pod.cgroup_id == cgroup_id:
+            self.put(Namespace(cookie, pod.address4, pod.address6), 0)
 
     def settle(self, cgroups: Mapping[int, Collection[int]]) -> None:
         """By the enrolled cgroups of each cookie: drops entries of none; none names one that left."""

@@ -6,7 +6,6 @@ the maps `fronts` and `listeners`.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket
@@ -62,11 +61,12 @@ class Waypoints:
         """
         found = pins.read_links(self._links).cgroups
         paths = cgroups.paths_of(root, [each.cgroup_id for each in found])
-        for each in found:
-            with contextlib.suppress(FileNotFoundError):  # a cgroup that went just now
-                if each.cgroup_id in paths:
-                    with libbpf.closing(os.open(paths[each.cgroup_id], os.O_RDONLY | os.O_DIRECTORY)) as fd:
-                        pinned.double(each.path / READING_HOOK.program, READING_HOOK, fd)
+        for each in (each for each in found if each.cgroup_id in paths):
+            try:
+                with libbpf.closing(os.open(paths[each.cgroup_id], os.O_RDONLY | os.O_DIRECTORY)) as fd:
+                    pinned.double(each.path / READING_HOOK.program, READING_HOOK, fd)
+            except OSError as error:  # a cgroup that went just now, no room for another program
+                log.warning("notes_of_before_not_read", cgroup=str(paths[each.cgroup_id]), error=str(error))
 
     def read_one(self) -> None:
         """What was noted before an `exchange` has been read."""
@@ -84,6 +84,7 @@ class Waypoints:
                 self._pin_again(each)
             except OSError as error:  # it stays attached, and is tried again
                 log.warning("links_not_made_again", path=str(each.path), error=str(error))
+                continue
             self._held.hold(each.cgroup_id, each.path, _HOOKS)
             if not any(pinned.is_attached(each.path / hook.program) for hook in WAYPOINT_HOOKS):
                 pins.remove_links(each.path)

@@ -279,7 +279,7 @@ def own_endpoints(
 ) -> dict[int, list[Endpoint]]:
     """Of each port where the own endpoints of a service are, also of one with a waypoint.
 
-    One for each workload: of its addresses first those of the family that the service has first.
+    At the addresses of the family that the service has first: a workload's of the other one are beside them.
     """
 
     def revision(uid: str) -> str:
@@ -293,26 +293,33 @@ def own_endpoints(
     for port, target in service.ports:
         weights.clear()
         lists = endpoints(port, target, 0, 0)
-        at: dict[str, list[bytes]] = {}
-        for part in reversed(lists) if is_6_first else lists:
-            for value, uid in part.items():
-                at.setdefault(uid, []).append(value)
-        shares = _small({uid: weights.get(values[0], 0) for uid, values in at.items()})
-        found[port] = []
-        for uid, values in at.items():
-            (_, ip, own), *others = map(ENDPOINT_VALUE.unpack, values)
-            also = [ip_to_text(each) for _, each, _ in others]
-            said = Endpoint(ip_to_text(ip), port_number(own), shares[uid], revision(uid), also)
-            found[port].append(said)
+        first, second = reversed(lists) if is_6_first else lists
+        beside: dict[str, list[bytes]] = {}
+        for value, uid in second.items():
+            beside.setdefault(uid, []).append(value)
+        others = {value: beside.pop(uid, []) for value, uid in first.items()}
+        at = {**first, **{value: uid for uid, values in beside.items() for value in values}}
+        shares = _small({value: weights.get(value, 0) for value in at})
+        found[port] = [
+            Endpoint(
+                ip_to_text(ip),
+                port_number(own),
+                shares[value],
+                revision(uid),
+                [ip_to_text(ENDPOINT_VALUE.unpack(other)[1]) for other in others.get(value, ())],
+            )
+            for value, uid in at.items()
+            for _, ip, own in [ENDPOINT_VALUE.unpack(value)]
+        ]
     return found
 
 
-def _small(weights: dict[str, int]) -> dict[str, int]:
+def _small(weights: dict[bytes, int]) -> dict[bytes, int]:
     """In proportion, such that their sum is what Envoy takes."""
     whole = sum(weights.values())
     if whole <= WEIGHTS_MAX:
         return weights
-    return {uid: max(1, weight * WEIGHTS_MAX // whole) for uid, weight in weights.items()}
+    return {value: max(1, weight * WEIGHTS_MAX // whole) for value, weight in weights.items()}
 
 
 def _add_ports_by_waypoint(

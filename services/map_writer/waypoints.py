@@ -77,17 +77,17 @@ class Waypoints:
             for port, target in mesh.services[name].ports if name in mesh.services else ():
                 if own := target_port(workload.services, name, port, target):
                     served.setdefault(own, (name, port))
-        ports = []
-        if vips:
-            first, *others = vips
-            ports = [
-                ServicePort(own, [Endpoint(first, own, others=others)], serves)
-                for own, serves in served.items()
-            ]
         owned = [
             vip
             for vip, ip in zip(vips, workload.addresses, strict=False)
             if mesh.pod_at(place_of(workload.network, ip)) is workload
+        ]
+        ports = [
+            ServicePort(
+                own, [Endpoint(vips[0], own, others=[vip for vip in owned if vip != vips[0]])], serves
+            )
+            for own, serves in served.items()
+            if vips
         ]
         return MeshService(uid, vips, ports, owned)
 

@@ -45,7 +45,7 @@ STEER_AGAIN_S: Final = 5.0
 RETRY_S: Final = 0.5
 WAIT_S: Final = 10.0
 """How long clients may wait for an instance, when all are gone, before they are refused."""
-AWAY_S: Final = 4.0
+AWAY_S: Final = 2.5
 """One that does not answer for so long gets no new connections, where there are others that answer."""
 SILENCE_S: Final = 20.0
 """One that does not answer for so long serves nobody either: it is killed, and another one started."""
@@ -260,6 +260,7 @@ class Fleet:
                     self._add(found)
             self._tasks.start_soon(self._keep_steered)
             self._tasks.start_soon(self._keep_scaled)
+            self._tasks.start_soon(self._keep_awake)
             task_status.started()
             await anyio.sleep_forever()
 
@@ -566,7 +567,12 @@ class Fleet:
     # -- how many there are
 
     async def _keep_scaled(self) -> None:
-        due = time.monotonic()
+        while True:
+            await anyio.sleep(SCALE_S)
+            await self._follow_loads()
+
+    async def _keep_awake(self) -> None:
+        """Whoever is asked for and has no instance gets one; no instance that hangs keeps this back."""
         while True:
             asleep = [group for group in self.groups.values() if group.size == 0]
             await anyio.sleep(DEMAND_S if asleep else SCALE_S)
@@ -574,9 +580,6 @@ class Fleet:
                 if group.is_asked_for():
                     group.begin()
                     self._tell()
-            if time.monotonic() >= due:
-                due = time.monotonic() + SCALE_S
-                await self._follow_loads()
 
     async def _follow_loads(self) -> None:
         async with anyio.create_task_group() as tasks:

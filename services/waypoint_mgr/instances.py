@@ -16,7 +16,7 @@ import signal
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import IO, Any, Final, NamedTuple, Protocol
 from urllib.parse import quote
 
 import anyio
@@ -38,7 +38,7 @@ STATISTICS_S: Final = 1
 """How old what histograms say may be."""
 END_DEADLINE_S: Final = 5.0
 POLL_S: Final = 0.1
-ASK_DEADLINE_S: Final = 30.0
+ASK_DEADLINE_S: Final = 15.0
 ASK_TIMES: Final = 3
 SOCKET_PATH_BYTES_MAX: Final = 107
 
@@ -193,7 +193,7 @@ async def refusal(config: dict[str, Any]) -> str:
     One that is ended by a signal is asked again: what ends it each time is what it is asked about.
     """
     for _ in range(ASK_TIMES):
-        status, said = await anyio.to_thread.run_sync(_asked, config, abandon_on_cancel=True)
+        status, said = await _asked(config)
         if status == -signal.SIGKILL:
             raise InstanceError("the Envoy that is asked was killed: is there no memory left?")
         if status >= 0:
@@ -204,27 +204,27 @@ async def refusal(config: dict[str, Any]) -> str:
     return lines[-1] if status else ""
 
 
-def _asked(config: dict[str, Any]) -> tuple[int, str]:
-    """Its exit status, and what it said. Blocks.
-
-    Started by vfork, as `subprocess` does: what libraries do when they are forked, as gRPC, no child does.
-    """
+async def _asked(config: dict[str, Any]) -> tuple[int, str]:
+    """Its exit status, and what it said. It ends when nobody waits for it any more."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(config, file)
-        file.flush()
-        options = ("--mode", "validate", "--log-level", "error", "--config-path", file.name)
+        process = await anyio.to_thread.run_sync(_ask, config, file)
         try:
-            done = subprocess.run(
-                [str(find_envoy()), *options],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                timeout=ASK_DEADLINE_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
+            with anyio.fail_after(ASK_DEADLINE_S):
+                said, _ = await anyio.to_thread.run_sync(process.communicate, abandon_on_cancel=True)
+        except TimeoutError as error:
             raise InstanceError(f"the Envoy that is asked says nothing in {ASK_DEADLINE_S:g} s") from error
-    return done.returncode, done.stdout.decode(errors="replace")
+        finally:
+            if process.returncode is None:
+                process.kill()  # whose thread then hears of it
+    return process.returncode, said.decode(errors="replace")
+
+
+def _ask(config: dict[str, Any], file: IO[str]) -> subprocess.Popen[bytes]:
+    """By vfork, as `subprocess` does it: what libraries do when they are forked, as gRPC, no child does."""
+    json.dump(config, file)
+    file.flush()
+    words = (str(find_envoy()), "--mode", "validate", "--log-level", "error", "--config-path", file.name)
+    return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def pid_file(state_dir: Path) -> Path:

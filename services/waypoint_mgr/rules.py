@@ -210,7 +210,7 @@ class _Builder:
                 forward |= _host_set_by(item.request_header_modifier)
                 fields |= self._request_headers(item.request_header_modifier)
             elif item.response_header_modifier:
-                fields |= self._response_headers(item.response_header_modifier)
+                fields |= self._modified("response", item.response_header_modifier)
             elif item.request_redirect:
                 redirect = _redirect(item.request_redirect, self._prefix, self._at)
             elif item.url_rewrite:
@@ -245,9 +245,6 @@ class _Builder:
         lost += [name for name in modifier.remove if _is_host(name)]
         self._dropped += [f"RequestHeaderModifier: adding to or removing {name}" for name in lost]
         return self._modified("request", modifier)
-
-    def _response_headers(self, modifier: HeaderModifier) -> Json:
-        return self._modified("response", modifier)
 
     def _modified(self, kind: str, modifier: HeaderModifier) -> Json:
         """Without Host, which no response has."""
@@ -287,7 +284,7 @@ class _Builder:
             host = _host_set_by(item.request_header_modifier)
             return found | host
         if item.response_header_modifier:
-            return self._response_headers(item.response_header_modifier)
+            return self._modified("response", item.response_header_modifier)
         self._drop(f"backendRefs: filter {item.type.value}")
         return {"name": UNRESOLVED}
 

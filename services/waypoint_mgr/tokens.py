@@ -7,9 +7,12 @@ one for another audience with 403. One without goes on, and has no principal: po
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
+import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -32,7 +35,7 @@ _FILTER: Final = "envoy.filters.http.jwt_authn"
 _PAYLOAD: Final = "payload"
 _LISTS_IN_A_TEXT: Final = ("permission", "scope")
 """Claims whose words Istio always takes one by one."""
-_NUMBER: Final = re.compile(r"-?\d{1,15}(\.\d{1,15})?")
+_OF_A_NUMBER: Final = re.compile(r"[-+.eE\d]*")
 _CLAIMS: Final = re.compile(r"request\.auth\.claims((?:\[[^\[\]]+\])+)")
 _OF_A_TOKEN: Final = {"request.auth.audiences": ("aud",), "request.auth.presenter": ("azp",)}
 _KEY_PARTS: Final = {"RSA": ("n", "e"), "EC": ("x", "y"), "OKP": ("x",), "oct": ("k",)}
@@ -222,18 +225,32 @@ def claim_of(key: str) -> tuple[str, ...]:
 
 
 def claim(path: Sequence[str], value: str, *, is_strict: bool) -> Json | None:
-    """Of a claim that is a text, or a list of which one matches. `is_strict`: or what is written like it."""
+    """Of a claim that is a text, or a list of which one matches.
+
+    `is_strict`: also of one that is true, false or a number, and may be written like it.
+    """
     if value == "*":
         return _metadata(path, {"presentMatch": True})
     if (text := text_match(value)) is None:
         return None
-    said: list[Json] = [{"stringMatch": text}]
-    if is_strict and value in ("true", "false"):
-        said.append({"boolMatch": value == "true"})
-    elif is_strict and _NUMBER.fullmatch(value):
-        said.append({"doubleMatch": {"exact": float(value)}})
+    said: list[Json] = [{"stringMatch": text}, *(_like(text) if is_strict else ())]
     said += [{"listMatch": {"oneOf": each}} for each in said]
     return _metadata(path, {"orMatch": {"valueMatchers": said}})
+
+
+def _like(text: Json) -> Iterator[Json]:
+    """True, false and numbers that may be written so; how a number is written nobody says."""
+    ((how, wanted),) = text.items()
+    for word in ("true", "false"):
+        said = {"prefix": word[: len(wanted)], "suffix": word[-len(wanted) :]}.get(how, word)
+        if wanted.lower() == said:
+            yield {"boolMatch": word == "true"}
+    if how == "exact":
+        with contextlib.suppress(ValueError):
+            if math.isfinite(number := float(wanted)):
+                yield {"doubleMatch": {"exact": number}}
+    elif _OF_A_NUMBER.fullmatch(wanted):
+        yield {"doubleMatch": {"range": {"start": -sys.float_info.max, "end": sys.float_info.max}}}
 
 
 def _metadata(path: Sequence[str], value: Json) -> Json:

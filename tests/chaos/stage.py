@@ -42,9 +42,8 @@ ADDRESSES: Final = {
 }
 SETTLE_DEADLINE_S: Final = float(os.environ.get("CHAOS_SETTLE_S", "60"))
 UNDER_WAY_S: Final = 0.1
-OF_WAYPOINT: Final = sorted(hook.program for hook in (*WAYPOINT_HOOKS, FRONT_HOOK))
 """What was begun before a change was in the kernel has its answer by then."""
-"""Of a map's name the kernel keeps so much."""
+OF_WAYPOINT: Final = sorted(hook.program for hook in (*WAYPOINT_HOOKS, FRONT_HOOK))
 SUBNET: Final = 40
 MARKED_PORT: Final = 81
 FIRST_MARK: Final = 20_000

@@ -27,7 +27,8 @@ from pykmesh.kernel import cgroups, hooks, libbpf, netns, pins, support
 from pykmesh.kernel.hooks import FRONT_HOOK, HOOKS, WAYPOINT_HOOKS, Programs, ProgramSettings, can_set_retval
 from pykmesh.kernel.layout import map_names
 from pykmesh.kernel.pins import PinDirectoryError
-from pykmesh.kernel.upgrade import pin_again
+from pykmesh.kernel.upgrade import Gate, MovedOnError, pin_again
+from pykmesh.process import Runtime
 from services.bpf_loader import app, enrollment, pinned
 from services.bpf_loader.door import Door
 from services.bpf_loader.enrollment import Enrollment
@@ -601,6 +602,70 @@ def test_who_lost_all_links_while_no_loader_runs_is_enrolled_again(loader: Loade
     loader.unenroll(pod.cgroup)
     loader.again().adopt()
     assert attached(pod.cgroup) == 0
+
+
+def test_of_two_containers_the_one_that_lost_its_links_is_enrolled_again(loader: Loader, pod: Pod) -> None:
+    loader.enroll(pod.cgroup, pod.netns)
+    cgroup = container(pod, "second")
+    second = loader.enroll(cgroup, pod.netns)
+    assert loader.pods() == {second.netns_cookie: second.cgroup_id}
+    loader.enrollment.close()
+    shutil.rmtree(loader.links / f"{second.cgroup_id}@{second.netns_cookie}")
+    until(lambda: not attached(cgroup), "detached")
+    loader.again().adopt()
+    assert attached(pod.cgroup) == attached(cgroup) == len(HOOKS)
+
+
+def test_who_is_being_unenrolled_is_not_enrolled_again(
+    loader: Loader, pod: Pod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader ends when the links are gone, and the pod's entry is not."""
+    loader.enroll(pod.cgroup, pod.netns)
+    with monkeypatch.context() as patch:
+        patch.setattr(loader.enrollment, "_settle", lambda: None)
+        loader.unenroll(pod.cgroup)
+    assert [*loader.pods().values()] == [0]
+    loader.enrollment.close()
+    loader.again().adopt()
+    assert attached(pod.cgroup) == 0
+    assert loader.pods() == {}
+
+
+@pytest.mark.parametrize("how", ["directories", "bpffs"])
+def test_pins_directories_that_are_taken_away_are_made_again_and_writers_begin_anew(
+    tmp_path: Path, how: str
+) -> None:
+    pin_dir = tmp_path / "bpf" / "pins"
+    runtime = Runtime("bpf_loader", LoaderSettings(pin_dir=pin_dir, instance="loader-test"))
+    found = app.take_over(runtime.settings)
+    kept = app._Pinned(runtime, found)
+    try:
+        writer = Gate(pin_dir)
+        writer.opened()
+        directories = pins.maps_dir(pin_dir), pins.links_dir(pin_dir), pins.waypoints_dir(pin_dir)
+        ids = {path.name: pinned_id(path) for path in directories[0].iterdir()}
+        if how == "bpffs":
+            subprocess.run(["umount", "--lazy", pin_dir], check=True)
+        else:
+            for directory in directories:
+                shutil.rmtree(directory)
+        for _ in range(3):
+            kept.keep()
+        assert [each["event"] for each in runtime.errors] == [
+            "pin_directory_was_missing",
+            "pins_were_missing",
+        ]
+        assert {path.name: pinned_id(path) for path in directories[0].iterdir()} == ids
+        with pytest.raises(MovedOnError), writer.writing():
+            pytest.fail("it wrote")
+        with pytest.raises(PinDirectoryError, match="is held by another bpf_loader"):
+            pins.lock(pin_dir)
+        writer.close()
+    finally:
+        kept.close()
+        found.enrollment.close()
+        found.programs.close()
+        pins.uninstall(pin_dir)
 
 
 def test_the_pods_entry_outlives_links_that_cannot_be_made_again(loader: Loader, pod: Pod) -> None:

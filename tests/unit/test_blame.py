@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection
 from pathlib import Path
 
+import anyio
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -92,3 +93,26 @@ async def test_of_a_namespace_with_many_all_that_are_left_are_to_blame_and_nobod
     assert found.keys() >= set(bad)
     assert {each.namespace for each in found} == {"shop"}
     assert envoy.asked <= 2 + (EACH_MAX + 2) * 2 * math.log2(len(ALL))
+
+
+async def test_an_envoy_that_is_asked_ends_when_nobody_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = 'echo $$ > "$0.pid"; exec sleep 30'
+    monkeypatch.setattr(instances, "find_envoy", lambda: envoy_that(tmp_path, ends))
+    noted = tmp_path / "envoy.pid"
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(instances.refusal, {})
+            while not (noted.exists() and noted.read_text()):  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+            tasks.cancel_scope.cancel()
+        while is_running(int(noted.read_text())):  # noqa: ASYNC110
+            await anyio.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -28,7 +28,7 @@ from pykmesh.kernel.records import (
 )
 from pykmesh.proto.workload_pb2 import Address
 from services.map_writer import planner
-from services.map_writer.desired import Rules, desired_service
+from services.map_writer.desired import Rules, desired_service, own_endpoints
 from services.map_writer.mesh import Mesh, Touched, place_of
 from services.map_writer.planner import Held, Limits, Planner
 from services.map_writer.slots import split
@@ -646,3 +646,36 @@ def test_it_stands_for_nothing_that_a_pod_left() -> None:
     world.mesh.put("b", outside("b.test", service), touched)
     world.planner.stand_in_hosts(world.mesh, is_first=False)
     assert not world.mesh.resolved
+
+
+def own(world: World, service: Service) -> list[tuple[str, int, list[str]]]:
+    (found,) = own_endpoints(world.mesh, service, Rules()).values()
+    return [(each.address, each.weight, each.others) for each in found]
+
+
+def test_a_host_with_several_addresses_is_as_many_endpoints_which_share_its_weight() -> None:
+    world, service = host_world()
+    touched = Touched()
+    addresses = ["10.5.0.1", "10.5.0.2", "10.5.0.3"]
+    world.mesh.resolve("a.test", tuple(map(ip_from_text, addresses)), touched)
+    pod = msgspec.structs.replace(member(model.UIDS[1], service), addresses=(ip_from_text("10.6.0.1"),))
+    world.mesh.put("b", pod, touched)
+    assert own(world, service) == [(each, 1, []) for each in addresses] + [("10.6.0.1", 3, [])]
+
+
+@pytest.mark.parametrize("vip", ["240.0.0.1", "fd00::99"])
+def test_a_pod_with_addresses_of_both_families_is_one_endpoint(vip: str) -> None:
+    """At that of the family that the service has first; one that has none of it is at its own."""
+    world, service = World(), made("shop/out.example.com", vips=(("", ip_from_text(vip)),))
+    service = msgspec.structs.replace(service, families=Families.DUAL)
+    touched = Touched()
+    world.mesh.put(service.name, service, touched)
+    for uid, addresses in zip(model.UIDS, (["10.6.0.1", "fd00::1"], ["10.6.0.2"], ["fd00::3"]), strict=False):
+        pod = msgspec.structs.replace(member(uid, service), addresses=tuple(map(ip_from_text, addresses)))
+        world.mesh.put(uid, pod, touched)
+    found = own(world, service)
+    assert {weight for _, weight, _ in found} == {0}
+    expected = {"10.6.0.1": ["fd00::1"], "10.6.0.2": [], "fd00::3": []}
+    if ":" in vip:
+        expected = {"fd00::1": ["10.6.0.1"], "10.6.0.2": [], "fd00::3": []}
+    assert {address: others for address, _, others in found} == expected

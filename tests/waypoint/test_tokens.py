@@ -251,8 +251,12 @@ async def test_a_policy_asks_of_the_token(
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [("true", True), ("false", False), ("5", 5), ("-1.5", -1.5), ("true", [1, True]), ("7", ["a", 7.0])],
-)
+    [
+        ("true", True), ("false", False), ("True", True), ("tr*", True), ("*se", False), ("true", [1, True]),
+        ("5", 5), ("-1.5", -1.5), ("7", ["a", 7.0]), ("5*", 57), ("*7", 57), ("1e3", 1000),
+        ("1234567890123456", 1234567890123456),
+    ],
+)  # fmt: skip
 async def test_a_claim_that_is_written_like_a_value_is_denied_and_not_let_in(
     folder: Path, backends: dict[str, Backend], value: str, said: Any
 ) -> None:
