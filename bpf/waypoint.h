@@ -19,8 +19,10 @@
 
 #define SOL_IP		0
 #define SOL_IPV6	41
-#define SO_ORIGINAL_DST 80	     /* linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST is the same number */
-#define OUR_ANSWER	bpf_htonl(1) /* as the flow, which the kernel's own have no use for */
+#define SO_ORIGINAL_DST 80 /* linux/netfilter_ipv4.h; IP6T_SO_ORIGINAL_DST is the same number */
+
+/* As the flow, which the kernel's own answers have no use for. */
+#define OUR_ANSWER bpf_htonl(1)
 
 /* struct sockaddr_in6 */
 struct original_destination {
@@ -150,8 +152,8 @@ int pykmesh_origdst(struct bpf_sockopt *ctx)
 		return 1;
 	if ((void *)(answer + 1) > ctx->optval_end)
 		return 1;
-	if (!ctx->retval &&
-	    answer->flow == OUR_ANSWER) /* by another release's program, which stands beside */
+	/* Answered by another release's program, which stands beside for a while. */
+	if (!ctx->retval && answer->flow == OUR_ANSWER)
 		return 1;
 	asked = bpf_map_lookup_elem(&handoffs, &key);
 	if (!asked || !is_noted(sk, asked)) {
