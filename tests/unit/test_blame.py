@@ -114,5 +114,5 @@ async def test_an_envoy_that_is_asked_ends_when_nobody_waits_for_it(
 def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
