@@ -16,7 +16,7 @@ import signal
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import IO, Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 from urllib.parse import quote
 
 import anyio
@@ -206,25 +206,48 @@ async def refusal(config: dict[str, Any]) -> str:
 
 async def _asked(config: dict[str, Any]) -> tuple[int, str]:
     """Its exit status, and what it said. It ends when nobody waits for it any more."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        process = await anyio.to_thread.run_sync(_ask, config, file)
-        try:
-            with anyio.fail_after(ASK_DEADLINE_S):
-                said, _ = await anyio.to_thread.run_sync(process.communicate, abandon_on_cancel=True)
-        except TimeoutError as error:
-            raise InstanceError(f"the Envoy that is asked says nothing in {ASK_DEADLINE_S:g} s") from error
-        finally:
-            if process.returncode is None:
-                process.kill()  # whose thread then hears of it
-    return process.returncode, said.decode(errors="replace")
+    asked = _Asked()
+    try:
+        return await anyio.to_thread.run_sync(asked.answer, config, abandon_on_cancel=True)
+    finally:
+        asked.end()
 
 
-def _ask(config: dict[str, Any], file: IO[str]) -> subprocess.Popen[bytes]:
-    """By vfork, as `subprocess` does it: what libraries do when they are forked, as gRPC, no child does."""
-    json.dump(config, file)
-    file.flush()
-    words = (str(find_envoy()), "--mode", "validate", "--log-level", "error", "--config-path", file.name)
-    return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+class _Asked:
+    """An Envoy that is asked by a thread, which hears it to its end; whoever waits for that may end it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_over = False
+
+    def answer(self, config: dict[str, Any]) -> tuple[int, str]:
+        """InstanceError when it says nothing for long.
+
+        By vfork, as `subprocess` does it: what libraries do when they are forked, as gRPC, no child does.
+        """
+        options = ("--mode", "validate", "--log-level", "error", "--config-path")
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            json.dump(config, file)
+            file.flush()
+            words = (str(find_envoy()), *options, file.name)
+            with subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            ) as process:
+                self._process = process
+                if self._is_over:
+                    process.kill()
+                try:
+                    said, _ = process.communicate(timeout=ASK_DEADLINE_S)
+                except subprocess.TimeoutExpired as error:
+                    process.kill()
+                    why = f"the Envoy that is asked says nothing in {ASK_DEADLINE_S:g} s"
+                    raise InstanceError(why) from error
+        return process.returncode, said.decode(errors="replace")
+
+    def end(self) -> None:
+        self._is_over = True
+        if self._process is not None:
+            self._process.kill()  # nothing happens to one that has ended
 
 
 def pid_file(state_dir: Path) -> Path:
