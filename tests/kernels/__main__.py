@@ -13,6 +13,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,7 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=HERE / "build" / "kernels")
     parser.add_argument("--report", type=Path, help="where the table goes as Markdown")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # cleaning up all the same
     options.cache.mkdir(parents=True, exist_ok=True)
     try:
         packages.install_tools()

@@ -88,8 +88,10 @@ def run(
             _files(work) as socket,
             subprocess.Popen(_qemu(kernel, disk, work, socket, kernel_words)) as machine,
         ):
-            _wait(machine, work / "output", began + deadline_s, silence_s)
-            machine.kill()
+            try:
+                _wait(machine, work / "output", began + deadline_s, silence_s)
+            finally:
+                machine.kill()
         said = (work / "status").read_text().strip()
         output = (work / "output").read_text(errors="replace").replace("\r\n", "\n")
     return Ended(int(said) if said else None, output, round(time.monotonic() - began, 1))
