@@ -321,15 +321,21 @@ def _detach(instance: Instance) -> None:
     click.echo(f"instance {instance.name} is ready (pid {behind.pid}, logs in {instance.run_dir / 'logs'})")
 
 
+def _check_no_upgrade(instance: Instance) -> None:
+    """Failure: it would start again what is ended now."""
+    from pykmesh.node.upgrade import is_under_way
+
+    if is_under_way(instance):
+        raise Failure(f"an upgrade of instance {instance.name} is under way, and would start it again")
+
+
 @click.command()
 @click.pass_obj
 def down(instance: Instance) -> None:
     """Stop the processes. Programs and maps stay: traffic goes on by what the kernel holds."""
     from pykmesh.node.behind import end_supervisor
-    from pykmesh.node.upgrade import is_under_way
 
-    if is_under_way(instance):
-        raise Failure(f"an upgrade of instance {instance.name} is under way, and would start it again")
+    _check_no_upgrade(instance)
     found = running(instance.run_dir)
     if found is None:
         raise Failure(f"instance {instance.name} is not running")
@@ -352,10 +358,8 @@ def uninstall(instance: Instance) -> None:
     from pykmesh.node import waypoints
     from pykmesh.node.instance import remove_files
     from pykmesh.node.mesh import PROCESSES
-    from pykmesh.node.upgrade import is_under_way
 
-    if is_under_way(instance):
-        raise Failure(f"an upgrade of instance {instance.name} is under way, and would start it again")
+    _check_no_upgrade(instance)
     if running(instance.run_dir) is not None:
         raise Failure(f"instance {instance.name} is running: {command(instance, 'down')} first")
     try:
